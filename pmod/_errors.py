@@ -1,0 +1,70 @@
+"""The error types, and the one formatter of their messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+class PmodError(Exception):
+    """The root: ``except pmod.PmodError`` catches all that pmod raises on purpose."""
+
+
+class NoMeshError(PmodError):
+    """An axis was named and no mesh is set."""
+
+
+class AxisError(PmodError, ValueError):
+    """An axis, a root or a permutation that the mesh does not have."""
+
+
+class ShapeError(PmodError, ValueError):
+    """A dim that the tensor lacks, or sizes that do not fit it."""
+
+
+class ArgumentError(PmodError, TypeError):
+    """Not a tensor, a dtype that the function cannot take, or a tensor on another device."""
+
+
+class TopologyError(PmodError):
+    """What the launcher says is incomplete or contradicts itself."""
+
+
+class MismatchError(PmodError):
+    """The ranks of one program did not make the same calls."""
+
+
+class CollectiveTimeout(PmodError):
+    """Some ranks never arrived before the deadline."""
+
+
+def coordinates(coords: Mapping[str, int] | None) -> str:
+    """``(data=0, model=1)``, as messages and pictures write a rank's place."""
+    if coords is None:
+        return "(outside the mesh)"
+    return "(" + ", ".join(f"{name}={index}" for name, index in coords.items()) + ")"
+
+
+def explain(
+    function: str,
+    given: str,
+    right: str = "",
+    *,
+    axis: object = None,
+    coords: Mapping[str, int] | None = None,
+) -> str:
+    """The text of every error: which function, axis and rank; what was given; what would be right.
+
+    >>> print(explain("shard", "x.shape[0] is 5", "Pass sizes=(3, 2).", axis="model", coords={"model": 1}))
+    pmod.shard(axis='model') at (model=1): x.shape[0] is 5.
+    Pass sizes=(3, 2).
+    """
+    call = f"pmod.{function}" + ("" if axis is None else f"(axis={axis!r})")
+    place = "" if coords is None else f" at {coordinates(coords)}"
+    return f"{call}{place}: {given}." + (f"\n{right}" if right else "")
+
+
+def near_miss(given: object, known: Iterable[str]) -> str:
+    """``; did you mean 'model'?`` where one of the known names is close, else nothing."""
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
