@@ -61,7 +61,8 @@ def explain(
     """
     call = f"pmod.{function}" + ("" if axis is None else f"(axis={axis!r})")
     place = "" if coords is None else f" at {coordinates(coords)}"
-    return f"{call}{place}: {given}." + (f"\n{right}" if right else "")
+    stop = "" if given.endswith("?") else "."
+    return f"{call}{place}: {given}{stop}" + (f"\n{right}" if right else "")
 
 
 def near_miss(given: object, known: Iterable[str]) -> str:

@@ -1,0 +1,51 @@
+"""JAX-style functional collectives over PyTorch: one mesh, named axes, exact derivatives.
+
+    mesh = pmod.make_mesh(data=-1, model=2)
+    with pmod.set_mesh(mesh):
+        y = pmod.psum(x, axis="model")
+
+Start with the README, then `Mesh` and the table of collectives in `pmod._collectives`.
+"""
+
+from pmod._ambient import current_mesh as current_mesh
+from pmod._ambient import keep_mesh as keep_mesh
+from pmod._ambient import set_mesh as set_mesh
+from pmod._arguments import split_sizes as split_sizes
+from pmod._autodiff import Pending as Pending
+from pmod._autodiff import start as start
+from pmod._collectives import axis_index as axis_index
+from pmod._collectives import axis_size as axis_size
+from pmod._collectives import barrier as barrier
+from pmod._collectives import broadcast as broadcast
+from pmod._collectives import pick as pick
+from pmod._collectives import place as place
+from pmod._collectives import pmax as pmax
+from pmod._collectives import pmean as pmean
+from pmod._collectives import pmin as pmin
+from pmod._collectives import ppermute as ppermute
+from pmod._collectives import pshift as pshift
+from pmod._collectives import pshuffle as pshuffle
+from pmod._collectives import psum as psum
+from pmod._collectives import pvary as pvary
+from pmod._collectives import reduce as reduce
+from pmod._errors import ArgumentError as ArgumentError
+from pmod._errors import AxisError as AxisError
+from pmod._errors import CollectiveTimeout as CollectiveTimeout
+from pmod._errors import MismatchError as MismatchError
+from pmod._errors import NoMeshError as NoMeshError
+from pmod._errors import PmodError as PmodError
+from pmod._errors import ShapeError as ShapeError
+from pmod._errors import TopologyError as TopologyError
+from pmod._groups import shutdown as shutdown
+from pmod._launch import launch as launch
+from pmod._mesh import Mesh as Mesh
+from pmod._mesh import make_mesh as make_mesh
+from pmod._simulate import simulate as simulate
+from pmod._slices import all_gather as all_gather
+from pmod._slices import all_to_all as all_to_all
+from pmod._slices import gather as gather
+from pmod._slices import psum_scatter as psum_scatter
+from pmod._slices import scatter as scatter
+from pmod._slices import shard as shard
+from pmod._slices import unshard as unshard
+from pmod._topology import Topology as Topology

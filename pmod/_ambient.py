@@ -1,0 +1,148 @@
+"""The ambient mesh, and how an axis name becomes an `Axis`. The second and last place that holds state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from types import TracebackType
+
+import torch
+
+from pmod import _groups
+from pmod._errors import ArgumentError, NoMeshError, PmodError, explain
+from pmod._mesh import Axis, AxisLike, Mesh
+
+# Plain module variables, not ContextVars: autograd runs backward on threads of its own, which must find the same mesh,
+# and torch.compile cannot read a ContextVar. `_token` says which mesh it is, and where: compiled code reads it, so that
+# torch guards on its value and compiles again when the mesh has changed.
+_mesh: Mesh | None = None
+_token: str = ""
+
+
+def ambient() -> Mesh | None:
+    """The ambient mesh, or None."""
+    if _groups.simulated is not None and hasattr(_groups.simulated, "mesh"):
+        return _groups.simulated.mesh
+    return _mesh
+
+
+def _put(mesh: Mesh | None) -> None:
+    global _mesh, _token
+    if _groups.simulated is not None and hasattr(_groups.simulated, "mesh"):
+        _groups.simulated.mesh = mesh
+        return
+    _mesh = mesh
+    _token = "" if mesh is None else mesh._key
+
+
+class set_mesh:  # lower case: it reads as the function it is called as
+    """Set the ambient mesh, which gives axis names their meaning.
+
+    As a statement (a notebook cell, a script's top) it holds until further notice; as a context manager it restores
+    what was there, also after an exception. It is found inside backward, on whatever thread, and in compiled code.
+
+    >>> with pmod.set_mesh(pmod.make_mesh(model=1)):
+    ...     pmod.current_mesh().shape
+    {'model': 1}
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError(explain("set_mesh", f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."))
+        self._before = ambient()
+        self._set = mesh
+        _put(mesh)
+
+    def __enter__(self) -> Mesh:
+        if ambient() is not self._set:  # an object kept for later, or entered again
+            self._before = ambient()
+            _put(self._set)
+        return self._set
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _put(self._before)
+
+
+def current_mesh() -> Mesh:
+    """The ambient mesh.
+
+    Raises: NoMeshError where none is set.
+    """
+    mesh = ambient()
+    if mesh is None:
+        raise _no_mesh("current_mesh", None)
+    return mesh
+
+
+def _no_mesh(function: str, axis: object) -> NoMeshError:
+    return NoMeshError(
+        explain(
+            function,
+            "no mesh is set",
+            "Either set one, pmod.set_mesh(pmod.make_mesh(data=-1)), or pass a sub-mesh, axis=mesh['data'].",
+            axis=axis,
+        )
+    )
+
+
+def keep_mesh() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """For activation checkpointing: recompute under the mesh of the forward, whatever is set by then.
+
+    >>> from torch.utils.checkpoint import checkpoint
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> with pmod.set_mesh(pmod.make_mesh(model=1)):
+    ...     y = checkpoint(lambda x: pmod.psum(x.sin(), "model"), x, use_reentrant=False, context_fn=pmod.keep_mesh)
+    >>> y.sum().backward()
+    """
+    return contextlib.nullcontext(), under(ambient())
+
+
+@contextlib.contextmanager
+def under(mesh: Mesh | None) -> Generator[None]:
+    """Restore a state of the ambient mesh that was seen before, for a while: what is set on entering, not when made."""
+    before = ambient()
+    _put(mesh)
+    try:
+        yield
+    finally:
+        _put(before)
+
+
+def resolve(axis: AxisLike, function: str) -> Axis:
+    """The axis that a collective was given, bound to this rank; `function` is for the error."""
+    if torch.compiler.is_compiling():
+        return (
+            _constant(axis._axis_key, None, function) if isinstance(axis, Mesh) else _constant(_token, axis, function)
+        )
+    if isinstance(axis, Mesh):
+        mesh, label = axis, axis.label
+    else:
+        mesh, label = ambient(), axis
+    if mesh is None:
+        raise _no_mesh(function, axis)
+    try:
+        return mesh._bound[label]
+    except (KeyError, TypeError):  # not looked up yet, or not hashable (a list of names, a mistake)
+        return mesh.bind(axis, function)
+
+
+def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Axis:
+    """While torch.compile traces: the axis of a sub-mesh (its key), or of the ambient mesh (the token, and a name).
+
+    Both texts are guarded on, so what is returned is a constant of the compiled code.
+    """
+    if _groups.simulated is not None:
+        raise PmodError(
+            explain(function, "a simulated rank runs compiled code", "Simulate the eager function.", axis=axis)
+        )
+    if axis is None and key:
+        return Axis.parse(key)
+    if _mesh is None:
+        raise _no_mesh(function, axis)
+    return _mesh.bind(axis, function)
+
+
+# what torch.compiler.assume_constant_result sets; that function imports torch._dynamo (2 s), and this does not
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,179 @@
+"""Arguments parsed at the boundary: dims count from the end, sizes become tuples of int, wrong ones raise.
+
+Whatever is wrong is found here, before anything is sent; inside, nothing is checked twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pmod import _groups
+from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
+from pmod._mesh import Axis
+
+
+def wrong(kind: type[PmodError], function: str, axis: Axis, given: str, right: str) -> PmodError:
+    """The error to raise: `given` was passed to `function`, `right` would have been."""
+    return kind(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
+
+
+def check_tensor(x: object, function: str, axis: Axis) -> None:
+    """x is a dense tensor on a device that the ranks of the mesh send from."""
+    if not isinstance(x, Tensor):
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            f"x is a {type(x).__name__}",
+            "Pass a tensor, or a dict, list or tuple of them.",
+        )
+    if type(x) is not Tensor and hasattr(x, "to_local"):
+        raise wrong(ArgumentError, function, axis, "x is a DTensor", "Pass its shard, x.to_local().")
+    if x.layout is not torch.strided:
+        raise wrong(ArgumentError, function, axis, f"x has layout {x.layout}", "Pass a dense tensor, x.to_dense().")
+    if not x.is_cpu and x.device != _groups.here().device:
+        here = _groups.here().device
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            f"x is on {x.device}",
+            f"This rank sends from {here}: pass x.to({str(here)!r}).",
+        )
+
+
+def check_sum(x: Tensor, function: str, axis: Axis) -> None:
+    """x can be added up: not bool."""
+    if x.dtype == torch.bool:
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            "x is bool, and a sum of truth values is ambiguous",
+            "Pass x.int() to count, or use pmax for any and pmin for all.",
+        )
+
+
+def check_mean(x: Tensor, function: str, axis: Axis) -> None:
+    """x can be averaged: floating or complex."""
+    if not (x.is_floating_point() or x.is_complex()):
+        raise wrong(ArgumentError, function, axis, f"x is {_name(x.dtype)}, which has no mean", "Pass x.float().")
+
+
+def check_order(x: Tensor, function: str, axis: Axis) -> None:
+    """x can be compared: not complex."""
+    if x.is_complex():
+        raise wrong(ArgumentError, function, axis, "x is complex, which has no order", "Compare x.abs() or x.real.")
+
+
+def dim_from_end(dim: object, x: Tensor, function: str, axis: Axis, *, name: str = "dim", extra: int = 0) -> int:
+    """A dim as a negative number; `extra` dims are about to be added."""
+    ndim = x.dim() + extra
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise wrong(ShapeError, function, axis, f"{name} is {dim!r}, a {type(dim).__name__}", "Pass an int.")
+    if not -ndim <= dim < ndim:
+        right = f"Pass {name} from {-ndim} to {ndim - 1}." if ndim else "Pass tiled=False, or a tensor with a dim."
+        raise wrong(ShapeError, function, axis, f"{name} is {dim} but x has {x.dim()} dims", right)
+    return dim - ndim if dim >= 0 else dim
+
+
+def check_sizes(sizes: Sequence[int], function: str, axis: Axis, *, name: str = "sizes") -> tuple[int, ...]:
+    """One length per rank of the axis."""
+    try:
+        parsed = tuple(operator.index(size) for size in sizes)
+    except TypeError:  # not a sequence, or not of ints
+        parsed = ()
+    if len(parsed) != axis.size:
+        raise wrong(
+            ShapeError, function, axis, f"{name} is {sizes!r}", f"Pass {axis.size} ints, one per rank of the axis."
+        )
+    if any(size < 0 for size in parsed):
+        raise wrong(ShapeError, function, axis, f"{name} is {parsed}", "A size is 0 or more.")
+    return parsed
+
+
+def check_root(root: object, function: str, axis: Axis, *, name: str) -> int:
+    """An index along the axis."""
+    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < axis.size:
+        raise wrong(
+            AxisError, function, axis, f"{name} is {root!r}", f"Pass an index along the axis, 0 to {axis.size - 1}."
+        )
+    return root
+
+
+def targets_of(perm: Sequence[tuple[int, int]], function: str, axis: Axis) -> tuple[int, ...]:
+    """(source, target) pairs as a table: where each rank's value goes, -1 for nowhere."""
+    targets = [-1] * axis.size
+    right = f"Pass (source, target) pairs of indices 0 to {axis.size - 1}, each source and each target once."
+    try:
+        pairs = [(int(source), int(target)) for source, target in perm]
+    except (TypeError, ValueError):
+        raise wrong(AxisError, function, axis, f"perm is {perm!r}", right) from None
+    for source, target in pairs:
+        if not (0 <= source < axis.size and 0 <= target < axis.size):
+            raise wrong(AxisError, function, axis, f"perm holds {(source, target)}, outside the axis", right)
+        if targets[source] != -1:
+            raise wrong(AxisError, function, axis, f"perm has the source {source} twice", right)
+        if target in targets:
+            raise wrong(AxisError, function, axis, f"perm has the target {target} twice", right)
+        targets[source] = target
+    return tuple(targets)
+
+
+def check_permutation(perm: Sequence[int], function: str, axis: Axis) -> tuple[int, ...]:
+    """Every index along the axis, once each."""
+    try:
+        parsed = tuple(int(source) for source in perm)
+    except (TypeError, ValueError):
+        parsed = ()
+    if sorted(parsed) != list(range(axis.size)):
+        raise wrong(
+            AxisError,
+            function,
+            axis,
+            f"perm is {perm!r}, no permutation",
+            f"Pass each index 0 to {axis.size - 1} once; perm[i] is where output i comes from.",
+        )
+    return parsed
+
+
+def accumulate_in(reduce_dtype: torch.dtype | None, function: str, axis: Axis) -> str | None:
+    """The name of the dtype to add up in, None for the default."""
+    if reduce_dtype is None:
+        return None
+    if not isinstance(reduce_dtype, torch.dtype) or not reduce_dtype.is_floating_point:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            f"reduce_dtype is {reduce_dtype!r}",
+            "Pass a floating dtype, torch.float32 say.",
+        )
+    return _name(reduce_dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def split_sizes(n: int, parts: int) -> tuple[int, ...]:
+    """How `shard` cuts a dim of length n: ceil(n / parts) each, the last ones shorter or empty.
+
+    The convention of torch.chunk and DTensor, so that a shard is the same thing to pmod, DTensor, FSDP2 and DCP.
+
+    Raises: ShapeError where n is negative or parts is less than 1.
+
+    >>> pmod.split_sizes(10, 4)
+    (3, 3, 3, 1)
+    >>> pmod.split_sizes(5, 4)
+    (2, 2, 1, 0)
+    """
+    if n < 0 or parts < 1:
+        given = f"n is {n} and parts is {parts}"
+        raise ShapeError(explain("split_sizes", given, "Pass a length of 0 or more and 1 or more parts."))
+    step = -(-n // parts)
+    return tuple(max(0, min(step, n - step * i)) for i in range(parts))

@@ -1,0 +1,409 @@
+"""The one mechanism: a collective is a linear operator, declared once with its transpose.
+
+A `Row` says how to compute an operator and how its parameters turn into those of its transpose; `pair` declares two
+rows as each other's transposes. `bind` runs a row, and everything else follows here, once for all rows:
+
+- backward binds the transpose, so that it has a derivative itself, to any order;
+- jvp binds the same row on the tangent (the operator is linear);
+- vmap binds the same row on the tensor with the mapped dim moved to the front (dims are counted from the end);
+- torch.func and torch.compile see one library operator, ``pmod::linear(Tensor[] xs, str call) -> Tensor[]``. The call
+  travels as text, because a compiled graph may be cached and run by a process that never traced it.
+
+Along its axis a row takes V (varying: each rank its own value) or I (invariant: one value, held by all) and gives V or
+I; the transpose does the reverse, with respect to the inner product that counts a V once per rank and an I once.
+"""
+
+from __future__ import annotations
+
+import ast
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+
+import attrs
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from pmod._ambient import ambient, under
+from pmod._errors import ArgumentError, PmodError, explain
+from pmod._mesh import Axis
+from pmod._wire import Sent, ShapesOnly, Wire, wire_of
+
+Kind: TypeAlias = Literal["V", "I"]
+Params: TypeAlias = tuple[Any, ...]
+"""Numbers, strings, None, and tuples of them: they are written into compiled graphs."""
+
+V: Kind = "V"
+I: Kind = "I"  # noqa: E741
+
+
+@attrs.frozen
+class Row:
+    """One linear operator. `send` gets a tensor, the wire and the parameters; what moves nothing returns a tensor."""
+
+    name: str
+    takes: Kind
+    gives: Kind
+    send: Callable[[Tensor, Wire, Params], Sent | Tensor]
+    flip: Callable[[Params], Params] = lambda params: params  # the transpose's parameters
+    fused: bool = False  # elementwise: many tensors of one dtype and device travel as one message
+    local: bool = False  # nothing moves, and no layout has to be agreed on
+    alone: bool = True  # on an axis of one rank it is the identity
+
+    @property
+    def T(self) -> Row:
+        """The transpose."""
+        return ROWS[_TRANSPOSES[self.name]]
+
+
+ROWS: dict[str, Row] = {}
+_TRANSPOSES: dict[str, str] = {}
+
+
+def pair(row: Row, transpose: Row) -> tuple[Row, Row]:
+    """Declare two rows as each other's transposes."""
+    assert (row.takes, row.gives) == (transpose.gives, transpose.takes), f"{row.name}: the kinds of a transpose reverse"
+    for a, b in ((row, transpose), (transpose, row)):
+        ROWS[a.name] = a
+        _TRANSPOSES[a.name] = b.name
+    return row, transpose
+
+
+def without_derivative(row: Row) -> Row:
+    """Declare a row that is never differentiated: its callers detach what they pass."""
+    ROWS[row.name] = row
+    return row
+
+
+class Call(NamedTuple):
+    """A row with its axis and parameters: hashable, no tensor in it."""
+
+    row: Row
+    axis: Axis
+    params: Params
+
+    @property
+    def T(self) -> Call:
+        """The transposed call."""
+        return Call(self.row.T, self.axis, self.row.flip(self.params))
+
+
+def encode(name: str, axis_key: str, params: Params) -> str:
+    """The call as text."""
+    return f"{name}|{params!r}|{axis_key}"
+
+
+encode._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
+
+
+@lru_cache(maxsize=4096)
+def decode(call: str) -> Call:
+    """The call that `encode` wrote."""
+    name, params, axis_key = call.split("|", 2)
+    return Call(ROWS[name], Axis.parse(axis_key), ast.literal_eval(params))
+
+
+# --- running a call on plain tensors --------------------------------------------------------------
+
+
+def _begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
+    """Send, and return what will be the list of results."""
+    row, _, params = call
+    if row.local or (len(xs) == 1 and not row.fused):
+        results = [_begin_one(row, x, wire, params) for x in xs]
+        return Sent((), lambda: [result.wait() if isinstance(result, Sent) else result for result in results])
+    whole = [_laid_out(x) for x in xs]
+    flat = whole[0].reshape(-1) if len(xs) == 1 else torch.cat([x.reshape(-1) for x in whole])
+    if flat.numel() == 0:
+        return Sent((), lambda: [torch.empty_like(x) for x in xs])
+    sent = row.send(flat, wire, params)
+    assert isinstance(sent, Sent)
+    return sent.then(lambda y: _cut(y, xs))
+
+
+def _begin_one(row: Row, x: Tensor, wire: Wire, params: Params) -> Sent | Tensor:
+    if row.local:
+        return row.send(x, wire, params)
+    sent = row.send(_laid_out(x), wire, params)
+    assert isinstance(sent, Sent)
+    kept = _memory_format(x)
+    return sent if kept is None else sent.then(lambda y: y.contiguous(memory_format=kept) if y.dim() == x.dim() else y)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Row-major and resolved: every rank must send its elements in the same order, whatever its strides."""
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _memory_format(x: Tensor) -> torch.memory_format | None:
+    """channels_last (2d or 3d) where x is laid out so, None where it is row-major or neither."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return None
+    kept = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return kept if x.is_contiguous(memory_format=kept) else None
+
+
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
+
+
+def _cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a fused message in the shapes of `like`; no views in autograd's eyes, so each may be changed."""
+    parts = [flat] if len(like) == 1 else torch.unsafe_split_with_sizes(flat, [x.numel() for x in like])
+    out: list[Tensor] = []
+    for part, x in zip(parts, like, strict=True):
+        y = part if x.dim() == 1 else _unsafe_view(part, x.shape)
+        kept = _memory_format(x)
+        out.append(y if kept is None else y.contiguous(memory_format=kept))
+    return out
+
+
+def _run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
+    return _begin(call, xs, wire_of(call.axis)).wait()
+
+
+# --- the one autograd.Function --------------------------------------------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    """Any row, on tensors of one dtype. `below` computes the value where it is not a matter of running the call."""
+
+    @staticmethod
+    def forward(call: Call, below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None, *xs: Tensor) -> Any:
+        return tuple(_run(call, xs) if below is None else below(xs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needed = ctx.needs_input_grad[2:]
+        wanted = iter(bind(ctx.call.T, [g for g, need in zip(gs, needed, strict=True) if need]))
+        return (None, None, *(next(wanted) if need else None for need in needed))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        moving = iter(bind(ctx.call, [t for t in tangents[2:] if t is not None]))
+        return tuple(None if t is None else next(moving) for t in tangents[2:])
+
+
+# Function.apply in Python calls inspect.signature each time (50 us); the C++ apply below it does not. What the Python
+# one adds, torch.func's transforms, goes through the library operator here.
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Linear).apply  # type: ignore[misc]
+
+
+# --- the one library operator: torch.func and torch.compile ---------------------------------------
+
+_library = torch.library.Library("pmod", "FRAGMENT")
+_library.define("linear(Tensor[] xs, str call) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_operator: Any = torch.ops.pmod.linear.default
+
+
+def _fresh(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies where a result shares storage with an input or another result, which an operator's may not."""
+    taken = {x.untyped_storage()._cdata for x in xs}
+    out: list[Tensor] = []
+    for y in ys:
+        storage = y.untyped_storage()._cdata
+        out.append(y.clone() if storage in taken else y)
+        taken.add(storage)
+    return out
+
+
+def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
+    return _fresh(_run(decode(call), xs), xs)
+
+
+def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
+    decoded = decode(call)
+    return _fresh(_begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs)
+
+
+def _operator_autograd(keyset: Any, xs: list[Tensor], call: str) -> list[Tensor]:
+    def below(xs: Sequence[Tensor]) -> list[Tensor]:
+        # outer transforms differentiate what is done here, so autograd stays on for the levels below this one
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),  # type: ignore[attr-defined]
+            torch._C._AutoDispatchBelowAutograd(),  # type: ignore[attr-defined]
+        ):
+            return _operator.redispatch(keyset & torch._C._after_autograd_keyset, list(xs), call)  # type: ignore[attr-defined]
+
+    allowed = torch._C._functorch.get_single_level_autograd_function_allowed()  # type: ignore[attr-defined]
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)  # type: ignore[attr-defined]
+    try:
+        return list(_apply(decode(call), below, *xs))
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(allowed)  # type: ignore[attr-defined]
+
+
+def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tuple[list[Tensor], list[int]]:
+    moved = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(xs, in_dims[0], strict=True)
+    ]
+    return _operator(moved, call), [0] * len(xs)
+
+
+_library.impl("linear", _operator_value, "CompositeExplicitAutograd")
+_library.impl("linear", _operator_autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("pmod::linear", _operator_shapes, lib=_library)
+torch.library.register_vmap("pmod::linear", _operator_vmap, lib=_library)
+
+
+# --- bind -----------------------------------------------------------------------------------------
+
+
+def bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
+    """Run a call on tensors of one dtype and device; the results carry their derivative."""
+    if call.axis.size == 1 and call.row.alone:
+        return xs
+    if torch.compiler.is_compiling():
+        return _operator(xs, encode(call.row.name, call.axis.key, call.params))
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0 or not _plain(xs):
+        return _operator(xs, encode(call.row.name, call.axis.key, call.params))
+    below = None
+    if _starts.active:
+        if _starts.sending:
+            _starts.send([(call, xs)])
+        below = _starts.take(call)
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):  # type: ignore[attr-defined]
+        return _apply(call, below, *xs)
+    return _run(call, xs) if below is None else below(xs)
+
+
+def bind_all(calls: Sequence[tuple[Call, list[Tensor]]]) -> list[Sequence[Tensor]]:
+    """`bind` for several calls: under `start` all of them are sent ahead."""
+    if not torch.compiler.is_compiling() and _starts.sending:
+        _starts.send(calls)
+    return [bind(call, xs) for call, xs in calls]
+
+
+def _plain(xs: list[Tensor]) -> bool:
+    for x in xs:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter and type(x) is not torch.nn.Buffer:
+            return False
+    return True
+
+
+# --- start ----------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+class _Sending(BaseException):
+    """The first messages of a started function are under way: leave it, it is run again when they are waited for."""
+
+
+class _Starts(threading.local):
+    """The messages that `start` sent ahead on this thread, to be found by the second run of the function."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.sending = False
+        self.ahead: list[tuple[Call, Sent]] = []
+
+    def send(self, calls: Sequence[tuple[Call, list[Tensor]]]) -> None:
+        """In the first run: send all these, and leave the function where one of them is a message."""
+        with torch.no_grad():
+            for call, xs in calls:
+                if not call.row.local and call.axis.size > 1:
+                    self.ahead.append((call, _begin(call, xs, wire_of(call.axis))))
+        if self.ahead:
+            raise _Sending
+
+    def take(self, call: Call) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
+        """In the second run: what brings the result of a call that was sent ahead."""
+        if call.row.local or not self.ahead:
+            return None
+        call_ahead, sent = self.ahead.pop(0)
+        assert call_ahead == call, "a started function made another call when it was run again"
+        return lambda _: sent.wait()
+
+
+_starts = _Starts()
+
+
+class Pending(Generic[T]):
+    """A collective under way, made by `start`; `wait` gives its result."""
+
+    def __init__(self, finish: Callable[[], T], name: str) -> None:
+        self._finish: Callable[[], T] | None = finish
+        self._name = name
+        self._result: list[T] = []
+
+    def wait(self) -> T:
+        """The result, with its derivative; the same object however often it is asked for."""
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            self._result.append(finish())
+        if not self._result:
+            raise PmodError(explain(self._name, "its wait raised before", "Start it again."))
+        return self._result[0]
+
+    def __del__(self) -> None:
+        if getattr(self, "_finish", None) is not None:
+            warnings.warn(
+                explain(self._name, "a Pending was never waited for", "Call .wait(), also where the result is unused."),
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
+    """Start a collective and return at once; ``.wait()`` gives the same differentiable result.
+
+    f is any pure function of tensors, usually a collective. What it does before its first message is done now, the rest
+    at `wait`, for which f is run a second time and finds the message that was sent. Until then its tensors must stay as
+    they are: where one was changed in place, `wait` raises. All ranks start and wait in the same order. Under
+    torch.func transforms and torch.compile nothing is sent ahead: the result is ready at once.
+
+    Raises: what f raises, at once if it is about its arguments.
+
+    >>> pending = pmod.start(pmod.psum, torch.ones(2), mesh["model"])
+    >>> pending.wait()  # after some other work
+    tensor([1., 1.])
+    """
+    name = getattr(f, "__name__", type(f).__name__)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        result = f(*args, **kwargs)
+        return Pending(lambda: result, name)
+    if _starts.active:
+        raise PmodError(explain("start", f"{name} calls start itself", "Start the functions one by one."))
+    mesh, grad = ambient(), torch.is_grad_enabled()
+    tensors = [x for x in _tensors((args, kwargs)) if not x.is_inference()]
+    versions = [x._version for x in tensors]
+    _starts.active = _starts.sending = True
+    try:
+        result = f(*args, **kwargs)
+    except _Sending:
+        ahead = _starts.ahead
+    else:  # no message was needed
+        return Pending(lambda: result, name)
+    finally:
+        _starts.active = _starts.sending = False
+        _starts.ahead = []
+
+    def finish() -> T:
+        if any(x._version != version for x, version in zip(tensors, versions, strict=True)):
+            raise ArgumentError(
+                explain(name, "a tensor was changed in place between start and wait", "Change a copy, or wait first.")
+            )
+        _starts.active, _starts.ahead = True, ahead
+        try:
+            with torch.set_grad_enabled(grad), under(mesh):
+                return f(*args, **kwargs)
+        finally:
+            _starts.active, _starts.ahead = False, []
+
+    return Pending(finish, name)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    branches: Any = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [x for branch in branches for x in _tensors(branch)]

@@ -1,0 +1,473 @@
+"""The rows of the derivative table that keep a tensor's shape, each pair right above its public functions.
+
+A public function resolves its axis, checks its arguments, and binds a row. The kinds, V (varying) and I (invariant),
+are explained in `_autodiff`. The rows that cut and join along a dim are in `_slices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from pmod import _groups
+from pmod._ambient import resolve
+from pmod._arguments import (
+    accumulate_in,
+    check_mean,
+    check_order,
+    check_permutation,
+    check_root,
+    check_sum,
+    check_tensor,
+    targets_of,
+    wrong,
+)
+from pmod._autodiff import Call, I, Params, Row, V, bind, pair, without_derivative
+from pmod._errors import AxisError, PmodError, ShapeError, explain
+from pmod._mesh import Axis, AxisLike
+from pmod._pytree import Tree, map_leaves, together
+from pmod._wire import Reduction, Sent, Wire, accumulator, real_sum, wire_of
+
+Check = Callable[[Tensor, str, Axis], None]
+
+
+# --- psum <-> pvary -------------------------------------------------------------------------------
+
+
+def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent:
+    divisor, asked = params
+    return real_sum(x, lambda y, _: wire.all_reduce(y, "sum", accumulator(y.dtype, asked), divisor))
+
+
+def _send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
+    divisor, _ = params
+    return x.view_as(x) if divisor == 1 else x / divisor
+
+
+# a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is rounded
+PSUM, PVARY = pair(
+    Row("psum", V, I, _send_psum, fused=True),
+    Row("pvary", I, V, _send_pvary, local=True),
+)
+
+
+def _fused(
+    function: str, row: Row, tree: Tree, axis: Axis, params: Params, check: Check, number: type | None = None
+) -> Tree:
+    """Bind an elementwise row to a tree; with `number`, Python numbers are leaves too (metrics)."""
+
+    if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
+        check_tensor(tree, function, axis)
+        check(tree, function, axis)
+        return tree if axis.size == 1 and row.alone else cast(Tree, bind(Call(row, axis, params), [tree])[0])
+
+    def run(leaves: list[Any]) -> list[Any]:
+        tensors = [x if isinstance(x, Tensor) or number is None else _from_number(x, number) for x in leaves]
+        for x in tensors:
+            check_tensor(x, function, axis)
+            check(x, function, axis)
+        ys = together(row, tensors, axis, params)
+        return [y if isinstance(x, Tensor) else y.item() for x, y in zip(leaves, ys, strict=True)]
+
+    return map_leaves(run, tree, function)
+
+
+def _from_number(x: Any, least: type) -> Any:
+    """A number as the 0-d tensor that travels for it; anything else unchanged."""
+    if not isinstance(x, int | float | complex):
+        return x
+    widest = type(x + least(0))
+    dtype = {int: torch.int64, float: torch.float64, complex: torch.complex128}[widest]
+    return torch.tensor(x, dtype=dtype, device=_groups.number_device())
+
+
+def _anything(x: Tensor, function: str, axis: Axis) -> None:
+    """No dtype is refused."""
+
+
+def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -> Tree:
+    """Sum over the axis: the same value on every rank.
+
+    V -> I. Transpose: pvary (its gradient needs no message).
+    Shapes: x (...) -> (...).
+    Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks, (n-1) x, in one round trip.
+    16-bit floats add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
+    Trees travel as one message per dtype and device; Python numbers come back as numbers.
+    Raises: ArgumentError for bool. JAX: lax.psum.
+
+    >>> pmod.simulate(lambda: pmod.psum(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
+    [tensor([2., 1.]), tensor([2., 1.])]
+    >>> pmod.simulate(lambda: pmod.psum({"seen": 3, "loss": 0.5}, "model"), model=2)[0]
+    {'seen': 6, 'loss': 1.0}
+    """
+    bound = resolve(axis, "psum")
+    params = (1, accumulate_in(reduce_dtype, "psum", bound))
+    return _fused("psum", PSUM, x, bound, params, check_sum, int)
+
+
+def pmean(
+    x: Tree, axis: AxisLike, *, weight: Tensor | float | None = None, reduce_dtype: torch.dtype | None = None
+) -> Tree:
+    """Mean over the axis: the same value on every rank.
+
+    V -> I. Transpose: pvary / n.
+    Shapes: x (...) -> (...). weight: a number or a tensor per rank that broadcasts to x; then psum(w x) / psum(w),
+    which is the mean over all samples where ranks hold different numbers of them. Both sums travel in one message.
+    Cost and dtypes: as psum; 16-bit means are divided in float32.
+    Raises: ArgumentError for bool and integer tensors. JAX: lax.pmean.
+
+    >>> pmod.simulate(lambda: pmod.pmean(torch.tensor([0.0, 4.0 * pmod.axis_index("data")]), "data"), data=2)
+    [tensor([0., 2.]), tensor([0., 2.])]
+    >>> pmod.simulate(lambda: pmod.pmean(1.0, "data", weight=3), data=2)
+    [1.0, 1.0]
+    """
+    bound = resolve(axis, "pmean")
+    asked = accumulate_in(reduce_dtype, "pmean", bound)
+    if weight is None:
+        return _fused("pmean", PSUM, x, bound, (bound.size, asked), check_mean, float)
+    return map_leaves(lambda leaves: _weighted(leaves, weight, bound, asked), x, "pmean")
+
+
+def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str | None) -> list[Any]:
+    xs = [x if isinstance(x, Tensor) else _from_number(x, float) for x in leaves]
+    for x in xs:
+        check_tensor(x, "pmean", axis)
+        check_mean(x, "pmean", axis)
+    wide = [x.to(accumulator(x.dtype, asked)) for x in xs]
+    weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    for x in wide:
+        if (x.dtype, x.device) not in weights:
+            weights[x.dtype, x.device] = _weight_like(weight, x, axis)
+        _check_broadcasts(weights[x.dtype, x.device], x, axis)
+    sums = together(PSUM, [x * weights[x.dtype, x.device] for x in wide] + list(weights.values()), axis, (1, asked))
+    totals = dict(zip(weights, sums[len(wide) :], strict=True))
+    ys = [(y / totals[y.dtype, y.device]).to(x.dtype) for x, y in zip(xs, sums, strict=False)]
+    return [y if isinstance(x, Tensor) else y.item() for x, y in zip(leaves, ys, strict=True)]
+
+
+def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:
+    if isinstance(weight, Tensor):
+        check_tensor(weight, "pmean", axis)
+        return weight.to(x.dtype)
+    return torch.tensor(weight, dtype=x.dtype, device=x.device)
+
+
+def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
+    shape, wanted = weight.shape, x.shape
+    fits = len(shape) <= len(wanted) and all(
+        w in (1, k) for w, k in zip(reversed(shape), reversed(wanted), strict=False)
+    )
+    if not fits:
+        given = f"weight has shape {tuple(shape)} and x has shape {tuple(wanted)}"
+        raise wrong(ShapeError, "pmean", axis, given, "Pass a number, or a weight that broadcasts to x.")
+
+
+def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -> Tree:
+    """Use an invariant value in varying computation: x itself, whose gradient is summed over the axis.
+
+    I -> V. Transpose: psum; one message per dtype and device for a whole tree.
+    Shapes: x (...) -> (...); the result may share storage with x. Cost: nothing forward.
+    reduce_dtype: what 16-bit gradients add up in, float32 by default.
+    JAX: lax.pcast(x, axis, to="varying"), which JAX inserts by itself.
+
+    >>> def gradient():
+    ...     w = torch.tensor(2.0, requires_grad=True)  # one parameter, held by all
+    ...     x = torch.tensor(1.0 + pmod.axis_index("data"))  # data of this rank
+    ...     loss = pmod.psum(pmod.pvary(w, "data") * x, "data")
+    ...     loss.backward()
+    ...     return w.grad
+    >>> pmod.simulate(gradient, data=2)
+    [tensor(3.), tensor(3.)]
+    """
+    bound = resolve(axis, "pvary")
+    params = (1, accumulate_in(reduce_dtype, "pvary", bound))
+    return _fused("pvary", PVARY, x, bound, params, _anything)
+
+
+# --- pmax, pmin: not linear, composed from the rows -----------------------------------------------
+
+
+def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
+    how: Reduction = params[0]
+    carried = x.to(torch.uint8) if x.dtype == torch.bool else x
+    return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
+
+
+EXTREMUM = without_derivative(Row("extremum", V, I, _send_extremum, fused=True))
+
+
+def pmax(x: Tree, axis: AxisLike) -> Tree:
+    """Elementwise maximum over the axis; a NaN on any rank comes through.
+
+    V -> I. Derivative: to the ranks that attain it, shared equally among them; it exists where the maximum is NaN or
+    infinite, too. Where one is wanted, a second message counts those ranks (2 x).
+    Shapes: x (...) -> (...). bool is any; Python numbers come back as numbers.
+    Cost: as psum. Raises: ArgumentError for complex. JAX: lax.pmax, which has no derivative.
+
+    >>> pmod.simulate(lambda: pmod.pmax(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
+    [tensor([1., 1.]), tensor([1., 1.])]
+    """
+    return _extremum("pmax", "max", x, axis)
+
+
+def pmin(x: Tree, axis: AxisLike) -> Tree:
+    """Elementwise minimum over the axis; a NaN on any rank comes through.
+
+    V -> I. As `pmax` in all else; bool is all.
+
+    >>> pmod.simulate(lambda: pmod.pmin(pmod.axis_index("model") - 2, "model"), model=2)
+    [-2, -2]
+    """
+    return _extremum("pmin", "min", x, axis)
+
+
+def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree:
+    bound = resolve(axis, function)
+
+    def run(leaves: list[Any]) -> list[Any]:
+        xs = [x if isinstance(x, Tensor) else _from_number(x, int) for x in leaves]
+        for x in xs:
+            check_tensor(x, function, bound)
+            check_order(x, function, bound)
+        if bound.size == 1:
+            return leaves
+        values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
+        smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and _differentiated(x)]
+        derived = _attach([xs[i] for i in smooth], [values[i] for i in smooth], bound)
+        for i, y in zip(smooth, derived, strict=True):
+            values[i] = y
+        return [y if isinstance(x, Tensor) else type(x)(y.item()) for x, y in zip(leaves, values, strict=True)]
+
+    return map_leaves(run, tree, function)
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether somebody may ask for a derivative with respect to x."""
+    return (
+        (torch.is_grad_enabled() and x.requires_grad)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+    )
+
+
+def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
+    """The values with the derivative of an extremum: the mean over the ranks that attain it.
+
+    s below is that mean up to a constant factor, and is linear in x; s - s.detach() is exactly 0 with the derivative of
+    s. The factor 1 / (2n) keeps the sum finite for the largest finite x. Where the value is infinite the difference
+    would be NaN, and s itself is the value.
+    """
+    if not xs:
+        return []
+    n = axis.size
+    attained = [(x.detach() == y) | (x.detach().isnan() & y.isnan()) for x, y in zip(xs, values, strict=True)]
+    parts = [torch.where(hit, x / (2 * n), 0) for hit, x in zip(attained, xs, strict=True)]
+    hits = [hit.to(x.dtype) for hit, x in zip(attained, xs, strict=True)]
+    sums = together(PSUM, parts + hits, axis, (1, None))
+    out: list[Tensor] = []
+    for y, s, count in zip(values, sums[: len(xs)], sums[len(xs) :], strict=True):
+        scale = 2 * n / count
+        out.append(torch.where(y.isfinite(), y + (s - s.detach()) * scale, s * scale))
+    return out
+
+
+# --- pick <-> place -------------------------------------------------------------------------------
+
+
+def _send_broadcast(x: Tensor, wire: Wire, params: Params) -> Sent:
+    return wire.broadcast(x, params[0])
+
+
+def _send_place(x: Tensor, wire: Wire, params: Params) -> Tensor:
+    return x.view_as(x) if wire.index == params[0] else torch.zeros_like(x)
+
+
+PICK, PLACE = pair(
+    Row("pick", V, I, _send_broadcast, fused=True),
+    Row("place", I, V, _send_place, local=True),
+)
+
+
+def pick(x: Tree, axis: AxisLike, *, src: int = 0) -> Tree:
+    """src's value, as one value that all ranks hold and use alike.
+
+    V -> I. Transpose: place. `broadcast` is the V -> V form, for a value that each rank then uses in its own way.
+    Shapes: x (...) -> (...), the same shape on all ranks. Cost: one broadcast.
+    Raises: AxisError where src is no index along the axis.
+
+    >>> pmod.simulate(lambda: pmod.pick(torch.tensor(10 + pmod.axis_index("model")), "model", src=1), model=2)
+    [tensor(11), tensor(11)]
+    """
+    bound = resolve(axis, "pick")
+    return _fused("pick", PICK, x, bound, (check_root(src, "pick", bound, name="src"),), _anything)
+
+
+def place(x: Tree, axis: AxisLike, *, dst: int = 0) -> Tree:
+    """An invariant value put on one rank: x on dst, zeros elsewhere.
+
+    I -> V. Transpose: pick. Shapes: x (...) -> (...); on dst the result may share storage with x.
+    Cost: nothing forward, one broadcast backward. Raises: AxisError where dst is no index along the axis.
+
+    >>> pmod.simulate(lambda: pmod.place(torch.tensor(5), "model", dst=1), model=2)
+    [tensor(0), tensor(5)]
+    """
+    bound = resolve(axis, "place")
+    return _fused("place", PLACE, x, bound, (check_root(dst, "place", bound, name="dst"),), _anything)
+
+
+# --- broadcast <-> reduce -------------------------------------------------------------------------
+
+
+def _send_reduce(x: Tensor, wire: Wire, params: Params) -> Sent:
+    root, asked = params
+    return real_sum(x, lambda y, _: wire.reduce(y, root, accumulator(y.dtype, asked)))
+
+
+BROADCAST, REDUCE = pair(
+    Row("broadcast", V, V, _send_broadcast, fused=True),
+    Row("reduce", V, V, _send_reduce, fused=True),
+)
+
+
+def broadcast(x: Tree, axis: AxisLike, *, src: int = 0, reduce_dtype: torch.dtype | None = None) -> Tree:
+    """src's value on every rank, each of which goes on in its own way: the gradients add up on src.
+
+    V -> V. Transpose: reduce. `pick` is the V -> I form, for a value that all ranks use alike.
+    Shapes: x (...) -> (...), the same shape on all ranks. Cost: one broadcast. reduce_dtype: what 16-bit gradients add
+    up in, float32 by default. Raises: AxisError where src is no index along the axis.
+
+    >>> pmod.simulate(lambda: pmod.broadcast(torch.tensor(10 + pmod.axis_index("model")), "model", src=1), model=2)
+    [tensor(11), tensor(11)]
+    """
+    bound = resolve(axis, "broadcast")
+    params = (check_root(src, "broadcast", bound, name="src"), accumulate_in(reduce_dtype, "broadcast", bound))
+    return _fused("broadcast", BROADCAST, x, bound, params, _anything)
+
+
+def reduce(x: Tree, axis: AxisLike, *, dst: int = 0, reduce_dtype: torch.dtype | None = None) -> Tree:
+    """The sum on dst, zeros elsewhere.
+
+    V -> V. Transpose: broadcast. Shapes: x (...) -> (...).
+    Cost: x sent to dst by every other rank. 16-bit floats add up in float32 unless reduce_dtype says otherwise.
+    Raises: AxisError where dst is no index along the axis; ArgumentError for bool.
+
+    >>> pmod.simulate(lambda: pmod.reduce(torch.tensor(1 + pmod.axis_index("model")), "model", dst=1), model=2)
+    [tensor(0), tensor(3)]
+    """
+    bound = resolve(axis, "reduce")
+    params = (check_root(dst, "reduce", bound, name="dst"), accumulate_in(reduce_dtype, "reduce", bound))
+    return _fused("reduce", REDUCE, x, bound, params, check_sum)
+
+
+# --- permute <-> its inverse ----------------------------------------------------------------------
+
+
+def _send_permute(x: Tensor, wire: Wire, params: Params) -> Sent:
+    (targets,) = params
+    source = targets.index(wire.index) if wire.index in targets else None
+    target = targets[wire.index] if targets[wire.index] >= 0 else None
+    return wire.permute(x, target, source)
+
+
+def _inverse(params: Params) -> Params:
+    (targets,) = params
+    return (tuple(targets.index(rank) if rank in targets else -1 for rank in range(len(targets))),)
+
+
+PERMUTE = Row("permute", V, V, _send_permute, flip=_inverse, fused=True, alone=False)
+pair(PERMUTE, PERMUTE)
+
+
+def _permuted(function: str, x: Tree, axis: Axis, targets: tuple[int, ...]) -> Tree:
+    if targets == tuple(range(axis.size)):  # nothing moves
+        return map_leaves(lambda leaves: [check_tensor(y, function, axis) or y for y in leaves], x, function)
+    return _fused(function, PERMUTE, x, axis, (targets,), _anything)
+
+
+def ppermute(x: Tree, axis: AxisLike, perm: Sequence[tuple[int, int]]) -> Tree:
+    """Send along (source, target) pairs of indices; zeros where nothing arrives.
+
+    V -> V. Transpose: the inverse permutation. Shapes: x (...) -> (...), the same shape on all ranks.
+    Cost: x sent once; where nothing moves, the result is x itself.
+    Raises: AxisError where an index is outside the axis, or a source or a target comes twice.
+    JAX: lax.ppermute, which numbers the ranks of a tuple of axes in mesh order; here the first name is slowest.
+
+    >>> pmod.simulate(lambda: pmod.ppermute(torch.tensor(1 + pmod.axis_index("model")), "model", [(0, 1)]), model=2)
+    [tensor(0), tensor(1)]
+    """
+    bound = resolve(axis, "ppermute")
+    return _permuted("ppermute", x, bound, targets_of(perm, "ppermute", bound))
+
+
+def pshuffle(x: Tree, axis: AxisLike, perm: Sequence[int]) -> Tree:
+    """Output i comes from input perm[i].
+
+    V -> V. Transpose: the inverse permutation. Shapes: x (...) -> (...), the same shape on all ranks.
+    Cost: x sent once; where nothing moves, the result is x itself.
+    Raises: AxisError where perm is no permutation. JAX: lax.pshuffle.
+
+    >>> pmod.simulate(lambda: pmod.pshuffle(torch.tensor(pmod.axis_index("x")), "x", [2, 0, 1]), x=3)
+    [tensor(2), tensor(0), tensor(1)]
+    """
+    bound = resolve(axis, "pshuffle")
+    sources = check_permutation(perm, "pshuffle", bound)
+    targets = tuple(sources.index(rank) for rank in range(bound.size))
+    return _permuted("pshuffle", x, bound, targets)
+
+
+def pshift(x: Tree, axis: AxisLike, offset: int = 1, *, wrap: bool = True) -> Tree:
+    """The value of the rank `offset` before: a step of a ring. Without wrap, zeros where nothing arrives.
+
+    V -> V. Transpose: the shift back. Shapes: x (...) -> (...), the same shape on all ranks. Cost: x sent once.
+    Raises: AxisError where offset is no int.
+
+    >>> pmod.simulate(lambda: pmod.pshift(torch.tensor(pmod.axis_index("x")), "x"), x=3)
+    [tensor(2), tensor(0), tensor(1)]
+    """
+    bound = resolve(axis, "pshift")
+    if isinstance(offset, bool) or not isinstance(offset, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise wrong(AxisError, "pshift", bound, f"offset is {offset!r}", "Pass an int.")
+    n = bound.size
+    targets = tuple((rank + offset) % n if wrap or 0 <= rank + offset < n else -1 for rank in range(n))
+    return _permuted("pshift", x, bound, targets)
+
+
+# --- where this rank is ---------------------------------------------------------------------------
+
+
+def axis_index(axis: AxisLike) -> int:
+    """This rank's index along the axis; of a tuple, in the flattened group (first name slowest).
+
+    A Python int, also in compiled code. JAX: lax.axis_index, which is traced.
+
+    >>> pmod.simulate(lambda: pmod.axis_index(("data", "model")), data=2, model=2)
+    [0, 1, 2, 3]
+    """
+    return resolve(axis, "axis_index").index
+
+
+def axis_size(axis: AxisLike) -> int:
+    """The number of ranks along the axis; of a tuple, the product. JAX: lax.axis_size.
+
+    >>> pmod.axis_size(mesh["model"])
+    1
+    """
+    return resolve(axis, "axis_size").size
+
+
+def barrier(axis: AxisLike) -> None:
+    """Wait until every rank of the axis has come here.
+
+    Raises: PmodError under torch.compile, whose graphs hold no effects.
+
+    >>> pmod.barrier(mesh["model"])
+    """
+    if torch.compiler.is_compiling():
+        raise PmodError(explain("barrier", "it is called in compiled code", "Call it outside the compiled function."))
+    bound = resolve(axis, "barrier")
+    wire_of(bound).barrier()

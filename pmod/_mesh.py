@@ -1,0 +1,606 @@
+"""`Mesh`: named axes over ranks; `Axis`: one axis bound to this rank's place; `make_mesh`.
+
+A mesh is held as arithmetic, not as an array: axis i is a list of factors (size, stride), slowest first, and
+
+    rank(coords) = offset + sum of the strides times the digits of the coords
+
+so that 131,072 ranks cost as much as four. Flattening joins lists of factors, splitting cuts them. Only a mesh over
+ranks in no such order (``ranks=[3, 0, 2]``) holds them, as `base`, and the arithmetic then gives places in `base`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import attrs
+import numpy as np
+import torch
+
+from pmod import _groups
+from pmod._draw import mesh_html, mesh_text
+from pmod._errors import AxisError, explain, near_miss
+from pmod._topology import Topology
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+Factors: TypeAlias = tuple[tuple[int, int], ...]
+"""(size, stride) pairs, slowest first."""
+
+
+@attrs.frozen(eq=False)
+class Axis:
+    """One axis (or several flattened) through this rank: what a collective runs over.
+
+    `key` says all of it but the device as a text that can be read back (`Axis.parse`): what torch.compile puts into its
+    graphs, which may be run by another process than the one that traced them. `group_key` names ranks and order only.
+    """
+
+    label: str | tuple[str, ...]
+    offset: int
+    factors: Factors
+    base: tuple[int, ...] | None
+    index: int
+    coords: tuple[tuple[str, int], ...]
+    size: int = attrs.field(init=False)
+    group_key: str = attrs.field(init=False)
+    key: str = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "size", math.prod(size for size, _ in self.factors))
+        object.__setattr__(self, "group_key", repr((self.offset, self.factors, self.base)))
+        fields = (self.label, self.offset, self.factors, self.base, self.index, self.coords)
+        object.__setattr__(self, "key", repr(fields))
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks in the order of the axis."""
+        places = _places(self.offset, (self.factors,)).reshape(-1).tolist()
+        return places if self.base is None else [self.base[place] for place in places]
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The process group over these ranks, made on first use."""
+        return _groups.group_of(self.group_key, lambda: self.ranks)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(key: str) -> Axis:
+        """The axis that `key` was written for, at this process's place."""
+        label, offset, factors, base, index, coords = ast.literal_eval(key)
+        return Axis(label, offset, factors, base, index, coords)
+
+
+def _places(offset: int, axes: Iterable[Factors]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """rank(coords) for all coords: an array with one dimension per axis."""
+    place = np.array(offset, dtype=np.int64)
+    shape: list[int] = []
+    for factors in axes:
+        shape.append(math.prod(size for size, _ in factors))
+        for size, stride in factors:
+            place = np.add.outer(place, np.arange(size, dtype=np.int64) * stride)
+    return place.reshape(shape)
+
+
+def _merged(factors: Factors) -> Factors:
+    """The shortest list of factors for the same ranks, so that equal axes compare equal."""
+    out: list[tuple[int, int]] = []
+    for size, stride in factors:
+        if size == 1:
+            continue
+        if out and out[-1][1] == size * stride:
+            out[-1] = (out[-1][0] * size, stride)
+        else:
+            out.append((size, stride))
+    return tuple(out)
+
+
+def _digits(factors: Factors, index: int) -> int:
+    """What index along an axis adds to the rank."""
+    place = 0
+    for size, stride in reversed(factors):
+        index, digit = divmod(index, size)
+        place += digit * stride
+    return place
+
+
+@attrs.frozen(eq=False, repr=False)
+class Mesh:
+    """Ordered axis names over an array of ranks: the immutable value that gives axis names their meaning.
+
+    Made by `make_mesh`, or from another mesh by ``mesh[axis]``, `flatten`, `split`, `rename`. It compares and hashes by
+    its axes and ranks, not by the process that asks; a pickled mesh finds its own place where it is loaded. It holds no
+    process group: groups live in one cache keyed by the ranks, and are made on first use by their own members only.
+
+    >>> mesh = pmod.make_mesh(data=2, model=2, topology=pmod.Topology(rank=1, world_size=4))
+    >>> mesh.shape
+    {'data': 2, 'model': 2}
+    >>> mesh.coords
+    {'data': 0, 'model': 1}
+    >>> mesh["model"].ranks
+    array([0, 1])
+    """
+
+    axis_names: tuple[str, ...]
+    _axes: tuple[Factors, ...]
+    _offset: int
+    _base: tuple[int, ...] | None
+    topology: Topology
+    _sizes: tuple[int, ...] = attrs.field(init=False)
+    _coords: tuple[int, ...] | None = attrs.field(init=False)
+    _key: str = attrs.field(init=False)  # says which mesh and which place in it
+    _axis_key: str = attrs.field(init=False)  # all axes flattened, as Axis.parse reads it; "" outside
+    # what was looked up once: a memo, no state (it changes no answer), and left out of pickles
+    _bound: dict[object, Axis] = attrs.field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        set_once = object.__setattr__
+        set_once(self, "_axes", tuple(_merged(factors) for factors in self._axes))
+        set_once(self, "_sizes", tuple(math.prod(size for size, _ in factors) for factors in self._axes))
+        set_once(self, "_coords", self._coords_of(self.topology.rank))
+        base = None if self._base is None else hashlib.sha1(repr(self._base).encode()).hexdigest()
+        set_once(self, "_key", repr((self.axis_names, self._axes, self._offset, base, self._coords)))
+        set_once(self, "_axis_key", "" if self._coords is None else self.bind(self.label, "make_mesh").key)
+
+    # --- what it is -------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Axis name -> size, in the order of the axes."""
+        return dict(zip(self.axis_names, self._sizes, strict=True))
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return math.prod(self._sizes)
+
+    @property
+    def ranks(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The ranks, one dimension per axis; read-only, int64."""
+        ranks = _places(self._offset, self._axes)
+        if self._base is not None:
+            ranks = np.asarray(self._base, dtype=np.int64)[ranks]
+        ranks.flags.writeable = False
+        return ranks
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.topology.device
+
+    @property
+    def coords(self) -> dict[str, int] | None:
+        """Axis name -> this rank's index; None on a rank outside the mesh."""
+        return None if self._coords is None else dict(zip(self.axis_names, self._coords, strict=True))
+
+    def coords_of(self, rank: int) -> dict[str, int] | None:
+        """Axis name -> the index of `rank`; None where it is outside the mesh."""
+        coords = self._coords_of(rank)
+        return None if coords is None else dict(zip(self.axis_names, coords, strict=True))
+
+    def _coords_of(self, rank: int) -> tuple[int, ...] | None:
+        if self._base is not None:
+            if rank not in self._base:
+                return None
+            rank = self._base.index(rank)
+        rest = rank - self._offset
+        if rest < 0:
+            return None
+        # strides nest (each is at least the whole extent of the next), so the largest stride is the leading digit
+        flat = [(stride, size, a, f) for a, axis in enumerate(self._axes) for f, (size, stride) in enumerate(axis)]
+        digits: dict[tuple[int, int], int] = {}
+        for stride, size, a, f in sorted(flat, reverse=True):
+            digits[a, f], rest = divmod(rest, stride)
+            if digits[a, f] >= size:
+                return None
+        if rest:
+            return None
+        return tuple(
+            sum(digits[a, f] * math.prod(size for size, _ in axis[f + 1 :]) for f in range(len(axis)))
+            for a, axis in enumerate(self._axes)
+        )
+
+    @property
+    def label(self) -> str | tuple[str, ...]:
+        """What names all axes at once: the name of the only axis, else the tuple of names."""
+        return self.axis_names[0] if len(self.axis_names) == 1 else self.axis_names
+
+    # --- axes -------------------------------------------------------------------------------------
+
+    def bind(self, axis: object, function: str) -> Axis:
+        """The axis (a name, a tuple of names, a sub-mesh) through this rank; `function` is for the error."""
+        if isinstance(axis, Mesh):
+            return axis.bind(axis.label, function)
+        label, numbers = self._numbers(axis, function)
+        if self._coords is None:
+            raise AxisError(
+                explain(
+                    function,
+                    f"rank {self.topology.rank} is outside the mesh {self.shape} over ranks {_few(self.ranks)}",
+                    "Call it on the ranks of the mesh only (mesh.coords is not None there).",
+                    axis=axis,
+                )
+            )
+        offset = self._offset
+        for number, (factors, index) in enumerate(zip(self._axes, self._coords, strict=True)):
+            if number not in numbers:
+                offset += _digits(factors, index)
+        factors = _merged(tuple(factor for number in numbers for factor in self._axes[number]))
+        index = 0
+        for number in numbers:
+            index = index * self._sizes[number] + self._coords[number]
+        coords = tuple(zip(self.axis_names, self._coords, strict=True))
+        bound = Axis(label, offset, factors, self._base, index, coords)
+        self._bound[label] = bound
+        return bound
+
+    def _numbers(self, axis: object, function: str) -> tuple[str | tuple[str, ...], list[int]]:
+        """The label to show, and the places of the named axes in this mesh."""
+        names = (axis,) if isinstance(axis, str) else axis
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            raise AxisError(
+                explain(
+                    function,
+                    f"axis is {axis!r}, a {type(axis).__name__}",
+                    f"Pass a name of {self.axis_names}, a tuple of names, or a sub-mesh such as mesh['{self._any()}'].",
+                    coords=self.coords,
+                )
+            )
+        for name in names:
+            if name not in self.axis_names:
+                raise AxisError(
+                    explain(
+                        function,
+                        f"no axis {name!r}{near_miss(name, self.axis_names)}",
+                        f"The mesh has {self.shape}.",
+                        axis=axis,
+                        coords=self.coords,
+                    )
+                )
+        if len(set(names)) != len(names):
+            raise AxisError(
+                explain(function, "an axis is named twice", "Name each axis once.", axis=axis, coords=self.coords)
+            )
+        return axis if isinstance(axis, str) else tuple(names), [self.axis_names.index(name) for name in names]
+
+    def _any(self) -> str:
+        return self.axis_names[-1] if self.axis_names else "model"
+
+    def axis_index(self, axis: AxisLike) -> int:
+        """This rank's index along the axis; of a tuple, in the flattened group (first name slowest)."""
+        return self.bind(axis, "Mesh.axis_index").index
+
+    def axis_size(self, axis: AxisLike) -> int:
+        """The number of ranks along the axis; of a tuple, the product."""
+        if isinstance(axis, Mesh):
+            return axis.size
+        return math.prod(self._sizes[number] for number in self._numbers(axis, "Mesh.axis_size")[1])
+
+    def group(self, axis: AxisLike) -> ProcessGroup:
+        """The process group of the axis through this rank, for DDP and all else that takes one.
+
+        Made on first use by its own members only; the ranks are in the order of the axis. At size 1 a one-rank group.
+        """
+        return self.bind(axis, "Mesh.group").group
+
+    def __getitem__(self, axis: str | tuple[str, ...]) -> Mesh:
+        return _sub_mesh(self, axis)
+
+    # --- new meshes from this one -----------------------------------------------------------------
+
+    def _with(self, axes: Iterable[tuple[str, Factors]], offset: int | None = None) -> Mesh:
+        names, factors = zip(*axes, strict=True)
+        _check_names(names)
+        return Mesh(names, factors, self._offset if offset is None else offset, self._base, self.topology)
+
+    def flatten(self, axes: tuple[str, ...], name: str) -> Mesh:
+        """Join axes into one called `name`, first of `axes` slowest, at the place of the first of them in the mesh.
+
+        >>> mesh = pmod.make_mesh(data=2, model=2, topology=pmod.Topology(rank=0, world_size=4))
+        >>> mesh.flatten(("model", "data"), "all").ranks
+        array([0, 2, 1, 3])
+        """
+        _, numbers = self._numbers(tuple(axes), "Mesh.flatten")
+        if not numbers:
+            raise AxisError(explain("Mesh.flatten", "no axis is named", "Name one or more axes of the mesh."))
+        joined = tuple(factor for number in numbers for factor in self._axes[number])
+        kept: list[tuple[str, Factors]] = []
+        for number, old in enumerate(zip(self.axis_names, self._axes, strict=True)):
+            if number == min(numbers):
+                kept.append((name, joined))
+            elif number not in numbers:
+                kept.append(old)
+        return self._with(kept)
+
+    def split(self, axis: str, **sizes: int) -> Mesh:
+        """Cut one axis into several, first slowest; one size may be -1.
+
+        >>> mesh = pmod.make_mesh(data=4, topology=pmod.Topology(rank=0, world_size=4))
+        >>> mesh.split("data", node=2, local=-1).shape
+        {'node': 2, 'local': 2}
+        """
+        _, (number,) = self._numbers((axis,), "Mesh.split")
+        whole = self._sizes[number]
+        cut = _fill_in(sizes, whole, "Mesh.split", f"axis {axis!r} has {whole}")
+        parts: list[tuple[str, Factors]] = []
+        rest = self._axes[number]
+        for name, size in reversed(cut.items()):
+            taken, rest = _take_fastest(rest, size)
+            parts.insert(0, (name, taken))
+        old = list(zip(self.axis_names, self._axes, strict=True))
+        return self._with([*old[:number], *parts, *old[number + 1 :]])
+
+    def rename(self, **old_new: str) -> Mesh:
+        """The same mesh under other axis names: ``mesh.rename(data="batch")``."""
+        self._numbers(tuple(old_new), "Mesh.rename")
+        return self._with(zip((old_new.get(name, name) for name in self.axis_names), self._axes, strict=True))
+
+    # --- torch's DeviceMesh -----------------------------------------------------------------------
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """A torch ``DeviceMesh`` over the same process groups, for DTensor, FSDP2 and DCP.
+
+        Makes the groups of all axes through this rank.
+        """
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not self.axis_names:
+            raise AxisError(explain("Mesh.device_mesh", "the mesh has no axis", "Make it with one axis or more."))
+        groups = [self.group(name) for name in self.axis_names]
+        kind = self.device.type
+        if len(groups) == 1:
+            return DeviceMesh.from_group(groups[0], kind, mesh=self.ranks.tolist(), mesh_dim_names=self.axis_names)
+        return DeviceMesh.from_group(
+            groups, kind, mesh=torch.from_numpy(self.ranks.copy()), mesh_dim_names=self.axis_names
+        )
+
+    @staticmethod
+    def from_device_mesh(device_mesh: DeviceMesh) -> Mesh:
+        """The mesh with the axes, ranks and process groups of a torch ``DeviceMesh``; unnamed axes are dim0, dim1."""
+        ranks = device_mesh.mesh
+        names = device_mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(ranks.ndim))
+        sizes = dict(zip(names, ranks.shape, strict=True))
+        mesh = make_mesh(sizes, ranks=ranks.reshape(-1).tolist(), topology=_world_topology())
+        for number, name in enumerate(names):
+            if mesh.coords is not None:
+                axis = mesh.bind(name, "Mesh.from_device_mesh")
+                _groups.adopt(axis.group_key, device_mesh.get_group(number))
+        return mesh
+
+    # --- value semantics --------------------------------------------------------------------------
+
+    def _ends(self) -> tuple[int, int]:
+        """The first and the last rank, without listing the others."""
+        last = self._offset + sum(
+            _digits(factors, size - 1) for factors, size in zip(self._axes, self._sizes, strict=True)
+        )
+        return (self._offset, last) if self._base is None else (self._base[self._offset], self._base[last])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mesh):
+            return NotImplemented
+        if (self.axis_names, self._sizes) != (other.axis_names, other._sizes):
+            return False
+        if self._base is None and other._base is None:
+            return (self._offset, self._axes) == (other._offset, other._axes)
+        return bool(np.array_equal(self.ranks, other.ranks))
+
+    def __hash__(self) -> int:
+        return hash((self.axis_names, self._sizes, self._ends()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_mesh, (self.axis_names, self._axes, self._offset, self._base)
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}={size}" for name, size in self.shape.items())
+        place = "outside" if self.coords is None else ", ".join(f"{name}={i}" for name, i in self.coords.items())
+        return f"Mesh({sizes}) at ({place})"
+
+    def _rank_at(self, coords: tuple[int, ...]) -> int:
+        place = self._offset + sum(_digits(factors, index) for factors, index in zip(self._axes, coords, strict=True))
+        return place if self._base is None else self._base[place]
+
+    def _node_of(self, rank: int) -> int:
+        return rank // self.topology.local_world_size
+
+    def __str__(self) -> str:
+        return mesh_text(self.axis_names, self._sizes, self._rank_at, coords=self._coords, node_of=self._node_of)
+
+    def _repr_html_(self) -> str:
+        return mesh_html(self.axis_names, self._sizes, self._rank_at, coords=self._coords, node_of=self._node_of)
+
+
+AxisLike: TypeAlias = str | tuple[str, ...] | Mesh
+"""What every ``axis`` argument takes: a name, a tuple of names (the flattened group), or a sub-mesh."""
+
+
+def _sub_mesh(mesh: Mesh, axis: object) -> Mesh:
+    _, numbers = mesh._numbers(axis, "Mesh.__getitem__")
+    bound = mesh.bind(axis, "Mesh.__getitem__")
+    return mesh._with([(mesh.axis_names[number], mesh._axes[number]) for number in numbers], bound.offset)
+
+
+# a plain attribute, read by Dynamo: inside compiled code the sub-mesh is a constant of the (guarded) mesh.
+# torch.compiler.assume_constant_result sets the same one, and imports torch._dynamo (2 s) to do so.
+_sub_mesh._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load_mesh(names: tuple[str, ...], axes: tuple[Factors, ...], offset: int, base: tuple[int, ...] | None) -> Mesh:
+    return Mesh(names, axes, offset, base, _groups.here())
+
+
+def _take_fastest(factors: Factors, size: int) -> tuple[Factors, Factors]:
+    """Cut `size` ranks off the fast end: (the factors taken, the factors left)."""
+    taken: list[tuple[int, int]] = []
+    left = list(factors)
+    need = size
+    while need > 1:
+        count, stride = left.pop()
+        part = math.gcd(count, need)
+        if part == 1 or (part < count and part != need):
+            # the digits of the flattened axes do not line up with the cut
+            raise AxisError(
+                explain("Mesh.split", f"a size of {size} cuts across the axes that were flattened into this one",
+                        "Split it by the sizes that it was flattened from.")
+            )  # fmt: skip
+        taken.insert(0, (part, stride))
+        if part < count:
+            left.append((count // part, stride * part))
+        need //= part
+    return tuple(taken), tuple(left)
+
+
+def _few(ranks: np.ndarray[Any, Any]) -> str:
+    flat = ranks.reshape(-1)
+    return str(flat.tolist()) if flat.size <= 8 else f"[{flat[0]}, {flat[1]}, ..., {flat[-1]}]"
+
+
+def _check_names(names: Iterable[object]) -> None:
+    seen: set[object] = set()
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise AxisError(explain("make_mesh", f"{name!r} is no axis name", "Name axes with non-empty strings."))
+        if name in seen:
+            raise AxisError(explain("make_mesh", f"two axes are called {name!r}", "Give each axis its own name."))
+        seen.add(name)
+
+
+def _fill_in(sizes: Mapping[str, int], total: int, function: str, have: str) -> dict[str, int]:
+    """The sizes with -1 replaced; they must multiply to `total`."""
+    _check_names(sizes)
+    for name, size in sizes.items():
+        is_int = isinstance(size, int) and not isinstance(size, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_int or (size < 1 and size != -1):
+            raise AxisError(
+                explain(function, f"{name}={size!r} is no size", "Sizes are ints of 1 or more; one may be -1.")
+            )
+    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    known = math.prod(size for size in sizes.values() if size != -1)
+    open_ = [name for name, size in sizes.items() if size == -1]
+    if len(open_) > 1:
+        raise AxisError(explain(function, f"{asked}: two sizes are -1", "Leave one size to be worked out."))
+    if open_ and total % known == 0:
+        return {name: total // known if size == -1 else size for name, size in sizes.items()}
+    if known != total or open_:
+        what = f"{asked} need{' a multiple of' if open_ else ''} {known} rank{'s' if known != 1 else ''}, but {have}"
+        raise AxisError(explain(function, what, f"Make the sizes multiply to {total}; -1 stands for the rest."))
+    return dict(sizes)
+
+
+def make_mesh(
+    axes: Mapping[str, int] | None = None,
+    /,
+    *,
+    ranks: Sequence[int] | None = None,
+    topology: Topology | None = None,
+    timeout: float | None = None,
+    **axis_sizes: int,
+) -> Mesh:
+    """Detect the launcher, connect, and name the axes of parallelism.
+
+    Sizes are given by keyword or as a mapping (for names that are no identifiers), slowest axis first; one may be -1,
+    and with no axis at all it is ``data=-1``. Ranks fill the mesh in C order, last axis fastest, so that the last axis
+    stays inside a node when it fits; a `UserWarning` names an axis that could stay inside a node and straddles two.
+
+    ranks: the ranks that the mesh covers, in mesh order; all by default. Elsewhere `Mesh.coords` is None and
+    collectives raise `AxisError`. topology: given by hand, nothing is connected before the first use. timeout: seconds
+    until a collective gives up; by default PMOD_TIMEOUT, else 600.
+
+    A process group that is initialized already is joined and left alone. With one process nothing is connected.
+
+    Raises: AxisError where the sizes do not multiply to the number of ranks; TopologyError where what the launcher says
+    is incomplete.
+
+    >>> pmod.make_mesh()
+    Mesh(data=1) at (data=0)
+    """
+    sizes = {**(axes or {}), **axis_sizes}
+    twice = set(axes or {}) & set(axis_sizes)
+    if twice:
+        raise AxisError(explain("make_mesh", f"axis {min(twice)!r} is given twice", "Give each axis once."))
+    if timeout is not None and not timeout > 0:
+        raise AxisError(explain("make_mesh", f"timeout is {timeout!r}", "Pass seconds, a number above 0."))
+    by_hand = topology is not None
+    place = topology if topology is not None else _world_topology()
+    offset, stride, base, count = _layout(ranks, place.world_size)
+    have = f"the world has {count}" if ranks is None else f"ranks lists {count}"
+    sizes = _fill_in(sizes or {"data": -1}, count, "make_mesh", have)
+    factors: list[Factors] = []
+    for size in reversed(sizes.values()):
+        factors.insert(0, ((size, stride),))
+        stride *= size
+    mesh = Mesh(tuple(sizes), tuple(factors), offset, base, place)
+    _warn_of_straddling(mesh)
+    _groups.settle(place, timeout)
+    if not by_hand and place.world_size > 1:
+        _groups.connect(place)
+    return mesh
+
+
+def _world_topology() -> Topology:
+    """What the launcher says, or what torch.distributed was initialized with (some launchers say nothing else)."""
+    import torch.distributed as dist
+
+    if _groups.simulated is not None and hasattr(_groups.simulated, "topology"):
+        return _groups.here()
+    if not (dist.is_available() and dist.is_initialized()):
+        return Topology.detect()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    known = _groups.here()
+    if (known.rank, known.world_size) == (rank, world_size):
+        return known
+    return attrs.evolve(Topology(rank=rank, world_size=world_size), device=known.device)
+
+
+def _layout(ranks: Sequence[int] | None, world_size: int) -> tuple[int, int, tuple[int, ...] | None, int]:
+    """(offset, stride, base, number of ranks) of the ranks that a mesh covers."""
+    if ranks is None:
+        return 0, 1, None, world_size
+    listed = [int(rank) for rank in np.asarray(ranks).reshape(-1)]
+    for rank in listed:
+        if not 0 <= rank < world_size:
+            raise AxisError(explain("make_mesh", f"ranks holds {rank}", f"The world has ranks 0 to {world_size - 1}."))
+    if not listed or len(set(listed)) != len(listed):
+        what = "ranks is empty" if not listed else "ranks holds a rank twice"
+        raise AxisError(explain("make_mesh", what, "List each rank that the mesh covers once."))
+    step = listed[1] - listed[0] if len(listed) > 1 else 1
+    if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
+        return listed[0], step, None, len(listed)
+    return 0, 1, tuple(listed), len(listed)
+
+
+def _warn_of_straddling(mesh: Mesh) -> None:
+    """Name an axis that crosses nodes although it and the larger axes after it would fit into one.
+
+    Larger axes have the better claim to a node, so ``data=2, model=4`` on nodes of 4 is as it should be, and
+    ``model=4, data=2`` is not.
+    """
+    place = mesh.topology
+    node = place.local_world_size
+    if place.num_nodes == 1 or mesh._base is not None or mesh.size != place.world_size:
+        return
+    inner = 1  # the stride of the axis at hand
+    for number in reversed(range(len(mesh.axis_names))):
+        size = mesh._sizes[number]
+        later = math.prod(other for other in mesh._sizes[number + 1 :] if other >= size)
+        if size > 1 and size * later <= node and node % (size * inner) != 0:
+            name = mesh.axis_names[number]
+            warnings.warn(
+                explain(
+                    "make_mesh",
+                    f"axis {name!r} (size {size}) straddles nodes of {node} ranks, though it would fit into one",
+                    f"Name it last, with a size that divides {node}, or order the ranks with ranks=.",
+                ),
+                stacklevel=3,
+            )
+        inner *= size

@@ -1,0 +1,107 @@
+"""Maps over the leaves of nested dicts, lists, tuples and namedtuples; leaves of one dtype and device sent together.
+
+Our own forty lines, because the order of the leaves decides which message is sent first: it must be the same on every
+rank, so dicts are walked by sorted key (torch's pytree walks them by insertion). None is a leaf that stays None.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from pmod._arguments import check_tensor
+from pmod._autodiff import Call, Params, Row, bind, bind_all
+from pmod._errors import ArgumentError, explain
+from pmod._mesh import Axis
+
+Tree = TypeVar("Tree")
+"""A tensor, or a dict, list, tuple or namedtuple of trees; what goes in comes out with the same structure."""
+
+
+def flatten(tree: Any, function: str, leaves: list[Any]) -> None:
+    """Append the leaves in order; None is skipped."""
+    if tree is None:
+        return
+    if isinstance(tree, dict):
+        for key in _sorted_keys(tree, function):
+            flatten(tree[key], function, leaves)
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            flatten(branch, function, leaves)
+    else:
+        leaves.append(tree)
+
+
+def unflatten(tree: Any, function: str, leaves: list[Any]) -> Any:
+    """`tree` with its leaves replaced by those in `leaves`, which are used up from the front."""
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        filled = {key: unflatten(tree[key], function, leaves) for key in _sorted_keys(tree, function)}
+        if type(tree) is dict:
+            return {key: filled[key] for key in tree}
+        out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
+        out.update(filled)
+        return out
+    if isinstance(tree, list | tuple):
+        branches = [unflatten(branch, function, leaves) for branch in tree]
+        if isinstance(tree, list):
+            return branches
+        return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)
+    return leaves.pop(0)
+
+
+def map_leaves(f: Callable[[list[Any]], list[Any]], tree: Tree, function: str) -> Tree:
+    """Replace all leaves at once: `f` takes the list of them and returns as many."""
+    if isinstance(tree, Tensor):
+        return f([tree])[0]
+    leaves: list[Any] = []
+    flatten(tree, function, leaves)
+    return unflatten(tree, function, list(f(leaves)))
+
+
+def _sorted_keys(tree: dict[Any, Any], function: str) -> list[Any]:
+    try:
+        return sorted(tree)
+    except TypeError:
+        kinds = sorted({type(key).__name__ for key in tree})
+        raise ArgumentError(
+            explain(function, f"a dict has keys of types {kinds}, which do not sort",
+                    "Use keys of one type: ranks walk a dict in the order of its keys.")
+        ) from None  # fmt: skip
+
+
+def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Tensor], tuple[Tensor, Params]]) -> Tree:
+    """Bind a row to every leaf by itself; `prepare` checks a leaf and gives what to bind. First all are checked."""
+
+    if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
+        check_tensor(tree, function, axis)
+        x, params = prepare(tree)
+        return cast(Tree, bind(Call(row, axis, params), [x])[0])
+
+    def run(leaves: list[Any]) -> list[Any]:
+        for x in leaves:
+            check_tensor(x, function, axis)
+        prepared = [prepare(x) for x in leaves]
+        return [ys[0] for ys in bind_all([(Call(row, axis, params), [x]) for x, params in prepared])]
+
+    return map_leaves(run, tree, function)
+
+
+def together(row: Row, leaves: list[Any], axis: Axis, params: Params) -> list[Any]:
+    """Bind an elementwise row to many leaves: one message per dtype and device."""
+    if len(leaves) == 1:
+        return list(bind(Call(row, axis, params), leaves))
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(leaves):
+        groups.setdefault((x.dtype, x.device), []).append(i)
+    results = bind_all([(Call(row, axis, params), [leaves[i] for i in group]) for group in groups.values()])
+    out: list[Any] = [None] * len(leaves)
+    for group, ys in zip(groups.values(), results, strict=True):
+        for i, y in zip(group, ys, strict=True):
+            out[i] = y
+    return out

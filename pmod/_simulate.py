@@ -1,0 +1,302 @@
+"""`simulate`: the ranks are threads of one process, and the wire is memory.
+
+Only one rank runs at a time: it keeps the baton until it must wait for another, then the next rank that can go on gets
+it. So a simulation is deterministic, a debugger shows one rank, and when nobody can go on it is a deadlock, seen at
+once.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from pmod import _groups
+from pmod._ambient import set_mesh
+from pmod._errors import AxisError, MismatchError, PmodError, coordinates, explain
+from pmod._mesh import Axis, make_mesh
+from pmod._topology import Topology
+from pmod._wire import Sent, Wire
+
+T = TypeVar("T")
+
+
+class _Left(BaseException):
+    """Another rank failed: leave, without a word of one's own."""
+
+
+class _Meeting:
+    """One exchange: what each member brought, and where in the user's code."""
+
+    def __init__(self, members: Sequence[int]) -> None:
+        self.members = members
+        self.brought: dict[int, Any] = {}
+
+    @property
+    def complete(self) -> bool:
+        return len(self.brought) == len(self.members)
+
+    def missing(self) -> list[int]:
+        return [rank for rank in self.members if rank not in self.brought]
+
+
+class _World:
+    """The ranks of a simulation, and whose turn it is."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.coords: list[Mapping[str, int] | None] = [None] * size
+        self.error: BaseException | None = None
+        self.over = threading.Semaphore(0)
+        self._batons = [threading.Semaphore(0) for _ in range(size)]
+        self._left: set[int] = set()
+        self._waiting: dict[int, tuple[_Meeting, str]] = {}
+        self._meetings: dict[tuple[str, int], _Meeting] = {}
+        self._seen: Counter[tuple[int, str]] = Counter()
+
+    def take_turn(self, rank: int) -> None:
+        self._batons[rank].acquire()
+
+    def begin(self) -> None:
+        self._batons[0].release()
+
+    def bring(self, rank: int, axis: Axis, what: Any) -> _Meeting:
+        """Take part in the next exchange of this axis, without waiting for the others."""
+        number = self._seen[rank, axis.group_key]
+        self._seen[rank, axis.group_key] += 1
+        meeting = self._meetings.setdefault((axis.group_key, number), _Meeting(axis.ranks))
+        if rank not in meeting.members or meeting.members[axis.index] != rank:
+            raise AxisError(
+                explain(
+                    "simulate",
+                    f"the axis belongs to another rank than {rank}",
+                    "Take the mesh inside the simulated function: pmod.current_mesh().",
+                    axis=axis.label,
+                )
+            )
+        meeting.brought[rank] = what
+        if meeting.complete:
+            del self._meetings[axis.group_key, number]
+        return meeting
+
+    def wait(self, rank: int, meeting: _Meeting) -> None:
+        """Give the baton away until all have come to the meeting."""
+        if meeting.complete:
+            return
+        self._waiting[rank] = (meeting, _call_site())
+        if not self._pass_on(rank):
+            self._end(self._deadlock())
+        self.take_turn(rank)
+        del self._waiting[rank]
+        if not meeting.complete:
+            raise _Left
+
+    def leave(self, rank: int, error: BaseException | None) -> None:
+        """This rank is done, or has failed."""
+        if error is not None and self.error is None:
+            self.error = error
+            error.add_note(f"on rank {rank} {coordinates(self.coords[rank])} of the simulation")
+        self._left.add(rank)
+        if len(self._left) == self.size:
+            self.over.release()
+        elif not self._pass_on(rank):
+            self._end(self._deadlock())
+
+    def _pass_on(self, rank: int) -> bool:
+        for step in range(1, self.size + 1):
+            after = (rank + step) % self.size
+            waits = after in self._waiting and not self._waiting[after][0].complete
+            if after not in self._left and (not waits or self.error is not None):
+                self._batons[after].release()
+                return True
+        return False
+
+    def _end(self, error: BaseException) -> None:
+        self.error = error
+        self._pass_on(self.size - 1)
+
+    def _deadlock(self) -> MismatchError:
+        rows: list[str] = []
+        for rank, (meeting, where) in sorted(self._waiting.items()):
+            absent = ", ".join(
+                f"rank {other} {coordinates(self.coords[other])}{' (has left)' if other in self._left else ''}"
+                for other in meeting.missing()
+            )
+            rows.append(f"  rank {rank} {coordinates(self.coords[rank])} waits for {absent} at {where}")
+        given = "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
+        return MismatchError(
+            explain("simulate", given, "All ranks of an axis must make the same calls in the same order.")
+        )
+
+
+def _call_site() -> str:
+    """The innermost line outside pmod and torch."""
+    ours = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" + (f": {line}" if line else "")
+
+
+class _MemoryWire(Wire):
+    """Tensors are handed over in memory, as copies: a rank may change its own afterwards."""
+
+    def __init__(self, world: _World, rank: int, axis: Axis) -> None:
+        super().__init__(axis.size, axis.index)
+        self._world = world
+        self._rank = rank
+        self._axis = axis
+
+    def _exchange(self, what: Any) -> Callable[[], list[Any]]:
+        meeting = self._world.bring(self._rank, self._axis, what)
+
+        def collect() -> list[Any]:
+            self._world.wait(self._rank, meeting)
+            return [meeting.brought[rank] for rank in meeting.members]
+
+        return collect
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+        collect = self._exchange([part.clone() for part in x.split(list(send))])
+
+        def join() -> Tensor:
+            parts = [parts[self.index] if isinstance(parts, list) else None for parts in collect()]
+            return self._fit(parts, recv)
+
+        return Sent((), join)
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+        collect = self._exchange(x.clone())
+        return Sent((), lambda: self._fit([part if isinstance(part, Tensor) else None for part in collect()], counts))
+
+    def _fit(self, parts: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor:
+        """Join what arrived, which must be what was expected: on a real wire this would hang or corrupt."""
+        for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            if part is None or part.numel() != count:
+                what = "another kind of message" if part is None else f"{part.numel()} elements"
+                raise MismatchError(
+                    explain(
+                        "simulate",
+                        f"index {rank} of the axis sends {what} where index {self.index} expects {count} elements, "
+                        f"at {_call_site()}",
+                        "All ranks of an axis must make the same calls with shapes that fit.",
+                        axis=self._axis.label,
+                        coords=dict(self._axis.coords),
+                    )
+                )
+        return torch.cat([part for part in parts if part is not None])
+
+    def barrier(self) -> None:
+        self._exchange(None)()
+
+
+@contextmanager
+def _forward_mode_held_open() -> Generator[None]:
+    """torch counts its forward-mode levels per process, not per thread.
+
+    Threads that entered and left them would break each other; while one level is held open, each thread's functorch
+    levels are its own, and torch.func.jvp is right on all of them.
+    """
+    import torch._functorch.eager_transforms as eager_transforms
+
+    nesting = eager_transforms.JVP_NESTING
+    with forward_ad.dual_level():
+        eager_transforms.JVP_NESTING = nesting + 1
+        try:
+            yield
+        finally:
+            eager_transforms.JVP_NESTING = nesting
+
+
+_one_at_a_time = threading.Lock()
+
+
+def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
+    """Run fn(*args) on every rank of a mesh inside this process; the results in rank order.
+
+    The ranks are threads and the wire is memory: real values and all derivatives, without a launcher. Eager code on cpu
+    tensors only; torch.func.jvp works, torch.autograd.forward_ad does not. One rank runs at a time, so the same program
+    gives the same bits each time; all ranks share torch's random state, so draw from a generator of your own.
+
+    Raises: what a rank raises, with a note that says which; MismatchError where ranks wait for each other, or for a
+    rank that left, with the line where each waits; AxisError for sizes that make no mesh.
+
+    >>> pmod.simulate(lambda x: x * pmod.axis_index("model"), 10, model=3)
+    [0, 10, 20]
+    """
+    if not axis_sizes:
+        raise AxisError(explain("simulate", "no axis size is given", "Name the axes: simulate(fn, data=2, model=2)."))
+    for name, size in axis_sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise AxisError(explain("simulate", f"{name}={size!r} is no size", "Sizes are ints of 1 or more."))
+    if _groups.simulated is not None and hasattr(_groups.simulated, "topology"):
+        raise PmodError(explain("simulate", "this is a simulated rank already", "Call it from outside."))
+    if torch.compiler.is_compiling():
+        raise PmodError(explain("simulate", "it is called in compiled code", "Simulate the eager function."))
+    with _one_at_a_time, _forward_mode_held_open():
+        return _run(fn, args, axis_sizes)
+
+
+def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, int]) -> list[T]:
+    size = 1
+    for axis_size in axis_sizes.values():
+        size *= axis_size
+    world = _World(size)
+    results: list[Any] = [None] * size
+    grad = torch.is_grad_enabled()
+
+    def rank_main(rank: int) -> None:
+        world.take_turn(rank)
+        error: BaseException | None = None
+        try:
+            if world.error is not None:
+                raise _Left
+            with torch.set_grad_enabled(grad):
+                _settle(world, rank, axis_sizes)
+                results[rank] = fn(*args)
+        except _Left:
+            pass
+        except BaseException as raised:
+            error = raised
+        world.leave(rank, error)
+
+    _groups.simulated = threading.local()
+    try:
+        threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        world.begin()
+        world.over.acquire()
+        for thread in threads:
+            thread.join()
+    finally:
+        _groups.simulated = None
+    if world.error is not None:
+        raise world.error
+    return results
+
+
+def _settle(world: _World, rank: int, axis_sizes: Mapping[str, int]) -> None:
+    """Make this thread rank `rank`: its topology, its wire, its mesh."""
+    here: Any = _groups.simulated
+    here.topology = Topology(rank=rank, world_size=world.size, local_rank=rank, local_world_size=world.size,
+                             launcher="simulate")  # fmt: skip
+    here.mesh = None
+
+    def wire(axis: Axis) -> Wire:
+        return _MemoryWire(world, rank, axis)
+
+    here.wire = wire
+    mesh = make_mesh(dict(axis_sizes), topology=here.topology)
+    world.coords[rank] = mesh.coords
+    set_mesh(mesh)

@@ -1,0 +1,292 @@
+"""The only file that sends: seven functions on flat, contiguous, real tensors.
+
+A `Wire` joins the ranks of one axis. The base class builds everything from `all_gather` and `all_to_all`; a backend
+overrides what it does better. Counts are numbers of elements, one per rank of the axis. Every function returns a
+`Sent`, which is on its way until `Sent.wait`.
+
+Sums are taken in rank order wherever the parts are at hand, so they are the same bits on every run and rank; 16-bit
+floats add up in float32 (`accumulator`), and travel in 16 bits where that halves the bytes of a large message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pmod import _groups
+from pmod._mesh import Axis
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Reduction: TypeAlias = Literal["sum", "max", "min"]
+
+# Messages below this size are latency: one round trip beats fewer bytes. Measured with pmod.bench on gloo, 4 ranks.
+SMALL = 16 * 1024
+
+# What gloo and NCCL carry as they are; anything else travels as bytes.
+CARRIED = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64}  # fmt: skip # noqa: E501
+NATIVE_SUMS = {torch.float32, torch.float64, torch.int32, torch.int64}
+
+
+class Sent:
+    """A message under way; `wait` gives its tensor, once and for all."""
+
+    __slots__ = ("_finish", "_works")
+
+    def __init__(self, works: Sequence[Any], finish: Callable[[], Any]) -> None:
+        self._works = works
+        self._finish = finish
+
+    def wait(self) -> Any:
+        for work in self._works:
+            work.wait()
+        result = self._finish()
+        # a second message may follow from what the first one brought
+        return result.wait() if isinstance(result, Sent) else result
+
+    def then(self, f: Callable[[Any], Any]) -> Sent:
+        """The same message, with `f` applied to what it brings; `f` may send again."""
+        return Sent((), lambda: f(self.wait()))
+
+
+def arrived(x: Tensor) -> Sent:
+    """What needed no message."""
+    return Sent((), lambda: x)
+
+
+def accumulator(dtype: torch.dtype, asked: str | None) -> torch.dtype:
+    """The dtype that a sum of `dtype` adds up in: what was asked for, else float32 for floats of 16 bits or fewer."""
+    if not dtype.is_floating_point:
+        return dtype
+    if asked is not None:
+        return getattr(torch, asked)
+    return torch.float32 if dtype.itemsize <= 2 else dtype
+
+
+def _reduce_parts(parts: Sequence[Tensor], how: Reduction, dtype: torch.dtype, divisor: int) -> Tensor:
+    """Combine equal-shaped parts in rank order, adding up in `dtype`."""
+    out_dtype = parts[0].dtype
+    if how != "sum":
+        combine = torch.maximum if how == "max" else torch.minimum  # both let a NaN through
+        total = parts[0].clone() if len(parts) == 1 else combine(parts[0], parts[1])
+        for part in parts[2:]:
+            total = combine(total, part)
+        return total
+    total = parts[0].to(dtype, copy=True)
+    for part in parts[1:]:
+        total += part
+    return _scaled(total, divisor).to(out_dtype)
+
+
+def _scaled(total: Tensor, divisor: int) -> Tensor:
+    return total if divisor == 1 else total.div_(divisor)
+
+
+def real_sum(flat: Tensor, send: Callable[[Tensor, int], Sent]) -> Sent:
+    """Send a complex message as pairs of reals, which add up the same; `send` gets the factor on its counts."""
+    if not flat.is_complex():
+        return send(flat, 1)
+    sent = send(torch.view_as_real(flat).reshape(-1), 2)
+    return sent.then(lambda y: torch.view_as_complex(y.view(-1, 2)))
+
+
+class Wire:
+    """The ranks of one axis, as this rank sees them."""
+
+    def __init__(self, size: int, index: int) -> None:
+        self.size = size
+        self.index = index
+
+    # --- what a backend must give -----------------------------------------------------------------
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+        """Part j of x (`send[j]` elements) to rank j; the parts that arrive, joined in rank order."""
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        raise NotImplementedError
+
+    # --- what follows -----------------------------------------------------------------------------
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+        """All ranks' x, joined in rank order."""
+        return self.all_to_all(x.repeat(self.size), [x.numel()] * self.size, counts)
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
+        """This rank's part of the sum of all x."""
+        mine = counts[self.index]
+        arriving = self.all_to_all(x, counts, [mine] * self.size)
+        return arriving.then(lambda y: _reduce_parts(y.view(self.size, mine).unbind(), "sum", dtype, 1))
+
+    def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
+        """The sum (in `dtype`, divided by `divisor`), maximum or minimum of all x."""
+        if self.size > 2 and x.numel() * x.element_size() > SMALL:
+            return self._reduce_by_parts(x, how, dtype, divisor)
+        arriving = self.all_gather(x, [x.numel()] * self.size)
+        return arriving.then(lambda y: _reduce_parts(y.view(self.size, -1).unbind(), how, dtype, divisor))
+
+    def _reduce_by_parts(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
+        """Each rank reduces its part of x, and the parts are gathered: 2 (n-1)/n of x sent, in x's dtype."""
+        counts = even_counts(x.numel(), self.size)
+        mine = counts[self.index]
+        arriving = self.all_to_all(x, counts, [mine] * self.size)
+
+        def gather(y: Tensor) -> Sent:
+            return self.all_gather(_reduce_parts(y.view(self.size, mine).unbind(), how, dtype, divisor), counts)
+
+        return arriving.then(gather)
+
+    def broadcast(self, x: Tensor, root: int) -> Sent:
+        """The root's x on every rank."""
+        send = [x.numel() if self.index == root else 0] * self.size
+        recv = [x.numel() if rank == root else 0 for rank in range(self.size)]
+        return self.all_to_all(x.repeat(self.size) if self.index == root else x[:0], send, recv)
+
+    def reduce(self, x: Tensor, root: int, dtype: torch.dtype) -> Sent:
+        """The sum of all x on the root, zeros elsewhere."""
+        send = [x.numel() if rank == root else 0 for rank in range(self.size)]
+        if self.index != root:
+            return self.all_to_all(x, send, [0] * self.size).then(lambda _: torch.zeros_like(x))
+        arriving = self.all_to_all(x, send, [x.numel()] * self.size)
+        return arriving.then(lambda y: _reduce_parts(y.view(self.size, -1).unbind(), "sum", dtype, 1))
+
+    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
+        """x to the target; what the source sent, zeros where there is none."""
+        send = [x.numel() if rank == target else 0 for rank in range(self.size)]
+        recv = [x.numel() if rank == source else 0 for rank in range(self.size)]
+        arriving = self.all_to_all(x if target is not None else x[:0], send, recv)
+        return arriving.then(lambda y: torch.zeros_like(x) if source is None else y)
+
+
+def even_counts(total: int, parts: int) -> list[int]:
+    """`total` cut as evenly as it goes, the larger parts first."""
+    low, more = divmod(total, parts)
+    return [low + 1] * more + [low] * (parts - more)
+
+
+class ShapesOnly(Wire):
+    """Sends nothing and knows only shapes: how torch.compile learns what a collective returns."""
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+        return arrived(x.new_empty(sum(recv)))
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+        return arrived(x.new_empty(sum(counts)))
+
+    def barrier(self) -> None:
+        pass
+
+
+class Alone(Wire):
+    """An axis of one rank."""
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+        return arrived(x[: recv[0]].clone())
+
+    def barrier(self) -> None:
+        pass
+
+
+class GroupWire(Wire):
+    """A torch process group: gloo for cpu tensors, NCCL for cuda tensors."""
+
+    def __init__(self, size: int, index: int, group: ProcessGroup) -> None:
+        super().__init__(size, index)
+        self.group: Any = group  # its C++ methods have no stubs
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+        out = x.new_empty(sum(recv))
+        scale = 1
+        carried_out, carried_x = out, x
+        if x.dtype not in CARRIED:
+            carried_out, carried_x, scale = out.view(torch.uint8), x.view(torch.uint8), x.element_size()
+        work = self.group.alltoall_base(carried_out, carried_x, [scale * n for n in recv], [scale * n for n in send])
+        return Sent((work,), lambda: out)
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+        if x.dtype not in CARRIED:
+            scale, dtype = x.element_size(), x.dtype
+            return self.all_gather(x.view(torch.uint8), [scale * n for n in counts]).then(lambda y: y.view(dtype))
+        out = x.new_empty(sum(counts))
+        parts = out.split(list(counts))
+        if x.is_cuda:
+            if len(set(counts)) == 1:
+                return Sent((self.group._allgather_base(out, x),), lambda: out)
+            return Sent((self.group.allgather([list(parts)], [x]),), lambda: out)
+        if self.size == 2:
+            # only what the other rank lacks travels
+            send, recv = [0, 0], [0, 0]
+            send[1 - self.index], recv[1 - self.index] = x.numel(), counts[1 - self.index]
+            works = [self.group.alltoall_base(parts[1 - self.index], x, recv, send)]
+        else:
+            works = [self.group.recv([parts[rank]], rank, TAG) for rank in self._others() if counts[rank]]
+            works += [self.group.send([x], rank, TAG) for rank in self._others() if x.numel()]
+        parts[self.index].copy_(x)
+        return Sent(works, lambda: out)
+
+    def _others(self) -> list[int]:
+        """The other ranks, starting with the next, so that not all send to the same one first."""
+        return [(self.index + step) % self.size for step in range(1, self.size)]
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
+        if x.is_cuda and dtype == x.dtype and len(set(counts)) == 1:
+            out = x.new_empty(counts[0])
+            return Sent((self.group._reduce_scatter_base(out, x),), lambda: out)
+        return super().reduce_scatter(x, counts, dtype)
+
+    def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
+        nbytes = x.numel() * x.element_size()
+        if how == "sum" and dtype in NATIVE_SUMS:
+            # gloo's own sum where latency rules; NCCL's always, but for large 16-bit sums, whose parts stay 16-bit
+            native = (nbytes <= SMALL and self.size > 2) if x.is_cpu else (x.dtype == dtype or nbytes <= SMALL)
+            if native:
+                total = x.to(dtype, copy=True)
+                work = self.group.allreduce([total])
+                return Sent((work,), lambda: _scaled(total, divisor).to(x.dtype))
+        return super().all_reduce(x, how, dtype, divisor)
+
+    def broadcast(self, x: Tensor, root: int) -> Sent:
+        out = x.clone() if self.index == root else torch.empty_like(x)
+        carried = out if x.dtype in CARRIED else out.view(torch.uint8)
+        return Sent((_broadcast(self.group, carried, root),), lambda: out)
+
+    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
+        if x.is_cuda or self.size == 2:
+            return super().permute(x, target, source)
+        # gloo's all_to_all would trouble every rank with an empty message
+        if x.dtype not in CARRIED:
+            dtype = x.dtype
+            return self.permute(x.view(torch.uint8), target, source).then(lambda y: y.view(dtype))
+        if target == self.index:
+            return arrived(x.clone())
+        out = torch.zeros_like(x) if source is None else torch.empty_like(x)
+        works = [] if source is None else [self.group.recv([out], source, TAG)]
+        works += [] if target is None else [self.group.send([x], target, TAG)]
+        return Sent(works, lambda: out)
+
+    def barrier(self) -> None:
+        self.group.barrier().wait()
+
+
+TAG = 0x706D  # ours, so that a user's own send on the same group is not taken for one
+
+
+def _broadcast(group: Any, x: Tensor, root: int) -> Any:
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = root
+    options.rootTensor = 0
+    return group.broadcast([x], options)
+
+
+def wire_of(axis: Axis) -> Wire:
+    """The wire that joins the ranks of an axis."""
+    if axis.size == 1:
+        return Alone(1, 0)
+    if _groups.simulated is not None and hasattr(_groups.simulated, "wire"):
+        return _groups.simulated.wire(axis)
+    return GroupWire(axis.size, axis.index, axis.group)

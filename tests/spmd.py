@@ -1,0 +1,58 @@
+"""A persistent pool of local ranks, started once per size and used by every test that needs real processes.
+
+A test passes a function of its module; what a rank asserts fails the test:
+
+    def ranks_agree(x):
+        assert pmod.psum(x, "model").item() == 2
+
+    def test_psum():
+        spmd.launch(ranks_agree, torch.ones(()), model=2)
+
+One rank's exception fails the test on all, and a rank that hangs does so until the deadline: either ends that pool, and
+the next use starts a new one (seconds). So what is expected to raise is caught in the function, with `pytest.raises`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from pmod._launch import Ranks, Task
+
+_pools: dict[int, Ranks] = {}
+
+
+def launch(fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, **axis_sizes: int) -> list[Any]:
+    """`pmod.launch` on ranks that stay: what `fn(*args)` returned on each, in rank order."""
+    size = math.prod(axis_sizes.values())
+    pool = _pools.get(size)
+    if pool is None:
+        pool = _pools[size] = Ranks(size)
+    try:
+        return pool.run(Task.of(_as_test, (fn, args, timeout), axis_sizes), timeout)
+    except BaseException:
+        del _pools[size]
+        pool.close(patience=0)
+        raise
+
+
+def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> Any:
+    """Run in a rank as pytest would: warnings are errors. Before the deadline, show on stderr where the rank hangs."""
+    faulthandler.dump_traceback_later(0.9 * timeout)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return fn(*args)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@atexit.register
+def close() -> None:
+    """End the pools, before multiprocessing waits for their processes."""
+    while _pools:
+        _pools.popitem()[1].close(patience=1.0)
