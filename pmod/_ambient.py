@@ -69,6 +69,10 @@ def current_mesh() -> Mesh:
     """The ambient mesh.
 
     Raises: NoMeshError where none is set.
+
+    >>> with pmod.set_mesh(mesh):
+    ...     pmod.current_mesh() is mesh
+    True
     """
     mesh = ambient()
     if mesh is None:

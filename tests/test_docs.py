@@ -1,0 +1,136 @@
+"""The README and the docstrings are programs: every code block runs, every example gives what it prints."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import docutils.core
+import docutils.nodes
+import pytest
+import torch
+
+import pmod
+from pmod import _ambient
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.rst"
+# not imported to look at: they run when imported
+COMMANDS = {"pmod.__main__", "pmod.demo.__main__"}
+
+
+def _blocks() -> dict[str, tuple[str, str]]:
+    """Name -> (language, text) of the README's code blocks; strict: a warning of docutils is an error."""
+    tree = docutils.core.publish_doctree(README.read_text(), settings_overrides={"halt_level": 2, "report_level": 2})
+    found = {}
+    for node in tree.findall(docutils.nodes.literal_block):
+        assert node["names"], f"a code block without a name, which no test can run:\n{node.astext()}"
+        found[node["names"][0]] = (node["classes"][1], node.astext())
+    return found
+
+
+BLOCKS = _blocks()
+# run as files, because they start processes or are started by a launcher
+SCRIPTS = {"no-launcher", "train-ddp", "train-pure", "quick-start"}
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def _run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(name for name, (kind, _) in BLOCKS.items() if kind == "python"))
+def test_python_block_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = BLOCKS[name][1]
+    if name in SCRIPTS:
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        _run([sys.executable, str(script)], tmp_path)
+        return
+    before = _ambient.ambient()
+    try:
+        exec(compile(text, f"README:{name}", "exec"), {"__name__": "__main__"})
+    finally:
+        _ambient._put(before)
+
+
+def _loss(output: str) -> float:
+    (line,) = re.findall(r"loss (\S+)", output)
+    return float(line)
+
+
+def test_training_recipes_agree_in_one_process_and_under_launchers(tmp_path: Path) -> None:
+    losses = {}
+    for name in ("train-ddp", "train-pure"):
+        script = tmp_path / f"{name}.py"
+        script.write_text(BLOCKS[name][1])
+        losses[name] = _loss(_run([sys.executable, str(script)], tmp_path))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        losses[f"torchrun {name}"] = _loss(_run(torchrun, tmp_path))
+    first = losses["train-ddp"]
+    assert all(abs(loss - first) < 1e-5 * first for loss in losses.values()), losses
+    assert first < 2.0, "it does not train"
+
+
+@pytest.mark.skipif(shutil.which("mpirun.openmpi") is None, reason="needs the Debian package openmpi-bin")
+def test_training_recipe_under_mpirun(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(BLOCKS["train-pure"][1])
+    alone = _loss(_run([sys.executable, str(script)], tmp_path))
+    mpirun = "mpirun.openmpi --allow-run-as-root --oversubscribe --bind-to none --mca oob_tcp_if_include lo -n 2".split()
+    together = _loss(_run([*mpirun, sys.executable, str(script)], tmp_path))
+    assert abs(together - alone) < 1e-5 * alone
+
+
+def test_shell_blocks_are_what_the_tests_run() -> None:
+    assert BLOCKS["launchers"][1].split("\n") == [
+        "python train.py",
+        "torchrun --standalone --nproc-per-node 2 train.py",
+        "mpirun -n 2 python train.py",
+    ]
+    # .ci/run takes its test command from the README; the demo's differs in its last step only
+    test, demo = BLOCKS["test"][1], BLOCKS["demo"][1]
+    assert test.replace("[test]", "[demo]").replace("pytest", "pmod.demo") == demo
+    assert 'awk \'/:name: test$/' in (ROOT / ".ci/run").read_text()
+
+
+def _modules() -> list[str]:
+    found = [info.name for info in pkgutil.walk_packages(pmod.__path__, "pmod.")]
+    return [name for name in found if name not in COMMANDS]
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_docstring_examples(name: str) -> None:
+    module = importlib.import_module(name)
+    mesh = pmod.make_mesh(data=1, model=1)
+    names = {"pmod": pmod, "torch": torch, "mesh": mesh, **vars(module)}
+    before = _ambient.ambient()
+    try:
+        result = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
+    finally:
+        _ambient._put(before)
+    assert result.failed == 0
+
+
+def test_every_public_function_has_an_example() -> None:
+    for name in dir(pmod):
+        thing = getattr(pmod, name)
+        if name.startswith("_") or not callable(thing) or (isinstance(thing, type) and issubclass(thing, Exception)):
+            continue
+        if name == "Pending":  # shown by start, which makes it
+            continue
+        assert ">>>" in (thing.__doc__ or ""), f"pmod.{name} shows no example"
