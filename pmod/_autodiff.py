@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pmod._ambient import ambient, under
 from pmod._errors import ArgumentError, PmodError, explain
+from pmod._inductor import keep_order
 from pmod._mesh import Axis
 from pmod._wire import Sent, ShapesOnly, Wire, wire_of
 
@@ -218,6 +219,7 @@ def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
 
 
 def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
+    keep_order(_operator)
     decoded = decode(call)
     return _fresh(_begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs)
 
@@ -248,6 +250,9 @@ def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tupl
     return _operator(moved, call), [0] * len(xs)
 
 
+# A compiler must neither drop a call whose result one rank happens not to need (the others would wait for it), nor change
+# the order of calls, which ranks with other shapes would change otherwise.
+torch._library.simple_registry.singleton.find("pmod::linear").effect.register(torch._library.effects.EffectType.ORDERED)  # type: ignore[attr-defined]
 _library.impl("linear", _operator_value, "CompositeExplicitAutograd")
 _library.impl("linear", _operator_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("pmod::linear", _operator_shapes, lib=_library)

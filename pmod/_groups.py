@@ -47,7 +47,7 @@ class _State:
 
 _state = _State()
 _lock = threading.RLock()
-# How often each rank set was made. It survives shutdown: a name may not come twice in one store.
+# How often each rank set (and the world) was made. It survives shutdown: a name may not come twice in one store.
 _made: Counter[str] = Counter()
 
 # The per-thread world of a running simulation (attributes: topology, mesh, wire), or None: one look-up when off.
@@ -96,6 +96,8 @@ def connect(topology: Topology) -> None:
             _join(topology)
             return
         _state.groups.clear()
+        if topology.device.type == "cuda":
+            torch.cuda.set_device(topology.device)  # what NCCL takes for a barrier, and plain "cuda" for a tensor
         timeout = timedelta(seconds=_state.timeout)
         store = _store(topology, timeout)
         with _lazy_gloo():
@@ -148,8 +150,9 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
     else:
         meeting = rendezvous(f"tcp://{address}:{port}", topology.rank, topology.world_size, timeout=timeout)
         store = next(iter(meeting))[0]
-    # a restarted job must not read the keys of the attempt before it
-    return PrefixStore(f"pmod/attempt_{topology.restart_count}", store)
+    # neither a restarted job nor a second connection may read the keys of the one before it
+    _made["world"] += 1
+    return PrefixStore(f"pmod/attempt_{topology.restart_count}/{_made['world']}", store)
 
 
 @contextlib.contextmanager
@@ -230,7 +233,7 @@ def shutdown() -> None:
         world = _state.world if _state.started_world else None
         atexit.unregister(shutdown)
         connected = dist.is_initialized() and dist.group.WORLD is _state.world
-        _state.__init__()
+        _state.groups, _state.world, _state.started_world = {}, None, False
     if not connected:
         return
     if world is not None:

@@ -516,7 +516,8 @@ def make_mesh(
     collectives raise `AxisError`. topology: given by hand, nothing is connected before the first use. timeout: seconds
     until a collective gives up; by default PMOD_TIMEOUT, else 600.
 
-    A process group that is initialized already is joined and left alone. With one process nothing is connected.
+    A process group that is initialized already is joined and left alone. With one process nothing is connected. Where
+    it connects ranks that have GPUs, it makes this rank's GPU torch's current device.
 
     Raises: AxisError where the sizes do not multiply to the number of ranks; TopologyError where what the launcher says
     is incomplete.
@@ -551,7 +552,7 @@ def _world_topology() -> Topology:
     """What the launcher says, or what torch.distributed was initialized with (some launchers say nothing else)."""
     import torch.distributed as dist
 
-    if _groups.simulated is not None and hasattr(_groups.simulated, "topology"):
+    if _groups.here().launcher in ("launch", "simulate"):  # no environment variable says what these started
         return _groups.here()
     if not (dist.is_available() and dist.is_initialized()):
         return Topology.detect()
@@ -559,7 +560,7 @@ def _world_topology() -> Topology:
     known = _groups.here()
     if (known.rank, known.world_size) == (rank, world_size):
         return known
-    return attrs.evolve(Topology(rank=rank, world_size=world_size), device=known.device)
+    return Topology(rank=rank, world_size=world_size, device=known.device)
 
 
 def _layout(ranks: Sequence[int] | None, world_size: int) -> tuple[int, int, tuple[int, ...] | None, int]:

@@ -166,7 +166,8 @@ _ENV = _Launcher(
         "num_nodes": ("GROUP_WORLD_SIZE",),
     },
     marks=("RANK", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"),
-    traces=("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # scripts for srun export these on their own
+    # scripts for srun export the first two on their own
+    traces=("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
 )
 _OPENMPI = _Launcher(
     name="openmpi",

@@ -107,6 +107,9 @@ ROWS: dict[str, tuple[Environ, tuple[object, ...], str | None]] = {
     "hydra inside salloc": (proxy(0) | hydra(2, 2, 3, 4), ("pmi", 2, 4, 2, 3, 0, 2), "n1"),
     "hydra inside salloc, second node": (proxy(1) | hydra(3, 0, 1, 4), ("pmi", 3, 4, 0, 1, 1, 2), "n1"),
     "hydra inside salloc, one node of two": (proxy(0) | hydra(2, 2, 4, 4), ("pmi", 2, 4, 2, 4, 0, 1), "127.0.0.1"),
+    "PMI without local ranks, inside salloc": (
+        {**proxy(0), "PMI_RANK": "2", "PMI_SIZE": "4"}, ("pmi", 2, 4, 0, 2, 0, 2), "n1"),
+    "PMI, one process": ({"PMI_RANK": "0", "PMI_SIZE": "1"}, ("pmi", 0, 1, 0, 1, 0, 1), "127.0.0.1"),
     "hydra in an sbatch script": (SBATCH | hydra(2, 2, 4, 4), ("pmi", 2, 4, 2, 4, 0, 1), "127.0.0.1"),
     "srun --mpi=pmi2": (pmi2(2, 2, 0, "3,1", 4), ("pmi", 2, 4, 2, 3, 0, 2), "n1"),
     "srun": (step(2, 2, 0, "3,1", 4), ("slurm", 2, 4, 2, 3, 0, 2), "n1"),
@@ -239,6 +242,7 @@ def test_the_text_of_errors(name: str) -> None:
     [
         (without(torchrun(3), "RANK"), "RANK missing"),
         (without(torchrun(3), "WORLD_SIZE"), "WORLD_SIZE missing"),
+        ({"GROUP_WORLD_SIZE": "2"}, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing, GROUP_WORLD_SIZE='2' there"),
         ({"LOCAL_RANK": "1"}, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing"),
         (without(step(1, 0, 1, "1(x2)", 2) | torchrun(3), "RANK"), "RANK missing"),
         (without(openmpi(1, 1, 4, 4), "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK missing"),
@@ -257,6 +261,7 @@ def test_the_text_of_errors(name: str) -> None:
         (torchrun(3) | {"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT is 'x'"),
         (step(0, 0, 0, "3,1", 4) | {"SLURM_STEP_ID": "x"}, "SLURM_STEP_ID is 'x'"),
         (step(0, 0, 0, "3,1(y2)", 4), "SLURM_STEP_TASKS_PER_NODE is '3,1(y2)'"),
+        (step(0, 0, 0, "4,x", 4), "SLURM_STEP_TASKS_PER_NODE is '4,x'"),
     ],
 )
 def test_errors_name_the_variable(environ: Environ, named: str) -> None:
@@ -371,6 +376,8 @@ def test_detect_looks_at_its_arguments_only(monkeypatch: pytest.MonkeyPatch) -> 
         ({"rank": 5, "world_size": 8, "num_nodes": 2}, (1, 4, 1, 2)),
         ({"rank": 5, "world_size": 8, "local_world_size": 4}, (1, 4, 1, 2)),
         ({"rank": 3, "world_size": 4, "local_rank": 0, "local_world_size": 1, "num_nodes": 2}, (0, 1, 1, 2)),
+        ({"rank": 1, "world_size": 4, "local_rank": 0, "local_world_size": 3, "num_nodes": 2}, (0, 3, 1, 2)),
+        ({"rank": 4, "world_size": 5, "local_world_size": 2}, (0, 2, 2, 3)),
         ({"rank": 2, "world_size": 6, "local_rank": 1, "local_world_size": 3, "num_nodes": 2}, (1, 3, 0, 2)),
         ({"rank": np.int64(5), "world_size": np.int64(8), "node_rank": 1, "num_nodes": 2}, (1, 4, 1, 2)),
     ],
@@ -428,7 +435,8 @@ def test_a_frozen_value() -> None:
 
 # sets of 4 ranks, and the variables of which any one says that there is more than one process
 WHOLE = {
-    "torchrun": ([torchrun(rank) for rank in range(4)], [*list(torchrun(0))[:6], "TORCHELASTIC_RESTART_COUNT"]),
+    "torchrun": ([torchrun(rank) for rank in range(4)],
+                 [*list(torchrun(0))[:6], "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"]),
     "torchrun in srun": ([step(rank // 2, 0, rank // 2, "1(x2)", 2) | torchrun(rank) for rank in range(4)],
                          ["RANK", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"]),
     "mpirun": ([openmpi(rank, rank, 4, 4) for rank in range(4)], list(openmpi(0, 0, 4, 4))[:4]),
