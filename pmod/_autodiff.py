@@ -26,6 +26,8 @@ import attrs
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._library import simple_registry
+from torch._library.effects import EffectType
 
 from pmod._ambient import ambient, under
 from pmod._errors import ArgumentError, PmodError, explain
@@ -250,9 +252,9 @@ def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tupl
     return _operator(moved, call), [0] * len(xs)
 
 
-# A compiler must neither drop a call whose result one rank happens not to need (the others would wait for it), nor change
-# the order of calls, which ranks with other shapes would change otherwise.
-torch._library.simple_registry.singleton.find("pmod::linear").effect.register(torch._library.effects.EffectType.ORDERED)  # type: ignore[attr-defined]
+# A compiler must neither drop a call whose result one rank happens not to need (the others would wait for it), nor
+# change the order of calls, which ranks with other shapes would change otherwise.
+simple_registry.singleton.find("pmod::linear").effect.register(EffectType.ORDERED)
 _library.impl("linear", _operator_value, "CompositeExplicitAutograd")
 _library.impl("linear", _operator_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("pmod::linear", _operator_shapes, lib=_library)

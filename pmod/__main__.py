@@ -1,0 +1,10 @@
+"""`python -m pmod`: the list of commands."""
+
+COMMANDS = {
+    "demo": "train a Fourier neural operator over a mesh, and compare with one process",
+    "bench": "measure what pmod costs beside the raw calls of torch.distributed",
+}
+
+if __name__ == "__main__":
+    for name, what in COMMANDS.items():
+        print(f"python -m pmod.{name:<6} {what}")
