@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
 from types import TracebackType
 
 import torch
@@ -49,20 +48,23 @@ class set_mesh:  # lower case: it reads as the function it is called as
     def __init__(self, mesh: Mesh) -> None:
         if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError(explain("set_mesh", f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."))
-        self._before = ambient()
-        self._set = mesh
+        self._mesh = mesh
+        self._before = [ambient()]  # what each exit restores; the first is for `with set_mesh(mesh):`
+        self._entered = 0
         _put(mesh)
 
     def __enter__(self) -> Mesh:
-        if ambient() is not self._set:  # an object kept for later, or entered again
-            self._before = ambient()
-            _put(self._set)
-        return self._set
+        if self._entered or ambient() is not self._mesh:  # an object that was kept, or is entered inside itself
+            self._before.append(ambient())
+            _put(self._mesh)
+        self._entered += 1
+        return self._mesh
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _put(self._before)
+        self._entered -= 1
+        _put(self._before.pop() if len(self._before) > 1 else self._before[0])
 
 
 def current_mesh() -> Mesh:
@@ -103,15 +105,19 @@ def keep_mesh() -> tuple[contextlib.AbstractContextManager[None], contextlib.Abs
     return contextlib.nullcontext(), under(ambient())
 
 
-@contextlib.contextmanager
-def under(mesh: Mesh | None) -> Generator[None]:
-    """Restore a state of the ambient mesh that was seen before, for a while: what is set on entering, not when made."""
-    before = ambient()
-    _put(mesh)
-    try:
-        yield
-    finally:
-        _put(before)
+class under:
+    """Put a state of the ambient mesh back, for a while: what is set on entering, and as often as one likes."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self._mesh = mesh
+        self._before: list[Mesh | None] = []
+
+    def __enter__(self) -> None:
+        self._before.append(ambient())
+        _put(self._mesh)
+
+    def __exit__(self, *error: object) -> None:
+        _put(self._before.pop())
 
 
 def resolve(axis: AxisLike, function: str) -> Axis:

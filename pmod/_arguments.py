@@ -21,28 +21,29 @@ def wrong(kind: type[PmodError], function: str, axis: Axis, given: str, right: s
     return kind(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
 
 
-def check_tensor(x: object, function: str, axis: Axis) -> None:
+def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> None:
     """x is a dense tensor on a device that the ranks of the mesh send from."""
     if not isinstance(x, Tensor):
         raise wrong(
             ArgumentError,
             function,
             axis,
-            f"x is a {type(x).__name__}",
+            f"{name} is a {type(x).__name__}",
             "Pass a tensor, or a dict, list or tuple of them.",
         )
     if type(x) is not Tensor and hasattr(x, "to_local"):
-        raise wrong(ArgumentError, function, axis, "x is a DTensor", "Pass its shard, x.to_local().")
+        raise wrong(ArgumentError, function, axis, f"{name} is a DTensor", f"Pass its shard, {name}.to_local().")
     if x.layout is not torch.strided:
-        raise wrong(ArgumentError, function, axis, f"x has layout {x.layout}", "Pass a dense tensor, x.to_dense().")
+        right = f"Pass a dense tensor, {name}.to_dense()."
+        raise wrong(ArgumentError, function, axis, f"{name} has layout {x.layout}", right)
     if not x.is_cpu and x.device != _groups.here().device:
         here = _groups.here().device
         raise wrong(
             ArgumentError,
             function,
             axis,
-            f"x is on {x.device}",
-            f"This rank sends from {here}: pass x.to({str(here)!r}).",
+            f"{name} is on {x.device}",
+            f"This rank sends from {here}: pass {name}.to({str(here)!r}).",
         )
 
 
@@ -70,13 +71,22 @@ def check_order(x: Tensor, function: str, axis: Axis) -> None:
         raise wrong(ArgumentError, function, axis, "x is complex, which has no order", "Compare x.abs() or x.real.")
 
 
-def dim_from_end(dim: object, x: Tensor, function: str, axis: Axis, *, name: str = "dim", extra: int = 0) -> int:
-    """A dim as a negative number; `extra` dims are about to be added."""
+def dim_from_end(
+    dim: object,
+    x: Tensor,
+    function: str,
+    axis: Axis,
+    *,
+    name: str = "dim",
+    extra: int = 0,
+    no_dims: str = "Pass a tensor with a dim.",
+) -> int:
+    """A dim as a negative number; `extra` dims are about to be added; `no_dims` is the advice for a 0-d tensor."""
     ndim = x.dim() + extra
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise wrong(ShapeError, function, axis, f"{name} is {dim!r}, a {type(dim).__name__}", "Pass an int.")
     if not -ndim <= dim < ndim:
-        right = f"Pass {name} from {-ndim} to {ndim - 1}." if ndim else "Pass tiled=False, or a tensor with a dim."
+        right = f"Pass {name} from {-ndim} to {ndim - 1}." if ndim else no_dims
         raise wrong(ShapeError, function, axis, f"{name} is {dim} but x has {x.dim()} dims", right)
     return dim - ndim if dim >= 0 else dim
 
@@ -110,7 +120,7 @@ def targets_of(perm: Sequence[tuple[int, int]], function: str, axis: Axis) -> tu
     targets = [-1] * axis.size
     right = f"Pass (source, target) pairs of indices 0 to {axis.size - 1}, each source and each target once."
     try:
-        pairs = [(int(source), int(target)) for source, target in perm]
+        pairs = [(operator.index(source), operator.index(target)) for source, target in perm]
     except (TypeError, ValueError):
         raise wrong(AxisError, function, axis, f"perm is {perm!r}", right) from None
     for source, target in pairs:
@@ -127,8 +137,8 @@ def targets_of(perm: Sequence[tuple[int, int]], function: str, axis: Axis) -> tu
 def check_permutation(perm: Sequence[int], function: str, axis: Axis) -> tuple[int, ...]:
     """Every index along the axis, once each."""
     try:
-        parsed = tuple(int(source) for source in perm)
-    except (TypeError, ValueError):
+        parsed = tuple(operator.index(source) for source in perm)
+    except TypeError:
         parsed = ()
     if sorted(parsed) != list(range(axis.size)):
         raise wrong(
@@ -172,8 +182,9 @@ def split_sizes(n: int, parts: int) -> tuple[int, ...]:
     >>> pmod.split_sizes(5, 4)
     (2, 2, 1, 0)
     """
-    if n < 0 or parts < 1:
-        given = f"n is {n} and parts is {parts}"
+    ints = all(isinstance(size, int) for size in (n, parts))  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not ints or n < 0 or parts < 1:
+        given = f"n is {n!r} and parts is {parts!r}"
         raise ShapeError(explain("split_sizes", given, "Pass a length of 0 or more and 1 or more parts."))
     step = -(-n // parts)
     return tuple(max(0, min(step, n - step * i)) for i in range(parts))

@@ -318,7 +318,9 @@ class _Starts(threading.local):
         with torch.no_grad():
             for call, xs in calls:
                 if not call.row.local and call.axis.size > 1:
-                    self.ahead.append((call, _begin(call, xs, wire_of(call.axis))))
+                    wire = wire_of(call.axis)
+                    wire.ahead = True
+                    self.ahead.append((call, _begin(call, xs, wire)))
         if self.ahead:
             raise _Sending
 

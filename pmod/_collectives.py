@@ -27,7 +27,7 @@ from pmod._arguments import (
     wrong,
 )
 from pmod._autodiff import Call, I, Params, Row, V, bind, pair, without_derivative
-from pmod._errors import AxisError, PmodError, ShapeError, explain
+from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import Tree, map_leaves, together
 from pmod._wire import Reduction, Sent, Wire, accumulator, real_sum, wire_of
@@ -66,23 +66,28 @@ def _fused(
         return tree if axis.size == 1 and row.alone else cast(Tree, bind(Call(row, axis, params), [tree])[0])
 
     def run(leaves: list[Any]) -> list[Any]:
-        tensors = [x if isinstance(x, Tensor) or number is None else _from_number(x, number) for x in leaves]
+        tensors = [
+            x if isinstance(x, Tensor) or number is None else _from_number(x, number, function, axis) for x in leaves
+        ]
         for x in tensors:
             check_tensor(x, function, axis)
             check(x, function, axis)
         ys = together(row, tensors, axis, params)
         return [y if isinstance(x, Tensor) else y.item() for x, y in zip(leaves, ys, strict=True)]
 
-    return map_leaves(run, tree, function)
+    return map_leaves(run, tree, function, axis)
 
 
-def _from_number(x: Any, least: type) -> Any:
+def _from_number(x: Any, least: type, function: str, axis: Axis) -> Any:
     """A number as the 0-d tensor that travels for it; anything else unchanged."""
     if not isinstance(x, int | float | complex):
         return x
     widest = type(x + least(0))
     dtype = {int: torch.int64, float: torch.float64, complex: torch.complex128}[widest]
-    return torch.tensor(x, dtype=dtype, device=_groups.number_device())
+    try:
+        return torch.tensor(x, dtype=dtype, device=_groups.number_device())
+    except (OverflowError, RuntimeError, ValueError):  # torch raises any of them
+        raise wrong(ArgumentError, function, axis, f"x is {x}, too large for {dtype}", "Pass a float.") from None
 
 
 def _anything(x: Tensor, function: str, axis: Axis) -> None:
@@ -129,11 +134,11 @@ def pmean(
     asked = accumulate_in(reduce_dtype, "pmean", bound)
     if weight is None:
         return _fused("pmean", PSUM, x, bound, (bound.size, asked), check_mean, float)
-    return map_leaves(lambda leaves: _weighted(leaves, weight, bound, asked), x, "pmean")
+    return map_leaves(lambda leaves: _weighted(leaves, weight, bound, asked), x, "pmean", bound)
 
 
 def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str | None) -> list[Any]:
-    xs = [x if isinstance(x, Tensor) else _from_number(x, float) for x in leaves]
+    xs = [x if isinstance(x, Tensor) else _from_number(x, float, "pmean", axis) for x in leaves]
     for x in xs:
         check_tensor(x, "pmean", axis)
         check_mean(x, "pmean", axis)
@@ -151,8 +156,12 @@ def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str 
 
 def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:
     if isinstance(weight, Tensor):
-        check_tensor(weight, "pmean", axis)
+        check_tensor(weight, "pmean", axis, name="weight")
+        if weight.is_complex() and not x.is_complex():
+            raise wrong(ArgumentError, "pmean", axis, "weight is complex and x is real", "Pass a real weight.")
         return weight.to(x.dtype)
+    if not isinstance(weight, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise wrong(ArgumentError, "pmean", axis, f"weight is {weight!r}", "Pass a real number, or a tensor.")
     return torch.tensor(weight, dtype=x.dtype, device=x.device)
 
 
@@ -229,7 +238,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
     bound = resolve(axis, function)
 
     def run(leaves: list[Any]) -> list[Any]:
-        xs = [x if isinstance(x, Tensor) else _from_number(x, int) for x in leaves]
+        xs = [x if isinstance(x, Tensor) else _from_number(x, int, function, bound) for x in leaves]
         for x in xs:
             check_tensor(x, function, bound)
             check_order(x, function, bound)
@@ -242,7 +251,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
             values[i] = y
         return [y if isinstance(x, Tensor) else type(x)(y.item()) for x, y in zip(leaves, values, strict=True)]
 
-    return map_leaves(run, tree, function)
+    return map_leaves(run, tree, function, bound)
 
 
 def _differentiated(x: Tensor) -> bool:
@@ -385,7 +394,7 @@ pair(PERMUTE, PERMUTE)
 
 def _permuted(function: str, x: Tree, axis: Axis, targets: tuple[int, ...]) -> Tree:
     if targets == tuple(range(axis.size)):  # nothing moves
-        return map_leaves(lambda leaves: [check_tensor(y, function, axis) or y for y in leaves], x, function)
+        return map_leaves(lambda leaves: [check_tensor(y, function, axis) or y for y in leaves], x, function, axis)
     return _fused(function, PERMUTE, x, axis, (targets,), _anything)
 
 

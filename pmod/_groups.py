@@ -26,39 +26,62 @@ import torch.distributed as dist
 # public by torch's documentation, though not by its stubs
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
-from pmod._errors import TopologyError, explain
+from pmod._errors import AxisError, PmodError, TopologyError, explain
 from pmod._topology import Topology
 
 log = logging.getLogger("pmod")
 
 DEFAULT_TIMEOUT = 600.0
+LONGEST = 1e9  # seconds; torch overflows somewhat later
 
 
 class _State:
-    """What this process has connected; one instance, reset by `shutdown`."""
+    """What this process has connected; emptied by `shutdown`."""
 
     def __init__(self) -> None:
         self.groups: dict[str, dist.ProcessGroup] = {}
         self.world: dist.ProcessGroup | None = None  # the default group that `groups` were made under
         self.started_world = False
-        self.topology: Topology | None = None
-        self.timeout: float = DEFAULT_TIMEOUT
+        self.topology: Topology | None = None  # of the world
+        # how often each rank set was made in this world: a name may not come twice in one store
+        self.made: Counter[str] = Counter()
 
 
 _state = _State()
 _lock = threading.RLock()
-# How often each rank set (and the world) was made. It survives shutdown: a name may not come twice in one store.
-_made: Counter[str] = Counter()
+# The stores outlive a shutdown: the ranks that come back must not meet at a server that is about to end. The number is
+# that of the connection, which keeps one from reading the keys of another.
+_stores: dict[tuple[str, int], tuple[Store, int]] = {}
+# Where `launch` put this process, which no environment variable says.
+launched: Topology | None = None
 
 # The per-thread world of a running simulation (attributes: topology, mesh, wire), or None: one look-up when off.
 simulated: threading.local | None = None
 
 
 def here() -> Topology:
-    """The topology of this process (of this thread in a simulation): what was last used, else detected."""
+    """The topology of this process (of this thread in a simulation): of what it has connected, else detected."""
     if simulated is not None and hasattr(simulated, "topology"):
         return simulated.topology
-    return _state.topology or Topology.detect()
+    if _state.topology is not None and _state.world is not None and _state.world is dist.group.WORLD:
+        return _state.topology
+    return launched or Topology.detect()
+
+
+def deadline(timeout: object) -> float:
+    """The seconds until a collective gives up: what was asked for, else PMOD_TIMEOUT, else 600."""
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < LONGEST:
+            raise AxisError(explain("make_mesh", f"timeout is {timeout!r}", "Pass seconds, a number above 0."))
+        return timeout
+    text = os.environ.get("PMOD_TIMEOUT", str(DEFAULT_TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < LONGEST:
+        raise TopologyError(explain("make_mesh", f"PMOD_TIMEOUT is {text!r}", "Set it to seconds, a number above 0."))
+    return seconds
 
 
 def number_device() -> torch.device:
@@ -68,44 +91,21 @@ def number_device() -> torch.device:
     return torch.device("cpu")
 
 
-def settle(topology: Topology, timeout: float | None) -> None:
-    """Remember what the mesh in the making said about this process."""
-    if simulated is not None and hasattr(simulated, "topology"):
-        return
-    _state.topology = topology
-    _state.timeout = timeout if timeout is not None else _default_timeout()
-
-
-def _default_timeout() -> float:
-    text = os.environ.get("PMOD_TIMEOUT")
-    if text is None:
-        return DEFAULT_TIMEOUT
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds > 0:
-        raise TopologyError(explain("make_mesh", f"PMOD_TIMEOUT is {text!r}", "Set it to seconds, a number above 0."))
-    return seconds
-
-
-def connect(topology: Topology) -> None:
+def connect(topology: Topology, seconds: float) -> None:
     """Join the default process group, starting it where nobody has."""
     with _lock:
         if dist.is_initialized():
             _join(topology)
             return
-        _state.groups.clear()
         if topology.device.type == "cuda":
             torch.cuda.set_device(topology.device)  # what NCCL takes for a barrier, and plain "cuda" for a tensor
-        timeout = timedelta(seconds=_state.timeout)
+        timeout = timedelta(seconds=seconds)
         store = _store(topology, timeout)
         with _lazy_gloo():
             dist.init_process_group(
                 topology.backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
             )
-        _state.started_world = True
-        _state.world = dist.group.WORLD
+        _enter_world(topology, started=True)
         atexit.register(shutdown)
         if topology.rank == 0:
             log.info(
@@ -114,12 +114,13 @@ def connect(topology: Topology) -> None:
             )  # fmt: skip
 
 
+def _enter_world(topology: Topology, *, started: bool) -> None:
+    _state.__init__()
+    _state.world, _state.started_world, _state.topology = dist.group.WORLD, started, topology
+
+
 def _join(topology: Topology) -> None:
     """The user (or an earlier mesh) initialized torch.distributed: use it, and check that it is the same world."""
-    if dist.group.WORLD is not _state.world:
-        _state.groups.clear()
-        _state.world = dist.group.WORLD
-        _state.started_world = False
     actual = (dist.get_rank(), dist.get_world_size())
     if actual != (topology.rank, topology.world_size):
         raise TopologyError(
@@ -130,6 +131,8 @@ def _join(topology: Topology) -> None:
                 "Leave topology out, or call torch.distributed.destroy_process_group() first.",
             )
         )
+    if dist.group.WORLD is not _state.world:
+        _enter_world(topology, started=False)
 
 
 def _store(topology: Topology, timeout: timedelta) -> Store:
@@ -144,15 +147,15 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
             )
         )
     address, port = topology.master_addr, topology.master_port
-    store: Store
-    if topology.launcher == "launch":  # the parent of the ranks serves the store
+    store, number = _stores.get((address, port), (None, 0))
+    if store is None and topology.launcher == "launch":  # the parent of the ranks serves the store
         store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout)
-    else:
+    elif store is None:
         meeting = rendezvous(f"tcp://{address}:{port}", topology.rank, topology.world_size, timeout=timeout)
         store = next(iter(meeting))[0]
-    # neither a restarted job nor a second connection may read the keys of the one before it
-    _made["world"] += 1
-    return PrefixStore(f"pmod/attempt_{topology.restart_count}/{_made['world']}", store)
+    _stores[address, port] = store, number + 1
+    # a restarted job must not read the keys of the attempt before it either
+    return PrefixStore(f"pmod/attempt_{topology.restart_count}/{number}", store)
 
 
 @contextlib.contextmanager
@@ -172,21 +175,29 @@ def _lazy_gloo() -> Generator[None]:
             os.environ["TORCH_GLOO_LAZY_INIT"] = before
 
 
-def group_of(key: str, ranks: Callable[[], list[int]]) -> dist.ProcessGroup:
+def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float) -> dist.ProcessGroup:
     """The process group over `ranks()` in this order; `key` names the same ranks in the same order."""
+    if simulated is not None and hasattr(simulated, "topology"):
+        raise PmodError(explain("Mesh.group", "a simulated rank has no process group", "Use pmod's own functions."))
     found = _state.groups.get(key)
-    if found is not None and _state.world is dist.group.WORLD:
+    if found is not None and _state.world is dist.group.WORLD and _same_place(topology):
         return found
     with _lock:
-        if not dist.is_initialized() or dist.group.WORLD is not _state.world:
-            connect(here())
+        connect(topology, seconds)
         found = _state.groups.get(key)
         if found is None:
-            found = _state.groups[key] = _make_group(key, ranks())
+            found = _state.groups[key] = _make_group(key, ranks(), timedelta(seconds=seconds))
         return found
 
 
-def _make_group(key: str, ranks: list[int]) -> dist.ProcessGroup:
+def _same_place(topology: Topology) -> bool:
+    world = _state.topology
+    return world is topology or (
+        world is not None and (world.rank, world.world_size) == (topology.rank, topology.world_size)
+    )
+
+
+def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
     if ranks == list(range(dist.get_world_size())):
         world = dist.group.WORLD
         assert world is not None
@@ -194,8 +205,8 @@ def _make_group(key: str, ranks: list[int]) -> dist.ProcessGroup:
     import torch.distributed.distributed_c10d as c10d
 
     digest = hashlib.sha1(key.encode()).hexdigest()[:16]
-    name = f"pmod:{digest}:{_made[key]}"
-    _made[key] += 1
+    name = f"pmod:{digest}:{_state.made[key]}"
+    _state.made[key] += 1
     private: Any = c10d
     with _lazy_gloo():
         group, _ = private._new_process_group_helper(
@@ -203,9 +214,10 @@ def _make_group(key: str, ranks: list[int]) -> dist.ProcessGroup:
             ranks.index(dist.get_rank()),
             ranks,
             dist.get_backend_config(),
-            private._get_default_store(),
+            # a connection of its own: a group that waits in the store for its members would lock out the next group
+            private._get_default_store().clone(),
             name,
-            timeout=timedelta(seconds=_state.timeout),
+            timeout=timeout,
             group_desc=f"pmod over ranks {ranks if len(ranks) <= 8 else f'{ranks[0]}..{ranks[-1]}'}",
         )
     # what new_group does after the helper: global rank -> rank within the group
@@ -213,11 +225,12 @@ def _make_group(key: str, ranks: list[int]) -> dist.ProcessGroup:
     return group
 
 
-def adopt(key: str, group: dist.ProcessGroup) -> None:
-    """Use a group that somebody else made (a DeviceMesh's) for these ranks, unless we have one."""
-    with _lock:
-        connect(here())
-        _state.groups.setdefault(key, group)
+def adopt(key: str, ranks: list[int], group: dist.ProcessGroup, topology: Topology, seconds: float) -> None:
+    """Use a group that somebody else made (a DeviceMesh's) for these ranks, unless its order differs or we have one."""
+    if dist.get_process_group_ranks(group) == ranks:
+        with _lock:
+            connect(topology, seconds)
+            _state.groups.setdefault(key, group)
 
 
 def shutdown() -> None:
@@ -229,17 +242,16 @@ def shutdown() -> None:
     >>> pmod.shutdown()
     """
     with _lock:
-        ours = list(_state.groups.values())
-        world = _state.world if _state.started_world else None
         atexit.unregister(shutdown)
+        ours, started = list(_state.groups.values()), _state.started_world
         connected = dist.is_initialized() and dist.group.WORLD is _state.world
-        _state.groups, _state.world, _state.started_world = {}, None, False
-    if not connected:
-        return
-    if world is not None:
+        if started or not connected:
+            _state.__init__()
+        else:  # the user's world goes on, and so do its store and the names used in it
+            _state.groups = {}
+    if connected and started:
         dist.destroy_process_group()
-        return
-    for group in ours:
-        made_by_us = group is not dist.group.WORLD and group.group_name.startswith("pmod:")
-        if made_by_us:
-            dist.destroy_process_group(group)
+    elif connected:
+        for group in ours:
+            if group is not dist.group.WORLD and group.group_name.startswith("pmod:"):
+                dist.destroy_process_group(group)

@@ -33,6 +33,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (public, by torch's own page)
 
+from pmod import _groups
 from pmod._ambient import set_mesh
 from pmod._errors import ArgumentError, AxisError, CollectiveTimeout, PmodError, coordinates, explain
 from pmod._mesh import make_mesh
@@ -299,6 +300,7 @@ def _topology(rank: int, size: int, port: int) -> Topology:
 
 def _perform(task: Task, topology: Topology) -> _Outcome:
     try:
+        _groups.launched = topology
         with set_mesh(make_mesh(task.axis_sizes, topology=topology)):
             fn, args = _unpack(task.packed)
             result = fn(*args)

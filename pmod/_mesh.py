@@ -15,7 +15,8 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -25,6 +26,7 @@ import torch
 from pmod import _groups
 from pmod._draw import mesh_html, mesh_text
 from pmod._errors import AxisError, explain, near_miss
+from pmod._groups import DEFAULT_TIMEOUT
 from pmod._topology import Topology
 
 if TYPE_CHECKING:
@@ -49,13 +51,13 @@ class Axis:
     base: tuple[int, ...] | None
     index: int
     coords: tuple[tuple[str, int], ...]
+    topology: Topology  # of the mesh it was taken from, as is the timeout
+    timeout: float
     size: int = attrs.field(init=False)
-    group_key: str = attrs.field(init=False)
     key: str = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "size", math.prod(size for size, _ in self.factors))
-        object.__setattr__(self, "group_key", repr((self.offset, self.factors, self.base)))
         fields = (self.label, self.offset, self.factors, self.base, self.index, self.coords)
         object.__setattr__(self, "key", repr(fields))
 
@@ -65,17 +67,34 @@ class Axis:
         places = _places(self.offset, (self.factors,)).reshape(-1).tolist()
         return places if self.base is None else [self.base[place] for place in places]
 
+    @cached_property
+    def group_key(self) -> str:
+        """The ranks and their order, as one text however the axis was made."""
+        if self.base is None and len(self.factors) <= 1:
+            return f"{self.offset}:{self.size}:{self.factors[0][1] if self.factors else 1}"
+        ranks = self.ranks
+        step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+        evenly = all(b - a == step for a, b in pairwise(ranks))
+        return f"{ranks[0]}:{len(ranks)}:{step}" if evenly else repr(ranks)
+
     @property
     def group(self) -> ProcessGroup:
         """The process group over these ranks, made on first use."""
-        return _groups.group_of(self.group_key, lambda: self.ranks)
+        return _groups.group_of(self.group_key, lambda: self.ranks, self.topology, self.timeout)
 
     @staticmethod
-    @lru_cache(maxsize=4096)
     def parse(key: str) -> Axis:
         """The axis that `key` was written for, at this process's place."""
-        label, offset, factors, base, index, coords = ast.literal_eval(key)
-        return Axis(label, offset, factors, base, index, coords)
+        found = _axes.get(key)
+        if found is None:
+            label, offset, factors, base, index, coords = ast.literal_eval(key)
+            here, timeout = _groups.here(), _groups.deadline(None)
+            found = _axes[key] = Axis(label, offset, factors, base, index, coords, here, timeout)
+        return found
+
+
+# The axes that were bound in this process, by key: a memo for compiled code, whose calls name an axis by its key.
+_axes: dict[str, Axis] = {}
 
 
 def _places(offset: int, axes: Iterable[Factors]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -133,6 +152,7 @@ class Mesh:
     _offset: int
     _base: tuple[int, ...] | None
     topology: Topology
+    _timeout: float = DEFAULT_TIMEOUT
     _sizes: tuple[int, ...] = attrs.field(init=False)
     _coords: tuple[int, ...] | None = attrs.field(init=False)
     _key: str = attrs.field(init=False)  # says which mesh and which place in it
@@ -237,7 +257,9 @@ class Mesh:
         for number in numbers:
             index = index * self._sizes[number] + self._coords[number]
         coords = tuple(zip(self.axis_names, self._coords, strict=True))
-        bound = Axis(label, offset, factors, self._base, index, coords)
+        bound = Axis(label, offset, factors, self._base, index, coords, self.topology, self._timeout)
+        if self.topology.launcher != "simulate":
+            _axes[bound.key] = bound
         self._bound[label] = bound
         return bound
 
@@ -295,10 +317,12 @@ class Mesh:
 
     # --- new meshes from this one -----------------------------------------------------------------
 
-    def _with(self, axes: Iterable[tuple[str, Factors]], offset: int | None = None) -> Mesh:
-        names, factors = zip(*axes, strict=True)
-        _check_names(names)
-        return Mesh(names, factors, self._offset if offset is None else offset, self._base, self.topology)
+    def _with(self, function: str, axes: Iterable[tuple[str, Factors]], offset: int | None = None) -> Mesh:
+        named = list(axes)
+        names, factors = tuple(name for name, _ in named), tuple(factors for _, factors in named)
+        _check_names(names, function)
+        start = self._offset if offset is None else offset
+        return Mesh(names, factors, start, self._base, self.topology, self._timeout)
 
     def flatten(self, axes: tuple[str, ...], name: str) -> Mesh:
         """Join axes into one called `name`, first of `axes` slowest, at the place of the first of them in the mesh.
@@ -317,7 +341,7 @@ class Mesh:
                 kept.append((name, joined))
             elif number not in numbers:
                 kept.append(old)
-        return self._with(kept)
+        return self._with("Mesh.flatten", kept)
 
     def split(self, axis: str, **sizes: int) -> Mesh:
         """Cut one axis into several, first slowest; one size may be -1.
@@ -328,6 +352,8 @@ class Mesh:
         """
         _, (number,) = self._numbers((axis,), "Mesh.split")
         whole = self._sizes[number]
+        if not sizes:
+            raise AxisError(explain("Mesh.split", "no size is given", "Name the new axes: split('data', a=2, b=-1)."))
         cut = _fill_in(sizes, whole, "Mesh.split", f"axis {axis!r} has {whole}")
         parts: list[tuple[str, Factors]] = []
         rest = self._axes[number]
@@ -335,12 +361,13 @@ class Mesh:
             taken, rest = _take_fastest(rest, size)
             parts.insert(0, (name, taken))
         old = list(zip(self.axis_names, self._axes, strict=True))
-        return self._with([*old[:number], *parts, *old[number + 1 :]])
+        return self._with("Mesh.split", [*old[:number], *parts, *old[number + 1 :]])
 
     def rename(self, **old_new: str) -> Mesh:
         """The same mesh under other axis names: ``mesh.rename(data="batch")``."""
         self._numbers(tuple(old_new), "Mesh.rename")
-        return self._with(zip((old_new.get(name, name) for name in self.axis_names), self._axes, strict=True))
+        names = (old_new.get(name, name) for name in self.axis_names)
+        return self._with("Mesh.rename", zip(names, self._axes, strict=True))
 
     # --- torch's DeviceMesh -----------------------------------------------------------------------
 
@@ -372,7 +399,8 @@ class Mesh:
         for number, name in enumerate(names):
             if mesh.coords is not None:
                 axis = mesh.bind(name, "Mesh.from_device_mesh")
-                _groups.adopt(axis.group_key, device_mesh.get_group(number))
+                group = device_mesh.get_group(number)
+                _groups.adopt(axis.group_key, axis.ranks, group, mesh.topology, mesh._timeout)
         return mesh
 
     # --- value semantics --------------------------------------------------------------------------
@@ -395,6 +423,12 @@ class Mesh:
 
     def __hash__(self) -> int:
         return hash((self.axis_names, self._sizes, self._ends()))
+
+    def __copy__(self) -> Mesh:
+        return self  # immutable; and a copy stays in its place, where a pickle looks for its own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mesh:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_mesh, (self.axis_names, self._axes, self._offset, self._base)
@@ -425,9 +459,12 @@ AxisLike: TypeAlias = str | tuple[str, ...] | Mesh
 
 
 def _sub_mesh(mesh: Mesh, axis: object) -> Mesh:
+    if isinstance(axis, Mesh):
+        return axis
     _, numbers = mesh._numbers(axis, "Mesh.__getitem__")
     bound = mesh.bind(axis, "Mesh.__getitem__")
-    return mesh._with([(mesh.axis_names[number], mesh._axes[number]) for number in numbers], bound.offset)
+    kept = [(mesh.axis_names[number], mesh._axes[number]) for number in numbers]
+    return mesh._with("Mesh.__getitem__", kept, bound.offset)
 
 
 # a plain attribute, read by Dynamo: inside compiled code the sub-mesh is a constant of the (guarded) mesh.
@@ -436,7 +473,7 @@ _sub_mesh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_mesh(names: tuple[str, ...], axes: tuple[Factors, ...], offset: int, base: tuple[int, ...] | None) -> Mesh:
-    return Mesh(names, axes, offset, base, _groups.here())
+    return Mesh(names, axes, offset, base, _groups.here(), _groups.deadline(None))
 
 
 def _take_fastest(factors: Factors, size: int) -> tuple[Factors, Factors]:
@@ -465,19 +502,19 @@ def _few(ranks: np.ndarray[Any, Any]) -> str:
     return str(flat.tolist()) if flat.size <= 8 else f"[{flat[0]}, {flat[1]}, ..., {flat[-1]}]"
 
 
-def _check_names(names: Iterable[object]) -> None:
+def _check_names(names: Iterable[object], function: str) -> None:
     seen: set[object] = set()
     for name in names:
         if not isinstance(name, str) or not name:
-            raise AxisError(explain("make_mesh", f"{name!r} is no axis name", "Name axes with non-empty strings."))
+            raise AxisError(explain(function, f"{name!r} is no axis name", "Name axes with non-empty strings."))
         if name in seen:
-            raise AxisError(explain("make_mesh", f"two axes are called {name!r}", "Give each axis its own name."))
+            raise AxisError(explain(function, f"two axes are called {name!r}", "Give each axis its own name."))
         seen.add(name)
 
 
 def _fill_in(sizes: Mapping[str, int], total: int, function: str, have: str) -> dict[str, int]:
     """The sizes with -1 replaced; they must multiply to `total`."""
-    _check_names(sizes)
+    _check_names(sizes, function)
     for name, size in sizes.items():
         is_int = isinstance(size, int) and not isinstance(size, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not is_int or (size < 1 and size != -1):
@@ -529,8 +566,7 @@ def make_mesh(
     twice = set(axes or {}) & set(axis_sizes)
     if twice:
         raise AxisError(explain("make_mesh", f"axis {min(twice)!r} is given twice", "Give each axis once."))
-    if timeout is not None and not timeout > 0:
-        raise AxisError(explain("make_mesh", f"timeout is {timeout!r}", "Pass seconds, a number above 0."))
+    seconds = _groups.deadline(timeout)
     by_hand = topology is not None
     place = topology if topology is not None else _world_topology()
     offset, stride, base, count = _layout(ranks, place.world_size)
@@ -540,11 +576,10 @@ def make_mesh(
     for size in reversed(sizes.values()):
         factors.insert(0, ((size, stride),))
         stride *= size
-    mesh = Mesh(tuple(sizes), tuple(factors), offset, base, place)
+    mesh = Mesh(tuple(sizes), tuple(factors), offset, base, place, seconds)
     _warn_of_straddling(mesh)
-    _groups.settle(place, timeout)
-    if not by_hand and place.world_size > 1:
-        _groups.connect(place)
+    if not by_hand and place.world_size > 1 and place.launcher != "simulate":
+        _groups.connect(place, seconds)
     return mesh
 
 
@@ -567,7 +602,7 @@ def _layout(ranks: Sequence[int] | None, world_size: int) -> tuple[int, int, tup
     """(offset, stride, base, number of ranks) of the ranks that a mesh covers."""
     if ranks is None:
         return 0, 1, None, world_size
-    listed = [int(rank) for rank in np.asarray(ranks).reshape(-1)]
+    listed = _listed(ranks)
     for rank in listed:
         if not 0 <= rank < world_size:
             raise AxisError(explain("make_mesh", f"ranks holds {rank}", f"The world has ranks 0 to {world_size - 1}."))
@@ -578,6 +613,17 @@ def _layout(ranks: Sequence[int] | None, world_size: int) -> tuple[int, int, tup
     if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
         return listed[0], step, None, len(listed)
     return 0, 1, tuple(listed), len(listed)
+
+
+def _listed(ranks: Sequence[int]) -> list[int]:
+    """The ranks as ints, from nested sequences or an array."""
+    try:
+        array = np.asarray(ranks)
+    except ValueError:  # ragged
+        array = np.asarray("")
+    if array.ndim == 0 or (array.size > 0 and array.dtype.kind not in "iu"):
+        raise AxisError(explain("make_mesh", f"ranks is {ranks!r}", "List the ranks that the mesh covers, as ints."))
+    return [int(rank) for rank in array.reshape(-1)]
 
 
 def _warn_of_straddling(mesh: Mesh) -> None:

@@ -13,66 +13,65 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pmod._arguments import check_tensor
+from pmod._arguments import check_tensor, wrong
 from pmod._autodiff import Call, Params, Row, bind, bind_all
-from pmod._errors import ArgumentError, explain
+from pmod._errors import ArgumentError
 from pmod._mesh import Axis
 
 Tree = TypeVar("Tree")
 """A tensor, or a dict, list, tuple or namedtuple of trees; what goes in comes out with the same structure."""
 
 
-def flatten(tree: Any, function: str, leaves: list[Any]) -> None:
+def flatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
     """Append the leaves in order; None is skipped."""
     if tree is None:
         return
     if isinstance(tree, dict):
-        for key in _sorted_keys(tree, function):
-            flatten(tree[key], function, leaves)
+        for key in _sorted_keys(tree, function, axis):
+            flatten(tree[key], function, axis, leaves)
     elif isinstance(tree, list | tuple):
         for branch in tree:
-            flatten(branch, function, leaves)
+            flatten(branch, function, axis, leaves)
     else:
         leaves.append(tree)
 
 
-def unflatten(tree: Any, function: str, leaves: list[Any]) -> Any:
+def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
     """`tree` with its leaves replaced by those in `leaves`, which are used up from the front."""
     if tree is None:
         return None
     if isinstance(tree, dict):
-        filled = {key: unflatten(tree[key], function, leaves) for key in _sorted_keys(tree, function)}
+        filled = {key: unflatten(tree[key], function, axis, leaves) for key in _sorted_keys(tree, function, axis)}
         if type(tree) is dict:
             return {key: filled[key] for key in tree}
         out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
         out.update(filled)
         return out
     if isinstance(tree, list | tuple):
-        branches = [unflatten(branch, function, leaves) for branch in tree]
+        branches = [unflatten(branch, function, axis, leaves) for branch in tree]
         if isinstance(tree, list):
             return branches
         return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)
     return leaves.pop(0)
 
 
-def map_leaves(f: Callable[[list[Any]], list[Any]], tree: Tree, function: str) -> Tree:
+def map_leaves(f: Callable[[list[Any]], list[Any]], tree: Tree, function: str, axis: Axis) -> Tree:
     """Replace all leaves at once: `f` takes the list of them and returns as many."""
     if isinstance(tree, Tensor):
         return f([tree])[0]
     leaves: list[Any] = []
-    flatten(tree, function, leaves)
-    return unflatten(tree, function, list(f(leaves)))
+    flatten(tree, function, axis, leaves)
+    return unflatten(tree, function, axis, list(f(leaves)))
 
 
-def _sorted_keys(tree: dict[Any, Any], function: str) -> list[Any]:
+def _sorted_keys(tree: dict[Any, Any], function: str, axis: Axis) -> list[Any]:
     try:
         return sorted(tree)
     except TypeError:
         kinds = sorted({type(key).__name__ for key in tree})
-        raise ArgumentError(
-            explain(function, f"a dict has keys of types {kinds}, which do not sort",
-                    "Use keys of one type: ranks walk a dict in the order of its keys.")
-        ) from None  # fmt: skip
+        given = f"a dict has keys of types {kinds}, which do not sort"
+        right = "Use keys of one type: ranks walk a dict in the order of its keys."
+        raise wrong(ArgumentError, function, axis, given, right) from None
 
 
 def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Tensor], tuple[Tensor, Params]]) -> Tree:
@@ -89,7 +88,7 @@ def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Ten
         prepared = [prepare(x) for x in leaves]
         return [ys[0] for ys in bind_all([(Call(row, axis, params), [x]) for x, params in prepared])]
 
-    return map_leaves(run, tree, function)
+    return map_leaves(run, tree, function, axis)
 
 
 def together(row: Row, leaves: list[Any], axis: Axis, params: Params) -> list[Any]:

@@ -171,23 +171,26 @@ class _MemoryWire(Wire):
 
         def join() -> Tensor:
             parts = [parts[self.index] if isinstance(parts, list) else None for parts in collect()]
-            return self._fit(parts, recv)
+            return self._fit(parts, recv, x.dtype)
 
         return Sent((), join)
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
         collect = self._exchange(x.clone())
-        return Sent((), lambda: self._fit([part if isinstance(part, Tensor) else None for part in collect()], counts))
+        return Sent(
+            (), lambda: self._fit([part if isinstance(part, Tensor) else None for part in collect()], counts, x.dtype)
+        )
 
-    def _fit(self, parts: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor:
+    def _fit(self, parts: Sequence[Tensor | None], counts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Join what arrived, which must be what was expected: on a real wire this would hang or corrupt."""
         for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            if part is None or part.numel() != count:
-                what = "another kind of message" if part is None else f"{part.numel()} elements"
+            if part is None or part.numel() != count or part.dtype != dtype:
+                what = "another kind of message" if part is None else _amount(part.numel(), part.dtype, dtype)
                 raise MismatchError(
                     explain(
                         "simulate",
-                        f"index {rank} of the axis sends {what} where index {self.index} expects {count} elements, "
+                        f"index {rank} of the axis sends {what} where index {self.index} expects "
+                        f"{_amount(count, dtype, dtype if part is None else part.dtype)}, "
                         f"at {_call_site()}",
                         "All ranks of an axis must make the same calls with shapes that fit.",
                         axis=self._axis.label,
@@ -198,6 +201,11 @@ class _MemoryWire(Wire):
 
     def barrier(self) -> None:
         self._exchange(None)()
+
+
+def _amount(count: int, dtype: torch.dtype, other: torch.dtype) -> str:
+    """`3 elements`, with their dtype where that is what differs."""
+    return f"{count} elements" + ("" if dtype == other else f" of {dtype}")
 
 
 @contextmanager
@@ -243,6 +251,10 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
         raise PmodError(explain("simulate", "this is a simulated rank already", "Call it from outside."))
     if torch.compiler.is_compiling():
         raise PmodError(explain("simulate", "it is called in compiled code", "Simulate the eager function."))
+    dual = forward_ad._current_level >= 0 and _groups.simulated is None  # type: ignore[attr-defined]
+    if dual or torch._C._are_functorch_transforms_active():
+        right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
+        raise PmodError(explain("simulate", "it is called inside a transform, which its threads do not see", right))
     with _one_at_a_time, _forward_mode_held_open():
         return _run(fn, args, axis_sizes)
 

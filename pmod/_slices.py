@@ -99,7 +99,8 @@ def all_gather(
     asked = accumulate_in(reduce_dtype, "all_gather", bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
-        at = dim_from_end(dim, x, "all_gather", bound, extra=0 if tiled else 1)
+        extra, no_dims = (0 if tiled else 1), "Pass tiled=False, or a tensor with a dim."
+        at = dim_from_end(dim, x, "all_gather", bound, extra=extra, no_dims=no_dims)
         return (x if tiled else x.unsqueeze(at)), (at, None, asked)
 
     return each(ALL_GATHER, x, bound, "all_gather", prepare)
@@ -129,7 +130,7 @@ def psum_scatter(
         return x, (at, None, asked)
 
     y = each(PSUM_SCATTER, x, bound, "psum_scatter", prepare)
-    return y if tiled else map_leaves(lambda ys: [y.squeeze(dim) for y in ys], y, "psum_scatter")
+    return y if tiled else map_leaves(lambda ys: [y.squeeze(dim) for y in ys], y, "psum_scatter", bound)
 
 
 def _check_divides(x: Tensor, at: int, function: str, axis: Axis, *, right: str = "", name: str = "dim") -> None:
@@ -218,7 +219,8 @@ def unshard(
     bound = resolve(axis, "unshard")
     if sizes is not None and length is not None:
         raise wrong(ShapeError, "unshard", bound, "sizes and length are given", "Pass one of them.")
-    if length is not None and (isinstance(length, bool) or length < 0):
+    is_int = isinstance(length, int) and not isinstance(length, bool)
+    if length is not None and (not is_int or length < 0):
         raise wrong(ShapeError, "unshard", bound, f"length is {length!r}", "Pass the whole length, 0 or more.")
     given = None if sizes is None else check_sizes(sizes, "unshard", bound)
     if length is not None:
@@ -400,4 +402,4 @@ def _untiled_all_to_all(x: Tree, axis: Axis, split_dim: int, concat_dim: int) ->
         return x.movedim(cut, 0), (-x.dim(), -x.dim(), None, None)
 
     rows = each(ALL_TO_ALL, x, axis, "all_to_all", prepare)
-    return map_leaves(lambda ys: [y.movedim(0, concat_dim) for y in ys], rows, "all_to_all")
+    return map_leaves(lambda ys: [y.movedim(0, concat_dim) for y in ys], rows, "all_to_all", axis)

@@ -97,6 +97,8 @@ def real_sum(flat: Tensor, send: Callable[[Tensor, int], Sent]) -> Sent:
 class Wire:
     """The ranks of one axis, as this rank sees them."""
 
+    ahead = False  # a message that nobody waits for yet (`start`)
+
     def __init__(self, size: int, index: int) -> None:
         self.size = size
         self.index = index
@@ -214,10 +216,14 @@ class GroupWire(Wire):
             return self.all_gather(x.view(torch.uint8), [scale * n for n in counts]).then(lambda y: y.view(dtype))
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
+        if (x.is_cuda or (self.ahead and self.size > 2)) and len(set(counts)) == 1:
+            return Sent((self.group._allgather_base(out, x),), lambda: out)
         if x.is_cuda:
-            if len(set(counts)) == 1:
-                return Sent((self.group._allgather_base(out, x),), lambda: out)
             return Sent((self.group.allgather([list(parts)], [x]),), lambda: out)
+        # gloo's send and recv block for their first connection, its collectives do not: what is sent ahead must not wait
+        # for a rank that is about to wait for this one
+        if self.ahead and self.size > 2:
+            return super().all_gather(x, counts)
         if self.size == 2:
             # only what the other rank lacks travels
             send, recv = [0, 0], [0, 0]
@@ -256,7 +262,7 @@ class GroupWire(Wire):
         return Sent((_broadcast(self.group, carried, root),), lambda: out)
 
     def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
-        if x.is_cuda or self.size == 2:
+        if x.is_cuda or self.size == 2 or self.ahead:
             return super().permute(x, target, source)
         # gloo's all_to_all would trouble every rank with an empty message
         if x.dtype not in CARRIED:
