@@ -143,9 +143,13 @@ def _laid_out(x: Tensor) -> Tensor:
 
 def _memory_format(x: Tensor) -> torch.memory_format | None:
     """channels_last (2d or 3d) where x is laid out so, None where it is row-major or neither."""
-    if x.dim() not in (4, 5) or x.is_contiguous():
+    if x.dim() not in (4, 5):
         return None
     kept = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.numel() == 0:  # an empty slice is contiguous in every format; its strides say what it was cut from
+        return kept if x.stride(1) == 1 and x.stride(-1) > 1 else None
+    if x.is_contiguous():
+        return None
     return kept if x.is_contiguous(memory_format=kept) else None
 
 
@@ -175,7 +179,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None, *xs: Tensor) -> Any:
-        return tuple(_run(call, xs) if below is None else below(xs))
+        if below is None and call.row.local:
+            return tuple(_run(call, xs))
+        # what arrives is private: where it is a view of a message, autograd need not know, and the user may change it
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # type: ignore[attr-defined]
+            return tuple(_run(call, xs) if below is None else below(xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -184,8 +192,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         needed = ctx.needs_input_grad[2:]
-        wanted = iter(bind(ctx.call.T, [g for g, need in zip(gs, needed, strict=True) if need]))
-        return (None, None, *(next(wanted) if need else None for need in needed))
+        wanted = bind(ctx.call.T, [g for g, need in zip(gs, needed, strict=True) if need])
+        # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
+        # backward was called with
+        own = iter([y.clone() if y._is_view() else y for y in wanted])
+        return (None, None, *(next(own) if need else None for need in needed))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -45,7 +45,7 @@ def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 def _send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
     divisor, _ = params
-    return x.view_as(x) if divisor == 1 else x / divisor
+    return x if divisor == 1 else x / divisor
 
 
 # a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is rounded
@@ -101,7 +101,8 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     Shapes: x (...) -> (...).
     Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks, (n-1) x, in one round trip.
     16-bit floats add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
-    Trees travel as one message per dtype and device; Python numbers come back as numbers.
+    Trees travel as one message per dtype and device; Python numbers come back as numbers,
+    and have the same type on every rank (0.0, not 0, where others hold a float).
     Raises: ArgumentError for bool. JAX: lax.psum.
 
     >>> pmod.simulate(lambda: pmod.psum(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
@@ -280,7 +281,7 @@ def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
     sums = together(PSUM, parts + hits, axis, (1, None))
     out: list[Tensor] = []
     for y, s, count in zip(values, sums[: len(xs)], sums[len(xs) :], strict=True):
-        scale = 2 * n / count
+        scale = 2 * n / count.detach()  # a constant: a tangent of 0 times an infinite s would be NaN
         out.append(torch.where(y.isfinite(), y + (s - s.detach()) * scale, s * scale))
     return out
 
@@ -293,7 +294,7 @@ def _send_broadcast(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 
 def _send_place(x: Tensor, wire: Wire, params: Params) -> Tensor:
-    return x.view_as(x) if wire.index == params[0] else torch.zeros_like(x)
+    return x if wire.index == params[0] else torch.zeros_like(x)
 
 
 PICK, PLACE = pair(

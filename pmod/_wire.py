@@ -220,8 +220,8 @@ class GroupWire(Wire):
             return Sent((self.group._allgather_base(out, x),), lambda: out)
         if x.is_cuda:
             return Sent((self.group.allgather([list(parts)], [x]),), lambda: out)
-        # gloo's send and recv block for their first connection, its collectives do not: what is sent ahead must not wait
-        # for a rank that is about to wait for this one
+        # gloo's send and recv block for their first connection, its collectives do not: what is sent ahead must not
+        # wait for a rank that is about to wait for this one
         if self.ahead and self.size > 2:
             return super().all_gather(x, counts)
         if self.size == 2:

@@ -80,6 +80,21 @@ def test_triples_of_four_ranks_in_a_cyclic_order(made_before):
     spmd.launch(start_in_a_cyclic_order, rings, made_before, timeout=DEADLINE, data=2, model=2)
 
 
+def start_large_sums_in_a_cyclic_order() -> None:
+    """A large sum takes two messages, so the waits have one order on all ranks; the first messages still have none."""
+    rank = here().rank
+    rings = [(0, 2, 1), (1, 3, 2), (2, 0, 3), (3, 1, 0)]
+    x = torch.full((20_000,), 10.0**rank)
+    pending = {ring: pmod.start(pmod.psum, x, over(*ring)) for ring in rings[rank:] + rings[:rank] if rank in ring}
+    for ring in rings:
+        if rank in ring:
+            assert pending[ring].wait().unique().tolist() == [digits(ring)]
+
+
+def test_large_sums_of_triples_in_a_cyclic_order():
+    spmd.launch(start_large_sums_in_a_cyclic_order, timeout=DEADLINE, data=2, model=2)
+
+
 def first_use_in_an_order_of_its_own() -> None:
     mesh = pmod.current_mesh().rename(data="x", model="y")
     rank = here().rank

@@ -1,0 +1,49 @@
+"""What the terminal shows: colours and progress bars, on a terminal only, and what to install where they lack."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pmod._errors import PmodError, explain
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    Bar: TypeAlias = tqdm[Any]
+
+_COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32}
+
+
+def check_extra() -> None:
+    """Raise PmodError, which names the command that installs them, where the packages of the extra are missing."""
+    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        right = 'Install the demo\'s extra: pip install "pmod[demo]"'
+        raise PmodError(explain("demo", f"{' and '.join(missing)} cannot be imported", right))
+
+
+def progress(*, total: int, what: str, unit: str, quiet: bool) -> Bar:
+    """A progress bar on stderr, where that is a terminal; `quiet` on all ranks but one."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=True if quiet else None)
+
+
+def paint(text: str, colour: str) -> str:
+    """The text in a colour, where the output is a terminal and NO_COLOR is not set."""
+    # both, because mpirun makes stdout look like a terminal wherever its own output goes
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    if not terminal or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def say(text: str = "") -> None:
+    """Print a line above the progress bar, at once also where stdout is a pipe."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()

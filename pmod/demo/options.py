@@ -1,0 +1,186 @@
+"""The command line, parsed into one value, and whether what it asks for fits together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from pmod._errors import PmodError, explain, near_miss
+
+AXES = ("data", "space")
+LEARNING_RATE = 8e-3
+
+_EXAMPLES = """\
+examples:
+  python -m pmod.demo                               one rank a core (or GPU), at most 4; 2 to 3 minutes on 2 cores
+  python -m pmod.demo --mesh data=2,space=2         4 ranks: the batch in 2 parts, each field in 2
+  python -m pmod.demo --float64 --steps 100         the two loss curves agree to rounding
+  python -m pmod.demo --data darcy_train_16.pt --test-data darcy_test_16.pt
+  torchrun --nproc-per-node 4 -m pmod.demo --mesh data=2,space=2
+  mpirun -n 2 python -m pmod.demo
+
+The exit status is 1 where the two trainings differ by more than the bounds that it prints, and 2 where the command
+line cannot be followed.
+"""
+
+
+@attrs.frozen
+class Options:
+    """What to train, on what, over which mesh; None stands for what is worked out later.
+
+    An epoch sees each problem and its mirror image.
+    """
+
+    mesh: Mapping[str, int] | None = None
+    data: Path | None = None
+    test_data: Path | None = None
+    size: int = 32
+    train: int | None = None
+    test: int | None = None
+    channels: int = 24
+    modes: int = 6
+    layers: int = 4
+    batch: int = 50
+    epochs: int = 8
+    steps: int | None = None
+    float64: bool = False
+    seed: int = 0
+    serial: bool = True
+    output: Path = Path("pmod-demo-darcy.png")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.float64 else torch.float32
+
+    def steps_on(self, problems: int) -> int:
+        """How many steps to take on so many problems."""
+        return self.steps or self.epochs * (problems // self.batch)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options that the command line gives; leaves with status 2 and a message where it is wrong."""
+    parser = _parser()
+    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    if ("data" in given) != ("test_data" in given):
+        parser.error("--data and --test-data go together: one file to train on, one to test on")
+    if "data" in given and "size" in given:
+        parser.error("--size is for problems that the demo makes itself; the grid of --data is what it is")
+    options = Options(**given)
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pmod.demo",
+        description="Train a Fourier neural operator for 2-D Darcy flow over a mesh data x space, then the same model\n"
+        "in one process, and compare. Without a launcher it starts its own ranks on this machine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given is left to the defaults of Options
+        allow_abbrev=False,
+    )
+    usual = Options()
+    where = parser.add_argument_group("where")
+    where.add_argument("--mesh", type=_mesh, metavar="data=D,space=S", help="the axes; by default all ranks on space")
+    where.add_argument("--output", type=Path, metavar="FILE", help=f"the picture to write ({usual.output})")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, metavar="FILE", help="train on a file in the format of darcy_train_16.pt")
+    data.add_argument("--test-data", type=Path, metavar="FILE", help="test on such a file")
+    _number(data, "--size", f"cells along a side of the problems that are made ({usual.size})", least=2)
+    _number(data, "--train", f"problems to train on ({_MADE['train']}, or all of --data)")
+    _number(data, "--test", f"problems to test on ({_MADE['test']}, or all of --test-data)")
+    model = parser.add_argument_group("model and training")
+    _number(model, "--channels", f"channels of each field ({usual.channels})")
+    _number(model, "--modes", f"Fourier modes kept, of each sign, in each dimension ({usual.modes})")
+    _number(model, "--layers", f"Fourier layers ({usual.layers})")
+    _number(model, "--batch", f"problems in a step, over all ranks ({usual.batch})")
+    length = model.add_mutually_exclusive_group()
+    _number(length, "--epochs", f"times to see all problems and their mirror images ({usual.epochs})")
+    _number(length, "--steps", "steps to take, instead")
+    _number(model, "--seed", f"of the problems, the weights and the batches ({usual.seed})", least=0)
+    model.add_argument("--float64", action="store_true", help="compute in float64; the curves then agree to rounding")
+    model.add_argument(
+        "--no-serial", dest="serial", action="store_false", help="do not train in one process to compare"
+    )
+    return parser
+
+
+_MADE = {"train": 1000, "test": 100}
+
+
+def _number(group: Any, name: str, what: str, *, least: int = 1) -> None:
+    def parse_number(text: str) -> int:
+        value = int(text)  # its ValueError is reported by argparse, under the name of this function
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    parse_number.__name__ = "whole number"
+    group.add_argument(name, type=parse_number, metavar="N", help=what)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """``data=2,space=2`` as sizes of both axes; one that is not named has size 1, and one may be -1, the rest."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES:
+            raise argparse.ArgumentTypeError(f"no axis {name!r}{near_miss(name, AXES)}: write data=2,space=2")
+        if name in sizes:
+            raise argparse.ArgumentTypeError(f"axis {name!r} is given twice")
+        if size != "-1" and not (size.isdecimal() and int(size)):
+            raise argparse.ArgumentTypeError(f"{name}={size} is no size: write a whole number of 1 or more")
+        sizes[name] = int(size)
+    if list(sizes.values()) == [-1, -1]:
+        raise argparse.ArgumentTypeError("two sizes are -1: leave one to be worked out")
+    return {name: sizes.get(name, 1) for name in AXES}
+
+
+def shown(axis_sizes: Mapping[str, int]) -> str:
+    """``data=2 x space=2``."""
+    return " x ".join(f"{name}={size}" for name, size in axis_sizes.items())
+
+
+def counts(options: Options) -> tuple[int, int]:
+    """How many problems to make, to train and to test on."""
+    return options.train or _MADE["train"], options.test or _MADE["test"]
+
+
+def local_sizes(options: Options) -> dict[str, int]:
+    """The axis sizes of a mesh on this machine; where nothing is said a rank per core or GPU, at most 4, on space."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usual = min(torch.cuda.device_count() or cores, 4)
+    if options.mesh is None:
+        return {"data": 1, "space": min(usual, options.modes)}
+    known = max(size for size in options.mesh.values())
+    return {name: max(usual // known, 1) if size == -1 else size for name, size in options.mesh.items()}
+
+
+def check_fit(options: Options, train: Sequence[int], test: Sequence[int], axis_sizes: Mapping[str, int]) -> None:
+    """Raise PmodError where problems of these shapes (N, height, width), the model and the mesh do not fit."""
+    data, space = (axis_sizes[name] for name in AXES)
+    side = min(*train[1:], *test[1:])
+    batch, modes = options.batch, options.modes
+    rules = [
+        (2 * modes <= side, f"{modes} modes of each sign need {2 * modes} cells along a side, and there are {side}",
+         f"Pass --modes {max(side // 2, 1)} or less."),
+        (space <= modes, f"{space} ranks cannot share {modes} modes",
+         f"Pass --mesh space={modes} or less, or more --modes."),
+        (batch <= 2 * train[0], f"a batch of {batch} is more than {train[0]} problems and their mirror images",
+         f"Pass --batch {2 * train[0]} or less."),
+        (batch % data == 0, f"a batch of {batch} does not divide by data={data}",
+         f"Pass a --batch that is a multiple of {data}."),
+        (data <= test[0], f"{data} ranks cannot share {test[0]} problems to test on",
+         f"Pass --mesh data={test[0]} or less, or more --test problems."),
+    ]  # fmt: skip
+    for holds, given, right in rules:
+        if not holds:
+            raise PmodError(explain("demo", given, right))

@@ -1,0 +1,105 @@
+"""The loop that drives both models: the same batches in the same order, the same optimizer, one curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from pmod.demo.console import progress, say
+from pmod.demo.darcy import Fields
+from pmod.demo.options import LEARNING_RATE, Options
+
+
+@attrs.frozen(eq=False)
+class Run:
+    """One training: the loss of each step, the relative error on the test problems at some, the last predictions."""
+
+    losses: Tensor
+    errors: dict[int, float]
+    prediction: Tensor
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        """The last test error."""
+        return self.errors[max(self.errors)]
+
+
+@attrs.frozen
+class Scale:
+    """The mean and deviation of the inputs and outputs of all training problems."""
+
+    x_mean: float
+    x_std: float
+    y_mean: float
+    y_std: float
+
+    @staticmethod
+    def of(train: Fields) -> Scale:
+        x, y = train.x.double(), train.y.double()
+        return Scale(x.mean().item(), x.std().item() or 1.0, y.mean().item(), y.std().item() or 1.0)
+
+    def apply(self, fields: Fields, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The inputs and the outputs, scaled to mean 0 and deviation 1."""
+        x, y = fields.x.to(dtype), fields.y.to(dtype)
+        return (x - self.x_mean) / self.x_std, (y - self.y_mean) / self.y_std
+
+    def undo(self, y: Tensor) -> Tensor:
+        """Outputs in the unit of the data."""
+        return y * self.y_std + self.y_mean
+
+
+def batches(problems: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Numbers of problems, `size` at a time, in a new order each time round; what is left of a round is dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(problems, generator=generator)
+        yield from order[: problems - problems % size].split(size)
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    test_error: Callable[[], float],
+    problems: int,
+    options: Options,
+    *,
+    quiet: bool = False,
+) -> tuple[Tensor, dict[int, float], float]:
+    """Minimize `loss`, a function of the batch; the curve, the test errors by step, and the seconds it took."""
+    steps = options.steps_on(problems)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    curve: list[Tensor] = []
+    errors: dict[int, float] = {}
+    tested = max(steps // 10, 1)
+    begun = time.perf_counter()
+    with progress(total=steps, what="training", unit="step", quiet=quiet) as bar:
+        for batch in islice(batches(problems, options.batch, options.seed), steps):
+            optimizer.zero_grad()
+            value = loss(batch)
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            curve.append(value.detach())
+            bar.update()
+            step = len(curve)
+            if step % tested == 0 or step == steps:
+                errors[step] = test_error()
+                if not quiet:
+                    _report(step, curve[-tested:], errors[step], time.perf_counter() - begun)
+    return torch.stack(curve).cpu(), errors, time.perf_counter() - begun
+
+
+def _report(step: int, recent: list[Tensor], error: float, seconds: float) -> None:
+    say(f"{step:7}  {torch.stack(recent).mean().item():9.4f}  {error:10.2%}  {seconds:7.1f}")
+
+
+def heading() -> str:
+    """The names of the columns that `fit` prints: the loss is the mean since the last row."""
+    return f"{'step':>7}  {'loss':>9}  {'test error':>10}  {'seconds':>7}"
