@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -19,6 +20,7 @@ import torch
 
 import pmod
 from pmod import _ambient
+from pmod.demo import fno
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.rst"
@@ -91,7 +93,8 @@ def test_training_recipe_under_mpirun(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(BLOCKS["train-pure"][1])
     alone = _loss(_run([sys.executable, str(script)], tmp_path))
-    mpirun = "mpirun.openmpi --allow-run-as-root --oversubscribe --bind-to none --mca oob_tcp_if_include lo -n 2".split()
+    mpirun = ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    mpirun += ["--mca", "oob_tcp_if_include", "lo", "-n", "2"]
     together = _loss(_run([*mpirun, sys.executable, str(script)], tmp_path))
     assert abs(together - alone) < 1e-5 * alone
 
@@ -106,6 +109,12 @@ def test_shell_blocks_are_what_the_tests_run() -> None:
     test, demo = BLOCKS["test"][1], BLOCKS["demo"][1]
     assert test.replace("[test]", "[demo]").replace("pytest", "pmod.demo") == demo
     assert 'awk \'/:name: test$/' in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_shows_the_demo_as_it_is() -> None:
+    shown = BLOCKS["fno"][1]
+    for thing in (fno.even_sizes, fno.SpectralConv, fno.relative_errors, fno.loss):
+        assert inspect.getsource(thing).rstrip() in shown
 
 
 def _modules() -> list[str]:
