@@ -639,7 +639,7 @@ def _warn_of_straddling(mesh: Mesh) -> None:
     inner = 1  # the stride of the axis at hand
     for number in reversed(range(len(mesh.axis_names))):
         size = mesh._sizes[number]
-        later = math.prod(other for other in mesh._sizes[number + 1 :] if other >= size)
+        later = math.prod(other for other in mesh._sizes[number + 1 :] if size <= other <= node)
         if size > 1 and size * later <= node and node % (size * inner) != 0:
             name = mesh.axis_names[number]
             warnings.warn(

@@ -617,6 +617,7 @@ def warned_of(sizes: dict[str, int], nodes: int, **more: object) -> list[str]:
         ({"model": 2, "one": 1, "data": 2}, 2, []),
         ({"a": 2, "one": 1, "b": 4, "c": 2}, 4, ["b"]),
         ({"data": 16, "model": 8}, 16, []),
+        ({"model": 8, "data": 16}, 16, ["model"]),
         ({"model": 8, "data": 4}, 4, ["model"]),
     ],
 )
