@@ -613,7 +613,7 @@ def warned_of(sizes: dict[str, int], nodes: int, **more: object) -> list[str]:
         ({"data": 4, "model": 3}, 3, ["model", "data"]),  # 3 of nodes of 4: both would fit into one
         ({"data": 2, "model": 3}, 1, []),
         ({"data": 4, "model": 2}, 4, []),  # nodes of 2
-        ({"model": 2, "data": 4}, 4, []),  # larger axes have the better claim
+        ({"model": 2, "data": 4}, 4, ["model"]),  # data is larger, but has no claim to a node it does not fit into
         ({"model": 2, "one": 1, "data": 2}, 2, []),
         ({"a": 2, "one": 1, "b": 4, "c": 2}, 4, ["b"]),
         ({"data": 16, "model": 8}, 16, []),
