@@ -80,7 +80,7 @@ def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Ten
     if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
         check_tensor(tree, function, axis)
         x, params = prepare(tree)
-        return cast(Tree, bind(Call(row, axis, params), [x])[0])
+        return cast(Tree, x if axis.size == 1 and row.alone else bind(Call(row, axis, params), [x])[0])
 
     def run(leaves: list[Any]) -> list[Any]:
         for x in leaves:
