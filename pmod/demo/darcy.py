@@ -156,7 +156,7 @@ def solve_together(x: Tensor, *, quiet: bool = False) -> Tensor:
     I -> I. Shapes: x (N, n, n) bool -> (N, n, n).
     """
     mine = permeability(pmod.shard(x, ("data", "space")))
-    bar = progress(total=len(mine), what="solving Darcy problems", unit="problem", quiet=quiet)
+    bar = progress(total=len(mine), what="solving this rank's Darcy problems", unit="problem", quiet=quiet)
     solved: list[Tensor] = []
     with bar:
         for a in mine.split(_CHUNK):
