@@ -94,6 +94,11 @@ def real_sum(flat: Tensor, send: Callable[[Tensor, int], Sent]) -> Sent:
     return sent.then(lambda y: torch.view_as_complex(y.view(-1, 2)))
 
 
+def _bytes(x: Tensor) -> Tensor:
+    """The bytes of a flat tensor. A tensor of one element is contiguous at any stride, its bytes are not."""
+    return x.as_strided(x.shape, (1,)).view(torch.uint8)
+
+
 class Wire:
     """The ranks of one axis, as this rank sees them."""
 
@@ -206,14 +211,14 @@ class GroupWire(Wire):
         scale = 1
         carried_out, carried_x = out, x
         if x.dtype not in CARRIED:
-            carried_out, carried_x, scale = out.view(torch.uint8), x.view(torch.uint8), x.element_size()
+            carried_out, carried_x, scale = _bytes(out), _bytes(x), x.element_size()
         work = self.group.alltoall_base(carried_out, carried_x, [scale * n for n in recv], [scale * n for n in send])
         return Sent((work,), lambda: out)
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
         if x.dtype not in CARRIED:
             scale, dtype = x.element_size(), x.dtype
-            return self.all_gather(x.view(torch.uint8), [scale * n for n in counts]).then(lambda y: y.view(dtype))
+            return self.all_gather(_bytes(x), [scale * n for n in counts]).then(lambda y: y.view(dtype))
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
         if (x.is_cuda or (self.ahead and self.size > 2)) and len(set(counts)) == 1:
@@ -258,7 +263,7 @@ class GroupWire(Wire):
 
     def broadcast(self, x: Tensor, root: int) -> Sent:
         out = x.clone() if self.index == root else torch.empty_like(x)
-        carried = out if x.dtype in CARRIED else out.view(torch.uint8)
+        carried = out if x.dtype in CARRIED else _bytes(out)
         return Sent((_broadcast(self.group, carried, root),), lambda: out)
 
     def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
@@ -267,7 +272,7 @@ class GroupWire(Wire):
         # gloo's all_to_all would trouble every rank with an empty message
         if x.dtype not in CARRIED:
             dtype = x.dtype
-            return self.permute(x.view(torch.uint8), target, source).then(lambda y: y.view(dtype))
+            return self.permute(_bytes(x), target, source).then(lambda y: y.view(dtype))
         if target == self.index:
             return arrived(x.clone())
         out = torch.zeros_like(x) if source is None else torch.empty_like(x)

@@ -36,17 +36,19 @@ class Choices:
     ndim: int | None = None  # where it is wanted, and the function can
     empty: bool = False  # one of the other dims has length 0
     lengths: tuple[int, int] = (1, 3)  # of a dim that the function leaves alone
+    turn: int | None = None  # which of the ways to call it; any, if None
 
     @staticmethod
     def seeded(*seed: int | str, **kwargs: Any) -> Choices:
         numbers = np.random.default_rng([zlib.crc32(repr(part).encode()) for part in seed])
         return Choices(lambda low, high: int(numbers.integers(low, high + 1)), **kwargs)
 
-    def coin(self) -> bool:
-        return bool(self.integer(0, 1))
-
     def of(self, options: Sequence[Any]) -> Any:
         return options[self.integer(0, len(options) - 1)]
+
+    def way(self, *ways: Any) -> Any:
+        """One of the ways to call the function: `Case.ways` says how many there are."""
+        return self.of(ways) if self.turn is None else ways[self.turn % len(ways)]
 
     def shape(self, least: int = 0) -> list[int]:
         """A shape of at least so many dims."""
@@ -113,7 +115,7 @@ def _rooted(function: Callable[..., Arrays], root: str) -> Callable[[Choices, in
 
 def _pmean(c: Choices, n: int) -> Drawn:
     shape = c.shape()
-    how = c.of(["plain", "number", "tensor"])
+    how = c.way("plain", "number", "tensor")
     if how == "plain":
         return _alike(shape, n, oracle.pmean)
     if how == "number":  # 0 for the first, who has no samples
@@ -125,7 +127,7 @@ def _pmean(c: Choices, n: int) -> Drawn:
 
 
 def _all_gather(c: Choices, n: int) -> Drawn:
-    tiled = c.coin()
+    tiled = c.way(True, False)
     shape = c.shape(1 if tiled else 0)
     dim = c.dim(len(shape) + (not tiled))
     return _alike(shape, n, oracle.all_gather, dim=dim, tiled=tiled)
@@ -133,7 +135,7 @@ def _all_gather(c: Choices, n: int) -> Drawn:
 
 def _psum_scatter(c: Choices, n: int) -> Drawn:
     shape = c.shape(1)
-    dim, tiled = c.dim(len(shape)), c.coin()
+    dim, tiled = c.dim(len(shape)), c.way(True, False)
     shape = _along(shape, dim, n * c.integer(1, 2))
     if not tiled:
         shape[dim] = n
@@ -144,14 +146,14 @@ def _shard(c: Choices, n: int) -> Drawn:
     shape = c.shape(1)
     dim = c.dim(len(shape))
     shape = _along(shape, dim, c.integer(0, 2 * n + 1))
-    sizes = c.of([None, c.parts(shape[dim], n)])
+    sizes = c.way(c.parts(shape[dim], n), None)
     return _alike(shape, n, oracle.shard, dim=dim, sizes=sizes)
 
 
 def _unshard(c: Choices, n: int) -> Drawn:
     shape = c.shape(1)
     dim = c.dim(len(shape))
-    how = c.of(["equal", "sizes", "length"])
+    how = c.way("equal", "sizes", "length")
     if how == "equal":
         return _alike(shape, n, oracle.unshard, dim=dim)
     total = c.integer(0, 2 * n + 1) if shape[dim] else 0
@@ -171,7 +173,7 @@ def _gather(c: Choices, n: int) -> Drawn:
 def _scatter(c: Choices, n: int) -> Drawn:
     shape = c.shape(1)
     dim, src = c.dim(len(shape)), c.integer(0, n - 1)
-    if c.coin():
+    if c.way("equal", "sizes") == "equal":
         return _alike(_along(shape, dim, n * c.integer(1, 2)), n, oracle.scatter, dim=dim, src=src)
     whole = _along(shape, dim, c.integer(0, 2 * n + 1))
     sizes = c.parts(whole[dim], n)
@@ -183,46 +185,46 @@ def _scatter(c: Choices, n: int) -> Drawn:
 
 
 def _all_to_all(c: Choices, n: int) -> Drawn:
-    if c.integer(0, 2) == 0:
+    how = c.way("equal", "split", "concat", "split concat", "untiled",
+                "same equal", "same split", "same concat", "same split concat")  # fmt: skip
+    if how == "untiled":
         shape = c.shape(1)
         split, concat = c.dim(len(shape)), c.dim(len(shape))
         shape[split] = n
         return _alike(shape, n, oracle.all_to_all, split_dim=split, concat_dim=concat, tiled=False)
-    shape = c.shape(2)
-    split, concat = c.dim(len(shape)), c.dim(len(shape))
-    if split % len(shape) == concat % len(shape):
-        return _exchange_along(c, n, shape, split, concat)
-    give_split, give_concat = c.coin(), c.coin()
-    shape = _along(shape, split, c.integer(0, 2 * n) if give_split else n * c.integer(1, 2))
-    split_sizes = c.parts(shape[split], n) if give_split else None
-    held = c.parts(c.integer(0, n + 1), n) if shape[concat] else [0] * n
-    if not give_concat:
-        held = [shape[concat]] * n
+    shape = c.shape(1 if "same" in how else 2)
+    split = c.dim(len(shape))
+    if "same" in how:
+        return _exchange_along(c, n, shape, split, "split" in how, "concat" in how)
+    concat = c.of([dim for dim in range(-len(shape), len(shape)) if dim % len(shape) != split % len(shape)])
+    shape = _along(shape, split, c.integer(0, 2 * n) if "split" in how else n * c.integer(1, 2))
+    split_sizes = c.parts(shape[split], n) if "split" in how else None
+    held = [shape[concat]] * n
+    if "concat" in how and shape[concat]:
+        held = c.parts(c.integer(0, n + 1), n)
     shapes = [[*shape] for _ in range(n)]
     for own, length in zip(shapes, held, strict=True):
         own[concat] = length
-    return _uneven_all_to_all(shapes, split, concat, [split_sizes] * n, [held if give_concat else None] * n)
+    return _uneven_all_to_all(shapes, split, concat, [split_sizes] * n, [held if "concat" in how else None] * n)
 
 
-def _exchange_along(c: Choices, n: int, shape: list[int], split: int, concat: int) -> Drawn:
+def _exchange_along(c: Choices, n: int, shape: list[int], dim: int, give_split: bool, give_concat: bool) -> Drawn:
     """Both dims are the same: the sizes are the lengths sent and received, a row and a column of one matrix."""
-    how = c.of(["equal", "split", "concat", "both"])
-    if how == "equal":
-        return _alike(_along(shape, split, n * c.integer(1, 2)), n, oracle.all_to_all, split_dim=split,
-                      concat_dim=concat)  # fmt: skip
-    low, high = (0, 2) if shape[split] else (0, 0)
-    if how == "both":
+    same = c.of([dim, dim % len(shape)])
+    low, high = (0, 2) if shape[dim] else (0, 0)
+    own = [c.integer(low, high) for _ in range(n)]
+    if give_split and give_concat:
         lengths = [[c.integer(low, high) for _ in range(n)] for _ in range(n)]
-    else:
-        own = [c.integer(low, high) for _ in range(n)]
-        lengths = [own for _ in range(n)] if how == "split" else [[length] * n for length in own]
+    elif give_split:  # all send alike
+        lengths = [own] * n
+    else:  # each cuts evenly: unlike the others where they are told
+        lengths = [[own[rank if give_concat else 0]] * n for rank in range(n)]
     shapes = [[*shape] for _ in range(n)]
     for mine, sent in zip(shapes, lengths, strict=True):
-        mine[split] = sum(sent)
+        mine[dim] = sum(sent)
     received = [list(column) for column in zip(*lengths, strict=True)]
     none = [None] * n
-    return _uneven_all_to_all(shapes, split, concat, none if how == "concat" else lengths,
-                              none if how == "split" else received)  # fmt: skip
+    return _uneven_all_to_all(shapes, dim, same, lengths if give_split else none, received if give_concat else none)
 
 
 def _uneven_all_to_all(
@@ -242,18 +244,28 @@ def _uneven_all_to_all(
     return Drawn(shapes, kwargs, whole)
 
 
+def _ring(c: Choices, n: int) -> list[tuple[int, int]]:
+    """All ranks in one cycle, from 3 ranks on no inverse of itself."""
+    order = c.permutation(n)
+    return list(zip(order, [*order[1:], order[0]], strict=True))
+
+
 def _ppermute(c: Choices, n: int) -> Drawn:
-    sources, targets = c.permutation(n), c.permutation(n)
-    pairs = list(zip(sources, targets, strict=True))[: c.integer(0, n)]
+    pairs = _ring(c, n)
+    if c.way("ring", "any") == "any":
+        pairs = list(zip(c.permutation(n), c.permutation(n), strict=True))[: c.integer(0, n)]
     return _alike(c.shape(), n, oracle.ppermute, perm=pairs)
 
 
 def _pshuffle(c: Choices, n: int) -> Drawn:
-    return _alike(c.shape(), n, oracle.pshuffle, perm=c.permutation(n))
+    perm = [source for _, source in sorted(_ring(c, n))]
+    if c.way("ring", "any") == "any":
+        perm = c.permutation(n)
+    return _alike(c.shape(), n, oracle.pshuffle, perm=perm)
 
 
 def _pshift(c: Choices, n: int) -> Drawn:
-    return _alike(c.shape(), n, oracle.pshift, offset=c.integer(-n - 1, n + 1), wrap=c.coin())
+    return _alike(c.shape(), n, oracle.pshift, offset=c.integer(-n - 1, n + 1), wrap=c.way(True, False))
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -270,6 +282,7 @@ class Case:
     draw: Callable[[Choices, int], Drawn]
     dtypes: str = "bool int float complex"
     linear: bool = True
+    ways: int = 1  # to call it, which differ in more than shapes and numbers
 
     def call(self, x: Any, axis: Any, kwargs: dict[str, Any]) -> Any:
         given = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in kwargs.items()}
@@ -289,24 +302,24 @@ CASES = {
     case.name: case
     for case in (
         Case("psum", "V", "I", ("psum",), _elementwise(oracle.psum), NO_BOOL),
-        Case("pmean", "V", "I", ("psum",), _pmean, "float complex"),
+        Case("pmean", "V", "I", ("psum",), _pmean, "float complex", ways=3),
         Case("pmax", "V", "I", ("extremum", "psum"), _elementwise(oracle.pmax), "bool int float", linear=False),
         Case("pmin", "V", "I", ("extremum", "psum"), _elementwise(oracle.pmin), "bool int float", linear=False),
         Case("pick", "V", "I", ("pick",), _rooted(oracle.pick, "src")),
         Case("place", "I", "V", ("place",), _rooted(oracle.place, "dst")),
         Case("pvary", "I", "V", ("pvary",), _elementwise(oracle.pvary)),
-        Case("all_gather", "V", "V", ("all_gather",), _all_gather),
-        Case("psum_scatter", "V", "V", ("psum_scatter",), _psum_scatter, NO_BOOL),
-        Case("shard", "I", "V", ("shard",), _shard),
-        Case("unshard", "V", "I", ("unshard",), _unshard),
-        Case("all_to_all", "V", "V", ("all_to_all",), _all_to_all),
-        Case("ppermute", "V", "V", ("permute",), _ppermute),
-        Case("pshuffle", "V", "V", ("permute",), _pshuffle),
-        Case("pshift", "V", "V", ("permute",), _pshift),
+        Case("all_gather", "V", "V", ("all_gather",), _all_gather, ways=2),
+        Case("psum_scatter", "V", "V", ("psum_scatter",), _psum_scatter, NO_BOOL, ways=2),
+        Case("shard", "I", "V", ("shard",), _shard, ways=2),
+        Case("unshard", "V", "I", ("unshard",), _unshard, ways=3),
+        Case("all_to_all", "V", "V", ("all_to_all",), _all_to_all, ways=9),
+        Case("ppermute", "V", "V", ("permute",), _ppermute, ways=2),
+        Case("pshuffle", "V", "V", ("permute",), _pshuffle, ways=2),
+        Case("pshift", "V", "V", ("permute",), _pshift, ways=2),
         Case("broadcast", "V", "V", ("broadcast",), _rooted(oracle.broadcast, "src")),
         Case("reduce", "V", "V", ("reduce",), _rooted(oracle.reduce, "dst"), NO_BOOL),
         Case("gather", "V", "V", ("gather",), _gather),
-        Case("scatter", "V", "V", ("scatter",), _scatter),
+        Case("scatter", "V", "V", ("scatter",), _scatter, ways=2),
     )
 }
 
@@ -329,7 +342,9 @@ class Here:
         self.index, self.n = self.group.index(rank), len(self.group)
         self.case = case
         # one draw for all groups of the mesh, as one program is for all ranks; the numbers differ between groups
-        self.drawn = case.draw(Choices.seeded(case.name, self.n, *seed, **choices), self.n) if drawn is None else drawn
+        self.drawn = drawn
+        if drawn is None:
+            self.drawn = case.draw(Choices.seeded(case.name, axis, self.n, *seed, **choices), self.n)
         self._numbers = np.random.default_rng([*map(ord, case.name), self.group[0]])
         self.complex = False
         self.xs = self.random_inputs()

@@ -167,7 +167,7 @@ def batched(h: Here) -> None:
     for dim in range(-rows[0].dim() - 1, rows[0].dim() + 1):
         x = torch.stack(rows, dim)
         same(vmap(h.call, in_dims=dim)(x), ys, f"vmap, in_dims={dim}")
-        same(vmap(grad(S), in_dims=dim)(x), gradients, f"vmap of grad, in_dims={dim}")
+    same(vmap(grad(S), in_dims=-1)(x), gradients, "vmap of grad")
     x = torch.stack(rows)
     same(vmap(h.call, out_dims=-1)(x), ys.movedim(0, -1), "vmap, out_dims=-1")
     same(grad(lambda x: sum(map(h.loss, vmap(h.call)(x))))(x), gradients, "grad of vmap")
@@ -395,7 +395,7 @@ PROPERTIES: dict[str, Callable[[Here], Any]] = {
     )
 }  # fmt: skip
 EVERYWHERE = ("value", "gradient", "adjoint")  # on every kind of axis
-HEAVY = ("transforms", "batched", "complex_numbers", "trees", "gradchecked")  # on few
+HEAVY = ("transforms", "batched", "complex_numbers", "trees", "jacobians", "gradchecked")  # on few
 
 
 def applies(prop: str, case: Case) -> bool:
@@ -478,25 +478,39 @@ PAIRS = [(prop, case) for prop, case in itertools.product(PROPERTIES, CASES) if 
 @pytest.mark.parametrize(("prop", "case"), [pair for pair in PAIRS if pair[0] != "duals"])
 def test_threads(prop: str, case: str) -> None:
     pair, grid, cube = {"x": 2}, {"a": 2, "b": 2}, {"a": 2, "b": 2, "c": 2}
-    simulated(case, prop, "x", pair, 0)
+    ways = CASES[case].ways
+    for turn in range(0, ways, 2 if prop in HEAVY else 1):
+        simulated(case, prop, "x", pair, turn, turn=turn)
     if prop == "gradchecked":
         return
-    simulated(case, prop, "b,a", grid, 1)
+    simulated(case, prop, "b,a", grid, turn=ways - 1)
     if prop != "messages":  # an empty one is not sent
-        simulated(case, prop, "x", pair, "empty", empty=True, ndim=2)
+        simulated(case, prop, "x", pair, empty=True, ndim=2)
     if prop in HEAVY:
         return
-    simulated(case, prop, "x", {"x": 1}, 0)
-    simulated(case, prop, "x", {"x": 3}, 2)
-    simulated(case, prop, "x", pair, "scalar", ndim=0)
+    simulated(case, prop, "x", {"x": 1}, turn=ways - 1)
+    simulated(case, prop, "x", {"x": 3}, turn=0)
+    simulated(case, prop, "x", pair, ndim=0)
     if prop in EVERYWHERE:
         for axis, sizes in (("a", grid), ("c,a", cube), ("mesh[a,b]", grid), ("mesh[b]", grid)):
-            simulated(case, prop, axis, sizes, axis)
+            simulated(case, prop, axis, sizes)
 
 
-def many_on_rank(cases: list[tuple[str, str]], axis: str, *seed: Any, **choices: Any) -> list[Any]:
+def draws(prop: str, case: str, everything: bool) -> list[dict[str, Any]]:
+    if not everything:
+        return [{}]
+    if prop == "gradchecked":
+        return [{"turn": 0}]
+    empty = [{"empty": True, "ndim": 2}] if prop in ("value", "gradient", "dtypes") else []
+    return [{"turn": turn} for turn in range(CASES[case].ways)] + empty
+
+
+def many_on_rank(pairs: list[tuple[str, str]], axis: str, everything: bool) -> list[list[Any]]:
     with listening():
-        return [on_rank(case, prop, axis, *seed, **choices) for prop, case in cases]
+        return [
+            [on_rank(case, prop, axis, str(draw), **draw) for draw in draws(prop, case, everything)]
+            for prop, case in pairs
+        ]
 
 
 @pytest.mark.parametrize(
@@ -512,10 +526,11 @@ def test_processes(axis: str, sizes: dict[str, int]) -> None:
     props = EVERYWHERE
     if axis == "x":
         props = [prop for prop in PROPERTIES if prop not in HEAVY or sizes == {"x": 2}]
-    cases = [pair for pair in PAIRS if pair[0] in props]
-    results = spmd.launch(many_on_rank, cases, axis, "process", timeout=300, **sizes)
-    for (prop, case), of_ranks in zip(cases, zip(*results, strict=True), strict=True):
-        on_all(case, prop, axis, sizes, list(of_ranks))
+    pairs = [pair for pair in PAIRS if pair[0] in props]
+    results = spmd.launch(many_on_rank, pairs, axis, axis == "x", timeout=300, **sizes)
+    for (prop, case), of_ranks in zip(pairs, zip(*results, strict=True), strict=True):
+        for of_draw in zip(*of_ranks, strict=True):
+            on_all(case, prop, axis, sizes, list(of_draw))
 
 
 def heard(fn: Callable[..., Any], *args: Any) -> Any:
@@ -523,17 +538,19 @@ def heard(fn: Callable[..., Any], *args: Any) -> Any:
         return fn(*args)
 
 
-@pytest.fixture(params=["threads", "processes"])
+def on_threads(fn: Callable[..., Any], *args: Any, **sizes: int) -> list[Any]:
+    with listening():
+        return pmod.simulate(fn, *args, **sizes)
+
+
+def on_processes(fn: Callable[..., Any], *args: Any, **sizes: int) -> list[Any]:
+    return spmd.launch(heard, fn, *args, **sizes)
+
+
+@pytest.fixture(params=[on_threads, on_processes], ids=["threads", "processes"])
 def run(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """Run a function of this module on ranks of either kind."""
-    if request.param == "processes":
-        return lambda fn, *args, **sizes: spmd.launch(heard, fn, *args, **sizes)
-
-    def on_threads(fn: Callable[..., Any], *args: Any, **sizes: int) -> list[Any]:
-        with listening():
-            return pmod.simulate(fn, *args, **sizes)
-
-    return on_threads
+    return request.param
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -732,6 +749,12 @@ def numbers_on_rank() -> None:
 
 def test_numbers(run: Any) -> None:
     run(numbers_on_rank, x=2)
+
+
+def test_numbers_of_two_types() -> None:
+    """A rank without samples must not hold 0 where others hold 0.5."""
+    with pytest.raises(pmod.MismatchError, match="float64"):
+        pmod.simulate(lambda: pmod.psum(0.5 if pmod.axis_index("x") else 0, "x"), x=2)
 
 
 def places_on_rank() -> None:

@@ -29,7 +29,7 @@ def compiled(f: Callable[..., Any], backend: Any = "aot_eager") -> Callable[...,
 # --- every case ---------------------------------------------------------------------------------------------------
 
 
-def case_on_rank(name: str, backend: str) -> None:
+def case_on_rank(name: str) -> None:
     """Forward, backward, and torch.func's transforms inside the compiled function, against the oracle."""
     torch._dynamo.reset()
     h = Here(CASES[name], "x", 1)
@@ -55,28 +55,30 @@ def case_on_rank(name: str, backend: str) -> None:
         return {"grad": first, "grad of grad": second, "jvp": tangent, "vmap": vmap(value, in_dims=-1)(rows)}
 
     leaf = h.leaf()
-    y = compiled(value, backend)(leaf)
+    y = compiled(value)(leaf)
     same(y, h.mine(h.ys), f"{name}: value")
     same(torch.autograd.grad(y, leaf, w)[0], h.mine(h.jacobian.pull(h.ws)), f"{name}: gradient")
+    if name in ("pmin", "pshuffle", "pshift"):
+        return  # the same rows as pmax and ppermute: the transforms are theirs
     expected = {
         "grad": h.mine(h.derivative()),
         "grad of grad": h.mine(h.derivative(h.vs)),
         "jvp": h.mine(h.jacobian.push(h.vs)),
         "vmap": torch.stack([b.mine(b.ys) for b in batch]),
     }
-    found = compiled(transformed, backend)(x, v, rows)
+    found = compiled(transformed)(x, v, rows)
     for what, result in found.items():
         same(result, expected[what], f"{name}: {what} inside")
 
 
-def cases_on_rank(names: list[str], backend: str) -> None:
+def cases_on_rank(names: list[str]) -> None:
     for name in names:
-        case_on_rank(name, backend)
+        case_on_rank(name)
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_every_case(part: int) -> None:
-    spmd.launch(cases_on_rank, list(CASES)[part::4], "aot_eager", timeout=200, x=2)
+    spmd.launch(cases_on_rank, list(CASES)[part::4], timeout=200, x=2)
 
 
 # --- programs, which Inductor may reorder and fuse ----------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_every_case(part: int) -> None:
 
 def program(x: Tensor, w: Tensor) -> Tensor:
     """A norm, a ring step, a transpose, uneven shards; a V loss."""
-    centred = x - pmod.pvary(pmod.pmean(x.mean(0), "x"), "x")
+    centred = x - pmod.pvary(pmod.start(pmod.pmean, x.mean(0), "x").wait(), "x")
     ring = pmod.pshift(torch.tanh(centred @ pmod.pvary(w, "x")), "x")
     turned = pmod.all_to_all(ring, "x", split_dim=1, concat_dim=0)
     whole = pmod.unshard(turned[: 3 - 2 * pmod.axis_index("x")], "x", sizes=(3, 1))
@@ -97,6 +99,9 @@ def gathered(w: Tensor) -> Tensor:
 
 
 def program_on_rank(backend: str) -> None:
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # no pool of its own for each rank
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(2, 4, 4, dtype=torch.float64, generator=generator)[pmod.axis_index("x")].requires_grad_()
@@ -159,42 +164,40 @@ def test_order_of_messages(backend: str) -> None:
 
 
 def swapped_on_rank() -> None:
-    """Code that was compiled under one mesh, run under others of the same shape."""
+    """Code that was compiled under one mesh, run under others, whose axis is elsewhere or turned round."""
     torch._dynamo.reset()
     grid = pmod.current_mesh()
     rank = grid.topology.rank
     x = torch.tensor([float(10**rank)])
 
-    def ambient(x: Tensor) -> Tensor:
-        return pmod.psum(x, "a") * pmod.axis_index("b")
+    # three functions, because each must notice by itself that the mesh is another one
+    def named(x: Tensor) -> list[Tensor]:
+        return [pmod.psum(x, "a") + pmod.axis_index("a")]
 
-    def indexed(x: Tensor, mesh: pmod.Mesh) -> Tensor:
-        return pmod.psum(x, mesh["a"]) + pmod.psum(x, mesh["b", "a"])
+    def current(x: Tensor) -> list[Tensor]:
+        return [pmod.pshift(x, pmod.current_mesh()["a"])]
 
-    def given(x: Tensor, axis: pmod.Mesh) -> Tensor:
-        return pmod.all_gather(x, axis)
+    def given(x: Tensor, mesh: pmod.Mesh, axis: pmod.Mesh) -> list[Tensor]:
+        return [pmod.all_gather(x, axis), pmod.psum(x, mesh["a"]) + pmod.psum(x, mesh["b", "a"])]
 
-    def current(x: Tensor) -> Tensor:
-        return pmod.pshift(x, pmod.current_mesh()["a"])
-
-    fast = {f: compiled(f) for f in (ambient, indexed, given, current)}
+    fast = {f: compiled(f) for f in (named, current, given)}
     turned = grid.rename(a="b", b="a")
-    mirrored = pmod.make_mesh(a=2, b=2, ranks=[2, 3, 1, 0], topology=grid.topology)
+    mirrored = pmod.make_mesh(a=2, b=1, ranks=[1, 0], topology=grid.topology)
     for mesh in (grid, turned, mirrored, grid, turned):
         with pmod.set_mesh(mesh):
-            for f, rest in ((ambient, ()), (indexed, (mesh,)), (given, (mesh["a"],)), (current, ())):
-                same(fast[f](x, *rest), f(x, *rest), f"{f.__name__} under {mesh}")
+            for f, rest in ((named, ()), (current, ()), (given, (mesh, mesh["a"]))):
+                for got, expected in zip(fast[f](x, *rest), f(x, *rest), strict=True):
+                    same(got, expected, f"{f.__name__} under {mesh!r}")
     # backward belongs to the mesh of its forward, whatever is set by then
     leaf = x.clone().requires_grad_()
-    y = fast[given](leaf, grid["a"])
+    y = fast[given](leaf, grid, grid["a"])[0]
     with pmod.set_mesh(turned):
         (y * (rank + 1)).sum().backward()
-    group = next(g for g in ([0, 2], [1, 3]) if rank in g)
-    assert leaf.grad.tolist() == [sum(r + 1 for r in group)]
+    assert leaf.grad.tolist() == [3.0]
 
 
 def test_mesh_swapped() -> None:
-    spmd.launch(swapped_on_rank, timeout=200, a=2, b=2)
+    spmd.launch(swapped_on_rank, timeout=200, a=2, b=1)
 
 
 # --- what is in a compiled graph, and in an import ----------------------------------------------------------------
