@@ -454,9 +454,11 @@ def test_no_rank_outlives_its_parent(tmp_path, how, count):
     path = script(
         tmp_path,
         """
-        import pathlib, sys, time
+        import pathlib, signal, sys, time
         import pmod
         from tests.test_launch import leave_pid
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
         def wait(folder):
             leave_pid(folder)
