@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -71,6 +72,13 @@ def check_order(x: Tensor, function: str, axis: Axis) -> None:
         raise wrong(ArgumentError, function, axis, "x is complex, which has no order", "Compare x.abs() or x.real.")
 
 
+def _as_int(x: object) -> int | None:
+    """x as an int where it is one, of numpy too; None for anything else, bool included."""
+    if type(x) is int:
+        return x
+    return operator.index(x) if isinstance(x, SupportsIndex) and not isinstance(x, bool) else None
+
+
 def dim_from_end(
     dim: object,
     x: Tensor,
@@ -83,12 +91,13 @@ def dim_from_end(
 ) -> int:
     """A dim as a negative number; `extra` dims are about to be added; `no_dims` is the advice for a 0-d tensor."""
     ndim = x.dim() + extra
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    parsed = _as_int(dim)
+    if parsed is None:
         raise wrong(ShapeError, function, axis, f"{name} is {dim!r}, a {type(dim).__name__}", "Pass an int.")
-    if not -ndim <= dim < ndim:
+    if not -ndim <= parsed < ndim:
         right = f"Pass {name} from {-ndim} to {ndim - 1}." if ndim else no_dims
-        raise wrong(ShapeError, function, axis, f"{name} is {dim} but x has {x.dim()} dims", right)
-    return dim - ndim if dim >= 0 else dim
+        raise wrong(ShapeError, function, axis, f"{name} is {parsed} but x has {x.dim()} dims", right)
+    return parsed - ndim if parsed >= 0 else parsed
 
 
 def check_sizes(sizes: Sequence[int], function: str, axis: Axis, *, name: str = "sizes") -> tuple[int, ...]:
@@ -106,13 +115,29 @@ def check_sizes(sizes: Sequence[int], function: str, axis: Axis, *, name: str = 
     return parsed
 
 
+def check_adds_up(x: Tensor, at: int, sizes: tuple[int, ...], function: str, axis: Axis, name: str = "sizes") -> None:
+    """The sizes cut all of x along the dim."""
+    if sum(sizes) != x.shape[at]:
+        given = f"{name} {sizes} add up to {sum(sizes)} but x.shape[{x.dim() + at}] is {x.shape[at]}"
+        right = f"Pass {name} that add up to {x.shape[at]}, {split_sizes(int(x.shape[at]), axis.size)} say."
+        raise wrong(ShapeError, function, axis, given, right)
+
+
+def check_own_size(x: Tensor, at: int, sizes: tuple[int, ...], function: str, axis: Axis, right: str) -> None:
+    """x has the length that the sizes say for this rank."""
+    if sizes[axis.index] != x.shape[at]:
+        given = f"sizes[{axis.index}] is {sizes[axis.index]} but x.shape[{x.dim() + at}] is {x.shape[at]}"
+        raise wrong(ShapeError, function, axis, given, right)
+
+
 def check_root(root: object, function: str, axis: Axis, *, name: str) -> int:
     """An index along the axis."""
-    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < axis.size:
+    parsed = _as_int(root)
+    if parsed is None or not 0 <= parsed < axis.size:
         raise wrong(
             AxisError, function, axis, f"{name} is {root!r}", f"Pass an index along the axis, 0 to {axis.size - 1}."
         )
-    return root
+    return parsed
 
 
 def targets_of(perm: Sequence[tuple[int, int]], function: str, axis: Axis) -> tuple[int, ...]:

@@ -132,7 +132,7 @@ def _begin_one(row: Row, x: Tensor, wire: Wire, params: Params) -> Sent | Tensor
         return row.send(x, wire, params)
     sent = row.send(_laid_out(x), wire, params)
     assert isinstance(sent, Sent)
-    kept = _memory_format(x)
+    kept = memory_format(x)
     return sent if kept is None else sent.then(lambda y: y.contiguous(memory_format=kept) if y.dim() == x.dim() else y)
 
 
@@ -141,7 +141,7 @@ def _laid_out(x: Tensor) -> Tensor:
     return x.resolve_conj().resolve_neg().contiguous()
 
 
-def _memory_format(x: Tensor) -> torch.memory_format | None:
+def memory_format(x: Tensor) -> torch.memory_format | None:
     """channels_last (2d or 3d) where x is laid out so, None where it is row-major or neither."""
     if x.dim() not in (4, 5):
         return None
@@ -162,7 +162,7 @@ def _cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     out: list[Tensor] = []
     for part, x in zip(parts, like, strict=True):
         y = part if x.dim() == 1 else _unsafe_view(part, x.shape)
-        kept = _memory_format(x)
+        kept = memory_format(x)
         out.append(y if kept is None else y.contiguous(memory_format=kept))
     return out
 
@@ -323,6 +323,7 @@ class _Starts(threading.local):
         self.active = False
         self.sending = False
         self.ahead: list[tuple[Call, Sent]] = []
+        self.answers: list[Any] = []
 
     def send(self, calls: Sequence[tuple[Call, list[Tensor]]]) -> None:
         """In the first run: send all these, and leave the function where one of them is a message."""
@@ -345,6 +346,16 @@ class _Starts(threading.local):
 
 
 _starts = _Starts()
+
+
+def once(ask: Callable[[], T]) -> T:
+    """ask(), whose messages decide what is sent next: a started function asks in its first run and remembers."""
+    if _starts.active and not _starts.sending and _starts.answers:
+        return _starts.answers.pop(0)
+    answer = ask()
+    if _starts.sending:
+        _starts.answers.append(answer)
+    return answer
 
 
 class Pending(Generic[T]):
@@ -400,24 +411,24 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
     try:
         result = f(*args, **kwargs)
     except _Sending:
-        ahead = _starts.ahead
+        ahead, answers = _starts.ahead, _starts.answers
     else:  # no message was needed
         return Pending(lambda: result, name)
     finally:
         _starts.active = _starts.sending = False
-        _starts.ahead = []
+        _starts.ahead, _starts.answers = [], []
 
     def finish() -> T:
         if any(x._version != version for x, version in zip(tensors, versions, strict=True)):
             raise ArgumentError(
                 explain(name, "a tensor was changed in place between start and wait", "Change a copy, or wait first.")
             )
-        _starts.active, _starts.ahead = True, ahead
+        _starts.active, _starts.ahead, _starts.answers = True, ahead, answers
         try:
             with torch.set_grad_enabled(grad), under(mesh):
                 return f(*args, **kwargs)
         finally:
-            _starts.active, _starts.ahead = False, []
+            _starts.active, _starts.ahead, _starts.answers = False, [], []
 
     return Pending(finish, name)
 

@@ -246,7 +246,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
         if bound.size == 1:
             return leaves
         values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
-        smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and _differentiated(x)]
+        smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)]
         derived = _attach([xs[i] for i in smooth], [values[i] for i in smooth], bound)
         for i, y in zip(smooth, derived, strict=True):
             values[i] = y
@@ -255,7 +255,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
     return map_leaves(run, tree, function, bound)
 
 
-def _differentiated(x: Tensor) -> bool:
+def differentiated(x: Tensor) -> bool:
     """Whether somebody may ask for a derivative with respect to x."""
     return (
         (torch.is_grad_enabled() and x.requires_grad)

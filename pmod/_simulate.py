@@ -251,7 +251,7 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
         raise PmodError(explain("simulate", "this is a simulated rank already", "Call it from outside."))
     if torch.compiler.is_compiling():
         raise PmodError(explain("simulate", "it is called in compiled code", "Simulate the eager function."))
-    with _one_at_a_time:  # another thread's simulation holds a forward-mode level open, which is not one of the caller's
+    with _one_at_a_time:  # the forward-mode level that another simulation holds open is not the caller's
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
             right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
             raise PmodError(explain("simulate", "it is called inside a transform, which its threads do not see", right))

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from pmod._ambient import resolve
-from pmod._arguments import accumulate_in, check_root, check_sizes, check_sum, dim_from_end, split_sizes, wrong
+from pmod._arguments import (
+    accumulate_in,
+    check_adds_up,
+    check_own_size,
+    check_root,
+    check_sizes,
+    check_sum,
+    dim_from_end,
+    split_sizes,
+    wrong,
+)
 from pmod._autodiff import I, Params, Row, V, pair
 from pmod._errors import ShapeError
 from pmod._mesh import Axis, AxisLike
@@ -179,7 +189,7 @@ def shard(x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
         at = dim_from_end(dim, x, "shard", bound)
         if given is not None:
-            _check_adds_up(x, at, given, "shard", bound)
+            check_adds_up(x, at, given, "shard", bound)
         return x, (at, given or _uneven(x.size(at), bound))
 
     return each(SHARD, x, bound, "shard", prepare)
@@ -188,19 +198,6 @@ def shard(x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None 
 def _uneven(length: int, axis: Axis) -> tuple[int, ...] | None:
     """The sizes of an even split, None where all are equal."""
     return None if axis.size == 1 or length % axis.size == 0 else split_sizes(int(length), axis.size)
-
-
-def _check_adds_up(x: Tensor, at: int, sizes: tuple[int, ...], function: str, axis: Axis, name: str = "sizes") -> None:
-    if sum(sizes) != x.shape[at]:
-        given = f"{name} {sizes} add up to {sum(sizes)} but x.shape[{x.dim() + at}] is {x.shape[at]}"
-        right = f"Pass {name} that add up to {x.shape[at]}, {split_sizes(int(x.shape[at]), axis.size)} say."
-        raise wrong(ShapeError, function, axis, given, right)
-
-
-def _check_own_size(x: Tensor, at: int, sizes: tuple[int, ...], function: str, axis: Axis, right: str) -> None:
-    if sizes[axis.index] != x.shape[at]:
-        given = f"sizes[{axis.index}] is {sizes[axis.index]} but x.shape[{x.dim() + at}] is {x.shape[at]}"
-        raise wrong(ShapeError, function, axis, given, right)
 
 
 def unshard(
@@ -230,7 +227,7 @@ def unshard(
         at = dim_from_end(dim, x, "unshard", bound)
         if given is not None:
             right = "Pass the sizes that the ranks hold, or the whole length that shard cut."
-            _check_own_size(x, at, given, "unshard", bound, right)
+            check_own_size(x, at, given, "unshard", bound, right)
         return x, (at, given)
 
     return each(UNSHARD, x, bound, "unshard", prepare)
@@ -304,7 +301,7 @@ def scatter(x: Tree, axis: AxisLike, *, dim: int = 0, src: int = 0, sizes: Seque
         if given is None:
             _check_divides(x, at, "scatter", bound, right=f"Pass sizes={split_sizes(int(x.shape[at]), bound.size)}.")
         elif bound.index == root:
-            _check_adds_up(x, at, given, "scatter", bound)
+            check_adds_up(x, at, given, "scatter", bound)
         parts = given or (int(x.shape[at]) // bound.size,) * bound.size
         return (x if bound.index == root or bound.size == 1 else x.narrow(at, 0, 0)), (at, parts, root)
 
@@ -378,7 +375,7 @@ def all_to_all(
         if sent is None:
             _check_divides(x, cut, "all_to_all", bound, right="Pass split_sizes for uneven parts.")
         else:
-            _check_adds_up(x, cut, sent, "all_to_all", bound, "split_sizes")
+            check_adds_up(x, cut, sent, "all_to_all", bound, "split_sizes")
         if held is not None:
             own = sent[bound.index] if sent is not None else x.shape[cut] // bound.size
             _check_held(held, own if cut == joined else x.shape[joined], bound)

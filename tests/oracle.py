@@ -101,8 +101,9 @@ def unshard(xs: Arrays, dim: int = 0) -> Arrays:
     return [np.concatenate(xs, dim)] * len(xs)
 
 
-def psum_scatter(xs: Arrays, dim: int = 0, tiled: bool = True) -> Arrays:
-    parts = np.split(np.add.reduce(xs), len(xs), dim)
+def psum_scatter(xs: Arrays, dim: int = 0, tiled: bool = True, sizes: Sequence[int] | None = None) -> Arrays:
+    total = np.add.reduce(xs)
+    parts = np.split(total, len(xs), dim) if sizes is None else _cut(total, sizes, dim)
     return parts if tiled else [np.squeeze(part, dim) for part in parts]
 
 
@@ -144,6 +145,12 @@ def all_to_all(
         for j in range(n):
             assert [parts[i][j].shape[concat_dim] for i in range(n)] == list(concat_sizes[j])
     return [np.concatenate([parts[i][j] for i in range(n)], concat_dim) for j in range(n)]
+
+
+def indexed_all_to_all(xs: Arrays, dim: int, indices: Sequence[Sequence[Sequence[int]]]) -> Arrays:
+    """`indices[i][j]` are the rows that rank i sends to rank j."""
+    ranks = range(len(xs))
+    return [np.concatenate([np.take(xs[i], np.asarray(indices[i][j], int), dim) for i in ranks], dim) for j in ranks]
 
 
 # --- permutations -------------------------------------------------------------------------------------------------

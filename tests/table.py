@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 # What is not passed is what DESIGN.md says: a draw that comes to a default leaves the argument out.
 DEFAULTS = dict(dim=0, tiled=True, src=0, dst=0, offset=1, wrap=True)
-LEFT_OUT = ("sizes", "length", "weight", "split_sizes", "concat_sizes")
+LEFT_OUT = ("sizes", "length", "weight", "split_sizes", "concat_sizes", "recv_sizes")
 
 
 @attrs.frozen
@@ -268,6 +268,89 @@ def _pshift(c: Choices, n: int) -> Drawn:
     return _alike(c.shape(), n, oracle.pshift, offset=c.integer(-n - 1, n + 1), wrap=c.way(True, False))
 
 
+# --- the draws of the ragged forms --------------------------------------------------------------------------------
+
+
+def _held(c: Choices, n: int) -> tuple[list[list[int]], int, list[int]]:
+    """Shapes that differ along one dim; the dim, and the lengths: with zeros, now and then all of them."""
+    shape = c.shape(1)
+    dim = c.dim(len(shape))
+    longest = c.integer(0, 3) if shape[dim] else 0
+    lengths = [c.integer(0, longest) for _ in range(n)]
+    return [_with(shape, dim, length) for length in lengths], dim, lengths
+
+
+def _with(shape: list[int], dim: int, length: int) -> list[int]:
+    shape = list(shape)
+    shape[dim] = length
+    return shape
+
+
+def _all_gather_v(c: Choices, n: int) -> Drawn:
+    shapes, dim, lengths = _held(c, n)
+    drawn = _call(shapes, oracle.all_gather, dim=dim)
+    return _told(drawn, c.way(lengths, None))
+
+
+def _gather_v(c: Choices, n: int) -> Drawn:
+    shapes, dim, lengths = _held(c, n)
+    drawn = _call(shapes, oracle.gather, dim=dim, dst=c.integer(0, n - 1))
+    return _told(drawn, c.way(lengths, None))
+
+
+def _told(drawn: Drawn, sizes: list[int] | None) -> Drawn:
+    """The same call, with the sizes where they are given."""
+    return drawn if sizes is None else attrs.evolve(drawn, kwargs=[k | {"sizes": sizes} for k in drawn.kwargs])
+
+
+def _psum_scatter_v(c: Choices, n: int) -> Drawn:
+    shapes, dim, lengths = _held(c, n)
+    whole = _with(shapes[0], dim, sum(lengths))
+    return _alike(whole, n, oracle.psum_scatter, dim=dim, sizes=lengths)
+
+
+def _scatter_v(c: Choices, n: int) -> Drawn:
+    _, dim, placeholders = _held(c, n)
+    shapes, dim, lengths = _held(c, n)
+    src = c.integer(0, n - 1)
+    shapes = [
+        _with(shape, dim, sum(lengths) if rank == src else placeholders[rank]) for rank, shape in enumerate(shapes)
+    ]
+    return _call(shapes, oracle.scatter, dim=dim, src=src, sizes=lengths)
+
+
+def _all_to_all_v(c: Choices, n: int) -> Drawn:
+    shape = c.shape(1)
+    dim = c.dim(len(shape))
+    longest = c.integer(0, 2) if shape[dim] else 0
+    sent = [[c.integer(0, longest) for _ in range(n)] for _ in range(n)]
+    received = [list(column) for column in zip(*sent, strict=True)]
+    give = c.way(True, False)
+    kwargs: list[dict[str, Any]] = [{"send_sizes": own, "dim": dim} for own in sent]
+    if give:
+        kwargs = [k | {"recv_sizes": own} for k, own in zip(kwargs, received, strict=True)]
+    whole = partial(oracle.all_to_all, split_dim=dim, concat_dim=dim, split_sizes=sent)
+    return Drawn([_with(shape, dim, sum(s)) for s in sent], kwargs, whole)
+
+
+def _indexed_all_to_all_v(c: Choices, n: int) -> Drawn:
+    shapes, dim, lengths = _held(c, n)
+    counts = [[c.integer(0, 3) if length else 0 for _ in range(n)] for length in lengths]
+    # repeats, within what goes to one rank and between ranks, and no order
+    indices = [
+        [np.array([c.integer(0, length - 1) for _ in range(count)], np.int64) for count in row]
+        for length, row in zip(lengths, counts, strict=True)
+    ]
+    received = [list(column) for column in zip(*counts, strict=True)]
+    how = c.way("given", "exchanged", "planned")
+    kwargs: list[dict[str, Any]] = [{"indices": own, "dim": dim} for own in indices]
+    if how == "given":
+        kwargs = [k | {"recv_sizes": own} for k, own in zip(kwargs, received, strict=True)]
+    if how == "planned":
+        kwargs = [k | {"planned": True} for k in kwargs]
+    return Drawn(shapes, kwargs, partial(oracle.indexed_all_to_all, dim=dim, indices=indices))
+
+
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +367,16 @@ class Case:
     linear: bool = True
     ways: int = 1  # to call it, which differ in more than shapes and numbers
 
+    asks: str | None = None  # what the ranks tell each other, in a message more, where it is left out
+
     def call(self, x: Any, axis: Any, kwargs: dict[str, Any]) -> Any:
-        given = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in kwargs.items()}
+        given = {k: _as_tensors(v) for k, v in kwargs.items()}
+        if given.pop("planned", False):
+            given["indices"] = pmod.exchange_plan(given["indices"], axis)
         return getattr(pmod, self.name)(x, axis, **given)
+
+    def asked(self, kwargs: dict[str, Any]) -> bool:
+        return self.asks is not None and self.asks not in kwargs
 
     def jacobian(self, drawn: Drawn, inputs: Arrays) -> oracle.Jacobian:
         """The derivative at these inputs."""
@@ -295,6 +385,12 @@ class Case:
             value = drawn.oracle(inputs)[0]
             f = partial(oracle.at_extremum, inputs, value)
         return oracle.Jacobian.of(f, inputs, self.takes, self.gives)
+
+
+def _as_tensors(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return [_as_tensors(v) for v in value] if isinstance(value, list) else value
 
 
 NO_BOOL = "int float complex"
@@ -320,6 +416,12 @@ CASES = {
         Case("reduce", "V", "V", ("reduce",), _rooted(oracle.reduce, "dst"), NO_BOOL),
         Case("gather", "V", "V", ("gather",), _gather),
         Case("scatter", "V", "V", ("scatter",), _scatter, ways=2),
+        Case("all_gather_v", "V", "V", ("all_gather",), _all_gather_v, ways=2, asks="sizes"),
+        Case("psum_scatter_v", "V", "V", ("psum_scatter",), _psum_scatter_v, NO_BOOL),
+        Case("gather_v", "V", "V", ("gather",), _gather_v, ways=2, asks="sizes"),
+        Case("scatter_v", "V", "V", ("scatter",), _scatter_v),
+        Case("all_to_all_v", "V", "V", ("all_to_all",), _all_to_all_v, ways=2, asks="recv_sizes"),
+        Case("indexed_all_to_all_v", "V", "V", ("all_to_all",), _indexed_all_to_all_v, ways=3, asks="recv_sizes"),
     )
 }
 

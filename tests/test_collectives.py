@@ -336,7 +336,8 @@ def mapped_trees(h: Here) -> None:
 
 def messages(h: Here) -> None:
     """One forward unless the input is invariant, one backward unless the output is; none where nobody asks."""
-    forward = 0 if h.still or h.case.takes == "I" else 1
+    asked = 1 if h.n > 1 and h.case.asked(h.drawn.kwargs[h.index]) else 0
+    forward = 0 if h.still or h.case.takes == "I" else 1 + asked
     backward = 0 if h.still or h.case.gives == "I" else 1
     x, w = h.leaf(), h.mine(h.ws)
     y, sent = counted(lambda: h.call(x))
@@ -501,7 +502,9 @@ def draws(prop: str, case: str, everything: bool) -> list[dict[str, Any]]:
         return [{}]
     if prop == "gradchecked":
         return [{"turn": 0}]
-    empty = [{"empty": True, "ndim": 2}] if prop in ("value", "gradient", "dtypes") else []
+    if prop not in (*EVERYWHERE, "dtypes", "higher"):  # the wire does not know what the tensors are differentiated for
+        return [{"turn": 0}]
+    empty = [{"empty": True, "ndim": 2}]
     return [{"turn": turn} for turn in range(CASES[case].ways)] + empty
 
 

@@ -20,7 +20,8 @@ SOURCE = Path(pmod.__file__).parent
 # Reading order is import order: a module imports only what stands above it.
 ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_wire", "_inductor", "_autodiff", "_arguments",
-    "_pytree", "_collectives", "_slices", "_launch", "_simulate", "__init__", "demo", "bench", "__main__",
+    "_pytree", "_collectives", "_slices", "_ragged", "_parallel", "_launch", "_simulate", "__init__", "demo", "bench",
+    "__main__",
 ]  # fmt: skip
 
 
@@ -118,8 +119,12 @@ def collectives() -> dict[str, Callable[..., Any]]:
     }
 
 
+# they take an axis, and move no tensor along it, or move it as collectives that have a case do
+OTHERS = {"axis_index", "axis_size", "barrier", "exchange_plan", "replicate", "share_parameters", "data_parallel"}
+
+
 def test_every_collective_has_a_case() -> None:
-    assert set(collectives()) - {"axis_index", "axis_size", "barrier"} == set(CASES)
+    assert set(collectives()) - OTHERS == set(CASES)
 
 
 def calls_of(name: str) -> list[Any]:
@@ -183,6 +188,10 @@ def test_docstrings(name: str) -> None:
     assert (row.takes, row.gives) == (case.takes, case.gives)
     said = re.search(r"Transpose: ([^.;(]*)", doc)
     assert said, "the transpose is named"
+    if name == "indexed_all_to_all_v":  # which takes rows first, as torch does
+        expected = "sends back and adds"
+        assert said[1].startswith(expected)
+        return
     of_itself = {"all_to_all": "itself", "permute": "the inverse permutation"}
     expected = {"pmean": "pvary / n", "pshift": "the shift back"}.get(name, of_itself.get(row.name, row.T.name))
     assert said[1].strip().startswith(expected), said[0]
@@ -193,8 +202,9 @@ def test_docstrings(name: str) -> None:
 PUBLIC = """
     Topology Mesh make_mesh set_mesh current_mesh keep_mesh shutdown
     psum pmean pmax pmin pick place pvary all_gather psum_scatter shard unshard all_to_all ppermute pshuffle pshift
-    broadcast reduce gather scatter axis_index axis_size barrier split_sizes
-    start Pending launch simulate
+    broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
+    exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
+    start Pending launch simulate replicate share_parameters SharedParameters data_parallel
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """
 
@@ -224,4 +234,5 @@ def test_arguments_of_collectives() -> None:
             positional = [p.name for p in rest if p.kind is not p.KEYWORD_ONLY]
             assert positional in ([], ["perm"], ["offset"]), f"pmod.{name}"
     adding = {name for name, f in collectives().items() if "reduce_dtype" in inspect.signature(f).parameters}
-    assert adding == {"psum", "pmean", "pvary", "all_gather", "psum_scatter", "broadcast", "reduce"}
+    assert adding == {"psum", "pmean", "pvary", "all_gather", "psum_scatter", "broadcast", "reduce", "all_gather_v",
+                      "psum_scatter_v", "indexed_all_to_all_v"}  # fmt: skip

@@ -279,7 +279,7 @@ BROKEN_OTHERWISE: dict[str, tuple[Callable[[Patch], Any], Callable[[], Any]]] = 
         partial(pmod.simulate, properties.extremum_on_rank, "pmax", torch.float64, x=3),
     ),
     "channels_last is lost": (
-        lambda patch: patch.setattr(_autodiff, "_memory_format", lambda _: None),
+        lambda patch: patch.setattr(_autodiff, "memory_format", lambda _: None),
         partial(pmod.simulate, properties.channels_last_on_rank, 4, x=2),
     ),
 }

@@ -1,0 +1,335 @@
+"""Modules whose parameters all ranks of an axis hold: equal at the start, and their gradients reduced over the axis.
+
+Three ways, for three needs. The pure one is `pvary` over the parameter tree, before the forward pass.
+`share_parameters` does just that inside the module's own call, so it has every derivative that the pure one has.
+`data_parallel` reduces what backward leaves in `.grad`, bucket by bucket while backward still runs: the fastest, for
+plain training loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from pmod._ambient import resolve
+from pmod._arguments import wrong
+from pmod._autodiff import Pending, start
+from pmod._collectives import PSUM, PVARY, differentiated, pick
+from pmod._errors import ArgumentError, PmodError
+from pmod._mesh import Axis, AxisLike
+from pmod._pytree import flatten, map_leaves, together
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+Reduce: TypeAlias = Literal["sum", "mean"]
+
+
+def _checked(module: object, reduce: object, function: str, axis: Axis) -> None:
+    if not isinstance(module, nn.Module):
+        raise wrong(ArgumentError, function, axis, f"module is a {type(module).__name__}", "Pass an nn.Module.")
+    if reduce not in ("sum", "mean"):
+        raise wrong(ArgumentError, function, axis, f"reduce is {reduce!r}", "Pass 'sum' or 'mean'.")
+
+
+# --- the same values ------------------------------------------------------------------------------
+
+
+def replicate(x: T, axis: AxisLike, *, src: int = 0) -> T:
+    """The values of rank src on all ranks of the axis: how what they all hold is made equal at the start.
+
+    x is a module, whose parameters and buffers are overwritten and which is returned; or a tree of tensors, of which
+    an equal tree is returned, leaves of autograd like those that went in. Nothing is differentiated.
+    Cost: one broadcast per dtype and device. Raises: AxisError where src is no index along the axis.
+
+    >>> def start():
+    ...     return pmod.replicate({"w": torch.ones(1) * pmod.axis_index("data")}, "data", src=1)
+    >>> pmod.simulate(start, data=2)
+    [{'w': tensor([1.])}, {'w': tensor([1.])}]
+    """
+    if isinstance(x, nn.Module):
+        state = {name: tensor.detach() for name, tensor in (*x.named_parameters(), *x.named_buffers())}
+        equal = pick(state, axis, src=src)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(equal[name])
+        return cast(T, x)
+    bound = resolve(axis, "replicate")
+    leaves: list[Any] = []
+    flatten(x, "replicate", bound, leaves)
+    with torch.no_grad():
+        equal = pick(x, axis, src=src)
+    return map_leaves(lambda ys: [_leaf_like(like, y) for like, y in zip(leaves, ys, strict=True)],
+                      equal, "replicate", bound)  # fmt: skip
+
+
+def _leaf_like(like: Tensor, y: Tensor) -> Tensor:
+    y = y.clone() if y is like else y
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(y.detach(), requires_grad=like.requires_grad)
+    return y.detach().requires_grad_(like.requires_grad)
+
+
+# --- share_parameters -----------------------------------------------------------------------------
+
+
+class SharedParameters:
+    """What `share_parameters` attached to a module; `remove` takes it off again."""
+
+    def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
+        self._axis = axis
+        self._reduce: Reduce = reduce
+        self._depth = 0
+        self._held: list[tuple[dict[str, Any], str, Any]] = []
+        self._link: list[Tensor] = []
+        # every module inside has the hooks, for who calls it by itself; the outermost call acts
+        self._handles: list[Any] = []
+        for inner in module.modules():
+            self._handles.append(inner.register_forward_pre_hook(self._enter))
+            self._handles.append(inner.register_forward_hook(self._leave, always_call=True))
+
+    @property
+    def axis(self) -> str | tuple[str, ...]:
+        """The axis over which the gradients are reduced."""
+        return self._axis.label
+
+    def remove(self) -> None:
+        """From the next call on, the module's parameters are its own again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        places = [
+            (inner._parameters, name, p)
+            for inner in module.modules()
+            for name, p in inner._parameters.items()
+            if p is not None and differentiated(p)
+        ]
+        shared = list({id(p): p for _, _, p in places}.values())  # a tied parameter once
+        if not shared:
+            return
+        varying = dict(zip(map(id, shared), self._pvary(shared), strict=True))
+        self._held = places
+        for parameters, name, p in places:
+            parameters[name] = cast(nn.Parameter, varying[id(p)])
+        smallest: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        for p in sorted(varying.values(), key=Tensor.numel, reverse=True):
+            smallest[p.dtype, p.device] = p
+        self._link = list(smallest.values())
+
+    def _pvary(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        varying = together(PVARY, list(parameters), self._axis, (1, None))
+        if self._reduce == "sum":
+            return varying
+        # the same value; of its derivative the n-th part
+        n = self._axis.size
+        return [p.detach() + (v - v.detach()) / n for p, v in zip(parameters, varying, strict=True)]
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._depth -= 1
+        if self._depth > 0:
+            return output
+        for parameters, name, p in self._held:
+            parameters[name] = p
+        link, self._held, self._link = self._link, [], []
+        return _linked(output, link) if link else output
+
+
+def _linked(output: Any, parameters: list[Tensor]) -> Any:
+    """The output, and 0 times the parameters: a rank that used none of them still takes part in their sum."""
+    device = parameters[0].device
+    nothing = torch.stack([p.reshape(-1)[:0].sum().real.float().to(device) for p in parameters]).sum()
+
+    def link(x: Any) -> Any:
+        return x + nothing.to(x.device, x.dtype) if x.is_floating_point() or x.is_complex() else x
+
+    return _map_tensors(link, output)
+
+
+def _map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """f on the tensors of what a module returned, whatever else is in it."""
+    if isinstance(tree, Tensor):
+        return f(tree)
+    if isinstance(tree, dict):
+        return type(tree)((key, _map_tensors(f, value)) for key, value in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_map_tensors(f, value) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map_tensors(f, value) for value in tree)
+    return tree
+
+
+def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum") -> SharedParameters:
+    """Let all ranks of an axis hold these parameters as one, and use them each on its own data.
+
+    The values are made equal now (`replicate`, from the first rank). From then on each call of the module uses
+    `pvary` copies of its parameters, so that their gradients are reduced over the axis, once per call, to any order and
+    under every transform: accumulation, create_graph, torch.func.functional_call, autocast, checkpoint. A parameter,
+    or the whole module, may be unused on some rank, so long as its output is used. reduce="mean" divides the sum of
+    the gradients by n: for losses that are averaged over the ranks.
+    Cost: one message per dtype and device in backward for each call of the module.
+    Returns a handle with `remove()`. Raises: PmodError where parameters are shared over this axis already;
+    ArgumentError for what is no module.
+
+    What is used without a call of a module, `module.weight @ x`, is not reduced: write a forward.
+
+    >>> def gradient():
+    ...     layer = torch.nn.Linear(1, 1, bias=False)
+    ...     pmod.share_parameters(layer, "data")
+    ...     layer(torch.ones(1, 1) * (1 + pmod.axis_index("data"))).sum().backward()
+    ...     return layer.weight.grad
+    >>> pmod.simulate(gradient, data=2)
+    [tensor([[3.]]), tensor([[3.]])]
+    """
+    bound = resolve(axis, "share_parameters")
+    _checked(module, reduce, "share_parameters", bound)
+    _check_not_reduced(module, "share_parameters", bound)
+    replicate(module, axis)
+    return SharedParameters(module, bound, reduce)
+
+
+def _check_not_reduced(module: nn.Module, function: str, axis: Axis) -> None:
+    for inner in module.modules():
+        for hook in inner._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, SharedParameters | _Reducer) and owner._axis.group_key == axis.group_key:
+                given = f"the gradients of {type(inner).__name__} are reduced over these ranks already"
+                raise wrong(PmodError, function, axis, given, "A second reduction would count them n times.")
+
+
+# --- data_parallel --------------------------------------------------------------------------------
+
+# As DDP: a small first message, so that sending begins early, then large ones.
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
+
+
+class _Bucket:
+    """Parameters whose gradients travel together, and the message that they are in."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.ready: set[int] = set()
+        self.sent: Pending[list[Tensor]] | None = None
+
+
+class _Reducer:
+    """Reduces the gradients of a module over an axis, while backward runs."""
+
+    def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
+        self._axis = axis
+        self._buckets = [_Bucket(parameters) for parameters in _in_buckets(module)]
+        self._pass = -1  # the backward pass that is running
+        for bucket in self._buckets:
+            for p in bucket.parameters:
+                if reduce == "sum":  # as n times the mean: a mean may be taken again, as the next backward pass does
+                    p.register_hook(self._times_n)
+                p.register_post_accumulate_grad_hook(self._on_gradient(bucket))
+        module.register_forward_hook(self._leave)
+
+    def _times_n(self, gradient: Tensor) -> Tensor:
+        return gradient * self._axis.size
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled() or not self._buckets:
+            return output
+        return _linked(output, [self._buckets[0].parameters[0]])
+
+    def _reset(self, running: int) -> None:
+        self._pass = running
+        for bucket in self._buckets:
+            bucket.ready.clear()
+            bucket.sent = None
+
+    def _on_gradient(self, bucket: _Bucket) -> Callable[[Tensor], None]:
+        def on_gradient(p: Tensor) -> None:
+            assert p.grad is not None
+            if p.grad.requires_grad:
+                given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
+                right = "Use share_parameters(module, axis, reduce='mean')."
+                raise wrong(PmodError, "data_parallel", self._axis, given, right)
+            running = torch._C._current_graph_task_id()
+            if self._pass != running:  # the first gradient of this pass; one that raised may have left something behind
+                self._reset(running)
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            bucket.ready.add(id(p))
+            if len(bucket.ready) == len(bucket.parameters):
+                self._send()
+
+        return on_gradient
+
+    def _send(self, everything: bool = False) -> None:
+        """Send what is complete, in the order of the buckets: it must be the same on all ranks."""
+        for bucket in self._buckets:
+            if bucket.sent is not None:
+                continue
+            if not everything and len(bucket.ready) < len(bucket.parameters):
+                return
+            first = bucket.parameters[0]
+            used = torch.tensor([id(p) in bucket.ready for p in bucket.parameters], device=first.device)
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
+            with torch.no_grad():
+                bucket.sent = start(self._mean, [*gradients, used.to(first.dtype)])
+
+    def _mean(self, gradients: list[Tensor]) -> list[Tensor]:
+        return together(PSUM, gradients, self._axis, (self._axis.size, None))
+
+    def _finish(self) -> None:
+        """At the end of backward: what was sent becomes the gradients."""
+        self._send(everything=True)
+        for bucket in self._buckets:
+            assert bucket.sent is not None
+            *gradients, used = bucket.sent.wait()
+            for i, (p, gradient) in enumerate(zip(bucket.parameters, gradients, strict=True)):
+                # one that no rank used stays without a gradient
+                if p.grad is not None or used[i] != 0:
+                    p.grad = gradient
+        self._reset(-1)
+
+
+def _in_buckets(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The parameters in about the order in which backward comes to them."""
+    full: list[Tensor] = []
+    size, limit = 0, FIRST_BUCKET
+    for p in reversed([p for p in module.parameters() if p.requires_grad]):
+        if full and (size >= limit or (p.dtype, p.device) != (full[0].dtype, full[0].device)):
+            yield full
+            full, size, limit = [], 0, BUCKET
+        full.append(p)
+        size += p.numel() * p.element_size()
+    if full:
+        yield full
+
+
+def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
+    """Train one module on every rank's own data: the same module back, its gradients averaged over the axis.
+
+    The values are made equal now (`replicate`, from the first rank). In each backward pass the gradients travel in
+    buckets while it still runs, and `.grad` holds their mean (reduce="sum": their sum) when it returns; with several
+    backward passes before a step it holds what they add up to. A parameter that some rank did not use counts as 0
+    there; one that no rank used keeps no gradient. At axis size 1 nothing is attached.
+    Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass.
+    Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
+    `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass
+    `process_group=mesh.group(axis)`.
+    Raises: PmodError where the gradients are reduced over this axis already, and in a backward pass with create_graph;
+    ArgumentError for what is no module.
+
+    >>> def gradient():
+    ...     layer = pmod.data_parallel(torch.nn.Linear(1, 1, bias=False), "data")
+    ...     layer(torch.ones(1, 1) * (1 + pmod.axis_index("data"))).sum().backward()
+    ...     return layer.weight.grad
+    >>> pmod.simulate(gradient, data=2)
+    [tensor([[1.5000]]), tensor([[1.5000]])]
+    """
+    bound = resolve(axis, "data_parallel")
+    _checked(module, reduce, "data_parallel", bound)
+    _check_not_reduced(module, "data_parallel", bound)
+    replicate(module, axis)
+    if bound.size > 1:
+        _Reducer(module, bound, reduce)
+    return module
