@@ -103,14 +103,14 @@ def dim_from_end(
 def check_sizes(sizes: Sequence[int], function: str, axis: Axis, *, name: str = "sizes") -> tuple[int, ...]:
     """One length per rank of the axis."""
     try:
-        parsed = tuple(operator.index(size) for size in sizes)
+        parsed = tuple([operator.index(size) for size in sizes])
     except TypeError:  # not a sequence, or not of ints
         parsed = ()
     if len(parsed) != axis.size:
         raise wrong(
             ShapeError, function, axis, f"{name} is {sizes!r}", f"Pass {axis.size} ints, one per rank of the axis."
         )
-    if any(size < 0 for size in parsed):
+    if min(parsed) < 0:
         raise wrong(ShapeError, function, axis, f"{name} is {parsed}", "A size is 0 or more.")
     return parsed
 
@@ -143,28 +143,33 @@ def check_root(root: object, function: str, axis: Axis, *, name: str) -> int:
 def targets_of(perm: Sequence[tuple[int, int]], function: str, axis: Axis) -> tuple[int, ...]:
     """(source, target) pairs as a table: where each rank's value goes, -1 for nowhere."""
     targets = [-1] * axis.size
-    right = f"Pass (source, target) pairs of indices 0 to {axis.size - 1}, each source and each target once."
+    index = operator.index
     try:
-        pairs = [(operator.index(source), operator.index(target)) for source, target in perm]
+        pairs = [(index(source), index(target)) for source, target in perm]
     except (TypeError, ValueError):
-        raise wrong(AxisError, function, axis, f"perm is {perm!r}", right) from None
+        raise _wrong_perm(f"perm is {perm!r}", function, axis) from None
     for source, target in pairs:
         if not (0 <= source < axis.size and 0 <= target < axis.size):
-            raise wrong(AxisError, function, axis, f"perm holds {(source, target)}, outside the axis", right)
+            raise _wrong_perm(f"perm holds {(source, target)}, outside the axis", function, axis)
         if targets[source] != -1:
-            raise wrong(AxisError, function, axis, f"perm has the source {source} twice", right)
+            raise _wrong_perm(f"perm has the source {source} twice", function, axis)
         if target in targets:
-            raise wrong(AxisError, function, axis, f"perm has the target {target} twice", right)
+            raise _wrong_perm(f"perm has the target {target} twice", function, axis)
         targets[source] = target
     return tuple(targets)
+
+
+def _wrong_perm(given: str, function: str, axis: Axis) -> PmodError:
+    right = f"Pass (source, target) pairs of indices 0 to {axis.size - 1}, each source and each target once."
+    return wrong(AxisError, function, axis, given, right)
 
 
 def check_permutation(perm: Sequence[int], function: str, axis: Axis) -> tuple[int, ...]:
     """Every index along the axis, once each."""
     try:
-        parsed = tuple(operator.index(source) for source in perm)
+        parsed = [operator.index(source) for source in perm]
     except TypeError:
-        parsed = ()
+        parsed = []
     if sorted(parsed) != list(range(axis.size)):
         raise wrong(
             AxisError,
@@ -173,7 +178,7 @@ def check_permutation(perm: Sequence[int], function: str, axis: Axis) -> tuple[i
             f"perm is {perm!r}, no permutation",
             f"Pass each index 0 to {axis.size - 1} once; perm[i] is where output i comes from.",
         )
-    return parsed
+    return tuple(parsed)
 
 
 def accumulate_in(reduce_dtype: torch.dtype | None, function: str, axis: Axis) -> str | None:

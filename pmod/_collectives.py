@@ -395,6 +395,9 @@ pair(PERMUTE, PERMUTE)
 
 def _permuted(function: str, x: Tree, axis: Axis, targets: tuple[int, ...]) -> Tree:
     if targets == tuple(range(axis.size)):  # nothing moves
+        if isinstance(x, Tensor):
+            check_tensor(x, function, axis)
+            return x
         return map_leaves(lambda leaves: [check_tensor(y, function, axis) or y for y in leaves], x, function, axis)
     return _fused(function, PERMUTE, x, axis, (targets,), _anything)
 
@@ -426,7 +429,7 @@ def pshuffle(x: Tree, axis: AxisLike, perm: Sequence[int]) -> Tree:
     """
     bound = resolve(axis, "pshuffle")
     sources = check_permutation(perm, "pshuffle", bound)
-    targets = tuple(sources.index(rank) for rank in range(bound.size))
+    targets = sources if bound.size == 1 else tuple([sources.index(rank) for rank in range(bound.size)])
     return _permuted("pshuffle", x, bound, targets)
 
 
@@ -443,7 +446,7 @@ def pshift(x: Tree, axis: AxisLike, offset: int = 1, *, wrap: bool = True) -> Tr
     if isinstance(offset, bool) or not isinstance(offset, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise wrong(AxisError, "pshift", bound, f"offset is {offset!r}", "Pass an int.")
     n = bound.size
-    targets = tuple((rank + offset) % n if wrap or 0 <= rank + offset < n else -1 for rank in range(n))
+    targets = tuple([(rank + offset) % n if wrap or 0 <= rank + offset < n else -1 for rank in range(n)])
     return _permuted("pshift", x, bound, targets)
 
 

@@ -148,6 +148,7 @@ def _check_divides(x: Tensor, at: int, function: str, axis: Axis, *, right: str 
         place = x.dim() + at
         given = f"x.shape[{place}] is {x.shape[at]}, which does not divide by {axis.size}"
         default = f"Pad x, or choose a {name} whose length is a multiple of {axis.size}."
+        right = right.format(sizes=split_sizes(int(x.shape[at]), axis.size))
         raise wrong(ShapeError, function, axis, given, right or default)
 
 
@@ -299,7 +300,7 @@ def scatter(x: Tree, axis: AxisLike, *, dim: int = 0, src: int = 0, sizes: Seque
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
         at = dim_from_end(dim, x, "scatter", bound)
         if given is None:
-            _check_divides(x, at, "scatter", bound, right=f"Pass sizes={split_sizes(int(x.shape[at]), bound.size)}.")
+            _check_divides(x, at, "scatter", bound, right="Pass sizes={sizes}.")
         elif bound.index == root:
             check_adds_up(x, at, given, "scatter", bound)
         parts = given or (int(x.shape[at]) // bound.size,) * bound.size
