@@ -43,7 +43,7 @@ def _blocks() -> dict[str, tuple[str, str]]:
 BLOCKS = _blocks()
 # run as files, because they start processes or are started by a launcher
 SCRIPTS = {"no-launcher", "quick-start"}
-RECIPES = {"train-ddp", "train-pure"}  # run by every launcher
+RECIPES = {"train-ddp", "train-data-parallel", "train-pure"}  # run by every launcher
 
 
 def _environment() -> dict[str, str]:
@@ -94,6 +94,42 @@ def test_training_recipes_agree(name: str, launcher: tuple[str, ...]) -> None:
     first = _loss("train-ddp", sys.executable)
     assert first < 2.0, "it does not train"
     assert abs(_loss(name, *launcher) - first) < 1e-5 * first
+
+
+def _translations() -> list[str]:
+    """What the second column of the README's translation table says to run."""
+    tree = docutils.core.publish_doctree(README.read_text(), settings_overrides={"halt_level": 2, "report_level": 2})
+    (table,) = tree.findall(lambda node: "translation" in node.get("names", []) if hasattr(node, "get") else False)
+    rows = list(table.findall(docutils.nodes.row))[1:]
+    return [next(iter(row[1].findall(docutils.nodes.literal))).astext() for row in rows]
+
+
+# what its users call
+TRANSLATED = """
+    initialize is_initialized rank world_size local_rank device cuda distributed group_names mesh_dims global_mesh
+    broadcast_buffers find_unused_parameters group group_size group_rank group_name create_process_subgroup
+    create_orthogonal_process_group create_groups_from_config initialize_mesh get_mesh_group cleanup ProcessGroupNode
+    ProcessGroupConfig all_gather_v gather_v scatter_v indexed_all_to_all_v copy_to_parallel_region
+    reduce_from_parallel_region scatter_to_parallel_region gather_from_parallel_region compute_split_shapes
+    distributed_transpose DistributedRFFT2 DistributedIRFFT2 pad_helper truncate_helper get_memory_format
+    split_tensor_along_dim reduce_loss mark_module_as_shared unmark_module_as_shared fused_all_reduce
+"""
+
+
+def test_every_function_is_translated() -> None:
+    section = README.read_text().split("Every function\n")[1].split("A Fourier neural operator")[0]
+    left = " ".join(re.findall(r"^   \* - (.*)$", section, re.MULTILINE))
+    assert [name for name in TRANSLATED.split() if not re.search(rf"\b{name}\b", left)] == []
+
+
+@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
+def test_every_translation_runs(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    transform = "torch.testing.assert_close(modes, torch.fft.rfft2(whole).split(pmod.split_sizes(4, n), 1)[index])"
+    lines = [BLOCKS["translation-setup"][1], *_translations(), transform, "print('ran')"]
+    script = tmp_path / "translations.py"
+    script.write_text("\n".join(lines))
+    assert len(lines) > 30
+    assert set(_run([*launcher, str(script)], tmp_path).split()) == {"ran"}
 
 
 @pytest.mark.skipif(shutil.which("mpirun.openmpi") is None, reason="needs the Debian package openmpi-bin")
