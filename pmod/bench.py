@@ -331,18 +331,75 @@ def _fake_ranks(n: int) -> Generator[None]:
         pmod.shutdown()  # forgets the topology of the fake ranks
 
 
-def measure_latency(rounds: int, sizes: dict[str, int]) -> list[Result]:
-    """Time of a collective on gloo, for each size of x in bytes: the slowest rank's. All ranks of the mesh call it."""
-    clock = Clock(
+def _ranks_clock() -> Clock:
+    """Of all ranks of the mesh together: the slowest rank's time."""
+    return Clock(
         perf_counter, block_seconds=4e-3, ready=partial(pmod.barrier, AXIS), agree=lambda x: pmod.pmax(x, AXIS)
     )
+
+
+def measure_latency(rounds: int, sizes: dict[str, int]) -> list[Result]:
+    """Time of a collective on gloo, for each size of x in bytes: the slowest rank's. All ranks of the mesh call it."""
     n = pmod.axis_size(AXIS)
     runs: dict[tuple[str, str], Sequence[Callable[[], object]]] = {}
     for name in MESSAGES:
         for size, nbytes in sizes.items():
             x = torch.ones(n * max(1, nbytes // 4 // n))  # an element per rank at least
             runs[name, size] = [partial(CASES[name].ours, x), partial(CASES[name].raw, x)]
-    return _compare("latency", runs, clock, rounds)
+    return _compare("latency", runs, _ranks_clock(), rounds)
+
+
+def _skewed(total: int, n: int) -> list[int]:
+    """Half for the first rank, half of the rest for the next, and so on."""
+    sizes = [total >> (i + 1) for i in range(n - 1)]
+    return [*sizes, total - sum(sizes)]
+
+
+def _padded_all_gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What is written by hand where a backend wants equal parts."""
+    padded = x.new_empty(max(sizes))
+    padded[: len(x)] = x
+    parts = _all_gather(padded).split(max(sizes))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def measure_ragged(rounds: int, sizes: dict[str, int]) -> list[Result]:
+    """Time of an all_gather_v of shards that differ in length, for each size of the whole, beside padded shards."""
+    n, index = pmod.axis_size(AXIS), pmod.axis_index(AXIS)
+    runs: dict[tuple[str, str], Sequence[Callable[[], object]]] = {}
+    for size, nbytes in sizes.items():
+        total = max(n, nbytes // 4)
+        for how, lengths in (("even", list(pmod.split_sizes(total, n))), ("skewed", _skewed(total, n))):
+            x = torch.ones(lengths[index])
+            ours = partial(pmod.all_gather_v, x, AXIS, sizes=lengths)
+            runs[f"all_gather_v, {how}", size] = [ours, partial(_padded_all_gather, x, lengths)]
+    return _compare("ragged", runs, _ranks_clock(), rounds)
+
+
+def _layers(count: int, width: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(count)])
+
+
+def _step(model: torch.nn.Module, x: Tensor) -> None:
+    model.zero_grad()
+    model(x).square().mean().backward()
+
+
+def measure_step(rounds: int) -> list[Result]:
+    """Time of forward and backward of a module whose gradients are averaged, beside torch's DDP."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    group = pmod.current_mesh().group(AXIS)
+    runs: dict[tuple[str, str], Sequence[Callable[[], object]]] = {}
+    for case, count, width in (("4 layers of 4 MiB", 4, 1024), ("100 layers of 16 KiB", 100, 64)):
+        x = torch.ones(16, width)
+        raw = partial(_step, DistributedDataParallel(_layers(count, width), process_group=group), x)
+        runs["data_parallel", case] = [partial(_step, pmod.data_parallel(_layers(count, width), AXIS), x), raw]
+        shared = _layers(count, width)
+        pmod.share_parameters(shared, AXIS, reduce="mean")
+        runs["share_parameters", case] = [partial(_step, shared, x), raw]
+    return _compare("step", runs, _ranks_clock(), rounds)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -352,8 +409,11 @@ TITLES = {
     "alone": "alone: CPU time of a collective at world size 1",
     "host": f"host: CPU time of a collective, 64 floats on a fake process group of {FAKE_RANKS} ranks, x of raw calls",
     "latency": "latency: time of a collective on gloo, {ranks} ranks, by the size of a rank's input, x of raw calls",
+    "ragged": "ragged: time of a gather of unlike shards on gloo, {ranks} ranks, by the size of the whole, x of padding",
+    "step": "step: time of forward and backward on gloo, {ranks} ranks, x of torch's DDP",
 }
-ROUNDS = {"import": 5, "alone": 15, "host": 15, "latency": 11}
+ROUNDS = {"import": 5, "alone": 15, "host": 15, "latency": 11, "ragged": 11, "step": 11}
+ON_RANKS = ("latency", "ragged", "step")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -362,9 +422,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     place = pmod.Topology.detect()
     launched = place.launcher != "single"
-    sections: list[str] = options.only or (["latency"] if launched else list(TITLES))
-    if launched and sections != ["latency"]:
-        parser.error(f"{place.launcher} has started {place.world_size} ranks: only latency is measured on them")
+    sections: list[str] = options.only or list(ON_RANKS if launched else TITLES)
+    if launched and not set(sections) <= set(ON_RANKS):
+        given = f"{place.launcher} has started {place.world_size} ranks"
+        parser.error(f"{given}: only {', '.join(ON_RANKS)} are measured on them")
     if options.ranks < 2:
         parser.error(f"--ranks is {options.ranks}: a message needs 2 ranks or more")
     if options.rounds is not None and options.rounds < 1:
@@ -378,13 +439,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: list[Result] = []
     for section in sections:
         rounds = options.rounds or ROUNDS[section]
-        if section != "latency":
+        if section not in ON_RANKS:
             found = {"import": measure_import, "alone": measure_alone, "host": measure_host}[section](rounds)
         elif launched:
             with pmod.set_mesh(pmod.make_mesh({AXIS: -1})):
-                found = measure_latency(rounds, sizes)
+                found = _on_ranks(section, rounds, sizes)
         else:
-            found = pmod.launch(measure_latency, rounds, sizes, **{AXIS: ranks})[0]
+            found = pmod.launch(_on_ranks, section, rounds, sizes, **{AXIS: ranks})[0]
         results += found
         if first:
             print(f"\n{TITLES[section].format(ranks=ranks)}; {rounds} rounds\n{table(found)}", flush=True)
@@ -394,22 +455,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _on_ranks(section: str, rounds: int, sizes: dict[str, int]) -> list[Result]:
+    if section == "step":
+        return measure_step(rounds)
+    return {"latency": measure_latency, "ragged": measure_ragged}[section](rounds, sizes)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pmod.bench",
         description="Measure what pmod costs beside the raw calls of torch.distributed: host time per collective, "
-        "latency on gloo, cost at world size 1, cost of the import. A cell shows pmod's time, its ratio to the raw "
+        "latency on gloo, ragged gathers, a training step, cost at world size 1, cost of the import. A cell shows pmod's time, its ratio to the raw "
         "call's (below 1: pmod is faster), and the quartiles of that ratio.",
         epilog="""examples:
-  python -m pmod.bench                              all sections, in about a minute
+  python -m pmod.bench                              all sections, in a minute or two
   python -m pmod.bench --only latency --ranks 4     gloo latency with 4 local ranks
   python -m pmod.bench --only host --rounds 50      a narrower spread
   python -m pmod.bench --large --json bench.json    messages of 16 MiB too; all numbers into a file
-  torchrun --nproc-per-node 4 -m pmod.bench         latency on the ranks that a launcher started""",
+  torchrun --nproc-per-node 4 -m pmod.bench         on the ranks that a launcher started""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=list(TITLES), metavar="SECTION", help=f"of {', '.join(TITLES)}")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="local ranks for latency (default: 2)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="local ranks to send between (default: 2)")
     parser.add_argument("--large", action="store_true", help="latency of 16 MiB, too")
     parser.add_argument("--rounds", type=int, metavar="N", help="more rounds for a narrower spread")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")

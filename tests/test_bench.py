@@ -107,6 +107,28 @@ def test_latency():
         check_results(results, "latency", bench.MESSAGES, sizes)
 
 
+def ragged_calls_agree():
+    n, index = pmod.axis_size(bench.AXIS), pmod.axis_index(bench.AXIS)
+    sizes = bench._skewed(13, n)
+    assert sizes == [6, 7]
+    x = torch.arange(13.0).split(sizes)[index]
+    torch.testing.assert_close(bench._padded_all_gather(x, sizes), pmod.all_gather_v(x, bench.AXIS, sizes=sizes))
+
+
+def test_ragged():
+    spmd.launch(ragged_calls_agree, **{bench.AXIS: 2})
+    sizes = {"4 KiB": 4096}
+    for results in spmd.launch(bench.measure_ragged, 2, sizes, **{bench.AXIS: 2}):
+        check_results(results, "ragged", ("all_gather_v, even", "all_gather_v, skewed"), sizes)
+
+
+def test_step():
+    for results in spmd.launch(bench.measure_step, 1, **{bench.AXIS: 2}):
+        functions = ("data_parallel", "share_parameters")
+        results = sorted(results, key=lambda result: (result.function, result.case != "4 layers of 4 MiB"))
+        check_results(results, "step", functions, ("4 layers of 4 MiB", "100 layers of 16 KiB"))
+
+
 def test_import(monkeypatch):
     measured = bench._import_seconds
     asked = []
@@ -135,7 +157,7 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "launched", "message"),
     [
-        (["--only", "host"], True, "env has started 2 ranks: only latency is measured on them"),
+        (["--only", "host"], True, "env has started 2 ranks: only latency, ragged, step are measured on them"),
         (["--ranks", "1"], False, "--ranks is 1: a message needs 2 ranks or more"),
         (["--rounds", "0"], False, "--rounds is 0: pass 1 or more"),
     ],
