@@ -8,14 +8,18 @@ plain training loops.
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import FrameType
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from pmod._ambient import resolve
-from pmod._arguments import wrong
+from pmod._arguments import check_root, check_tensor, wrong
 from pmod._autodiff import Pending, start
 from pmod._collectives import PSUM, PVARY, differentiated, pick
 from pmod._errors import ArgumentError, PmodError
@@ -49,6 +53,8 @@ def replicate(x: T, axis: AxisLike, *, src: int = 0) -> T:
     >>> pmod.simulate(start, data=2)
     [{'w': tensor([1.])}, {'w': tensor([1.])}]
     """
+    bound = resolve(axis, "replicate")
+    check_root(src, "replicate", bound, name="src")
     if isinstance(x, nn.Module):
         state = {name: tensor.detach() for name, tensor in (*x.named_parameters(), *x.named_buffers())}
         equal = pick(state, axis, src=src)
@@ -56,9 +62,10 @@ def replicate(x: T, axis: AxisLike, *, src: int = 0) -> T:
             for name, tensor in state.items():
                 tensor.copy_(equal[name])
         return cast(T, x)
-    bound = resolve(axis, "replicate")
     leaves: list[Any] = []
     flatten(x, "replicate", bound, leaves)
+    for leaf in leaves:
+        check_tensor(leaf, "replicate", bound)
     with torch.no_grad():
         equal = pick(x, axis, src=src)
     return map_leaves(lambda ys: [_leaf_like(like, y) for like, y in zip(leaves, ys, strict=True)],
@@ -81,13 +88,15 @@ class SharedParameters:
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
         self._axis = axis
         self._reduce: Reduce = reduce
-        self._depth = 0
+        self._calls: list[nn.Module] = []  # under way, the outermost first
+        self._frame: FrameType | None = None  # of the outermost call
         self._held: list[tuple[dict[str, Any], str, Any]] = []
         self._link: list[Tensor] = []
-        # every module inside has the hooks, for who calls it by itself; the outermost call acts
+        # every module inside has the hooks, for who calls it by itself; the outermost call acts. The last to enter is
+        # the first to leave, where several share over several axes; and hooks that prune or normalise come after.
         self._handles: list[Any] = []
         for inner in module.modules():
-            self._handles.append(inner.register_forward_pre_hook(self._enter))
+            self._handles.append(inner.register_forward_pre_hook(self._enter, prepend=True))
             self._handles.append(inner.register_forward_hook(self._leave, always_call=True))
 
     @property
@@ -101,9 +110,13 @@ class SharedParameters:
             handle.remove()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self._depth += 1
-        if self._depth > 1:
+        if self._calls and not torch.compiler.is_compiling() and not _is_running(self._frame):
+            self._restore()  # after what no hook sees, such as ctrl-C
+        self._calls.append(module)
+        if len(self._calls) > 1:
             return
+        if not torch.compiler.is_compiling():
+            self._frame = sys._getframe(1)
         places = [
             (inner._parameters, name, p)
             for inner in module.modules()
@@ -131,13 +144,28 @@ class SharedParameters:
         return [p.detach() + (v - v.detach()) / n for p, v in zip(parameters, varying, strict=True)]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._depth -= 1
-        if self._depth > 0:
+        if all(call is not module for call in self._calls):
+            return output  # another hook raised before `_enter`
+        while self._calls.pop() is not module:
+            pass
+        if self._calls:
             return output
+        link = self._restore()
+        return _linked(output, link) if link else output
+
+    def _restore(self) -> list[Tensor]:
         for parameters, name, p in self._held:
             parameters[name] = p
-        link, self._held, self._link = self._link, [], []
-        return _linked(output, link) if link else output
+        link = self._link
+        self._calls, self._frame, self._held, self._link = [], None, [], []
+        return link
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
 
 
 def _linked(output: Any, parameters: list[Tensor]) -> Any:
@@ -156,7 +184,10 @@ def _map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return f(tree)
     if isinstance(tree, dict):
-        return type(tree)((key, _map_tensors(f, value)) for key, value in tree.items())
+        out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
+        for key, value in tree.items():
+            out[key] = _map_tensors(f, value)
+        return out
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(_map_tensors(f, value) for value in tree))
     if isinstance(tree, list | tuple):
@@ -195,11 +226,21 @@ def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum
 
 def _check_not_reduced(module: nn.Module, function: str, axis: Axis) -> None:
     for inner in module.modules():
-        for hook in inner._forward_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, SharedParameters | _Reducer) and owner._axis.group_key == axis.group_key:
-                given = f"the gradients of {type(inner).__name__} are reduced over these ranks already"
+        hooks = [*inner._forward_hooks.values()]
+        for p in inner._parameters.values():  # of a module around this one, or of one that holds the same parameter
+            hooks += (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+        for hook in hooks:
+            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            if not isinstance(owner, SharedParameters | _Reducer):
+                continue
+            name, other = type(inner).__name__, owner._axis
+            # axes of one rank are all over the same ranks
+            if other.group_key == axis.group_key and (axis.size > 1 or other.label == axis.label):
+                given = f"the gradients of {name} are reduced over these ranks already"
                 raise wrong(PmodError, function, axis, given, "A second reduction would count them n times.")
+            if function == "data_parallel" and isinstance(owner, _Reducer) and axis.size > 1:
+                given = f"the gradients of {name} are reduced by data_parallel over {other.label!r}"
+                raise wrong(PmodError, function, axis, given, "Call it once, for a tuple of axes.")
 
 
 # --- data_parallel --------------------------------------------------------------------------------
@@ -222,45 +263,61 @@ class _Reducer:
 
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
         self._axis = axis
+        self._reduce = reduce
         self._buckets = [_Bucket(parameters) for parameters in _in_buckets(module)]
         self._pass = -1  # the backward pass that is running
+        module.register_forward_hook(self._leave)
+        self._attach()
+
+    def _attach(self) -> None:
+        # every pass comes to it, also one that uses no parameter
+        self._anchor = torch.zeros((), device=self._buckets[0].parameters[0].device, requires_grad=True)
+        self._anchor.register_hook(self._begin)
         for bucket in self._buckets:
             for p in bucket.parameters:
-                if reduce == "sum":  # as n times the mean: a mean may be taken again, as the next backward pass does
+                if self._reduce == "sum":  # as n times the mean: a mean may be taken again, as the next pass does
                     p.register_hook(self._times_n)
-                p.register_post_accumulate_grad_hook(self._on_gradient(bucket))
-        module.register_forward_hook(self._leave)
+                p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_anchor"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach()  # a copy of a parameter has none of its hooks
 
     def _times_n(self, gradient: Tensor) -> Tensor:
         return gradient * self._axis.size
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not torch.is_grad_enabled() or not self._buckets:
-            return output
-        return _linked(output, [self._buckets[0].parameters[0]])
+        trained = torch.is_grad_enabled() and any(p.requires_grad for b in self._buckets for p in b.parameters)
+        return _linked(output, [self._anchor]) if trained else output
 
     def _reset(self, running: int) -> None:
         self._pass = running
         for bucket in self._buckets:
             bucket.ready.clear()
+            if bucket.sent is not None:
+                bucket.sent._finish = None  # of a pass that raised: nobody waits for it
             bucket.sent = None
 
-    def _on_gradient(self, bucket: _Bucket) -> Callable[[Tensor], None]:
-        def on_gradient(p: Tensor) -> None:
-            assert p.grad is not None
-            if p.grad.requires_grad:
-                given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
-                right = "Use share_parameters(module, axis, reduce='mean')."
-                raise wrong(PmodError, "data_parallel", self._axis, given, right)
-            running = torch._C._current_graph_task_id()
-            if self._pass != running:  # the first gradient of this pass; one that raised may have left something behind
-                self._reset(running)
-                torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
-            bucket.ready.add(id(p))
-            if len(bucket.ready) == len(bucket.parameters):
-                self._send()
+    def _begin(self, _: Tensor) -> None:
+        """In a hook: where it is the first of this pass, see to it that the pass ends with `_finish`."""
+        running = torch._C._current_graph_task_id()
+        if self._pass != running:  # one that raised may have left something behind
+            self._reset(running)
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
 
-        return on_gradient
+    def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
+        assert p.grad is not None
+        if p.grad.requires_grad:
+            given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
+            right = "Use share_parameters(module, axis, reduce='mean')."
+            raise wrong(PmodError, "data_parallel", self._axis, given, right)
+        self._begin(p)
+        bucket.ready.add(id(p))
+        if len(bucket.ready) == len(bucket.parameters):
+            self._send()
 
     def _send(self, everything: bool = False) -> None:
         """Send what is complete, in the order of the buckets: it must be the same on all ranks."""
@@ -271,7 +328,7 @@ class _Reducer:
                 return
             first = bucket.parameters[0]
             used = torch.tensor([id(p) in bucket.ready for p in bucket.parameters], device=first.device)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in bucket.parameters]
             with torch.no_grad():
                 bucket.sent = start(self._mean, [*gradients, used.to(first.dtype)])
 
@@ -316,8 +373,8 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
     `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass
     `process_group=mesh.group(axis)`.
-    Raises: PmodError where the gradients are reduced over this axis already, and in a backward pass with create_graph;
-    ArgumentError for what is no module.
+    Raises: PmodError where the gradients are reduced over this axis already, or by data_parallel over another; in a
+    backward pass with create_graph; ArgumentError for what is no module.
 
     >>> def gradient():
     ...     layer = pmod.data_parallel(torch.nn.Linear(1, 1, bias=False), "data")
@@ -330,6 +387,6 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     _checked(module, reduce, "data_parallel", bound)
     _check_not_reduced(module, "data_parallel", bound)
     replicate(module, axis)
-    if bound.size > 1:
+    if bound.size > 1 and any(p.requires_grad for p in module.parameters()):
         _Reducer(module, bound, reduce)
     return module

@@ -1,0 +1,854 @@
+"""replicate, share_parameters, data_parallel: gradients against one process that holds all ranks' data.
+
+A program trains a module on one rank's data. Run for one rank after the other on a plain module, its gradients add up
+in `.grad`: what the ranks must hold when each runs it on its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.utils.prune as prune
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import pmod
+from pmod import _parallel
+from tests import spmd
+from tests.test_collectives import counted, run, same
+
+__all__ = ["run"]  # the fixture
+
+Tensor = torch.Tensor
+DOUBLE = torch.float64
+
+
+def data(rank: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randn(shape or (4, 3), dtype=DOUBLE, generator=generator)
+
+
+def small(**more: Any) -> nn.Sequential:
+    more = {"dtype": DOUBLE, **more}
+    return nn.Sequential(OrderedDict(first=nn.Linear(3, 4, **more), tanh=nn.Tanh(), last=nn.Linear(4, 2, **more)))
+
+
+def set_values(module: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, dtype=p.dtype, generator=generator) / 2)
+    return module
+
+
+# --- the programs -------------------------------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", "first second")
+
+
+class Branches(nn.Module):
+    """Which parameters are used is for the caller to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 2, dtype=DOUBLE) for _ in "abc")
+
+    def forward(self, x: Tensor, names: str) -> Tensor:
+        return sum((getattr(self, name)(x).sin() for name in names), x[:, :2])
+
+
+class Outputs(nn.Module):
+    """Whatever a module may return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=DOUBLE)
+        self.idle = nn.Linear(3, 2, dtype=DOUBLE)
+
+    def forward(self, x: Tensor, what: str) -> Any:
+        y = self.layer(x)
+        if what == "dict":
+            return {"y": y, "n": 3, "none": None}
+        if what == "defaultdict":
+            return defaultdict(list, y=[y, torch.arange(2)])
+        if what == "namedtuple":
+            return Pair(y, (torch.ones(2) > 0, y.to(torch.complex128)))
+        return y.max(0)  # a type of torch's own
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(3, 2, dtype=DOUBLE, bias=False), nn.Linear(2, 3, dtype=DOUBLE)
+        self.again = self.down
+        self.up.weight = nn.Parameter(self.up.weight.detach().clone())
+        self.copy = nn.Linear(3, 2, dtype=DOUBLE, bias=False)
+        self.copy.weight = self.down.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.up(self.down(x)).tanh()) * self.copy(x)
+
+
+class Inside(nn.Module):
+    """A checkpoint inside the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = small(), nn.Linear(2, 1, dtype=DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.block, x, use_reentrant=False))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3, 2, dtype=torch.complex128))
+        self.scale = nn.Parameter(torch.zeros(2, dtype=DOUBLE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ self.w) * self.scale
+
+
+class Mixed(nn.Module):
+    """Parameters of three dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, dtype=DOUBLE), nn.Linear(3, 3, dtype=torch.float32)
+        self.c = nn.Linear(3, 1, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).float()).tanh().bfloat16()).double()
+
+
+def frozen() -> nn.Module:
+    module = small()
+    module.first.requires_grad_(False)
+    return module
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(3, 2, dtype=DOUBLE)
+    prune.custom_from_mask(layer, "weight", torch.tensor([[1, 0, 1], [0, 1, 1]]))
+    return layer
+
+
+def squared(y: Tensor) -> Tensor:
+    return (y.abs() ** 2).sum()
+
+
+def back(module: nn.Module, *args: Any) -> None:
+    squared(module(*args)).backward()
+
+
+def three_times(module: nn.Module, rank: int) -> None:
+    for step in range(3):
+        back(module, data(rank + 10 * step))
+
+
+def twice_in_one(module: nn.Module, rank: int) -> None:
+    (squared(module(data(rank))) * module(data(rank).cos()).sum()).backward()
+
+
+def outputs(module: nn.Module, rank: int) -> None:
+    for what in ("dict", "defaultdict", "namedtuple", "max"):
+        y = module(data(rank), what)
+        y = y["y"] if isinstance(y, dict) else y[0]
+        squared(y[0] if isinstance(y, list) else y).backward()
+
+
+def alone(module: nn.Module, rank: int) -> None:
+    back(module, data(rank))
+    back(module.first, data(rank + 7))
+
+
+def checkpointed(module: nn.Module, rank: int) -> None:
+    squared(checkpoint(module, data(rank), use_reentrant=False)).backward()
+
+
+def slopes(module: nn.Module, rank: int) -> None:
+    """A loss with a derivative in it."""
+    x = data(rank).requires_grad_()
+    (dx,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
+    squared(dx).backward()
+
+
+def autocast(module: nn.Module, rank: int) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(data(rank).float())
+    assert y.dtype == torch.bfloat16
+    (squared(y.float()) * 2.0**12).backward()
+
+
+Program = Callable[[nn.Module, int], None]
+PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
+    "one backward": (small, lambda m, rank: back(m, data(rank))),
+    "three backwards": (small, three_times),
+    "called twice in one forward": (small, twice_in_one),
+    "a derivative in the loss": (small, slopes),
+    "unused on some": (Branches, lambda m, rank: back(m, data(rank), "ab" if rank else "ac")),
+    "unused on all": (Branches, lambda m, rank: back(m, data(rank), "a")),
+    "only the last unused": (Branches, lambda m, rank: back(m, data(rank), "b")),
+    "all unused on one": (Branches, lambda m, rank: squared(m(data(rank).requires_grad_(), "ba" * rank)).backward()),
+    "all unused on all": (Branches, lambda m, rank: squared(m(data(rank).requires_grad_(), "")).backward()),
+    "used here, then there": (Branches, lambda m, rank: [back(m, data(rank), "abc"[(rank + i) % 3]) for i in range(2)]),
+    "outputs": (Outputs, outputs),
+    "a submodule alone": (small, alone),
+    "tied": (Tied, lambda m, rank: back(m, data(rank))),
+    "checkpoint": (small, checkpointed),
+    "a checkpoint inside": (Inside, lambda m, rank: back(m, data(rank))),
+    "frozen": (frozen, lambda m, rank: back(m, data(rank))),
+    "pruned": (pruned, lambda m, rank: back(m, data(rank))),
+    "complex": (Complex, lambda m, rank: back(m, data(rank))),
+    "mixed": (Mixed, lambda m, rank: back(m, data(rank))),
+    "autocast": (lambda: small(dtype=torch.float32), autocast),
+    "LSTM": (
+        lambda: nn.LSTM(3, 2, num_layers=2, bidirectional=True, dtype=DOUBLE),
+        lambda m, rank: [squared(m(data(rank + i))[0]).backward() for i in range(2)],
+    ),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, dtype=DOUBLE),
+        lambda m, rank: squared(m(data(rank, 3, 2, 4)) * data(9, 3, 2, 4)).backward(),
+    ),
+    "weight norm": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2, dtype=DOUBLE)),
+        lambda m, rank: back(m, data(rank)),
+    ),
+    "sparse": (
+        lambda: nn.Embedding(5, 2, sparse=True, dtype=DOUBLE),
+        lambda m, rank: back(m, torch.tensor([rank, 3, rank])),
+    ),
+    "no parameters": (nn.Tanh, lambda m, rank: back(m, data(rank).requires_grad_())),
+}
+ATTACH: dict[str, tuple[Callable[[nn.Module, Any], Any], bool]] = {
+    "share, sum": (lambda m, axis: pmod.share_parameters(m, axis), False),
+    "share, mean": (lambda m, axis: pmod.share_parameters(m, axis, reduce="mean"), True),
+    "data_parallel": (lambda m, axis: pmod.data_parallel(m, axis), True),
+    "data_parallel, sum": (lambda m, axis: pmod.data_parallel(m, axis, reduce="sum"), False),
+}
+
+
+def expected_of(plain: nn.Module, program: Program, members: list[int], mean: bool) -> list[Tensor | None]:
+    for rank in members:
+        program(plain, rank)
+    grads = [None if p.grad is None else p.grad.to_dense() for p in plain.parameters()]
+    return [g if g is None or not mean else g / len(members) for g in grads]
+
+
+def program_on_rank(name: str, how: str, axis: Any = "x") -> None:
+    make, program = PROGRAMS[name]
+    attach, mean = ATTACH[how]
+    plain = set_values(make())
+    module = set_values(make(), seed=pmod.current_mesh().topology.rank)  # the first rank's values count
+    index, n = pmod.axis_index(axis), pmod.axis_size(axis)
+    members = pmod.all_gather(torch.tensor([pmod.current_mesh().topology.rank]), axis).tolist()
+    set_values(plain, seed=members[0])
+    before = dict(module.named_parameters())
+    attach(module, axis)
+    expected = expected_of(plain, program, list(range(n)), mean)
+    program(module, index)
+    assert [id(p) for p in module.parameters()] == [id(p) for p in before.values()], "the parameters were not put back"
+    for (key, p), e in zip(before.items(), expected, strict=True):
+        if how.startswith("data_parallel"):
+            assert (p.grad is None) == (e is None), f"{name}, {how}, {key}: {p.grad} for {e}"
+        if p.grad is not None:
+            assert p.grad.dtype == p.dtype and p.grad.grad_fn is None
+            tol = {DOUBLE: 1e-12, torch.complex128: 1e-12, torch.bfloat16: 1e-2}.get(p.dtype, 1e-5)
+            e = torch.zeros_like(p) if e is None else e
+            same(p.grad.to_dense(), e, f"{name}, {how}, {key}", rtol=tol, atol=tol)
+        else:
+            assert e is None, f"{name}, {how}, {key}: no gradient"
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("how", ATTACH)
+def test_programs(name: str, how: str) -> None:
+    for ranks in (1, 2, 3):
+        pmod.simulate(program_on_rank, name, how, x=ranks)
+
+
+def all_on_rank() -> None:
+    for name, how in itertools.product(PROGRAMS, ("share, mean", "data_parallel")):
+        program_on_rank(name, how)
+
+
+def test_programs_on_processes() -> None:
+    spmd.launch(all_on_rank, x=2)
+
+
+def other_axes_on_rank() -> None:
+    mesh = pmod.current_mesh()
+    for how, axis in itertools.product(ATTACH, (("b", "a"), mesh["b"], mesh["a", "b"])):
+        program_on_rank("unused on some", how, axis)
+
+
+def test_kinds_of_axes(run: Any) -> None:
+    run(other_axes_on_rank, a=2, b=2)
+
+
+# --- share_parameters: derivatives that data_parallel has not -----------------------------------------------------
+
+
+def curvature(params: dict[str, Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    return functional_call(module, params, (x,)).sin().sum()
+
+
+def second_order_on_rank() -> None:
+    """The gradient of the norm of the gradient of what all ranks' losses add up to."""
+    n, rank = pmod.axis_size("x"), pmod.axis_index("x")
+    plain, module = set_values(small()), set_values(small())
+    pmod.share_parameters(module, "x")
+
+    def both(module: nn.Module, loss: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
+        return [*first, *torch.autograd.grad(sum(map(squared, first)), list(module.parameters()))]
+
+    serial = both(plain, sum(squared(plain(data(r)).sin()) for r in range(n)))
+    for got, e in zip(both(module, squared(module(data(rank)).sin())), serial, strict=True):
+        same(got, e.detach(), "first and second", rtol=1e-12, atol=1e-12)
+
+    params = {k: p.detach() for k, p in plain.named_parameters()}
+    v = {k: p.cos() for k, p in params.items()}
+    x = data(rank)
+
+    def serial_loss(params: dict[str, Tensor]) -> Tensor:
+        return sum(curvature(params, plain, data(r)) for r in range(n))
+
+    g, g_serial = grad(curvature)(params, module, x), grad(serial_loss)(params)
+    h = jvp(lambda p: grad(curvature)(p, module, x), (params,), (v,))[1]
+    h_serial = jvp(lambda p: grad(serial_loss)(p), (params,), (v,))[1]
+    tangent = jvp(lambda p: curvature(p, module, x), (params,), (v,))[1]
+    same(tangent, jvp(lambda p: curvature(p, plain, x), (params,), (v,))[1], "jvp")
+    each = vmap(grad(curvature), in_dims=(None, None, 0))(params, module, x[:, None])
+    for k in params:
+        same(g[k], g_serial[k], "functional_call and grad", rtol=1e-12, atol=1e-12)
+        same(h[k], h_serial[k], "jvp of grad", rtol=1e-12, atol=1e-12)
+        same(each[k].sum(0), g_serial[k], "grads of samples", rtol=1e-12, atol=1e-12)
+    assert all(p.grad is None and p.is_leaf for p in module.parameters())
+
+
+def test_second_order_and_functional_calls(run: Any) -> None:
+    run(second_order_on_rank, x=2)
+
+
+def create_graph_on_rank() -> str:
+    module = pmod.data_parallel(set_values(small()), "x")
+    with pytest.raises(pmod.PmodError) as raised:
+        squared(module(data(0))).backward(create_graph=True)
+    return str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_data_parallel_refuses_create_graph(run: Any) -> None:
+    for rank, text in enumerate(run(create_graph_on_rank, x=2)):
+        assert text == (
+            f"pmod.data_parallel(axis='x') at (x={rank}): backward ran with create_graph=True, and what is reduced in "
+            ".grad has no derivative.\nUse share_parameters(module, axis, reduce='mean')."
+        )
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def messages_on_rank() -> dict[str, list[Any]]:
+    sent: dict[str, list[Any]] = {}
+    module = Mixed()
+    _, sent["share"] = counted(lambda: pmod.share_parameters(module, "x"))
+    y, sent["forward"] = counted(lambda: module(data(0)))
+    _, sent["backward"] = counted(lambda: squared(y).backward())
+    _, sent["two calls"] = counted(lambda: squared(module(data(0)) + module(data(1))).backward())
+    with torch.no_grad():
+        _, sent["no grad"] = counted(lambda: module(data(0)))
+    module = Mixed()
+    _, sent["data_parallel"] = counted(lambda: pmod.data_parallel(module, "x"))
+    _, sent["reduced"] = counted(lambda: squared(module(data(0)) + module(data(1))).backward())
+    return sent
+
+
+def frozen_later_on_rank() -> None:
+    for how in ATTACH:
+        module = set_values(small())
+        ATTACH[how][0](module, "x")
+        module.requires_grad_(False)
+        assert not module(data(0)).requires_grad
+        _, sent = counted(lambda module=module: back(module, data(0).requires_grad_()))
+        assert not sent, how
+        module.requires_grad_(True)
+        _, sent = counted(lambda module=module: back(module, data(0)))
+        assert len(sent) == 1, how
+
+
+def test_frozen_later(run: Any) -> None:
+    run(frozen_later_on_rank, x=2)
+
+
+def test_messages(run: Any) -> None:
+    """One per dtype for each call that is shared, one per bucket for each backward pass, with a flag per parameter."""
+    first, second = run(messages_on_rank, x=2)
+    assert first == second
+    double, single, half = DOUBLE, torch.float32, torch.bfloat16
+    equal = [("broadcast", double, 12), ("broadcast", single, 12), ("broadcast", half, 4)]
+    assert first["share"] == first["data_parallel"] == equal
+    assert first["forward"] == first["no grad"] == []
+    summed = {("all_reduce", double, 12), ("all_reduce", single, 12), ("all_reduce", half, 4)}
+    assert set(first["backward"]) == summed and len(first["backward"]) == 3
+    assert set(first["two calls"]) == summed and len(first["two calls"]) == 6
+    assert first["reduced"] == [("all_reduce", half, 6), ("all_reduce", single, 14), ("all_reduce", double, 14)]
+
+
+def buckets_on_rank(events: list[list[str]]) -> None:
+    """What happens in a backward pass, in order."""
+    rank, x = pmod.axis_index("x"), torch.ones(1, 3, dtype=DOUBLE)
+    module = pmod.data_parallel(set_values(Branches()), "x")
+    loss = 0 * module(x, "").sum()
+    for scale, name in zip((1, 10, 100), "abc", strict=True):
+        hidden = x.clone().requires_grad_()
+        hidden.register_hook(lambda _, name=name: events[rank].append(f"after {name}"))
+        if rank == 0 or name != "b":
+            loss = loss + scale * getattr(module, name)(hidden).sum()
+    loss.backward()
+
+
+def test_buckets_travel_while_backward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[list[str]] = [[], []]
+    together = _parallel.together
+
+    def noted(row: Any, tensors: list[Tensor], axis: Any, params: Any) -> list[Tensor]:
+        if tensors[0].dim() == 2:  # a weight; its bias travels alone
+            events[axis.index].append(f"send {int(tensors[0].sum())}")
+        return together(row, tensors, axis, params)
+
+    monkeypatch.setattr(_parallel, "FIRST_BUCKET", 1)
+    monkeypatch.setattr(_parallel, "BUCKET", 1)
+    monkeypatch.setattr(_parallel, "together", noted)
+    pmod.simulate(buckets_on_rank, events, x=2)
+    waits = ["send 600", "send 60", "send 6"]  # `start` runs its function again
+    assert events[0] == ["after c", "send 600", "after b", "send 60", "after a", "send 6", *waits]
+    # the second rank has no gradient for b: what comes after b waits for the end, in the same order
+    waits[1] = "send 0"
+    assert events[1] == ["after c", "send 600", "after a", "send 0", "send 6", *waits]
+
+
+# --- the module stays what it was ---------------------------------------------------------------------------------
+
+
+def state_on_rank(how: str) -> None:
+    attach = ATTACH[how][0]
+    module = set_values(small())
+    module.register_buffer("steps", torch.tensor(3))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    returned = attach(module, "x")
+    assert (returned is module) == how.startswith("data_parallel")
+    index = pmod.axis_index("x")
+    for made in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        back(module, data(index))
+        other = made(module)
+        assert list(other.state_dict()) == list(before)
+        for m in (other, module):
+            m.zero_grad()
+            back(m, data(index))
+        for p, q in zip(module.parameters(), other.parameters(), strict=True):
+            assert p is not q
+            same(q.grad, p.grad, f"{how}: the gradient of a copy", rtol=0, atol=0)
+    assert list(module.state_dict()) == list(before)
+    for k, v in module.state_dict().items():
+        same(v, before[k], k, rtol=0, atol=0)
+    fresh = small()
+    fresh.register_buffer("steps", torch.tensor(0))
+    fresh.load_state_dict(module.state_dict())
+    module.load_state_dict(before)
+
+
+@pytest.mark.parametrize("how", ATTACH)
+def test_state_and_copies(run: Any, how: str) -> None:
+    run(state_on_rank, how, x=2)
+
+
+class Failing(nn.Module):
+    """Raises what it is told to, deep inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=DOUBLE)
+        self.error: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.error is not None:
+            raise self.error
+        return y
+
+
+def fails_on_rank(error: BaseException, where: str) -> None:
+    plain, module = set_values(nn.Sequential(Failing())), set_values(nn.Sequential(Failing()))
+    told: list[BaseException] = []
+
+    def hook(*_: Any) -> None:
+        if told:
+            raise told[0]
+
+    if where == "a hook before":
+        module[0].register_forward_pre_hook(hook)
+    handle = pmod.share_parameters(module, "x")
+    if where == "a hook before that came later":
+        module[0].register_forward_pre_hook(hook, prepend=True)
+    if where == "a hook after":
+        module[0].register_forward_hook(hook)
+    if where == "forward":
+        module[0].error = error
+    else:
+        told.append(error)
+    before = list(module.parameters())
+    with pytest.raises(type(error)):
+        module(data(0))
+    if isinstance(error, Exception):
+        assert all(p is q for p, q in zip(module.parameters(), before, strict=True))
+    module[0].error = None
+    told.clear()
+    for r in range(2):
+        back(plain, data(r))
+    back(module, data(pmod.axis_index("x")))
+    assert all(p is q for p, q in zip(module.parameters(), before, strict=True))
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        same(p.grad, q.grad, f"after {error!r} in {where}", rtol=1e-12)
+    handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()) or where != "forward"
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("where", ["forward", "a hook before", "a hook before that came later", "a hook after"])
+def test_after_an_error_in_forward(error: BaseException, where: str) -> None:
+    pmod.simulate(fails_on_rank, error, where, x=2)
+
+
+class Summed(nn.Module):
+    """Sends in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pmod.pvary(pmod.psum(self.layer(x).sin(), "x"), "x")
+
+
+def started_on_rank() -> None:
+    x = data(pmod.axis_index("x"))
+    grads = []
+    for start in (False, True):
+        module = set_values(Summed())
+        pmod.share_parameters(module, "x")
+        y = pmod.start(module, x).wait() if start else module(x)
+        squared(y).backward()
+        grads.append(module.layer.weight.grad)
+    same(grads[1], grads[0], "gradient", rtol=0, atol=0)
+
+
+def test_a_module_that_is_started(run: Any) -> None:
+    run(started_on_rank, x=2)
+
+
+class Raising(torch.autograd.Function):
+    on = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        if Raising.on:
+            raise ValueError("in the middle")
+        return g
+
+
+def broken_pass_on_rank(to_none: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_parallel, "FIRST_BUCKET", 1)
+        patch.setattr(_parallel, "BUCKET", 1)
+        module = pmod.data_parallel(set_values(small()), "x")
+    x = data(pmod.axis_index("x"))
+    with pytest.raises(ValueError, match="in the middle"):
+        squared(module.last(Raising.apply(module.first(x)))).backward()
+    module.zero_grad(set_to_none=to_none)
+    back(module, x)
+    plain = set_values(small())
+    for r in range(2):
+        back(plain, data(r))
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        same(p.grad, q.grad / 2, "gradient of the next pass", rtol=1e-12)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_after_an_error_in_backward(run: Any, to_none: bool) -> None:
+    run(broken_pass_on_rank, to_none, x=2)
+
+
+def removed_on_rank() -> None:
+    module = set_values(small())
+    handle = pmod.share_parameters(module, "x")
+    assert handle.axis == "x"
+    handle.remove()
+    rank = pmod.axis_index("x")
+    _, sent = counted(lambda: back(module, data(rank)))
+    assert not sent
+    plain = set_values(small())
+    back(plain, data(rank))
+    same(module.first.weight.grad, plain.first.weight.grad, "its own gradient", rtol=0, atol=0)
+    pmod.share_parameters(module, "x")
+    _, sent = counted(lambda: back(module, data(rank)))
+    assert len(sent) == 1
+
+
+def test_remove(run: Any) -> None:
+    run(removed_on_rank, x=2)
+
+
+# --- more than one, and none --------------------------------------------------------------------------------------
+
+TWICE: dict[str, Callable[[nn.Sequential], Any]] = {
+    "shared": lambda m: pmod.share_parameters(m, "x"),
+    "shared inside": lambda m: pmod.share_parameters(m.first, "x"),
+    "parallel": lambda m: pmod.data_parallel(m, "x"),
+    "parallel inside": lambda m: pmod.data_parallel(m.first, "x"),
+    "parallel around": lambda m: pmod.data_parallel(nn.Sequential(m), "x"),
+    "shared around": lambda m: pmod.share_parameters(nn.Sequential(m), "x"),
+}
+
+
+def twice_on_rank(once: str, again: str) -> None:
+    module = small()
+    TWICE[once](module)
+    with pytest.raises(pmod.PmodError) as raised:
+        TWICE[again](module)
+    function = "share_parameters" if again.startswith("shared") else "data_parallel"
+    start = f"pmod.{function}(axis='x') at (x={pmod.axis_index('x')}): the gradients of "
+    assert str(raised.value).startswith(start)
+    assert str(raised.value).endswith(
+        " are reduced over these ranks already.\nA second reduction would count them n times."
+    )
+
+
+@pytest.mark.parametrize(("once", "again"), list(itertools.product(TWICE, TWICE)))
+def test_twice_over_one_axis(once: str, again: str) -> None:
+    pmod.simulate(twice_on_rank, once, again, x=2)
+
+
+def two_axes_on_rank(how: tuple[str, str]) -> None:
+    module, plain = set_values(small()), set_values(small())
+    scale = 1.0
+    for axis, name in zip("ab", how, strict=True):
+        ATTACH[name][0](module, axis)
+        scale /= pmod.axis_size(axis) if ATTACH[name][1] else 1
+    rank = pmod.current_mesh().topology.rank
+    for step in range(2):
+        back(module, data(rank + 10 * step))
+        for r in range(pmod.current_mesh().size):
+            back(plain, data(r + 10 * step))
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        same(p.grad, q.grad * scale, f"{how}", rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", list(itertools.product(ATTACH, ATTACH)), ids=" then ".join)
+def test_two_axes(how: tuple[str, str]) -> None:
+    for a, b in ((2, 2), (2, 1), (1, 1)):
+        if a * b == 4 and how[0].startswith("data_parallel") and how[1].startswith("data_parallel"):
+            continue
+        pmod.simulate(two_axes_on_rank, how, a=a, b=b)
+
+
+def test_data_parallel_over_two_axes() -> None:
+    def rank() -> str:
+        module = pmod.data_parallel(small(), "a")
+        with pytest.raises(pmod.PmodError) as raised:
+            pmod.data_parallel(nn.Sequential(module), "b")
+        return str(raised.value)
+
+    assert pmod.simulate(rank, a=2, b=2)[1] == (
+        "pmod.data_parallel(axis='b') at (a=0, b=1): the gradients of Sequential are reduced by data_parallel "
+        "over 'a'.\nCall it once, for a tuple of axes."
+    )
+
+
+def test_one_rank() -> None:
+    with pmod.set_mesh(pmod.make_mesh(x=1)):
+        module = small()
+        assert pmod.data_parallel(module, "x") is module
+        assert not module._forward_hooks and not any(p._post_accumulate_grad_hooks for p in module.parameters())
+        pmod.share_parameters(module, "x", reduce="mean")
+        squared(module(data(0))).backward(create_graph=False)
+
+
+WRONG: dict[str, tuple[Callable[[], Any], type[pmod.PmodError], str]] = {
+    "no module": (
+        lambda: pmod.share_parameters(torch.ones(1), "x"), pmod.ArgumentError,
+        "pmod.share_parameters(axis='x') at (x=0): module is a Tensor.\nPass an nn.Module.",
+    ),
+    "no reduction": (
+        lambda: pmod.data_parallel(small(), "x", reduce="max"), pmod.ArgumentError,
+        "pmod.data_parallel(axis='x') at (x=0): reduce is 'max'.\nPass 'sum' or 'mean'.",
+    ),
+    "no axis": (
+        lambda: pmod.replicate(small(), "y"), pmod.AxisError,
+        "pmod.replicate(axis='y') at (x=0): no axis 'y'.\nThe mesh has {'x': 1}.",
+    ),
+    "no such rank": (
+        lambda: pmod.replicate(small(), "x", src=1), pmod.AxisError,
+        "pmod.replicate(axis='x') at (x=0): src is 1.\nPass an index along the axis, 0 to 0.",
+    ),
+    "no such rank for a tree": (
+        lambda: pmod.replicate([torch.ones(1)], "x", src=-1), pmod.AxisError,
+        "pmod.replicate(axis='x') at (x=0): src is -1.\nPass an index along the axis, 0 to 0.",
+    ),
+    "no tensor": (
+        lambda: pmod.replicate({"a": 1.0}, "x"), pmod.ArgumentError,
+        "pmod.replicate(axis='x') at (x=0): x is a float.\nPass a tensor, or a dict, list or tuple of them.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arguments(what: str) -> None:
+    call, kind, text = WRONG[what]
+    with pmod.set_mesh(pmod.make_mesh(x=1)), pytest.raises(kind) as raised:
+        call()
+    assert type(raised.value) is kind and str(raised.value) == text
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def trained_on_rank(how: str, to_none: bool) -> None:
+    """Steps of an optimiser with momentum and decay, gradients scaled and accumulated: every rank stays with one."""
+    module, plain = set_values(Branches(), seed=pmod.axis_index("x")), set_values(Branches())
+    attach, mean = ATTACH[how]
+    attach(module, "x")
+    n, rank = pmod.axis_size("x"), pmod.axis_index("x")
+
+    def train(module: nn.Module, ranks: list[int], divisor: int) -> None:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for step in range(4):
+            for part, r in itertools.product(range(2), ranks):
+                used = "abc"[(step + part + r) % 3]  # each rank its own, and now and then the same twice
+                y = module(data(r + 10 * step + 100 * part), used)
+                scaler.scale(squared(y) / divisor).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(module.parameters(), 3.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=to_none)
+
+    train(module, [rank], 1)
+    train(plain, list(range(n)), n if mean else 1)
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        same(p, q.detach(), f"{how} after four steps", rtol=1e-10)
+        assert torch.equal(pmod.pick(p.detach(), "x"), p.detach())
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("how", ATTACH)
+def test_training(how: str, to_none: bool) -> None:
+    pmod.simulate(trained_on_rank, how, to_none, x=2)
+
+
+def ddp_on_rank() -> None:
+    """torch's own wrapper over the same group: the same gradients, and the same after steps."""
+    mesh = pmod.current_mesh()
+    rank = pmod.axis_index("x")
+    ours, theirs = pmod.data_parallel(set_values(small()), "x"), set_values(small())
+    shared = set_values(small())
+    pmod.share_parameters(shared, "x", reduce="mean")
+    wrapped = DistributedDataParallel(theirs, process_group=mesh.group("x"))
+    modules = (theirs, ours, shared)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in modules]
+    for step in range(3):
+        for m, optimizer in zip((wrapped, ours, shared), optimizers, strict=True):
+            optimizer.zero_grad()
+            back(m, data(rank + 10 * step))
+            optimizer.step()
+        for m in modules[1:]:
+            for p, q in zip(m.parameters(), theirs.parameters(), strict=True):
+                same(p.grad, q.grad, f"step {step}: gradient", rtol=1e-12, atol=1e-12)
+                same(p, q.detach(), f"step {step}: parameter", rtol=1e-12, atol=1e-12)
+
+
+def test_as_ddp() -> None:
+    spmd.launch(ddp_on_rank, x=2)
+
+
+def compiled_on_rank() -> None:
+    torch._dynamo.reset()
+    rank = pmod.axis_index("x")
+    for how in ATTACH:
+        module = set_values(small())
+        ATTACH[how][0](module, "x")
+        fast = torch.compile(module, backend="aot_eager", fullgraph=True)
+        grads = []
+        for m in (module, fast):
+            module.zero_grad()
+            for step in range(2):
+                back(m, data(rank + 10 * step))
+            grads.append([p.grad for p in module.parameters()])
+        for a, b in zip(*grads, strict=True):
+            same(b, a, f"{how}: gradient of the compiled module", rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled() -> None:
+    spmd.launch(compiled_on_rank, timeout=200, x=2)
+
+
+# --- replicate ----------------------------------------------------------------------------------------------------
+
+
+def replicated_on_rank() -> None:
+    rank = pmod.axis_index("x")
+    for src in range(2):
+        module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), Tied())
+        set_values(module, seed=rank)
+        module[1].num_batches_tracked += 5 + rank
+        module[0].weight.requires_grad_(False)
+        before = list(module.parameters())
+        assert pmod.replicate(module, "x", src=src) is module
+        expected = set_values(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), Tied()), seed=src)
+        assert all(p is q for p, q in zip(module.parameters(), before, strict=True))
+        assert [p.requires_grad for p in module.parameters()] == [False] + [True] * (len(before) - 1)
+        for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert module[1].num_batches_tracked == 5 + src and module[2].copy.weight is module[2].down.weight
+
+        leaf = torch.full((2,), float(rank), requires_grad=True)
+        tree = {"p": nn.Parameter(leaf.detach().clone()), "t": (leaf, None, [torch.tensor(rank > 0)]), "y": leaf * 2}
+        (out, sent) = counted(lambda tree=tree, src=src: pmod.replicate(tree, "x", src=src))
+        assert {name for name, *_ in sent} == {"broadcast"} and len(sent) == 2
+        assert type(out["p"]) is nn.Parameter and out["t"][1] is None
+        assert out["p"].tolist() == out["t"][0].tolist() == [src, src] and out["y"].tolist() == [2 * src] * 2
+        assert out["t"][2][0].item() is (src > 0)
+        assert all(x.is_leaf and x.requires_grad for x in (out["p"], out["t"][0], out["y"]))
+        out["t"][0].detach().add_(1)
+        assert leaf.tolist() == [rank, rank] and out["p"].tolist() == [src, src]
+
+
+def test_replicate(run: Any) -> None:
+    run(replicated_on_rank, x=2)
+
+
+def test_replicate_on_one_rank() -> None:
+    with pmod.set_mesh(pmod.make_mesh(x=1)):
+        x = torch.ones(2, requires_grad=True)
+        y = pmod.replicate(x, "x")
+        y.detach().add_(1)
+        assert x.tolist() == [1, 1] and y.is_leaf and y.requires_grad
+        assert pmod.replicate(None, "x") is None and pmod.replicate([], "x") == []
