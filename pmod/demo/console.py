@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32}
 
 
-def check_extra() -> None:
-    """Raise PmodError, which names the command that installs them, where the packages of the extra are missing."""
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+def check_extra(*names: str, extra: str = "demo") -> None:
+    """Raise PmodError, which names the command that installs them, where packages of the extra are missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        right = 'Install the demo\'s extra: pip install "pmod[demo]"'
+        right = f'Install the demo\'s extra: pip install "pmod[{extra}]"'
         raise PmodError(explain("demo", f"{' and '.join(missing)} cannot be imported", right))
 
 

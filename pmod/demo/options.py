@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ examples:
   python -m pmod.demo --data darcy_train_16.pt --test-data darcy_test_16.pt
   torchrun --nproc-per-node 4 -m pmod.demo --mesh data=2,space=2
   mpirun -n 2 python -m pmod.demo
+  python -m pmod.demo graph --help                  the other job: message passing on an unstructured mesh
 
 The exit status is 1 where the two trainings differ by more than the bounds that it prints, and 2 where the command
 line cannot be followed.
@@ -72,16 +73,22 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     if "data" in given and "size" in given:
         parser.error("--size is for problems that the demo makes itself; the grid of --data is what it is")
     options = Options(**given)
-    if not options.output.absolute().parent.is_dir():
-        parser.error(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    check_folder(options.output, parser)
     return options
+
+
+def check_folder(output: Path, parser: argparse.ArgumentParser) -> None:
+    """Leave with a message where the picture cannot be written."""
+    if not output.absolute().parent.is_dir():
+        parser.error(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pmod.demo",
         description="Train a Fourier neural operator for 2-D Darcy flow over a mesh data x space, then the same model\n"
-        "in one process, and compare. Without a launcher it starts its own ranks on this machine.",
+        "in one process, and compare. Without a launcher it starts its own ranks on this machine.\n\n"
+        "The job of `python -m pmod.demo graph` is a message-passing network on an unstructured triangle mesh.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is left to the defaults of Options
@@ -89,23 +96,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     usual = Options()
     where = parser.add_argument_group("where")
-    where.add_argument("--mesh", type=_mesh, metavar="data=D,space=S", help="the axes; by default all ranks on space")
+    where.add_argument(
+        "--mesh", type=axis_sizes(AXES), metavar="data=D,space=S", help="the axes; by default all ranks on space"
+    )
     where.add_argument("--output", type=Path, metavar="FILE", help=f"the picture to write ({usual.output})")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, metavar="FILE", help="train on a file in the format of darcy_train_16.pt")
     data.add_argument("--test-data", type=Path, metavar="FILE", help="test on such a file")
-    _number(data, "--size", f"cells along a side of the problems that are made ({usual.size})", least=2)
-    _number(data, "--train", f"problems to train on ({_MADE['train']}, or all of --data)")
-    _number(data, "--test", f"problems to test on ({_MADE['test']}, or all of --test-data)")
+    number(data, "--size", f"cells along a side of the problems that are made ({usual.size})", least=2)
+    number(data, "--train", f"problems to train on ({_MADE['train']}, or all of --data)")
+    number(data, "--test", f"problems to test on ({_MADE['test']}, or all of --test-data)")
     model = parser.add_argument_group("model and training")
-    _number(model, "--channels", f"channels of each field ({usual.channels})")
-    _number(model, "--modes", f"Fourier modes kept, of each sign, in each dimension ({usual.modes})")
-    _number(model, "--layers", f"Fourier layers ({usual.layers})")
-    _number(model, "--batch", f"problems in a step, over all ranks ({usual.batch})")
+    number(model, "--channels", f"channels of each field ({usual.channels})")
+    number(model, "--modes", f"Fourier modes kept, of each sign, in each dimension ({usual.modes})")
+    number(model, "--layers", f"Fourier layers ({usual.layers})")
+    number(model, "--batch", f"problems in a step, over all ranks ({usual.batch})")
     length = model.add_mutually_exclusive_group()
-    _number(length, "--epochs", f"times to see all problems and their mirror images ({usual.epochs})")
-    _number(length, "--steps", "steps to take, instead")
-    _number(model, "--seed", f"of the problems, the weights and the batches ({usual.seed})", least=0)
+    number(length, "--epochs", f"times to see all problems and their mirror images ({usual.epochs})")
+    number(length, "--steps", "steps to take, instead")
+    number(model, "--seed", f"of the problems, the weights and the batches ({usual.seed})", least=0)
     model.add_argument("--float64", action="store_true", help="compute in float64; the curves then agree to rounding")
     model.add_argument(
         "--no-serial", dest="serial", action="store_false", help="do not train in one process to compare"
@@ -116,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
 _MADE = {"train": 1000, "test": 100}
 
 
-def _number(group: Any, name: str, what: str, *, least: int = 1) -> None:
+def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
+    """An option that is a whole number."""
+
     def parse_number(text: str) -> int:
         value = int(text)  # its ValueError is reported by argparse, under the name of this function
         if value < least:
@@ -127,21 +138,26 @@ def _number(group: Any, name: str, what: str, *, least: int = 1) -> None:
     group.add_argument(name, type=parse_number, metavar="N", help=what)
 
 
-def _mesh(text: str) -> dict[str, int]:
-    """``data=2,space=2`` as sizes of both axes; one that is not named has size 1, and one may be -1, the rest."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in AXES:
-            raise argparse.ArgumentTypeError(f"no axis {name!r}{near_miss(name, AXES)}: write data=2,space=2")
-        if name in sizes:
-            raise argparse.ArgumentTypeError(f"axis {name!r} is given twice")
-        if size != "-1" and not (size.isdecimal() and int(size)):
-            raise argparse.ArgumentTypeError(f"{name}={size} is no size: write a whole number of 1 or more")
-        sizes[name] = int(size)
-    if list(sizes.values()) == [-1, -1]:
-        raise argparse.ArgumentTypeError("two sizes are -1: leave one to be worked out")
-    return {name: sizes.get(name, 1) for name in AXES}
+def axis_sizes(axes: tuple[str, str]) -> Callable[[str], dict[str, int]]:
+    """What parses ``data=2,space=2`` as sizes of both axes: one not named has size 1, and one may be -1, the rest."""
+    example = ",".join(f"{name}=2" for name in axes)
+
+    def parse_sizes(text: str) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, size = part.partition("=")
+            if name not in axes:
+                raise argparse.ArgumentTypeError(f"no axis {name!r}{near_miss(name, axes)}: write {example}")
+            if name in sizes:
+                raise argparse.ArgumentTypeError(f"axis {name!r} is given twice")
+            if size != "-1" and not (size.isdecimal() and int(size)):
+                raise argparse.ArgumentTypeError(f"{name}={size} is no size: write a whole number of 1 or more")
+            sizes[name] = int(size)
+        if list(sizes.values()) == [-1, -1]:
+            raise argparse.ArgumentTypeError("two sizes are -1: leave one to be worked out")
+        return {name: sizes.get(name, 1) for name in axes}
+
+    return parse_sizes
 
 
 def shown(axis_sizes: Mapping[str, int]) -> str:
@@ -155,13 +171,20 @@ def counts(options: Options) -> tuple[int, int]:
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine; where nothing is said a rank per core or GPU, at most 4, on space."""
+    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on space."""
+    return on_this_machine(options.mesh or {"data": 1, "space": min(usual_ranks(), options.modes)})
+
+
+def usual_ranks() -> int:
+    """A rank per core or GPU, at most 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    usual = min(torch.cuda.device_count() or cores, 4)
-    if options.mesh is None:
-        return {"data": 1, "space": min(usual, options.modes)}
-    known = max(size for size in options.mesh.values())
-    return {name: max(usual // known, 1) if size == -1 else size for name, size in options.mesh.items()}
+    return min(torch.cuda.device_count() or cores, 4)
+
+
+def on_this_machine(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes, with a -1 worked out so that there are as many ranks as usual."""
+    known = max(sizes.values())
+    return {name: max(usual_ranks() // known, 1) if size == -1 else size for name, size in sizes.items()}
 
 
 def check_fit(options: Options, train: Sequence[int], test: Sequence[int], axis_sizes: Mapping[str, int]) -> None:
@@ -181,6 +204,11 @@ def check_fit(options: Options, train: Sequence[int], test: Sequence[int], axis_
         (data <= test[0], f"{data} ranks cannot share {test[0]} problems to test on",
          f"Pass --mesh data={test[0]} or less, or more --test problems."),
     ]  # fmt: skip
+    check_rules(rules)
+
+
+def check_rules(rules: Sequence[tuple[bool, str, str]]) -> None:
+    """Raise PmodError for the first that does not hold: what was given, and what would be right."""
     for holds, given, right in rules:
         if not holds:
             raise PmodError(explain("demo", given, right))

@@ -50,7 +50,7 @@ def draw(path: Path, outcome: Outcome, serial: Run | None, bound: tuple[int, flo
     halves: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     _draw_problem(halves[0].subplots(1, 4), outcome)
     left, right = halves[1].subplots(1, 2, width_ratios=[1.4, 1])
-    _draw_losses(left, outcome.run, serial)
+    draw_losses(left, outcome.run, serial, "relative L2 error")
     _draw_difference(right, outcome.run, serial, bound)
     figure.savefig(path, dpi=120)
 
@@ -84,13 +84,14 @@ def _draw_fields(panels: Sequence[Axes], x: Tensor, y: Tensor, prediction: Tenso
         panel.figure.colorbar(image, ax=panel, location="bottom", shrink=0.8, ticks=ticks)
 
 
-def _draw_losses(panel: Axes, parallel: Run, serial: Run | None) -> None:
+def draw_losses(panel: Axes, parallel: Run, serial: Run | None, title: str) -> None:
+    """The curves of the training, and the test errors."""
     steps = torch.arange(1, len(parallel.losses) + 1)
     panel.semilogy(steps, parallel.losses, color=_BLUE, linewidth=2.5, alpha=0.6, label="loss, over the mesh")
     if serial is not None:
         panel.semilogy(steps, serial.losses, color="black", linewidth=0.8, label="loss, in one process")
     panel.semilogy(list(parallel.errors), list(parallel.errors.values()), "o-", color=_ORANGE, label="test error")
-    panel.set(title="relative L2 error", xlabel="step")
+    panel.set(title=title, xlabel="step")
     panel.grid(alpha=0.3)
     panel.legend()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Protocol
 
 import attrs
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pmod.demo.console import progress, say
 from pmod.demo.darcy import Fields
-from pmod.demo.options import LEARNING_RATE, Options
+from pmod.demo.options import LEARNING_RATE
 
 
 @attrs.frozen(eq=False)
@@ -62,12 +63,22 @@ def batches(problems: int, size: int, seed: int) -> Iterator[Tensor]:
         yield from order[: problems - problems % size].split(size)
 
 
+class Length(Protocol):
+    """What the loop asks of the options of a job."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    def steps_on(self, problems: int) -> int: ...
+
+
 def fit(
     model: nn.Module,
     loss: Callable[[Tensor], Tensor],
     test_error: Callable[[], float],
     problems: int,
-    options: Options,
+    options: Length,
     *,
     quiet: bool = False,
 ) -> tuple[Tensor, dict[int, float], float]:
