@@ -34,11 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if mesh is None or mesh.topology.rank == 0:
         _introduce(surface, said, options)
-    try:
-        outcome = ranks.run(mesh, sizes, parallel.train, options, surface)
-    except PmodError as error:
-        print(error, file=sys.stderr)
-        return 2
+    outcome = ranks.run(mesh, sizes, parallel.train, options, surface)
     return 0 if outcome is None else conclude(outcome, options)
 
 
