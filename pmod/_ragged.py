@@ -35,14 +35,19 @@ from pmod._wire import accumulator, wire_of
 
 Sizes = tuple[int, ...]
 
+HEAD = 8  # numbers in the message that tells sizes; trees of more leaves send a second one
+
 # --- what the ranks tell each other ---------------------------------------------------------------
 
 
-def _swapped(numbers: Sequence[Sequence[int]], device: torch.device, function: str, axis: Axis) -> list[list[int]]:
-    """numbers[j] goes to rank j; what arrives, by rank. As many numbers for each."""
+def _check_eager(function: str, axis: Axis) -> None:
     if torch.compiler.is_compiling():
         given = "sizes are left out under torch.compile"
         raise wrong(ArgumentError, function, axis, given, "Pass them: a compiled graph is fixed.")
+
+
+def _swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis) -> list[list[int]]:
+    """numbers[j] goes to rank j; what arrives, by rank. As many numbers for each."""
     if axis.size == 1:
         return [list(row) for row in numbers]
     width = len(numbers[0])
@@ -66,14 +71,20 @@ def _told(
     numbers: Sequence[Sequence[int]], fits: str, device: torch.device, function: str, axis: Axis
 ) -> list[list[int]]:
     """`_swapped`, where all ranks must hold what `fits` says."""
+    _check_eager(function, axis)
     mine = zlib.crc32(fits.encode())
-    arrived = _swapped([[mine, *row] for row in numbers], device, function, axis)
+    rows = [[mine, *row] for row in numbers]
+    # as long on every rank, so that one with another number of leaves is seen too, not waited for or aborted by gloo
+    arrived = _swapped([(row + [0] * HEAD)[:HEAD] for row in rows], device, axis)
     strangers = [rank for rank, row in enumerate(arrived) if row[0] != mine]
     if strangers:
         given = f"x is {fits} here, and of another shape or dtype at index {', '.join(map(str, strangers))} of the axis"
         right = "Shards differ in length along dim only."
         raise wrong(MismatchError, function, axis, given, right)
-    return [row[1:] for row in arrived]
+    if len(rows[0]) > HEAD:
+        more = _swapped([row[HEAD:] for row in rows], device, axis)
+        arrived = [head + tail for head, tail in zip(arrived, more, strict=True)]
+    return [row[1 : len(rows[0])] for row in arrived]
 
 
 def _leaves(tree: Any, dim: int, function: str, axis: Axis) -> list[tuple[Tensor, int]]:
@@ -301,13 +312,14 @@ def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
     ExchangePlan(send_sizes=(0, 1), recv_sizes=(0, 1))
     """
     bound = resolve(axis, "exchange_plan")
+    _check_eager("exchange_plan", bound)
     rows, sent = _rows(indices, "exchange_plan", bound)
     bounds = _bounds(rows)
     if bounds[0] < 0:
         raise wrong(ShapeError, "exchange_plan", bound, f"indices hold {bounds[0]}", "Rows count from 0.")
-    told = _swapped([[size] for size in sent], rows.device, "exchange_plan", bound)
+    told = _swapped([[size] for size in sent], rows.device, bound)
     received = tuple(size for (size,) in told)
-    return ExchangePlan(sent, received, rows.detach().clone(), bounds, (bound.group_key, bound.index))
+    return ExchangePlan(sent, received, rows.detach().clone(), bounds, _place(bound))
 
 
 def indexed_all_to_all_v(
@@ -346,7 +358,7 @@ def indexed_all_to_all_v(
         _check_plan(indices, recv_sizes, function, bound)
         rows, sent, bounds = indices.rows, indices.send_sizes, indices.bounds
     else:
-        rows, sent = _rows(indices, function, bound)
+        rows, sent = _rows(indices, function, bound, leaves[0][0] if leaves else None)
         bounds = (0, -1) if torch.compiler.is_compiling() else _bounds(rows)
     for leaf, at in leaves:
         _check_rows(leaf, at, rows, bounds, function, bound)
@@ -365,7 +377,9 @@ def indexed_all_to_all_v(
     return each(ALL_TO_ALL, x, bound, function, prepare)
 
 
-def _rows(indices: Sequence[Tensor], function: str, axis: Axis) -> tuple[Tensor, Sizes]:
+def _rows(
+    indices: Sequence[Tensor], function: str, axis: Axis, x: Tensor | None = None
+) -> tuple[Tensor, Sizes]:
     """The indices of all ranks one after another, and how many each has."""
     right = f"Pass {axis.size} int64 tensors of one dim, one per rank of the axis."
     if not isinstance(indices, list | tuple) or len(indices) != axis.size:
@@ -379,6 +393,10 @@ def _rows(indices: Sequence[Tensor], function: str, axis: Axis) -> tuple[Tensor,
             raise wrong(ArgumentError, function, axis, given, right)
         if torch._C._functorch.is_batchedtensor(rows):  # type: ignore[attr-defined]
             raise wrong(ArgumentError, function, axis, f"indices[{rank}] is mapped by vmap", "Map over x only.")
+        other, name = (indices[0], "indices[0]") if x is None else (x, "x")
+        if rows.device != other.device:
+            given = f"indices[{rank}] is on {rows.device} and {name} is on {other.device}"
+            raise wrong(ArgumentError, function, axis, given, f"Pass indices on {other.device}.")
     return torch.cat(list(indices)), tuple(len(rows) for rows in indices)
 
 
@@ -399,10 +417,23 @@ def _check_rows(x: Tensor, at: int, rows: Tensor, bounds: tuple[int, int], funct
         raise wrong(ShapeError, function, axis, given, f"Rows are 0 to {x.shape[at] - 1}." if x.shape[at] else "")
 
 
+def _place(axis: Axis) -> tuple[str, int]:
+    ranks = _ranks_of(axis.key) if torch.compiler.is_compiling() else axis.group_key
+    return ranks, axis.index
+
+
+def _ranks_of(axis_key: str) -> str:
+    return Axis.parse(axis_key).group_key
+
+
+_ranks_of._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
+
+
 def _check_plan(plan: ExchangePlan, recv_sizes: Sequence[int] | None, function: str, axis: Axis) -> None:
-    if plan.place != (axis.group_key, axis.index):
+    place = _place(axis)
+    if plan.place != place:
         given = f"the plan is for index {plan.place[1]} of the ranks {plan.place[0]}"
-        right = f"This is index {axis.index} of the ranks {axis.group_key}: each rank makes its own plan, per axis."
+        right = f"This is index {place[1]} of the ranks {place[0]}: each rank makes its own plan, per axis."
         raise wrong(AxisError, function, axis, given, right)
     if recv_sizes is not None:
         raise wrong(ShapeError, function, axis, "recv_sizes and a plan are given", "The plan knows recv_sizes.")
