@@ -1,7 +1,7 @@
 """`python -m pmod`: the list of commands."""
 
 COMMANDS = {
-    "demo": "train a Fourier neural operator over a mesh, and compare with one process",
+    "demo": "train a Fourier neural operator, or with the word graph a message-passing network, over a mesh",
     "bench": "measure what pmod costs beside the raw calls of torch.distributed",
 }
 

@@ -23,6 +23,7 @@ import torch
 import pmod
 from pmod import _ambient
 from pmod.demo import fno
+from pmod.demo.graph import net
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.rst"
@@ -154,6 +155,7 @@ def test_readme_shows_the_demo_as_it_is() -> None:
     shown = BLOCKS["fno"][1]
     for thing in (fno.even_sizes, fno.SpectralConv, fno.relative_errors, fno.loss):
         assert inspect.getsource(thing).rstrip() in shown
+    assert inspect.getsource(net.Round).rstrip() in BLOCKS["graph"][1]
 
 
 def _modules() -> list[str]:
