@@ -20,6 +20,13 @@ from pmod._simulate import _MemoryWire
 X = torch.ones(4, 2)  # wrong calls get it, so that nothing else is wrong with them
 SIZES = {"data": 2, "model": 2}
 
+
+def sizes() -> list[int]:
+    """All of X to the first rank, on an axis of any size; also where there is no mesh, or none with this rank."""
+    mesh = _ambient.ambient()
+    return [4] + [0] * ((2 if mesh is None else mesh.shape["model"]) - 1)
+
+
 # How a call is made where only the arguments in question differ; n is the size of the axis.
 CALLS: dict[str, Callable[..., Any]] = {
     "psum": pmod.psum,
@@ -46,6 +53,15 @@ CALLS: dict[str, Callable[..., Any]] = {
     "reduce": pmod.reduce,
     "gather": pmod.gather,
     "scatter": pmod.scatter,
+    "all_gather_v": pmod.all_gather_v,
+    "all_gather_v told": lambda x, axis: pmod.all_gather_v(x, axis, sizes=[4 for _ in sizes()]),
+    "psum_scatter_v": lambda x, axis, **kwargs: pmod.psum_scatter_v(x, axis, **{"sizes": sizes(), **kwargs}),
+    "gather_v": pmod.gather_v,
+    "scatter_v": lambda x, axis, **kwargs: pmod.scatter_v(x, axis, **{"sizes": sizes(), **kwargs}),
+    "all_to_all_v": lambda x, axis, **kwargs: pmod.all_to_all_v(x, axis, **{"send_sizes": sizes(), **kwargs}),
+    "indexed_all_to_all_v": lambda x, axis, **kwargs: pmod.indexed_all_to_all_v(
+        x, axis, indices=[torch.tensor([0])] * len(sizes()), **kwargs
+    ),
 }
 NO_TENSOR = {"axis_index": pmod.axis_index, "axis_size": pmod.axis_size, "barrier": pmod.barrier}
 LOCAL = ("pvary", "place", "shard", "ppermute nothing")
@@ -266,7 +282,7 @@ def test_the_calls_of_this_file_are_right_with_right_arguments(function, message
 
 
 def dtype_cases() -> Iterator[Wrong]:
-    for function in ("psum", "reduce", "psum_scatter"):
+    for function in ("psum", "reduce", "psum_scatter", "psum_scatter_v"):
         call = CALLS[function]
         text = (
             "x is bool, and a sum of truth values is ambiguous.\n"
@@ -286,7 +302,8 @@ def dtype_cases() -> Iterator[Wrong]:
             lambda n, call=CALLS[function], x=x: call(x, "model"),
             pmod.ArgumentError, function, "x is complex, which has no order.\nCompare x.abs() or x.real.",
         )  # fmt: skip
-    functions = ("psum", "pmean", "pvary", "all_gather", "psum_scatter", "broadcast", "reduce")
+    functions = ("psum", "pmean", "pvary", "all_gather", "psum_scatter", "broadcast", "reduce",
+                 "all_gather_v", "psum_scatter_v", "indexed_all_to_all_v")  # fmt: skip
     for function, dtype in itertools.product(functions, (torch.int32, torch.bool, torch.complex64, "float32", 32)):
         yield Wrong(
             lambda n, call=CALLS[function], dtype=dtype: call(X, "model", reduce_dtype=dtype),
@@ -298,6 +315,8 @@ def dim_cases() -> Iterator[Wrong]:
     places = [(f, "dim", {}) for f in ("all_gather", "psum_scatter", "shard", "unshard", "gather", "scatter")]
     places += [("all_to_all", name, more) for name in ("split_dim", "concat_dim") for more in ({}, {"tiled": False})]
     places += [("psum_scatter", "dim", {"tiled": False})]
+    ragged = ("all_gather_v", "psum_scatter_v", "gather_v", "scatter_v", "all_to_all_v", "indexed_all_to_all_v")
+    places += [(f, "dim", {}) for f in ragged]
     for function, name, more in places:
         call, x = CALLS[function], X[:2] if more else X
 
@@ -363,6 +382,13 @@ def size_cases() -> Iterator[Wrong]:
         ("scatter", "sizes", at_own_root),
         ("all_to_all", "split_sizes", CALLS["all_to_all"]),
         ("all_to_all", "concat_sizes", CALLS["all_to_all"]),
+        ("psum_scatter_v", "sizes", pmod.psum_scatter_v),
+        ("scatter_v", "sizes", lambda x, axis, **kwargs: pmod.scatter_v(x, axis, src=pmod.axis_index(axis), **kwargs)),
+        ("all_to_all_v", "send_sizes", pmod.all_to_all_v),
+        ("all_to_all_v", "recv_sizes", CALLS["all_to_all_v"]),
+        ("indexed_all_to_all_v", "recv_sizes", CALLS["indexed_all_to_all_v"]),
+        ("all_gather_v", "sizes", pmod.all_gather_v),
+        ("gather_v", "sizes", pmod.gather_v),
     ]
     for function, name, call in places:
 
@@ -377,6 +403,8 @@ def size_cases() -> Iterator[Wrong]:
         yield wrong((4,), f" is (4,).\n{count}", (2,))
         yield wrong((5, -1), " is (5, -1).\nA size is 0 or more.", (2,))
         yield wrong((-4,), " is (-4,).\nA size is 0 or more.", (1,))
+        if name == "recv_sizes" or function in ("all_gather_v", "gather_v"):
+            continue  # what else may be wrong depends on the rank: test_ragged.py
         if name == "concat_sizes":
             held = "but this rank holds 2 along concat_dim.\nPass the length that each rank holds."
             yield wrong((3, 3), f"[<i>] is 3 {held}", (2,))
@@ -408,6 +436,7 @@ def size_cases() -> Iterator[Wrong]:
 
 def root_cases() -> Iterator[Wrong]:
     roots = {"pick": "src", "place": "dst", "broadcast": "src", "reduce": "dst", "gather": "dst", "scatter": "src"}
+    roots |= {"gather_v": "dst", "scatter_v": "src"}
     for (function, name), root in itertools.product(roots.items(), (2, -1, 1.0, "0", None, True, (0,))):
         yield Wrong(
             lambda n, call=CALLS[function], name=name, root=root: call(X, "model", **{name: root}),
@@ -526,7 +555,9 @@ def test_a_wrong_weight_is_called_the_weight(messages):
     assert not messages
 
 
-@pytest.mark.parametrize("function", ["psum_scatter", "shard", "unshard", "gather", "scatter", "all_to_all"])
+@pytest.mark.parametrize("function", ["psum_scatter", "shard", "unshard", "gather", "scatter", "all_to_all",
+                                      "all_gather_v", "gather_v", "psum_scatter_v", "scatter_v", "all_to_all_v",
+                                      "indexed_all_to_all_v"])  # fmt: skip
 def test_a_tensor_without_dims_where_tiled_does_not_help(function, messages):
     for run in (on_all_ranks, alone):
         for mesh, error in run(lambda: CALLS[function](X.sum(), "model")):
