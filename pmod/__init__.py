@@ -28,6 +28,10 @@ from pmod._collectives import pshuffle as pshuffle
 from pmod._collectives import psum as psum
 from pmod._collectives import pvary as pvary
 from pmod._collectives import reduce as reduce
+from pmod._debug import assert_invariant as assert_invariant
+from pmod._debug import checked as checked
+from pmod._debug import debug as debug
+from pmod._debug import varying as varying
 from pmod._errors import ArgumentError as ArgumentError
 from pmod._errors import AxisError as AxisError
 from pmod._errors import CollectiveTimeout as CollectiveTimeout

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +25,28 @@ def ambient() -> Mesh | None:
     if _groups.simulated is not None and hasattr(_groups.simulated, "mesh"):
         return _groups.simulated.mesh
     return _mesh
+
+
+class Watcher(Protocol):
+    """What is told of every collective before it is sent: `debug`."""
+
+    def before(self, call: Any, xs: Sequence[torch.Tensor], origin: tuple[str, str]) -> None:
+        """`origin`: the public function, and the line that called it."""
+        ...
+
+    def compiled(self) -> None:
+        """A collective goes into a compiled graph, where it is not seen."""
+        ...
+
+
+_watchers: list[Watcher] = []
+
+
+def watchers() -> list[Watcher]:
+    """Those of this process; in a simulation those of this rank."""
+    if _groups.simulated is not None and hasattr(_groups.simulated, "watchers"):
+        return _groups.simulated.watchers
+    return _watchers
 
 
 def _put(mesh: Mesh | None) -> None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 import ast
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -29,8 +30,8 @@ from torch import Tensor
 from torch._library import simple_registry
 from torch._library.effects import EffectType
 
-from pmod._ambient import ambient, under
-from pmod._errors import ArgumentError, PmodError, explain
+from pmod._ambient import ambient, under, watchers
+from pmod._errors import ArgumentError, PmodError, call_site, explain
 from pmod._inductor import keep_order
 from pmod._mesh import Axis
 from pmod._wire import Sent, ShapesOnly, Wire, wire_of
@@ -55,6 +56,8 @@ class Row:
     fused: bool = False  # elementwise: many tensors of one dtype and device travel as one message
     local: bool = False  # nothing moves, and no layout has to be agreed on
     alone: bool = True  # on an axis of one rank it is the identity
+    # of parameters and shape, what is the same on all ranks, where that is not all of it
+    agreed: Callable[[Params, tuple[int, ...]], tuple[Params, tuple[int, ...]]] | None = None
 
     @property
     def T(self) -> Row:
@@ -188,11 +191,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[0]
+        ctx.origin = _watched.origin
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         needed = ctx.needs_input_grad[2:]
-        wanted = bind(ctx.call.T, [g for g, need in zip(gs, needed, strict=True) if need])
+        wanted = bind(ctx.call.T, [g for g, need in zip(gs, needed, strict=True) if need], ctx.origin)
         # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
         # backward was called with
         own = iter([y.clone() if y._is_view() else y for y in wanted])
@@ -233,6 +237,8 @@ def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
 
 def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
     keep_order(_operator)
+    for watcher in watchers():
+        watcher.compiled()
     decoded = decode(call)
     return _fresh(_begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs)
 
@@ -275,12 +281,62 @@ torch.library.register_vmap("pmod::linear", _operator_vmap, lib=_library)
 # --- bind -----------------------------------------------------------------------------------------
 
 
-def bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
-    """Run a call on tensors of one dtype and device; the results carry their derivative."""
+Origin: TypeAlias = tuple[str, str]
+"""The public function that made a call, and the user's line."""
+
+
+BACKWARD = "the backward of "
+
+
+class _Watched(threading.local):
+    """The call that this thread binds, while somebody watches: its derivatives have the same origin."""
+
+    origin: Origin | None = None
+
+
+_watched = _Watched()
+
+
+@contextmanager
+def on_behalf_of(of: Origin) -> Generator[None]:
+    """What is sent here belongs to a call, or to its backward, elsewhere."""
+    before, _watched.origin = _watched.origin, of
+    try:
+        yield
+    finally:
+        _watched.origin = before
+
+
+def origin() -> Origin:
+    """Of the call that is being bound; where nobody watches, of what the user called."""
+    return _watched.origin or call_site()
+
+
+def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequence[Tensor]:
+    """Run a call on tensors of one dtype and device; the results carry their derivative.
+
+    forward: the origin of the call that this one is the transpose of.
+    """
     if call.axis.size == 1 and call.row.alone:
         return xs
     if torch.compiler.is_compiling():
         return _operator(xs, encode(call.row.name, call.axis.key, call.params))
+    if watchers():
+        return _bind_watched(call, xs, forward)
+    return _bind(call, xs)
+
+
+def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
+    of = call_site() if forward is None else (BACKWARD + forward[0].removeprefix(BACKWARD), forward[1])
+    with on_behalf_of(of):
+        # what a started function sent ahead was seen when it was sent
+        if call.row.local or not _starts.active:
+            for watcher in watchers():
+                watcher.before(call, xs, of)
+        return _bind(call, xs)
+
+
+def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0 or not _plain(xs):
         return _operator(xs, encode(call.row.name, call.axis.key, call.params))
     below = None
@@ -330,6 +386,8 @@ class _Starts(threading.local):
         with torch.no_grad():
             for call, xs in calls:
                 if not call.row.local and call.axis.size > 1:
+                    for watcher in watchers():
+                        watcher.before(call, xs, call_site())
                     wire = wire_of(call.axis)
                     wire.ahead = True
                     self.ahead.append((call, _begin(call, xs, wire)))

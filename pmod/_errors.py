@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import linecache
+import os
+import sys
 from collections.abc import Iterable, Mapping
 
 
@@ -69,3 +72,19 @@ def near_miss(given: object, known: Iterable[str]) -> str:
     """``; did you mean 'model'?`` where one of the known names is close, else nothing."""
     close = difflib.get_close_matches(str(given), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def call_site() -> tuple[str, str]:
+    """The public function that was called, and from where: the innermost line outside pmod and torch."""
+    torch = sys.modules.get("torch")
+    inside = _HERE if torch is None else (_HERE, os.path.dirname(str(torch.__file__)) + os.sep)
+    frame, function = sys._getframe(1), ""
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        if frame.f_code.co_filename.startswith(_HERE):
+            function = frame.f_code.co_name
+        frame = frame.f_back
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return function, f"{frame.f_code.co_filename}:{frame.f_lineno}" + (f": {line}" if line else "")

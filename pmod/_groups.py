@@ -225,6 +225,16 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
     return group
 
 
+def blackboard() -> Store | None:
+    """A store that all ranks of the world read and write; None in a simulation and before anything is connected."""
+    if simulated is not None or not dist.is_initialized():
+        return None
+    import torch.distributed.distributed_c10d as c10d
+
+    private: Any = c10d
+    return private._get_default_store()
+
+
 def adopt(key: str, ranks: list[int], group: dist.ProcessGroup, topology: Topology, seconds: float) -> None:
     """Use a group that somebody else made (a DeviceMesh's) for these ranks, unless its order differs or we have one."""
     if dist.get_process_group_ranks(group) == ranks:

@@ -7,9 +7,6 @@ once.
 
 from __future__ import annotations
 
-import linecache
-import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,8 +18,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from pmod import _groups
-from pmod._ambient import set_mesh
-from pmod._errors import AxisError, MismatchError, PmodError, coordinates, explain
+from pmod._ambient import Watcher, set_mesh, watchers
+from pmod._autodiff import origin
+from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain
 from pmod._mesh import Axis, make_mesh
 from pmod._topology import Topology
 from pmod._wire import Sent, Wire
@@ -92,7 +90,7 @@ class _World:
         """Give the baton away until all have come to the meeting."""
         if meeting.complete:
             return
-        self._waiting[rank] = (meeting, _call_site())
+        self._waiting[rank] = (meeting, " at ".join(origin()))
         if not self._pass_on(rank):
             self._end(self._deadlock())
         self.take_turn(rank)
@@ -131,21 +129,11 @@ class _World:
                 f"rank {other} {coordinates(self.coords[other])}{' (has left)' if other in self._left else ''}"
                 for other in meeting.missing()
             )
-            rows.append(f"  rank {rank} {coordinates(self.coords[rank])} waits for {absent} at {where}")
+            rows.append(f"  rank {rank} {coordinates(self.coords[rank])} waits for {absent} in {where}")
         given = "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
         return MismatchError(
             explain("simulate", given, "All ranks of an axis must make the same calls in the same order.")
         )
-
-
-def _call_site() -> str:
-    """The innermost line outside pmod and torch."""
-    ours = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
-        frame = frame.f_back
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}" + (f": {line}" if line else "")
 
 
 class _MemoryWire(Wire):
@@ -191,7 +179,7 @@ class _MemoryWire(Wire):
                         "simulate",
                         f"index {rank} of the axis sends {what} where index {self.index} expects "
                         f"{_amount(count, dtype, dtype if part is None else part.dtype)}, "
-                        f"at {_call_site()}",
+                        f"at {call_site()[1]}",
                         "All ranks of an axis must make the same calls with shapes that fit.",
                         axis=self._axis.label,
                         coords=dict(self._axis.coords),
@@ -265,7 +253,7 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, i
         size *= axis_size
     world = _World(size)
     results: list[Any] = [None] * size
-    grad = torch.is_grad_enabled()
+    grad, watching = torch.is_grad_enabled(), watchers()
 
     def rank_main(rank: int) -> None:
         world.take_turn(rank)
@@ -274,7 +262,7 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, i
             if world.error is not None:
                 raise _Left
             with torch.set_grad_enabled(grad):
-                _settle(world, rank, axis_sizes)
+                _settle(world, rank, axis_sizes, watching)
                 results[rank] = fn(*args)
         except _Left:
             pass
@@ -298,12 +286,13 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, i
     return results
 
 
-def _settle(world: _World, rank: int, axis_sizes: Mapping[str, int]) -> None:
+def _settle(world: _World, rank: int, axis_sizes: Mapping[str, int], watching: Sequence[Watcher]) -> None:
     """Make this thread rank `rank`: its topology, its wire, its mesh."""
     here: Any = _groups.simulated
     here.topology = Topology(rank=rank, world_size=world.size, local_rank=rank, local_world_size=world.size,
                              launcher="simulate")  # fmt: skip
     here.mesh = None
+    here.watchers = list(watching)
 
     def wire(axis: Axis) -> Wire:
         return _MemoryWire(world, rank, axis)

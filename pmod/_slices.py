@@ -63,6 +63,11 @@ def _with_length(shape: Sequence[int], dim: int, length: int) -> list[int]:
     return out
 
 
+def _but_for_dim(params: Params, shape: tuple[int, ...]) -> tuple[Params, tuple[int, ...]]:
+    """Shards may differ in length along the dim where there are sizes."""
+    return params, shape if params[1] is None else tuple(_with_length(shape, params[0], -1))
+
+
 # --- all_gather <-> psum_scatter ------------------------------------------------------------------
 
 
@@ -87,7 +92,7 @@ def _send_psum_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 
 ALL_GATHER, PSUM_SCATTER = pair(
-    Row("all_gather", V, V, _send_all_gather),
+    Row("all_gather", V, V, _send_all_gather, agreed=_but_for_dim),
     Row("psum_scatter", V, V, _send_psum_scatter),
 )
 
@@ -169,7 +174,7 @@ def _send_shard(x: Tensor, wire: Wire, params: Params) -> Tensor:
 
 SHARD, UNSHARD = pair(
     Row("shard", I, V, _send_shard, local=True),
-    Row("unshard", V, I, _send_all_gather),
+    Row("unshard", V, I, _send_all_gather, agreed=_but_for_dim),
 )
 
 
@@ -257,8 +262,8 @@ def _send_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 
 GATHER, SCATTER = pair(
-    Row("gather", V, V, _send_gather),
-    Row("scatter", V, V, _send_scatter),
+    Row("gather", V, V, _send_gather, agreed=_but_for_dim),
+    Row("scatter", V, V, _send_scatter, agreed=_but_for_dim),
 )
 
 
@@ -333,7 +338,28 @@ def _swap(params: Params) -> Params:
     return concat_dim, split_dim, concat_sizes, split_sizes_
 
 
-ALL_TO_ALL = Row("all_to_all", V, V, _send_all_to_all, flip=_swap)
+def _but_for_sizes(params: Params, shape: tuple[int, ...]) -> tuple[Params, tuple[int, ...]]:
+    """Along one dim each rank has sizes of its own; from dim to dim all ranks have the same."""
+    split_dim, concat_dim, split_sizes_, concat_sizes = params
+    if concat_sizes is not None:
+        shape = tuple(_with_length(shape, concat_dim, -1))
+    if split_dim != concat_dim:
+        return params, shape
+    if split_sizes_ is not None:
+        shape = tuple(_with_length(shape, split_dim, -1))
+    return (split_dim, concat_dim, split_sizes_ is None, concat_sizes is None), shape
+
+
+def lengths_exchanged(params: Params, length: int, n: int) -> tuple[Sequence[int], Sequence[int]] | None:
+    """What a rank sends to each and expects of each along one dim; None where all ranks have the same sizes."""
+    split_dim, concat_dim, split_sizes_, concat_sizes = params
+    if split_dim != concat_dim or (split_sizes_ is None and concat_sizes is None):
+        return None
+    sent = split_sizes_ or (length // n,) * n
+    return sent, concat_sizes or ()
+
+
+ALL_TO_ALL = Row("all_to_all", V, V, _send_all_to_all, flip=_swap, agreed=_but_for_sizes)
 pair(ALL_TO_ALL, ALL_TO_ALL)
 
 

@@ -409,7 +409,7 @@ TITLES = {
     "alone": "alone: CPU time of a collective at world size 1",
     "host": f"host: CPU time of a collective, 64 floats on a fake process group of {FAKE_RANKS} ranks, x of raw calls",
     "latency": "latency: time of a collective on gloo, {ranks} ranks, by the size of a rank's input, x of raw calls",
-    "ragged": "ragged: time of a gather of unlike shards on gloo, {ranks} ranks, by the size of the whole, x of padding",
+    "ragged": "ragged: time of a gather of unlike shards on gloo, {ranks} ranks, by the whole's size, x of padding",
     "step": "step: time of forward and backward on gloo, {ranks} ranks, x of torch's DDP",
 }
 ROUNDS = {"import": 5, "alone": 15, "host": 15, "latency": 11, "ragged": 11, "step": 11}
@@ -465,8 +465,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pmod.bench",
         description="Measure what pmod costs beside the raw calls of torch.distributed: host time per collective, "
-        "latency on gloo, ragged gathers, a training step, cost at world size 1, cost of the import. A cell shows pmod's time, its ratio to the raw "
-        "call's (below 1: pmod is faster), and the quartiles of that ratio.",
+        "latency on gloo, ragged gathers, a training step, cost at world size 1, cost of the import. A cell shows "
+        "pmod's time, its ratio to the raw call's (below 1: pmod is faster), and the quartiles of that ratio.",
         epilog="""examples:
   python -m pmod.bench                              all sections, in a minute or two
   python -m pmod.bench --only latency --ranks 4     gloo latency with 4 local ranks

@@ -283,7 +283,7 @@ def test_a_cycle_of_ranks():
         pmod.psum(torch.ones(1), pair)
 
     where = line_of(rank, "pmod.psum(torch.ones(1), pair)")
-    rows = [f"  rank {i} (r={i}) waits for rank {(i + 1) % 3} (r={(i + 1) % 3}) at {where}" for i in range(3)]
+    rows = [f"  rank {i} (r={i}) waits for rank {(i + 1) % 3} (r={(i + 1) % 3}) in psum at {where}" for i in range(3)]
     assert deadlock(rank, r=3) == "\n".join([NONE_CAN, *rows]) + f".\n{ADVICE}"
 
 
@@ -297,10 +297,10 @@ def test_axes_in_another_order():
     along_a, along_b = line_of(rank, 'pmod.psum(1, "a")'), line_of(rank, 'pmod.barrier("b")')
     assert deadlock(rank, a=2, b=2) == (
         f"{NONE_CAN}\n"
-        f"  rank 0 (a=0, b=0) waits for rank 2 (a=1, b=0) at {along_a}\n"
-        f"  rank 1 (a=0, b=1) waits for rank 0 (a=0, b=0) at {along_b}\n"
-        f"  rank 2 (a=1, b=0) waits for rank 3 (a=1, b=1) at {along_b}\n"
-        f"  rank 3 (a=1, b=1) waits for rank 1 (a=0, b=1) at {along_a}.\n{ADVICE}"
+        f"  rank 0 (a=0, b=0) waits for rank 2 (a=1, b=0) in psum at {along_a}\n"
+        f"  rank 1 (a=0, b=1) waits for rank 0 (a=0, b=0) in barrier at {along_b}\n"
+        f"  rank 2 (a=1, b=0) waits for rank 3 (a=1, b=1) in barrier at {along_b}\n"
+        f"  rank 3 (a=1, b=1) waits for rank 1 (a=0, b=1) in psum at {along_a}.\n{ADVICE}"
     )
 
 
@@ -313,8 +313,8 @@ def test_a_rank_that_left():
     where = line_of(rank, 'pmod.barrier("r")')
     assert deadlock(rank, r=3) == (
         f"{NONE_CAN}\n"
-        f"  rank 0 (r=0) waits for rank 1 (r=1) (has left) at {where}\n"
-        f"  rank 2 (r=2) waits for rank 1 (r=1) (has left) at {where}.\n{ADVICE}"
+        f"  rank 0 (r=0) waits for rank 1 (r=1) (has left) in barrier at {where}\n"
+        f"  rank 2 (r=2) waits for rank 1 (r=1) (has left) in barrier at {where}.\n{ADVICE}"
     )
 
 
@@ -335,7 +335,8 @@ def test_ranks_that_wait_in_backward_are_shown_where_they_called_it():
             loss.backward()
 
     where = line_of(rank, "loss.backward()")
-    assert deadlock(rank, r=2) == f"{NONE_CAN}\n  rank 0 (r=0) waits for rank 1 (r=1) (has left) at {where}.\n{ADVICE}"
+    row = f"  rank 0 (r=0) waits for rank 1 (r=1) (has left) in backward at {where}"
+    assert deadlock(rank, r=2) == f"{NONE_CAN}\n{row}.\n{ADVICE}"
 
 
 # --- calls that do not fit ------------------------------------------------------------------------------------------

@@ -1,0 +1,603 @@
+"""`debug`: before each collective its ranks compare what they are about to do, so that a hang becomes an error.
+
+Speed is traded for proof: a small message before each collective says whether all ranks make the same call; where they
+do not, a second one brings every rank's words, and all of them raise the same table. What a row takes as invariant must
+be the same bits on every rank. While a rank waits it looks at a board in the store of the world, where each rank writes
+what it waits for: ranks that wait for each other in a cycle see so within seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pmod import _groups
+from pmod._ambient import Watcher, ambient, resolve, watchers
+from pmod._arguments import wrong
+from pmod._autodiff import BACKWARD, Call, Origin, on_behalf_of
+from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, call_site, coordinates, explain
+from pmod._lineage import Found, calls_in, lineage, name_of
+from pmod._mesh import Axis, AxisLike
+from pmod._pytree import flatten
+from pmod._slices import ALL_TO_ALL, lengths_exchanged
+from pmod._wire import wire_of
+
+T = TypeVar("T")
+
+# --- what a rank says of a call -------------------------------------------------------------------
+
+SAME_CALLS = "All ranks of an axis must make the same calls in the same order."
+FIELDS = ("function", "axis", "arguments", "shapes", "dtypes", "devices", "requires grad", "transforms", "called at")
+
+
+def _words(call: Call, xs: Sequence[Tensor], origin: Origin) -> list[str]:
+    """One text per field: what must be the same on all ranks."""
+    params, shapes = call.params, [tuple(x.shape) for x in xs]
+    if call.row.agreed is not None:  # such a row takes one tensor
+        params, shape = call.row.agreed(params, shapes[0])
+        shapes = [shape]
+    return [
+        origin[0],
+        f"{call.axis.label!r} of {call.axis.size}",
+        repr(params),
+        ", ".join(map(str, shapes)),
+        ", ".join(str(x.dtype).removeprefix("torch.") for x in xs),
+        ", ".join(x.device.type for x in xs),
+        ", ".join(str(torch.is_grad_enabled() and x.requires_grad) for x in xs),
+        " of ".join(_transforms()) or "none",
+        origin[1],
+    ]
+
+
+def _differ(origin: Origin, axis: Axis, given: str, right: str) -> MismatchError:
+    """The error of a call or of its backward."""
+    function = origin[0].removeprefix(BACKWARD)
+    given = f"in backward, {given}" if function != origin[0] else given
+    return MismatchError(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
+
+
+def _transforms() -> Iterator[str]:
+    """The active transforms of torch.func, outermost last."""
+    if not torch._C._are_functorch_transforms_active():
+        return
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    for interpreter in reversed(functorch.get_interpreter_stack() or []):
+        yield interpreter.key().name.lower()
+
+
+@contextmanager
+def _outside_transforms() -> Generator[None]:
+    """What is compared and sent here is no part of what the user differentiates."""
+    with torch._C._DisableFuncTorch(), torch.no_grad():  # type: ignore[attr-defined]
+        yield
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The tensor inside torch.func's wrappers."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x.detach()
+
+
+def _bits(xs: Sequence[Tensor]) -> int:
+    """A number that differs where a bit differs."""
+    code = 0
+    for x in xs:
+        flat = _plain(x).resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
+        code = zlib.crc32(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data, code)
+    return code
+
+
+# --- the messages ---------------------------------------------------------------------------------
+
+
+_meetings: Counter[str] = Counter()  # how often this rank has come to a meeting of these ranks
+
+
+class _Meeting:
+    """This rank's wait for the other ranks of an axis. Where it is long, it is written on the board for them to see."""
+
+    def __init__(self, axis: Axis, origin: Origin) -> None:
+        self._axis, self._origin = axis, origin
+        _meetings[axis.group_key] += 1
+        self._name = f"{axis.group_key}#{_meetings[axis.group_key]}"
+        self._store = _groups.blackboard()
+        self._written = False
+        self._before: dict[int, str] = {}
+
+    def _write(self, text: str) -> None:
+        assert self._store is not None
+        self._store.set(f"pmod/debug/{self._axis.topology.rank}", text)
+
+    def look(self) -> None:
+        """Called every second of the wait: raises where it will never end."""
+        if self._store is None:
+            return
+        if not self._written:
+            self._written = True
+            self._write("\x1f".join([self._name, ",".join(map(str, self._axis.ranks)), " at ".join(self._origin)]))
+            return
+        posts = _posts(self._store, self._axis.ranks)
+        stuck = _stuck(posts, self._axis.topology.rank)
+        if stuck and all(self._before.get(rank) == posts[rank] for rank in stuck):
+            raise _differ(self._origin, self._axis, _cycle(posts, stuck), SAME_CALLS)
+        self._before = posts if stuck else {}
+
+    def expired(self, error: RuntimeError) -> CollectiveTimeout:
+        """Who did not come, as far as the board says."""
+        absent: list[str] = []
+        if self._store is not None:
+            posts = _posts(self._store, self._axis.ranks)
+            for rank in self._axis.ranks:
+                where = posts[rank].split("\x1f")
+                if where[0] != self._name:
+                    absent.append(f"{_rank(rank)}{f', which waits in {where[2]}' if posts[rank] else ''}")
+        given = f"not all ranks came in time; absent: {'; '.join(absent) or 'unknown'} ({error})"
+        function = self._origin[0].removeprefix(BACKWARD)
+        right = f"Called at {self._origin[1]}"
+        return CollectiveTimeout(
+            explain(function, given, right, axis=self._axis.label, coords=dict(self._axis.coords))
+        )
+
+    def over(self) -> None:
+        if self._written:
+            self._write("")
+
+
+def _posts(store: Any, ranks: Sequence[int]) -> dict[int, str]:
+    """What the ranks that this one may be waiting for have written, followed from rank to rank."""
+    posts: dict[int, str] = {}
+    left = list(ranks)
+    while left:
+        rank = left.pop()
+        if rank in posts:
+            continue
+        key = f"pmod/debug/{rank}"
+        posts[rank] = store.get(key).decode() if store.check([key]) else ""
+        if posts[rank]:
+            left += map(int, posts[rank].split("\x1f")[1].split(","))
+    return posts
+
+
+def _stuck(posts: dict[int, str], me: int) -> set[int]:
+    """The ranks that wait for ever, if this one does: each for another that waits elsewhere, round to itself."""
+    stuck = {rank for rank, post in posts.items() if post}
+    while True:
+        free: set[int] = set()
+        for rank in stuck:
+            meeting, members, _ = posts[rank].split("\x1f")
+            absent = [int(r) for r in members.split(",") if posts[int(r)].split("\x1f")[0] != meeting]
+            if all(r not in stuck for r in absent):
+                free.add(rank)
+        if not free:
+            return stuck if me in stuck else set()
+        stuck -= free
+
+
+def _cycle(posts: dict[int, str], stuck: set[int]) -> str:
+    rows = [f"  {_rank(rank)} waits in {posts[rank].split(chr(31))[2]}" for rank in sorted(stuck)]
+    return "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
+
+
+def _rank(rank: int) -> str:
+    mesh = ambient()
+    coords = None if mesh is None else mesh.coords_of(rank)
+    return f"rank {rank}" + ("" if coords is None else f" {coordinates(coords)}")
+
+
+def _all_gather(flat: Tensor, counts: Sequence[int], axis: Axis, origin: Origin) -> Tensor:
+    """Numbers of all ranks; the wait is watched."""
+    meeting = _Meeting(axis, origin)
+    try:
+        with on_behalf_of(origin):
+            arrived = wire_of(axis).all_gather(flat.to(_groups.number_device()), counts).wait(meeting.look).cpu()
+    except RuntimeError as error:  # gloo's and NCCL's word for a deadline, or for a rank that is gone
+        raise meeting.expired(error) from error
+    meeting.over()
+    return arrived
+
+
+def _gathered(numbers: Sequence[int], axis: Axis, origin: Origin) -> list[list[int]]:
+    """The numbers of all ranks of the axis."""
+    width = len(numbers)
+    arrived = _all_gather(torch.tensor(numbers, dtype=torch.int64), [width] * axis.size, axis, origin)
+    return arrived.view(axis.size, width).tolist()
+
+
+def _texts(text: bytes, lengths: Sequence[int], axis: Axis, origin: Origin) -> list[str]:
+    arrived = _all_gather(torch.frombuffer(bytearray(text), dtype=torch.uint8), lengths, axis, origin)
+    return [bytes(part.tolist()).decode() for part in arrived.split(list(lengths))]
+
+
+def _compare(call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin, invariant: bool) -> bool:
+    """Raise where the ranks are about to do different things; whether what they take as invariant is the same."""
+    axis = call.axis
+    text = "\x1f".join(words).encode()
+    code = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+    rows = _gathered([code, len(text), _bits(xs) if invariant else 0], axis, origin)
+    if len({row[0] for row in rows}) > 1:
+        said = [other.split("\x1f") for other in _texts(text, [row[1] for row in rows], axis, origin)]
+        given = _table(said, axis)
+        raise _differ(origin, axis, given, SAME_CALLS)
+    if call.row is ALL_TO_ALL:
+        _compare_lengths(call, xs[0], origin)
+    return len({row[2] for row in rows}) == 1
+
+
+def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
+    """What each rank sends to another must be what that one expects."""
+    axis = call.axis
+    found = lengths_exchanged(call.params, x.shape[call.params[0]], axis.size)
+    if found is None:
+        return
+    sent, expected = found
+    expected = expected or (sent[axis.index],) * axis.size
+    rows = _gathered([*sent, *expected], axis, origin)
+    n = axis.size
+    wrong_pairs = [(i, j) for i in range(n) for j in range(n) if rows[i][j] != rows[j][n + i]]
+    if wrong_pairs:
+        lines = [
+            f"  {_rank(axis.ranks[i])} sends {rows[i][j]} to {_rank(axis.ranks[j])}, which expects {rows[j][n + i]}"
+            for i, j in wrong_pairs
+        ]
+        given = "the sizes contradict each other:\n" + "\n".join(lines)
+        right = f"recv_sizes[j] is what rank j sends to this rank. Called at {origin[1]}"
+        raise _differ(origin, axis, given, right)
+
+
+def _table(said: list[list[str]], axis: Axis) -> str:
+    differing = [i for i in range(len(FIELDS)) if len({words[i] for words in said}) > 1]
+    rows: list[str] = []
+    for rank, words in zip(axis.ranks, said, strict=True):
+        rows.append(f"  {_rank(rank)}: {words[0]} at {words[-1]}")
+        rows += [f"    {FIELDS[i]}: {words[i]}" for i in differing if FIELDS[i] not in ("function", "called at")]
+    return f"the ranks differ in {', '.join(FIELDS[i] for i in differing)}:\n" + "\n".join(rows)
+
+
+# --- what must be invariant -----------------------------------------------------------------------
+
+
+def _spread(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of each element over the axis."""
+    plain = _plain(x)
+    real = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
+    flat = real.double().contiguous().reshape(-1)
+    wire = wire_of(axis)
+    low = wire.all_reduce(flat, "min", flat.dtype, 1).wait()
+    high = wire.all_reduce(flat, "max", flat.dtype, 1).wait()
+    return low.view(real.shape), high.view(real.shape)
+
+
+def _difference(xs: Sequence[Tensor], names: Sequence[str], axis: Axis, rtol: float) -> str | None:
+    """Where the ranks differ most, None where they agree within the tolerance."""
+    worst: tuple[float, str] | None = None
+    for name, x in zip(names, xs, strict=True):
+        low, high = _spread(x, axis)
+        if low.numel() == 0:
+            continue
+        gap = torch.where(low == high, 0.0, high - low).nan_to_num(nan=torch.inf)
+        scale = torch.maximum(low.abs(), high.abs()).nan_to_num(nan=0.0)
+        beyond = gap > rtol * scale
+        if not beyond.any():
+            continue
+        at = int(torch.where(beyond, gap, -1.0).argmax())
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), gap.shape))[: x.dim()]
+        largest = gap.reshape(-1)[at].item()
+        if worst is None or largest > worst[0]:
+            spot = f"{name}[{', '.join(map(str, index))}]" if index else name
+            values = f"from {low.reshape(-1)[at].item():.9g} to {high.reshape(-1)[at].item():.9g}"
+            worst = (largest, f"{spot} goes {values} over the ranks, a difference of {largest:.3g}")
+    return None if worst is None else worst[1]
+
+
+def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
+    """Raise where a value that all ranks of the axis should hold alike is not the same on all of them.
+
+    rtol: the largest difference between ranks, relative to the largest magnitude; 0 asks for the same bits. Usable with
+    and without debug. All ranks of the axis call it, with trees of the same shapes.
+    Cost: one small message; two of the size of the tree where it differs or rtol is not 0.
+    Raises: MismatchError on every rank, with the largest difference and where it is.
+
+    >>> pmod.assert_invariant(torch.ones(2), mesh["model"])
+    """
+    bound = resolve(axis, "assert_invariant")
+    leaves: list[Any] = []
+    flatten(tree, "assert_invariant", bound, leaves)
+    if bound.size == 1:
+        return
+    names = ["x"] if isinstance(tree, Tensor) else [f"leaf {i}" for i in range(len(leaves))]
+    with _outside_transforms():
+        rows = _gathered([_bits(leaves)], bound, call_site())
+        if rtol == 0.0 and len({row[0] for row in rows}) == 1:
+            return
+        found = _difference(leaves, names, bound, rtol)
+    if found is not None:
+        right = "It should be the same on every rank: was it drawn from another seed, or is a psum missing?"
+        raise wrong(MismatchError, "assert_invariant", bound, found, right)
+
+
+# --- what goes into a sum -------------------------------------------------------------------------
+
+_varying: Any = WeakIdKeyDictionary()  # leaf -> the ranks along which it is marked as V
+
+
+def varying(leaf: T, axis: AxisLike) -> T:
+    """Mark a leaf of autograd as varying along an axis: for `debug`, which else takes equal values for one value.
+
+    Shards of a parameter that start equal on all ranks (zeros, or the same seed) are V and look like I. Returns the
+    leaf. Raises: ArgumentError for what is no tensor.
+
+    >>> bias = pmod.varying(torch.nn.Parameter(torch.zeros(4)), mesh["model"])
+    """
+    bound = resolve(axis, "varying")
+    if not isinstance(leaf, Tensor):
+        raise wrong(ArgumentError, "varying", bound, f"leaf is a {type(leaf).__name__}", "Pass a tensor.")
+    _varying.setdefault(leaf, set()).add(bound.group_key)
+    return leaf
+
+
+def _check_lineage(found: list[Found], axis: Axis, origin: Origin) -> None:
+    """What goes into a sum over the axis must be V: made from no I of the axis but through pvary or shard."""
+    leaves = [entry for f in found for entry in f.leaves if axis.group_key not in _varying.get(entry[0], ())]
+    invariant = [entry for f in found for entry in f.invariant]
+    alone = all(not f.varying for f in found)  # nothing in it is V: it is one value itself
+    rows = _gathered([len(leaves), len(invariant)], axis, origin)
+    if any(row[1] for row in rows):
+        (function, called), line = invariant[0] if invariant else (("a collective", "another rank"), "")
+        if alone and not leaves:
+            given = f"x is the result of {function}, one value (I) already: {_times(origin, axis)}"
+            raise _differ(origin, axis, given, f"It comes from {called}\nLeave one of the two out.")
+        given = f"the result of {function}, one value (I), meets varying data without pvary"
+        right = f"It comes from {called}\n{_used_in(line)}Put pmod.pvary(..., {axis.label!r}) around it there."
+        raise _differ(origin, axis, given, right)
+    if len({row[0] for row in rows}) > 1 or not leaves:
+        return  # the ranks use different leaves, so these are not one value
+    codes = _gathered([_bits([leaf]) for leaf, _ in leaves], axis, origin)
+    same = [entry for i, entry in enumerate(leaves) if entry[0].numel() and len({row[i] for row in codes}) == 1]
+    # zeros, ones: what shards start with, too
+    certain = [entry for entry in same if not bool((_plain(entry[0]) == _plain(entry[0]).reshape(-1)[0]).all())]
+    if not same:
+        return
+    names = [name_of(leaf) for leaf, _ in certain or same]
+    given = f"{_list(names)} {'is' if len(names) == 1 else 'are'} the same on all ranks, used in varying computation without pvary"  # noqa: E501
+    right = (
+        f"{_used_in((certain or same)[0][1])}"
+        f"If it is one value (I): use pmod.pvary(..., {axis.label!r}) of it there. "
+        f"If it only starts equal (V): pmod.varying(..., {axis.label!r}) says so."
+    )
+    error = _differ(origin, axis, given, right)
+    if certain:
+        raise error
+    warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+    for leaf, _ in same:  # said once
+        _varying.setdefault(leaf, set()).add(axis.group_key)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_root(root: Tensor, inputs: Sequence[Tensor] | None) -> None:
+    """Backward of a V: the derivative of the sum over the ranks. So what goes into it is looked at as by a sum."""
+    origin = ("backward", call_site()[1])
+    axes = {call.axis.group_key: (call.axis, forward) for call, forward in calls_in(root) if call.axis.size > 1}
+    for _, (axis, forward) in sorted(axes.items()):
+        found = lineage(root, axis)
+        asked = [(leaf, line) for leaf, line in found.leaves if _is_asked_for(leaf, inputs)]
+        # a rank whose loss has lost this call does not come
+        of = BACKWARD + forward[0].removeprefix(BACKWARD), forward[1]
+        rows = _gathered([found.varying, _bits([root])], axis, of)
+        if not all(row[0] for row in rows):
+            continue
+        _check_lineage([Found(asked, found.invariant, found.varying)], axis, origin)
+        if inputs is None and len({row[1] for row in rows}) == 1:
+            given = "the loss varies (V) and is the same on all ranks, so its gradient is that of their sum"
+            right = "Did you mean unshard, pmean or pick, which give one value (I)?"
+            warnings.warn(str(_differ(origin, axis, given, right)), RuntimeWarning, stacklevel=2)
+
+
+def _is_asked_for(leaf: Tensor, inputs: Sequence[Tensor] | None) -> bool:
+    if inputs is not None:
+        return any(leaf is x for x in inputs)
+    return not leaf._post_accumulate_grad_hooks  # data_parallel's reduces what it leaves in .grad
+
+
+def _times(origin: Origin, axis: Axis) -> str:
+    return f"this would multiply by {axis.size}" if origin[0] == "psum" else f"this is the same value {axis.size} times"
+
+
+def _used_in(line: str) -> str:
+    return f"It is used in {line}\n" if line else ""
+
+
+# --- debug ----------------------------------------------------------------------------------------
+
+
+class _Checker:
+    """The watcher that `debug` sets."""
+
+    def __init__(self, rtol: float) -> None:
+        self.rtol = rtol
+        self.warned = False
+
+    def compiled(self) -> None:
+        if not self.warned:
+            self.warned = True
+            text = explain("debug", "compiled code is not checked", "Run the eager function under debug.")
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
+        if call.axis.size == 1:
+            return
+        words = _words(call, xs, origin)
+        forward = call.row.takes == "V" and not origin[0].startswith(BACKWARD)
+        traced = forward and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        with _outside_transforms():
+            self._check(call, xs, words, origin)
+            if traced and any(x.requires_grad for x in xs):
+                _check_lineage([lineage(x, call.axis) for x in xs if x.requires_grad], call.axis, origin)
+
+    def _check(self, call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin) -> None:
+        invariant = call.row.takes == "I"
+        same = _compare(call, xs, words, origin, invariant)
+        if invariant and not (same and self.rtol == 0.0):
+            name = "the gradient" if origin[0].startswith(BACKWARD) else "x"
+            names = [name] if len(xs) == 1 else [f"{name} {i}" for i in range(len(xs))]
+            found = _difference(xs, names, call.axis, self.rtol)
+            if found is not None:
+                given = f"{found}, but all ranks should hold the same there (I)"
+                raise _differ(origin, call.axis, given, f"Called at {origin[1]}")
+
+
+class _Backward:
+    """torch.autograd's two entries, looked into while debug is on anywhere in this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._backward: Any = torch.autograd.backward
+        self._grad: Any = torch.autograd.grad
+
+    def watch(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._backward, self._grad = torch.autograd.backward, torch.autograd.grad
+                torch.autograd.backward, torch.autograd.grad = self._watched_backward, self._watched_grad
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.autograd.backward, torch.autograd.grad = self._backward, self._grad
+
+    def _watched_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        _look_at_roots(tensors, kwargs.get("inputs"))
+        return self._backward(tensors, *args, **kwargs)
+
+    def _watched_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        _look_at_roots(outputs, inputs)
+        return self._grad(outputs, inputs, *args, **kwargs)
+
+
+def _look_at_roots(roots: Any, inputs: Any) -> None:
+    if torch._C._are_functorch_transforms_active() or not any(isinstance(w, _Checker) for w in watchers()):
+        return
+    wanted = [inputs] if isinstance(inputs, Tensor) else inputs
+    for root in [roots] if isinstance(roots, Tensor) else roots:
+        if isinstance(root, Tensor) and root.requires_grad:
+            with _outside_transforms():
+                _check_root(root, wanted)
+
+
+_entries = _Backward()
+
+
+class debug:  # lower case: it reads as the function it is called as
+    """Compare the ranks before each collective, so that hangs and silent corruption become errors.
+
+    As a context manager, ``with pmod.debug():``; as a statement, ``pmod.debug()`` until ``pmod.debug(False)``; or for a
+    whole run, PMOD_DEBUG=1. All ranks switch it on and off at the same places.
+    Before each collective, forward and backward, the ranks of the axis compare function, axis, arguments, shapes,
+    dtypes, devices, requires_grad, active transforms and call site; what is taken as invariant (into `pvary`, `shard`,
+    `place`, and back into `psum`, `unshard`, `pick`) must be the same bits on all of them, or within rtol of the
+    largest magnitude. Ranks that wait for each other in different places find out within seconds.
+    Cost: one small message before each collective, and a look at every bit of what is invariant. Eager code only:
+    compiled code runs unchecked, and a warning says so.
+    Raises: MismatchError on every rank of the axis, with what each was about to do.
+
+    >>> def step():
+    ...     with pmod.debug():
+    ...         return pmod.psum(torch.ones(2 if pmod.axis_index("model") else 3), "model")
+    >>> pmod.simulate(step, model=2)  # doctest: +ELLIPSIS, +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    MismatchError: pmod.psum(axis='model') at (model=0): the ranks differ in shapes: ...
+    """
+
+    def __init__(self, on: bool = True, *, rtol: float = 0.0) -> None:
+        self._before = list(watchers())
+        self._anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+        if on:  # so that the graph knows the lines that made it
+            torch.autograd.set_detect_anomaly(True, check_nan=self._anomaly[0] and self._anomaly[1])
+        kept = [w for w in self._before if not isinstance(w, _Checker)]
+        self._change([*kept, _Checker(rtol)] if on else kept)
+
+    def _change(self, to: list[Watcher]) -> None:
+        was, now = (any(isinstance(w, _Checker) for w in them) for them in (watchers(), to))
+        watchers()[:] = to
+        if now and not was:
+            _entries.watch()
+        elif was and not now:
+            _entries.leave()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._change(self._before)
+        torch.autograd.set_detect_anomaly(*self._anomaly)
+
+
+# --- checked --------------------------------------------------------------------------------------
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def checked(f: F) -> F:
+    """A step function that is run under `debug` the first time, and as it is from then on.
+
+    Each new signature is checked once: the shapes and dtypes of its tensors, what requires grad, the types of all else,
+    grad mode and mesh. All ranks must come to a new signature in the same call: where shards change their lengths from
+    step to step on some ranks only, use `debug` instead.
+    Cost: a look-up per call. Raises: as `debug`, in those calls.
+
+    >>> @pmod.checked
+    ... def total(x):
+    ...     return pmod.psum(x, "model")
+    >>> pmod.simulate(lambda: total(torch.ones(2)), model=2)[0]
+    tensor([2., 2.])
+    """
+    seen: set[Any] = set()
+
+    @wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        place = _groups.simulated and _groups.simulated.topology.rank  # ranks that are threads share this function
+        key = (ambient(), torch.is_grad_enabled(), place, _signature(args), _signature(kwargs))
+        if key in seen or torch.compiler.is_compiling():
+            return f(*args, **kwargs)
+        with debug():
+            result = f(*args, **kwargs)
+        seen.add(key)
+        return result
+
+    return cast(F, wrapper)
+
+
+def _signature(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.dtype, tree.device, tree.requires_grad
+    if isinstance(tree, dict):
+        return tuple((key, _signature(value)) for key, value in tree.items())
+    if isinstance(tree, list | tuple):
+        return tuple(map(_signature, tree))
+    return type(tree)
+
+
+if os.environ.get("PMOD_DEBUG", "0") not in ("", "0"):
+    debug()

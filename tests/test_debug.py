@@ -1,0 +1,566 @@
+"""`debug`: a catalogue of wrong programs, each beside a twin that is right, and what makes the checker trustworthy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+import pmod
+from tests import spmd
+from tests.table import CASES
+from tests.test_collectives import PROPERTIES, applies, listening, on_rank
+
+Tensor = torch.Tensor
+
+
+# --- the catalogue ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Mistake:
+    """A program as it is written by mistake (True) and as it should be (False), and what debug says of the first."""
+
+    program: Callable[[bool], Any]
+    says: str
+    line: str  # of the user's code, which the error shows
+    axes: dict[str, int] = attrs.field(factory=lambda: {"x": 2})
+
+
+CATALOGUE: dict[str, Mistake] = {}
+
+
+def mistake(says: str, line: str, **axes: int) -> Callable[[Callable[[bool], Any]], Callable[[bool], Any]]:
+    def note(program: Callable[[bool], Any]) -> Callable[[bool], Any]:
+        CATALOGUE[program.__name__] = Mistake(program, says, line, axes or {"x": 2})
+        return program
+
+    return note
+
+
+def me() -> int:
+    return pmod.current_mesh().topology.rank
+
+
+def data(*shape: int) -> Tensor:
+    """Other numbers on each rank."""
+    return torch.rand(shape or (4, 3), generator=torch.Generator().manual_seed(me()))
+
+
+def net(seed: int = 0, width: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 3))
+
+
+def with_pvary(model: nn.Module, x: Tensor) -> Tensor:
+    return functional_call(model, pmod.pvary(dict(model.named_parameters()), "x"), x)
+
+
+# calls that differ
+
+
+@mistake(r"differ in shapes", "pmod.psum(torch.ones(length)")
+def one_rank_has_more_samples(wrong: bool) -> None:
+    length = 3 if wrong and me() else 2
+    pmod.psum(torch.ones(length), "x")
+
+
+@mistake(r"differ in dtypes", 'pmod.psum(x, "x")')
+def one_rank_in_half_precision(wrong: bool) -> None:
+    x = torch.ones(2).half() if wrong and me() else torch.ones(2)
+    pmod.psum(x, "x")
+
+
+@mistake(r"dtypes: float64\n(.|\n)*dtypes: int64", 'pmod.psum(loss if seen else 0, "x")')
+def a_rank_without_samples_counts_0(wrong: bool) -> None:
+    seen = not (wrong and me())
+    loss = 0.5
+    pmod.psum(loss if seen else 0, "x")
+
+
+@mistake(r"rank 1 \(x=1\) \(has left\)", 'pmod.psum(x, "x")')
+def only_the_first_rank_logs_the_sum(wrong: bool) -> None:
+    x = torch.ones(2)
+    if me() == 0 or not wrong:
+        pmod.psum(x, "x")
+
+
+@mistake(r"differ in function", 'pmod.pmean(x, "x")')
+def one_rank_sums_and_the_other_averages(wrong: bool) -> None:
+    x = torch.ones(2)
+    if wrong and me():
+        pmod.pmean(x, "x")
+    else:
+        pmod.psum(x, "x")
+
+
+@mistake(r"differ in function, arguments", 'pmod.all_gather(x, "x")')
+def two_calls_in_another_order(wrong: bool) -> None:
+    x = torch.ones(2)
+    calls = [lambda: pmod.psum(x, "x"), lambda: pmod.all_gather(x, "x")]
+    for call in reversed(calls) if wrong and me() else calls:
+        call()
+
+
+@mistake(r"wait for each other", 'pmod.psum(x, "b")', a=2, b=2)
+def another_axis_on_some_ranks(wrong: bool) -> None:
+    x = torch.ones(2)
+    if wrong and me() in (1, 2):
+        pmod.psum(x, "b")
+    else:
+        pmod.psum(x, "a")
+    if not wrong:
+        pmod.psum(x, "b")
+
+
+@mistake(r"wait for each other", 'pmod.psum(torch.ones(2), ("b", "a"))', a=2, b=2)
+def axes_of_a_tuple_in_another_order(wrong: bool) -> None:
+    if wrong and me() in (1, 2):
+        pmod.psum(torch.ones(2), ("b", "a"))
+    else:
+        pmod.psum(torch.ones(2), ("a", "b"))
+
+
+@mistake(r"differ in arguments", "pmod.all_gather(x, ")
+def gathered_along_another_dim(wrong: bool) -> None:
+    x = torch.ones(2, 2)
+    pmod.all_gather(x, "x", dim=1 if wrong and me() else 0)
+
+
+@mistake(r"differ in arguments", "pmod.broadcast(x, ")
+def each_thinks_that_it_is_the_root(wrong: bool) -> None:
+    x = torch.ones(2)
+    pmod.broadcast(x, "x", src=me() if wrong else 0)
+
+
+@mistake(r"differ in arguments", "pmod.ppermute(x, ")
+def a_ring_in_both_directions(wrong: bool) -> None:
+    x, n = data(2), 3
+    step = -1 if wrong and me() else 1
+    pmod.ppermute(x, "x", [(i, (i + step) % n) for i in range(n)])
+
+
+CATALOGUE["a_ring_in_both_directions"] = attrs.evolve(CATALOGUE["a_ring_in_both_directions"], axes={"x": 3})
+
+
+@mistake(r"the sizes contradict each other(.|\n)*sends 1 to rank 1 \(x=1\), which expects 2", "pmod.all_to_all_v(x")
+def expected_sizes_that_are_not_sent(wrong: bool) -> None:
+    x = torch.ones(3)
+    sent, expected = [((1, 2), (1, 2)), ((2, 1), (2, 1))][me()]
+    if wrong and me() == 0:
+        sent, x = (1, 1), torch.ones(2)
+    pmod.all_to_all_v(x, "x", send_sizes=sent, recv_sizes=expected)
+
+
+@mistake(r"sends 2 to rank 0 \(x=0\), which expects 1", "pmod.all_to_all_v(x")
+def sizes_of_the_last_step(wrong: bool) -> None:
+    counts = [[0, 1], [2, 0]]
+    expected = [[0, 1 if wrong else 2], [1, 0]][me()]
+    x = torch.ones(sum(counts[me()]))
+    pmod.all_to_all_v(x, "x", send_sizes=counts[me()], recv_sizes=expected)
+
+
+@mistake(r"differ in arguments", "pmod.unshard(x")
+def sizes_of_ones_own(wrong: bool) -> None:
+    x = torch.ones(2)
+    pmod.unshard(x, "x", sizes=(2, 1) if wrong and me() == 0 else (3, 2) if wrong else (2, 2))
+
+
+@mistake(r"differ in arguments", "pmod.psum(x")
+def sums_in_another_precision(wrong: bool) -> None:
+    x = torch.ones(2, dtype=torch.bfloat16)
+    pmod.psum(x, "x", reduce_dtype=torch.float64 if wrong and me() else None)
+
+
+@mistake(r"differ in shapes", "pmod.psum(metrics")
+def a_metric_that_only_one_rank_has(wrong: bool) -> None:
+    metrics = {"loss": torch.ones(2), "error": torch.ones(2)}
+    if wrong and me():
+        del metrics["error"]
+    pmod.psum(metrics, "x")
+
+
+@mistake(r"differ in called at", 'pmod.psum(x * 2, "x")')
+def branches_that_happen_to_fit(wrong: bool) -> None:
+    x = torch.ones(2)
+    if wrong and me():
+        pmod.psum(x * 2, "x")
+    else:
+        pmod.psum(x, "x")
+
+
+@mistake(r"rank 0 \(x=0\) waits for rank 1 \(x=1\) \(has left\)", "pmod.psum(part.sum()")
+def another_number_of_batches(wrong: bool) -> None:
+    for part in torch.ones(6).split(3 if wrong and me() else 2):
+        pmod.psum(part.sum(), "x")
+
+
+@mistake(r"\(has left\)", "pmod.pmean(loss, ")
+def stops_on_its_own_loss(wrong: bool) -> None:
+    for step in range(3):
+        loss = torch.tensor(1.0 / (step + 1 + 5 * me()))
+        mean = pmod.pmean(loss, "x")
+        if (loss if wrong else mean) < 0.2:
+            break
+
+
+@mistake(r"differ in function", 'pmod.barrier("x")')
+def a_barrier_on_one_rank(wrong: bool) -> None:
+    if me() or not wrong:
+        pmod.barrier("x")
+    pmod.psum(torch.ones(1), "x")
+
+
+@mistake(r"differ in", "pmod.start(pmod.psum")
+def started_in_another_order(wrong: bool) -> None:
+    x = torch.ones(2)
+    if wrong and me():
+        second = pmod.start(pmod.all_gather, x, "x")
+        first = pmod.start(pmod.psum, x, "x")
+    else:
+        first = pmod.start(pmod.psum, x, "x")
+        second = pmod.start(pmod.all_gather, x, "x")
+    first.wait()
+    second.wait()
+
+
+@mistake(r"differ in shapes|has left", 'pmod.psum(x, "x")')
+def an_exception_that_one_rank_swallows(wrong: bool) -> None:
+    for step in range(2):
+        try:
+            if step == 0 and (me() and wrong):
+                raise ValueError("a bad sample")
+            x = torch.ones(2 + step)
+            pmod.psum(x, "x")
+        except ValueError:
+            continue
+
+
+@mistake(r"differ in requires grad, transforms", "pmod.psum(x.sin()")
+def a_transform_on_one_rank(wrong: bool) -> None:
+    def f(x: Tensor) -> Tensor:
+        return pmod.psum(x.sin(), "x").sum()
+
+    x = torch.ones(2)
+    if wrong and me():
+        f(x)
+    else:
+        grad(f)(x)
+
+
+@mistake(r"differ in shapes, transforms", "pmod.psum(x")
+def mapped_on_one_rank(wrong: bool) -> None:
+    def f(x: Tensor) -> Tensor:
+        return pmod.psum(x, "x")
+
+    x = torch.ones(2, 2)
+    if wrong and me():
+        f(x)
+    else:
+        vmap(f)(x)
+
+
+# gradients that only some ranks want
+
+
+@mistake(r"differ in requires grad", "pmod.all_gather(x")
+def frozen_on_one_rank(wrong: bool) -> None:
+    x = data(2).requires_grad_(not (wrong and me()))
+    pmod.all_gather(x, "x")
+
+
+@mistake(r"differ in requires grad", "pmod.all_gather(x")
+def no_grad_on_one_rank(wrong: bool) -> None:
+    x = data(2).requires_grad_()
+    with torch.set_grad_enabled(not (wrong and me())):
+        pmod.all_gather(x, "x")
+
+
+@mistake(r"in the backward of all_gather", 'y = pmod.all_gather(x * 2, "x")')
+def detached_on_one_rank(wrong: bool) -> None:
+    x = data(2).requires_grad_()
+    y = pmod.all_gather(x * 2, "x")
+    if wrong and me():
+        y = y.detach()
+    (y.sum() * x.sum()).backward()
+
+
+@mistake(r"in the backward of pshift", 'y = pmod.pshift(x * 2, "x")')
+def unused_on_the_last_rank(wrong: bool) -> None:
+    x = data(2).requires_grad_()
+    y = pmod.pshift(x * 2, "x")
+    last = me() == 1
+    (x.sum() + (0 if wrong and last else y.sum() * (not last))).backward()
+
+
+@mistake(r"has left|differ in", "loss.backward()|pmod.pvary")
+def backward_on_one_rank(wrong: bool) -> None:
+    w = torch.rand(2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = (pmod.pvary(w, "x") * data(2)).sum()
+    if me() == 0 or not wrong:
+        loss.backward()
+
+
+@mistake(r"differ in function|has left|differ in", "pmod.all_gather(x.sin()")
+def checkpointed_on_one_rank(wrong: bool) -> None:
+    def f(x: Tensor) -> Tensor:
+        return (pmod.all_gather(x.sin(), "x") * data(4)).sum()
+
+    x = data(2).requires_grad_()
+    if wrong and me():
+        f(x).backward()
+    else:
+        checkpoint(f, x, use_reentrant=False).backward()
+
+
+# one value that is not one
+
+
+@mistake(r"x\[\d, \d\] goes from .* all ranks should hold the same", "pmod.pvary(w")
+def weights_from_different_seeds(wrong: bool) -> None:
+    w = net(seed=me() if wrong else 0)[0].weight
+    pmod.pvary(w, "x")
+
+
+@mistake(r"x\[\d\] goes from", "pmod.shard(samples")
+def shuffled_differently(wrong: bool) -> None:
+    samples = torch.arange(8)[torch.randperm(8, generator=torch.Generator().manual_seed(me() if wrong else 0))]
+    pmod.shard(samples, "x")
+
+
+@mistake(r"x\[\d, \d\] goes from", 'pmod.shard(h, "x")')
+def dropout_of_one_value(wrong: bool) -> None:
+    h = torch.ones(4, 3)
+    torch.manual_seed(me() if wrong else 0)
+    h = nn.functional.dropout(h, 0.5)
+    pmod.shard(h, "x")
+
+
+@mistake(r"x\[\d\] goes from", 'pmod.shard(whole, "x")')
+def changed_in_place_after_the_gather(wrong: bool) -> None:
+    whole = pmod.unshard(data(2), "x")
+    whole[me() if wrong else 0] += 1
+    pmod.shard(whole, "x")
+
+
+@mistake(r"in backward, the gradient goes from 1 to 2", "y = pmod.psum(x.sum()")
+def one_value_weighted_by_rank(wrong: bool) -> None:
+    x = data(2).requires_grad_()
+    y = pmod.psum(x.sum(), "x")
+    (y * (1 + me() if wrong else 2)).backward()
+
+
+@mistake(r"in backward, the gradient\[\d\] goes from", "y = pmod.unshard(x")
+def a_whole_used_in_ones_own_way(wrong: bool) -> None:
+    x = data(2).requires_grad_()
+    y = pmod.unshard(x, "x") if wrong else pmod.all_gather(x, "x")
+    (y * data(4)).sum().backward()
+
+
+@mistake(r"x goes from", "pmod.place(loss")
+def a_varying_loss_placed(wrong: bool) -> None:
+    loss = data(4).sum()
+    pmod.place(loss if wrong else pmod.psum(loss, "x"), "x")
+
+
+@mistake(r"x\[0\] goes from", "pmod.pvary(rate")
+def a_learning_rate_that_drifts(wrong: bool) -> None:
+    loss = data(4).sum()
+    rate = torch.ones(1) / (1 + (loss if wrong else pmod.pmean(loss, "x")))
+    pmod.pvary(rate, "x")
+
+
+# forgotten pvary, and sums of what is summed
+
+
+@mistake(r"the parameter .* of Sequential.* same on all ranks.* without pvary", "loss = model(x).square().sum()")
+def data_parallel_without_pvary(wrong: bool) -> None:
+    model, x = net(), data()
+    loss = model(x).square().sum() if wrong else with_pvary(model, x).square().sum()
+    pmod.psum(loss, "x").backward()
+
+
+@mistake(r"weight of Linear", "h = torch.tanh(below(x))")
+def megatron_without_copying_in(wrong: bool) -> None:
+    below, x = net()[0], torch.rand(4, 3, generator=torch.Generator().manual_seed(7))
+    columns, rows = (nn.Linear(3, 3, bias=False) for _ in range(2))
+    for layer in (columns, rows):
+        layer.weight.data = data(3, 3)
+    h = torch.tanh(below(x))
+    h = columns(h if wrong else pmod.pvary(h, "x"))
+    pmod.psum(rows(torch.tanh(h)), "x").sum().backward()
+
+
+@mistake(r"the result of pmean, one value \(I\), meets varying data without pvary", 'mean = pmod.pmean(x.mean(0), "x")')
+def a_norm_without_pvary(wrong: bool) -> None:
+    x = data().requires_grad_()
+    mean = pmod.pmean(x.mean(0), "x")
+    centred = x - (mean if wrong else pmod.pvary(mean, "x"))
+    pmod.psum((centred**3).sum(), "x").backward()
+
+
+@mistake(r"the result of pmax|the result of psum", 'total = pmod.psum(e.sum(-1), "x")')
+def a_split_softmax_without_pvary(wrong: bool) -> None:
+    logits = data().requires_grad_()
+    e = logits.exp()
+    total = pmod.psum(e.sum(-1), "x")
+    p = e / (total if wrong else pmod.pvary(total, "x"))[:, None]
+    pmod.psum((p * data()).sum(), "x").backward()
+
+
+@mistake(r"a parameter of shape \(3,\) is the same", "y = x * (scale if wrong")
+def a_norms_weight_without_pvary(wrong: bool) -> None:
+    scale = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    x = data()
+    y = x * (scale if wrong else pmod.pvary(scale, "x"))
+    pmod.psum(y.sum(), "x").backward()
+
+
+@mistake(r"the parameter .* of Sequential", "u = model(x)")
+def a_pinn_without_pvary(wrong: bool) -> None:
+    model, x = net(), data().requires_grad_()
+    u = model(x) if wrong else with_pvary(model, x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    pmod.pmean((slope**2).mean(), "x").backward()
+
+
+@mistake(r"a leaf of shape \(3,\) is the same", "x * (conductivity if wrong")
+def a_physical_constant_without_pvary(wrong: bool) -> None:
+    conductivity = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+    x = data()
+    pmod.pmean((x * (conductivity if wrong else pmod.pvary(conductivity, "x"))).mean(), "x").backward()
+
+
+@mistake(r"pmod.backward.*the parameter .* of Linear", "out = head(h) if wrong")
+def one_layer_forgotten_and_no_sum(wrong: bool) -> None:
+    model, head, x = net(), net(1)[0], data()
+    h = with_pvary(model, x)
+    out = head(h) if wrong else with_pvary(head, h)
+    out.sum().backward()
+
+
+@mistake(r"result of psum, one value \(I\) already: this would multiply by 2", 'loss = pmod.psum(x.sum(), "x")')
+def summed_twice(wrong: bool) -> None:
+    x = data().requires_grad_()
+    loss = pmod.psum(x.sum(), "x")
+    (pmod.psum(loss, "x") if wrong else loss).backward()
+
+
+@mistake(r"one value \(I\) already: this is the same value 2 times", 'loss = pmod.pmean(x.mean(), "x")')
+def a_mean_of_means(wrong: bool) -> None:
+    x = data().requires_grad_()
+    loss = pmod.pmean(x.mean(), "x")
+    (pmod.pmean(loss, "x") if wrong else loss).backward()
+
+
+@mistake(r"the result of unshard, one value \(I\)|result of unshard", 'whole = pmod.unshard(x, "x")')
+def a_sum_over_what_all_hold(wrong: bool) -> None:
+    x = data(2).requires_grad_()
+    whole = pmod.unshard(x, "x")
+    loss = whole.square().sum()
+    (pmod.psum(loss, "x") if wrong else loss).backward()
+
+
+@mistake(r"the parameter .* of Sequential|already", "loss = model(x).mean()")
+def data_parallel_and_a_mean(wrong: bool) -> None:
+    model, x = pmod.data_parallel(net(), "x"), data()
+    loss = model(x).mean()
+    (pmod.pmean(loss, "x") if wrong else loss).backward()
+
+
+def test_the_catalogue_is_long_enough() -> None:
+    assert len(CATALOGUE) >= 40
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_what_is_wrong_is_named(name: str) -> None:
+    found = CATALOGUE[name]
+
+    def run() -> None:
+        with pmod.debug(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a bias of zeros, before the weight
+            found.program(True)
+
+    with pytest.raises(pmod.MismatchError, match=found.says) as caught:
+        pmod.simulate(run, **found.axes)
+    assert any(line in str(caught.value) for line in found.line.split("|")), caught.value
+    assert "test_debug.py:" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_what_is_right_passes_in_silence(name: str) -> None:
+    found = CATALOGUE[name]
+
+    def run() -> None:
+        with pmod.debug():
+            found.program(False)
+
+    with strict():
+        pmod.simulate(run, **found.axes)
+
+
+# --- on real ranks ------------------------------------------------------------------------------------------------
+
+# those in which each rank still calls something, so that all of them know
+ON_REAL_RANKS = [
+    name
+    for name, found in CATALOGUE.items()
+    if found.axes == {"x": 2} and not any(word in found.says for word in ("has left", "in the backward of"))
+]
+
+
+def catalogue_on_rank(wrong: bool) -> list[str]:
+    said = []
+    for name in ON_REAL_RANKS:
+        with pmod.debug(), warnings.catch_warnings():
+            warnings.simplefilter("ignore" if wrong else "error", RuntimeWarning)
+            try:
+                CATALOGUE[name].program(wrong)
+                said.append("")
+            except pmod.MismatchError as error:
+                said.append(str(error))
+    return said
+
+
+def test_every_rank_of_the_axis_raises() -> None:
+    for said in spmd.launch(catalogue_on_rank, True, x=2):
+        for name, text in zip(ON_REAL_RANKS, said, strict=True):
+            assert text, f"{name}: a rank did not raise"
+
+
+def test_right_programs_pass_on_real_ranks() -> None:
+    assert spmd.launch(catalogue_on_rank, False, x=2) == [[""] * len(ON_REAL_RANKS)] * 2
+
+
+# --- no false alarms ----------------------------------------------------------------------------------------------
+
+# `value` calls place on some ranks only, which sends nothing; `messages` counts what debug adds to
+QUIET = [prop for prop in PROPERTIES if prop not in ("messages", "duals", "gradchecked", "value")]
+
+
+@pytest.mark.parametrize("prop", QUIET)
+def test_the_table_passes_under_debug(prop: str) -> None:
+    def run(name: str) -> None:
+        with pmod.debug(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # losses that vary and happen to be equal
+            on_rank(name, prop, "x", "debug", turn=0)
+
+    for name, case in CASES.items():
+        if applies(prop, case):
+            with listening():
+                pmod.simulate(run, name, x=2)
