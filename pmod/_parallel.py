@@ -9,6 +9,7 @@ plain training loops.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -183,6 +184,8 @@ def _map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """f on the tensors of what a module returned, whatever else is in it."""
     if isinstance(tree, Tensor):
         return f(tree)
+    if type(tree) is dict:
+        return {key: _map_tensors(f, value) for key, value in tree.items()}
     if isinstance(tree, dict):
         out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
         for key, value in tree.items():
@@ -192,6 +195,11 @@ def _map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return type(tree)(*(_map_tensors(f, value) for value in tree))
     if isinstance(tree, list | tuple):
         return type(tree)(_map_tensors(f, value) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        filled = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(filled, field.name, _map_tensors(f, getattr(tree, field.name)))
+        return filled
     return tree
 
 
