@@ -503,6 +503,7 @@ def test_under_a_launcher_it_uses_the_ranks_that_are_there(tmp_path, capsys, mon
             "mesh    data=1 x graph=1: 1 rank, started by env\n"
         )
         assert "(bound 1e-04)" in said and "ghost rows are 0.0% of all nodes" in said
+        monkeypatch.setattr(picture, "draw", lambda path, outcome: None)  # once is enough
         monkeypatch.setattr(command, "bound", lambda options: -1.0)
         assert main(given) == 1
         assert capsys.readouterr().out.count("ABOVE THE BOUND") == 2
