@@ -1,15 +1,16 @@
 """`debug`: before each collective its ranks compare what they are about to do, so that a hang becomes an error.
 
-Speed is traded for proof: a small message before each collective says whether all ranks make the same call; where they
-do not, a second one brings every rank's words, and all of them raise the same table. What a row takes as invariant must
-be the same bits on every rank. While a rank waits it looks at a board in the store of the world, where each rank writes
-what it waits for: ranks that wait for each other in a cycle see so within seconds.
+Speed is traded for proof: before each collective every rank writes its words on a board, the store of the world, and
+reads the others'; where they differ all of them raise the same table. What a row takes as invariant must be the same
+bits on every rank. A rank that waits long says on the board for what: ranks that wait for each other in a cycle see so
+within seconds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import warnings
 import zlib
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -105,57 +107,81 @@ def _bits(xs: Sequence[Tensor]) -> int:
 # --- the messages ---------------------------------------------------------------------------------
 
 
-_meetings: Counter[str] = Counter()  # how often this rank has come to a meeting of these ranks
+class _Board:
+    """The store of the world, where the ranks tell each other what they are about to do.
 
+    Words go through the store and not through the process groups: a rank that waits for words can be let go, and what
+    it was going to send is not in anybody's way.
+    """
 
-class _Meeting:
-    """This rank's wait for the other ranks of an axis. Where it is long, it is written on the board for them to see."""
+    def __init__(self, store: Any) -> None:
+        self.of = store
+        self.store = store.clone()  # a connection of its own: a wait locks it
+        self._met: Counter[str] = Counter()
 
-    def __init__(self, axis: Axis, origin: Origin) -> None:
-        self._axis, self._origin = axis, origin
-        _meetings[axis.group_key] += 1
-        self._name = f"{axis.group_key}#{_meetings[axis.group_key]}"
-        self._store = _groups.blackboard()
-        self._written = False
-        self._before: dict[int, str] = {}
+    def next(self, axis: Axis) -> str:
+        """The name of this rank's next meeting with the ranks of an axis."""
+        self._met[axis.group_key] += 1
+        return f"{axis.group_key}#{self._met[axis.group_key]}"
 
-    def _write(self, text: str) -> None:
-        assert self._store is not None
-        self._store.set(f"pmod/debug/{self._axis.topology.rank}", text)
+    def words(self, axis: Axis, meeting: str, mine: str, origin: Origin) -> list[str]:
+        """What each rank of the axis says at a meeting, in rank order."""
+        group = hashlib.blake2b(axis.group_key.encode(), digest_size=8).hexdigest()
+        number = int(meeting.rpartition("#")[2])
 
-    def look(self) -> None:
-        """Called every second of the wait: raises where it will never end."""
-        if self._store is None:
-            return
-        if not self._written:
-            self._written = True
-            self._write("\x1f".join([self._name, ",".join(map(str, self._axis.ranks)), " at ".join(self._origin)]))
-            return
-        posts = _posts(self._store, self._axis.ranks)
-        stuck = _stuck(posts, self._axis.topology.rank)
-        if stuck and all(self._before.get(rank) == posts[rank] for rank in stuck):
-            raise _differ(self._origin, self._axis, _cycle(posts, stuck), SAME_CALLS)
-        self._before = posts if stuck else {}
+        def key(number: int, index: int) -> str:
+            return f"pmod/debug/{group}/{number}/{index}"
 
-    def expired(self, error: RuntimeError) -> CollectiveTimeout:
-        """Who did not come, as far as the board says."""
+        self.store.set(key(number, axis.index), mine)
+        keys = [key(number, index) for index in range(axis.size)]
+        try:
+            self._wait(keys, axis, meeting, origin)
+        except BaseException:  # nobody met: what was said is taken back
+            self.store.delete_key(key(number, axis.index))
+            self._met[axis.group_key] -= 1
+            raise
+        if number > 2:  # all have come here, so all have read what was said before the last time
+            self.store.delete_key(key(number - 2, axis.index))
+        return [text.decode() for text in self.store.multi_get(keys)]
+
+    def _wait(self, keys: list[str], axis: Axis, meeting: str, origin: Origin) -> None:
+        """Until all have spoken. A long wait is written on the board, for others to see; one without end raises."""
+        rank, started, pause = axis.topology.rank, monotonic(), 5e-5
+        mine = f"pmod/debug/waits/{rank}"
+        looked, written, before = started, False, dict[int, str]()
+        try:
+            while not self.store.check(keys):  # its own wait would print a warning each time it is left
+                sleep(pause)
+                pause = min(1.5 * pause, 0.01)
+                if monotonic() - looked < 1.0:
+                    continue
+                looked = monotonic()
+                if looked - started > axis.timeout:
+                    raise self._expired(axis, meeting, origin)
+                if not written:
+                    written = True
+                    self.store.set(mine, "\x1f".join([meeting, ",".join(map(str, axis.ranks)), " at ".join(origin)]))
+                    continue
+                posts = _posts(self.store, axis.ranks)
+                stuck = _stuck(posts, rank)
+                if stuck and all(before.get(other) == posts[other] for other in stuck):
+                    raise _differ(origin, axis, _cycle(posts, stuck), SAME_CALLS)
+                before = posts if stuck else {}
+        finally:
+            if written and sys.exc_info()[0] is None:  # what is stuck stays on the board, for the others to see
+                self.store.set(mine, "")
+
+    def _expired(self, axis: Axis, meeting: str, origin: Origin) -> CollectiveTimeout:
+        """Who did not come, and where it waits, if it does."""
         absent: list[str] = []
-        if self._store is not None:
-            posts = _posts(self._store, self._axis.ranks)
-            for rank in self._axis.ranks:
-                where = posts[rank].split("\x1f")
-                if where[0] != self._name:
-                    absent.append(f"{_rank(rank)}{f', which waits in {where[2]}' if posts[rank] else ''}")
-        given = f"not all ranks came in time; absent: {'; '.join(absent) or 'unknown'} ({error})"
-        function = self._origin[0].removeprefix(BACKWARD)
-        right = f"Called at {self._origin[1]}"
-        return CollectiveTimeout(
-            explain(function, given, right, axis=self._axis.label, coords=dict(self._axis.coords))
-        )
-
-    def over(self) -> None:
-        if self._written:
-            self._write("")
+        posts = _posts(self.store, axis.ranks)
+        for rank in axis.ranks:
+            where = posts[rank].split("\x1f")
+            if where[0] != meeting:
+                absent.append(_rank(rank) + (f", which waits in {where[2]}" if posts[rank] else ""))
+        given = f"not all ranks came within {axis.timeout:g} s; absent: {'; '.join(absent)}"
+        function, right = origin[0].removeprefix(BACKWARD), f"Called at {origin[1]}"
+        return CollectiveTimeout(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
 
 
 def _posts(store: Any, ranks: Sequence[int]) -> dict[int, str]:
@@ -166,7 +192,7 @@ def _posts(store: Any, ranks: Sequence[int]) -> dict[int, str]:
         rank = left.pop()
         if rank in posts:
             continue
-        key = f"pmod/debug/{rank}"
+        key = f"pmod/debug/waits/{rank}"
         posts[rank] = store.get(key).decode() if store.check([key]) else ""
         if posts[rank]:
             left += map(int, posts[rank].split("\x1f")[1].split(","))
@@ -199,43 +225,40 @@ def _rank(rank: int) -> str:
     return f"rank {rank}" + ("" if coords is None else f" {coordinates(coords)}")
 
 
-def _all_gather(flat: Tensor, counts: Sequence[int], axis: Axis, origin: Origin) -> Tensor:
-    """Numbers of all ranks; the wait is watched."""
-    meeting = _Meeting(axis, origin)
-    try:
+_board: _Board | None = None
+
+
+def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
+    """What each rank of the axis says, in rank order; all of them come to say it."""
+    global _board
+    wire: Any = wire_of(axis)  # connects, if this is the first use
+    store = _groups.blackboard()
+    if store is None:
         with on_behalf_of(origin):
-            arrived = wire_of(axis).all_gather(flat.to(_groups.number_device()), counts).wait(meeting.look).cpu()
-    except RuntimeError as error:  # gloo's and NCCL's word for a deadline, or for a rank that is gone
-        raise meeting.expired(error) from error
-    meeting.over()
-    return arrived
+            return wire.words(mine)
+    if _board is None or _board.of is not store:
+        _board = _Board(store)
+    return _board.words(axis, _board.next(axis), mine, origin)
 
 
 def _gathered(numbers: Sequence[int], axis: Axis, origin: Origin) -> list[list[int]]:
     """The numbers of all ranks of the axis."""
-    width = len(numbers)
-    arrived = _all_gather(torch.tensor(numbers, dtype=torch.int64), [width] * axis.size, axis, origin)
-    return arrived.view(axis.size, width).tolist()
-
-
-def _texts(text: bytes, lengths: Sequence[int], axis: Axis, origin: Origin) -> list[str]:
-    arrived = _all_gather(torch.frombuffer(bytearray(text), dtype=torch.uint8), lengths, axis, origin)
-    return [bytes(part.tolist()).decode() for part in arrived.split(list(lengths))]
+    return [
+        [int(number) for number in text.split()] for text in _said(" ".join(map(str, map(int, numbers))), axis, origin)
+    ]
 
 
 def _compare(call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin, invariant: bool) -> bool:
     """Raise where the ranks are about to do different things; whether what they take as invariant is the same."""
     axis = call.axis
-    text = "\x1f".join(words).encode()
-    code = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
-    rows = _gathered([code, len(text), _bits(xs) if invariant else 0], axis, origin)
-    if len({row[0] for row in rows}) > 1:
-        said = [other.split("\x1f") for other in _texts(text, [row[1] for row in rows], axis, origin)]
-        given = _table(said, axis)
+    mine = "\x1f".join([*words, str(_bits(xs) if invariant else 0)])
+    said = [text.split("\x1f") for text in _said(mine, axis, origin)]
+    if any(other[:-1] != words for other in said):
+        given = _table([other[:-1] for other in said], axis)
         raise _differ(origin, axis, given, SAME_CALLS)
     if call.row is ALL_TO_ALL:
         _compare_lengths(call, xs[0], origin)
-    return len({row[2] for row in rows}) == 1
+    return len({other[-1] for other in said}) == 1
 
 
 def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
@@ -464,13 +487,17 @@ class _Checker:
 
 
 class _Backward:
-    """torch.autograd's two entries, looked into while debug is on anywhere in this process."""
+    """torch.autograd's two entries, looked into while debug is on anywhere in this process.
+
+    torch's anomaly mode is on meanwhile, so that the graph knows the lines that made it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
         self._backward: Any = torch.autograd.backward
         self._grad: Any = torch.autograd.grad
+        self._anomaly = (False, True)
 
     def watch(self) -> None:
         with self._lock:
@@ -478,12 +505,15 @@ class _Backward:
             if self._users == 1:
                 self._backward, self._grad = torch.autograd.backward, torch.autograd.grad
                 torch.autograd.backward, torch.autograd.grad = self._watched_backward, self._watched_grad
+                self._anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+                torch.autograd.set_detect_anomaly(True, check_nan=all(self._anomaly))
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
                 torch.autograd.backward, torch.autograd.grad = self._backward, self._grad
+                torch.autograd.set_detect_anomaly(*self._anomaly)
 
     def _watched_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
         _look_at_roots(tensors, kwargs.get("inputs"))
@@ -530,9 +560,6 @@ class debug:  # lower case: it reads as the function it is called as
 
     def __init__(self, on: bool = True, *, rtol: float = 0.0) -> None:
         self._before = list(watchers())
-        self._anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-        if on:  # so that the graph knows the lines that made it
-            torch.autograd.set_detect_anomaly(True, check_nan=self._anomaly[0] and self._anomaly[1])
         kept = [w for w in self._before if not isinstance(w, _Checker)]
         self._change([*kept, _Checker(rtol)] if on else kept)
 
@@ -551,7 +578,6 @@ class debug:  # lower case: it reads as the function it is called as
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._change(self._before)
-        torch.autograd.set_detect_anomaly(*self._anomaly)
 
 
 # --- checked --------------------------------------------------------------------------------------

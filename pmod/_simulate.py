@@ -187,6 +187,10 @@ class _MemoryWire(Wire):
                 )
         return torch.cat([part for part in parts if part is not None])
 
+    def words(self, mine: str) -> list[str]:
+        """What each rank says (`debug`)."""
+        return self._exchange(mine)()
+
     def barrier(self) -> None:
         self._exchange(None)()
 

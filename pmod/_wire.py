@@ -11,8 +11,6 @@ floats add up in float32 (`accumulator`), and travel in 16 bits where that halve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -43,13 +41,9 @@ class Sent:
         self._works = works
         self._finish = finish
 
-    def wait(self, meanwhile: Callable[[], None] | None = None) -> Any:
-        """What it brings. While it is not there `meanwhile` is called, every second or so."""
+    def wait(self) -> Any:
         for work in self._works:
-            if meanwhile is None:
-                work.wait()
-            else:
-                _wait_patiently(work, meanwhile)
+            work.wait()
         result = self._finish()
         # a second message may follow from what the first one brought
         return result.wait() if isinstance(result, Sent) else result
@@ -57,19 +51,6 @@ class Sent:
     def then(self, f: Callable[[Any], Any]) -> Sent:
         """The same message, with `f` applied to what it brings; `f` may send again."""
         return Sent((), lambda: f(self.wait()))
-
-
-def _wait_patiently(work: Any, meanwhile: Callable[[], None]) -> None:
-    started = monotonic()
-    while True:
-        try:
-            work.wait(timedelta(seconds=1))
-            return
-        except RuntimeError:
-            if monotonic() - started < 0.9:  # not because of our second
-                raise
-            started = monotonic()
-            meanwhile()
 
 
 def arrived(x: Tensor) -> Sent:

@@ -564,3 +564,180 @@ def test_the_table_passes_under_debug(prop: str) -> None:
         if applies(prop, case):
             with listening():
                 pmod.simulate(run, name, x=2)
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+def test_it_can_be_a_statement_and_leaves_nothing_behind() -> None:
+    backward, take_gradient = torch.autograd.backward, torch.autograd.grad
+
+    def differs() -> None:
+        pmod.psum(torch.ones(2 + me()), "x")
+
+    def run() -> None:
+        pmod.debug()
+        with pytest.raises(pmod.MismatchError):
+            differs()
+        with pmod.debug(False):
+            assert not watching()
+        assert watching()
+        pmod.debug(False)
+        assert not watching()
+
+    pmod.simulate(run, x=2)
+    assert (torch.autograd.backward, torch.autograd.grad) == (backward, take_gradient)
+    assert not torch.is_anomaly_enabled()
+
+
+def watching() -> bool:
+    return bool(pmod._ambient.watchers())
+
+
+def test_a_simulation_is_watched_as_its_caller_is() -> None:
+    with pmod.debug(), pytest.raises(pmod.MismatchError, match="differ in shapes"):
+        pmod.simulate(lambda: pmod.psum(torch.ones(2 + me()), "x"), x=2)
+    assert pmod.simulate(watching, x=2) == [False, False]
+
+
+def test_tolerance() -> None:
+    def run(rtol: float) -> None:
+        with pmod.debug(rtol=rtol):
+            pmod.pvary(torch.tensor([1.0, 1.0 + 1e-6 * me()], dtype=torch.float64), "x")
+
+    pmod.simulate(run, 1e-5, x=2)
+    with pytest.raises(pmod.MismatchError, match=r"x\[1\] goes from 1 to 1\.000001 .* a difference of 1e-06"):
+        pmod.simulate(run, 0.0, x=2)
+    with pytest.raises(pmod.MismatchError):
+        pmod.simulate(run, 1e-7, x=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
+def test_assert_invariant(dtype: torch.dtype) -> None:
+    def run(differing: bool) -> None:
+        tree = {"a": torch.ones(2, 3).to(dtype), "b": [torch.zeros(0), None]}
+        if differing and me() == 1:
+            tree["a"][1, 2] = 0
+        pmod.assert_invariant(tree, "x")
+
+    pmod.simulate(run, False, x=2)
+    with pytest.raises(pmod.MismatchError, match=r"pmod.assert_invariant.*leaf 0\[1, 2\] goes from 0 to 1"):
+        pmod.simulate(run, True, x=2)
+
+
+def test_assert_invariant_finds_a_nan_and_takes_a_tolerance() -> None:
+    def run(value: float, rtol: float) -> None:
+        pmod.assert_invariant(torch.tensor([1.0, value if me() else 1.0]), "x", rtol=rtol)
+
+    pmod.simulate(run, 1.001, 0.01, x=2)
+    for value, rtol in ((1.001, 1e-4), (torch.nan, 0.0), (torch.nan, 0.1), (torch.inf, 0.1)):
+        with pytest.raises(pmod.MismatchError, match=r"x\[1\] goes"):
+            pmod.simulate(run, value, rtol, x=2)
+
+
+def biased(mark: bool) -> int:
+    """How often a column-parallel layer whose biases start at 0 is remarked on."""
+    layer = nn.Linear(3, 2)
+    layer.weight.data = data(2, 3)
+    nn.init.zeros_(layer.bias)
+    if mark:
+        assert pmod.varying(layer.bias, "x") is layer.bias
+    with pmod.debug(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            pmod.psum(layer(pmod.pvary(torch.ones(1, 3), "x")).square().sum(), "x").backward()
+    assert all("the parameter bias of Linear is the same on all ranks" in str(one.message) for one in said)
+    return len(said)
+
+
+def test_what_only_starts_equal_is_remarked_on_once_or_marked() -> None:
+    # simulated ranks share the interpreter's record of warnings: each adds its own
+    assert sum(pmod.simulate(biased, True, x=2)) == 0
+    assert max(pmod.simulate(biased, False, x=2)) >= 1
+    assert spmd.launch(biased, False, x=2) == [1, 1]
+
+
+def test_a_varying_loss_that_is_the_same_everywhere() -> None:
+    def run(gather: Callable[..., Tensor]) -> None:
+        x = data(2).requires_grad_()
+        with pmod.debug():
+            gather(x, "x").sum().backward()
+
+    with strict():
+        pmod.simulate(run, pmod.unshard, x=2)
+    with pytest.warns(RuntimeWarning, match="Did you mean unshard, pmean or pick"):
+        pmod.simulate(run, pmod.all_gather, x=2)
+
+
+def test_checked_checks_once_per_signature() -> None:
+    seen: list[bool] = []
+
+    @pmod.checked
+    def step(x: Tensor) -> Tensor:
+        """Doc."""
+        seen.append(watching())
+        return pmod.psum(x, "x")
+
+    def run() -> None:
+        for x in (torch.ones(2), torch.ones(2), torch.ones(3), torch.ones(3), torch.ones(2, dtype=torch.int64)):
+            step(x)
+        with torch.no_grad():
+            step(torch.ones(2))
+        step(torch.ones(2).requires_grad_())
+
+    assert step.__doc__ == "Doc."
+    pmod.simulate(run, x=1)
+    assert seen == [True, False, True, False, True, True, True]
+    with pytest.raises(pmod.MismatchError, match="differ in shapes"):
+        pmod.simulate(lambda: step(torch.ones(2 + me())), x=2)
+
+
+def compiled_on_rank() -> list[str]:
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: pmod.psum(x, "x") * 2, backend="aot_eager")
+    with pmod.debug(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert f(torch.ones(2)).tolist() == [4.0, 4.0]
+    return [str(one.message) for one in said if "pmod" in str(one.message)]
+
+
+def test_compiled_code_is_said_to_be_unchecked() -> None:
+    for said in spmd.launch(compiled_on_rank, x=2):
+        assert said == ["pmod.debug: compiled code is not checked.\nRun the eager function under debug."]
+
+
+# --- waits on real ranks ------------------------------------------------------------------------------------------
+
+
+def crossed() -> str:
+    with pmod.debug():
+        pmod.psum(torch.ones(1), ("a", "b"))
+        axis = "a" if me() in (0, 3) else "b"
+        with pytest.raises(pmod.MismatchError) as caught:
+            pmod.psum(torch.ones(1), axis)
+    return str(caught.value)
+
+
+def test_ranks_that_wait_for_each_other_on_two_axes_find_out() -> None:
+    for rank, text in enumerate(pmod.launch(crossed, a=2, b=2)):
+        assert text.startswith(f"pmod.psum(axis='{'abba'[rank]}') at (a={rank // 2}, b={rank % 2}): the ranks wait")
+        for other in range(4):
+            assert f"rank {other} (a={other // 2}, b={other % 2}) waits in psum at " in text
+
+
+def left_alone() -> str:
+    with pmod.set_mesh(pmod.make_mesh(x=2, timeout=3)), pmod.debug():
+        pmod.psum(torch.ones(1), "x")
+        if me() == 0:
+            return ""
+        with pytest.raises(pmod.CollectiveTimeout) as caught:
+            pmod.psum(torch.ones(1), "x")
+    return str(caught.value)
+
+
+def test_a_rank_that_has_stopped_calling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMOD_TIMEOUT", "3")
+    _, text = pmod.launch(left_alone, x=2)
+    assert text.startswith("pmod.psum(axis='x') at (x=1): not all ranks came within 3 s; absent: rank 0 (x=0).")
+    assert "test_debug.py:" in text and 'pmod.psum(torch.ones(1), "x")' in text
