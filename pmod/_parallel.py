@@ -281,21 +281,25 @@ class _Reducer:
         # every pass comes to it, also one that uses no parameter
         self._anchor = torch.zeros((), device=self._buckets[0].parameters[0].device, requires_grad=True)
         self._anchor.register_hook(self._begin)
+        self._accumulators: list[Any] = []
         for bucket in self._buckets:
             for p in bucket.parameters:
                 if self._reduce == "sum":  # as n times the mean: a mean may be taken again, as the next pass does
-                    p.register_hook(self._times_n)
+                    with torch.enable_grad():
+                        accumulator = cast(Any, p.view_as(p).grad_fn).next_functions[0][0]
+                    accumulator.register_prehook(self._times_n)  # torch.autograd.grad does not come to it
+                    self._accumulators.append(accumulator)
                 p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_anchor"}
+        return {key: value for key, value in vars(self).items() if key not in ("_anchor", "_accumulators")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._attach()  # a copy of a parameter has none of its hooks
 
-    def _times_n(self, gradient: Tensor) -> Tensor:
-        return gradient * self._axis.size
+    def _times_n(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(gradient * self._axis.size for gradient in gradients)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         trained = torch.is_grad_enabled() and any(p.requires_grad for b in self._buckets for p in b.parameters)

@@ -871,3 +871,14 @@ def test_replicate_on_one_rank() -> None:
         y.detach().add_(1)
         assert x.tolist() == [1, 1] and y.is_leaf and y.requires_grad
         assert pmod.replicate(None, "x") is None and pmod.replicate([], "x") == []
+
+
+def test_a_gradient_that_is_asked_for_is_this_ranks_own() -> None:
+    def run() -> list[list[float]]:
+        layer = pmod.data_parallel(nn.Linear(1, 1, bias=False), "x", reduce="sum")
+        x = torch.full((1, 1), 1.0 + pmod.axis_index("x"))
+        (asked,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+        layer(x).sum().backward()
+        return [asked.flatten().tolist(), layer.weight.grad.flatten().tolist()]
+
+    assert pmod.simulate(run, x=2) == [[[1.0], [3.0]], [[2.0], [3.0]]]
