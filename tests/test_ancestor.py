@@ -54,6 +54,7 @@ def test_07_groups_in_one_process() -> None:
         groups_on_rank()
         assert mesh.group("model").size() == mesh.group(("data", "model")).size() == 1
         assert (mesh["model"].size, pmod.axis_index("data"), pmod.psum(3, ("data", "model"))) == (1, 0, 3)
+    pmod.shutdown()
 
 
 def test_07_a_size_message_has_its_numbers_in_place() -> None:

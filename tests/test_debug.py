@@ -550,6 +550,7 @@ def test_right_programs_pass_on_real_ranks() -> None:
 # --- no false alarms ----------------------------------------------------------------------------------------------
 
 # `value` calls place on some ranks only, which sends nothing; `messages` counts what debug adds to
+SAME_ROWS = ("pmin", "ppermute", "pshuffle", "all_gather_v", "psum_scatter_v", "gather_v", "scatter_v", "all_to_all_v")
 QUIET = [prop for prop in PROPERTIES if prop not in ("messages", "duals", "gradchecked", "value")]
 
 
@@ -561,7 +562,8 @@ def test_the_table_passes_under_debug(prop: str) -> None:
             on_rank(name, prop, "x", "debug", turn=0)
 
     for name, case in CASES.items():
-        if applies(prop, case):
+        # one function for each row, and the ragged exchange
+        if applies(prop, case) and name not in SAME_ROWS:
             with listening():
                 pmod.simulate(run, name, x=2)
 
