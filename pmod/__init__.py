@@ -65,3 +65,4 @@ from pmod._slices import scatter as scatter
 from pmod._slices import shard as shard
 from pmod._slices import unshard as unshard
 from pmod._topology import Topology as Topology
+from pmod._trace import trace as trace

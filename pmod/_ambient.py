@@ -28,10 +28,18 @@ def ambient() -> Mesh | None:
 
 
 class Watcher(Protocol):
-    """What is told of every collective before it is sent: `debug`."""
+    """What is told of every collective: `debug` and `trace`."""
 
     def before(self, call: Any, xs: Sequence[torch.Tensor], origin: tuple[str, str]) -> None:
         """`origin`: the public function, and the line that called it."""
+        ...
+
+    def after(self, call: Any) -> None:
+        """The call of the last `before` has its result, or has failed; one that was started is under way."""
+        ...
+
+    def waited(self, call: Any, seconds: float) -> None:
+        """A call that was started has its result."""
         ...
 
     def compiled(self) -> None:

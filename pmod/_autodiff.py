@@ -19,8 +19,9 @@ import ast
 import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from time import perf_counter
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import attrs
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch._library import simple_registry
 from torch._library.effects import EffectType
 
-from pmod._ambient import ambient, under, watchers
+from pmod._ambient import Watcher, ambient, under, watchers
 from pmod._errors import ArgumentError, PmodError, call_site, explain
 from pmod._inductor import keep_order
 from pmod._mesh import Axis
@@ -329,11 +330,28 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
 def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
     of = call_site() if forward is None else (BACKWARD + forward[0].removeprefix(BACKWARD), forward[1])
     with on_behalf_of(of):
-        # what a started function sent ahead was seen when it was sent
-        if call.row.local or not _starts.active:
+        if _starts.active and not call.row.local:  # what a started function sends ahead is seen where it is sent
+            began = perf_counter()
+            result = _bind(call, xs)
             for watcher in watchers():
-                watcher.before(call, xs, of)
-        return _bind(call, xs)
+                watcher.waited(call, perf_counter() - began)
+            return result
+        with told(call, xs, of):
+            return _bind(call, xs)
+
+
+@contextmanager
+def told(call: Call, xs: list[Tensor], of: Origin) -> Generator[None]:
+    """The watchers see this call begin and end."""
+    began: list[Watcher] = []
+    try:
+        for watcher in watchers():
+            watcher.before(call, xs, of)
+            began.append(watcher)
+        yield
+    finally:
+        for watcher in began:
+            watcher.after(call)
 
 
 def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
@@ -386,11 +404,10 @@ class _Starts(threading.local):
         with torch.no_grad():
             for call, xs in calls:
                 if not call.row.local and call.axis.size > 1:
-                    for watcher in watchers():
-                        watcher.before(call, xs, call_site())
-                    wire = wire_of(call.axis)
-                    wire.ahead = True
-                    self.ahead.append((call, _begin(call, xs, wire)))
+                    with told(call, xs, call_site()) if watchers() else nullcontext():
+                        wire = wire_of(call.axis)
+                        wire.ahead = True
+                        self.ahead.append((call, _begin(call, xs, wire)))
         if self.ahead:
             raise _Sending
 

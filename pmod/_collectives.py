@@ -14,7 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from pmod import _groups
-from pmod._ambient import resolve, watchers
+from pmod._ambient import resolve
 from pmod._arguments import (
     accumulate_in,
     check_mean,
@@ -26,7 +26,7 @@ from pmod._arguments import (
     targets_of,
     wrong,
 )
-from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, without_derivative
+from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, without_derivative
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import Tree, map_leaves, together
@@ -486,6 +486,5 @@ def barrier(axis: AxisLike) -> None:
     if torch.compiler.is_compiling():
         raise PmodError(explain("barrier", "it is called in compiled code", "Call it outside the compiled function."))
     bound = resolve(axis, "barrier")
-    for watcher in watchers():
-        watcher.before(Call(_BARRIER, bound, ()), [], origin())
-    wire_of(bound).barrier()
+    with told(Call(_BARRIER, bound, ()), [], origin()):
+        wire_of(bound).barrier()

@@ -463,6 +463,12 @@ class _Checker:
             text = explain("debug", "compiled code is not checked", "Run the eager function under debug.")
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
+    def after(self, call: Call) -> None:
+        pass
+
+    def waited(self, call: Call, seconds: float) -> None:
+        pass
+
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
         if call.axis.size == 1:
             return

@@ -77,13 +77,16 @@ def near_miss(given: object, known: Iterable[str]) -> str:
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
+_STARTING = ("start", "finish", "wait")  # what runs the function that a user starts
+
+
 def call_site() -> tuple[str, str]:
     """The public function that was called, and from where: the innermost line outside pmod and torch."""
     torch = sys.modules.get("torch")
     inside = _HERE if torch is None else (_HERE, os.path.dirname(str(torch.__file__)) + os.sep)
     frame, function = sys._getframe(1), ""
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        if frame.f_code.co_filename.startswith(_HERE):
+        if frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_name not in _STARTING:
             function = frame.f_code.co_name
         frame = frame.f_back
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()

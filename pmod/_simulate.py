@@ -23,7 +23,7 @@ from pmod._autodiff import origin
 from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain
 from pmod._mesh import Axis, make_mesh
 from pmod._topology import Topology
-from pmod._wire import Sent, Wire
+from pmod._wire import Sent, Wire, count_sent
 
 T = TypeVar("T")
 
@@ -155,6 +155,7 @@ class _MemoryWire(Wire):
         return collect
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+        count_sent((sum(send) - send[self.index]) * x.element_size())
         collect = self._exchange([part.clone() for part in x.split(list(send))])
 
         def join() -> Tensor:
@@ -164,6 +165,7 @@ class _MemoryWire(Wire):
         return Sent((), join)
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+        count_sent((self.size - 1) * x.nbytes)
         collect = self._exchange(x.clone())
         return Sent(
             (), lambda: self._fit([part if isinstance(part, Tensor) else None for part in collect()], counts, x.dtype)
@@ -297,6 +299,7 @@ def _settle(world: _World, rank: int, axis_sizes: Mapping[str, int], watching: S
                              launcher="simulate")  # fmt: skip
     here.mesh = None
     here.watchers = list(watching)
+    here.meters = []
 
     def wire(axis: Axis) -> Wire:
         return _MemoryWire(world, rank, axis)

@@ -202,7 +202,7 @@ class Alone(Wire):
 class GroupWire(Wire):
     """A torch process group: gloo for cpu tensors, NCCL for cuda tensors."""
 
-    def __init__(self, size: int, index: int, group: ProcessGroup) -> None:
+    def __init__(self, size: int, index: int, group: ProcessGroup | Any) -> None:
         super().__init__(size, index)
         self.group: Any = group  # its C++ methods have no stubs
 
@@ -284,6 +284,74 @@ class GroupWire(Wire):
         self.group.barrier().wait()
 
 
+class Meter:
+    """Counts the bytes that this process hands over for other ranks (`trace`)."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+
+_meters: list[Meter] = []
+
+
+def meters() -> list[Meter]:
+    """Those of this process; in a simulation those of this rank."""
+    if _groups.simulated is not None and hasattr(_groups.simulated, "meters"):
+        return _groups.simulated.meters
+    return _meters
+
+
+def count_sent(nbytes: int) -> None:
+    """Note bytes that are on their way to other ranks."""
+    for meter in meters():
+        meter.sent += nbytes
+
+
+class _Metered:
+    """A process group whose bytes are counted, call by call.
+
+    Exact for what goes from one rank to another; where a backend chooses the way by itself, the sum of a small tensor
+    on gloo and every sum on NCCL, it is what a ring sends.
+    """
+
+    def __init__(self, group: Any, size: int, index: int) -> None:
+        self._group, self._size, self._index = group, size, index
+
+    def alltoall_base(self, out: Tensor, x: Tensor, recv: Sequence[int], send: Sequence[int]) -> Any:
+        count_sent((sum(send) - send[self._index]) * x.element_size())
+        return self._group.alltoall_base(out, x, recv, send)
+
+    def _allgather_base(self, out: Tensor, x: Tensor) -> Any:
+        count_sent((self._size - 1) * x.nbytes)
+        return self._group._allgather_base(out, x)
+
+    def allgather(self, outs: list[list[Tensor]], xs: list[Tensor]) -> Any:
+        count_sent((self._size - 1) * xs[0].nbytes)
+        return self._group.allgather(outs, xs)
+
+    def _reduce_scatter_base(self, out: Tensor, x: Tensor) -> Any:
+        count_sent((self._size - 1) * x.nbytes // self._size)
+        return self._group._reduce_scatter_base(out, x)
+
+    def allreduce(self, xs: list[Tensor]) -> Any:
+        count_sent(2 * (self._size - 1) * xs[0].nbytes // self._size)
+        return self._group.allreduce(xs)
+
+    def broadcast(self, xs: list[Tensor], options: Any) -> Any:
+        count_sent(xs[0].nbytes if self._index == options.rootRank else 0)
+        return self._group.broadcast(xs, options)
+
+    def send(self, xs: list[Tensor], to: int, tag: int) -> Any:
+        count_sent(xs[0].nbytes)
+        return self._group.send(xs, to, tag)
+
+    def recv(self, xs: list[Tensor], of: int, tag: int) -> Any:
+        return self._group.recv(xs, of, tag)
+
+    def barrier(self) -> Any:
+        return self._group.barrier()
+
+
 TAG = 0x706D  # ours, so that a user's own send on the same group is not taken for one
 
 
@@ -300,4 +368,5 @@ def wire_of(axis: Axis) -> Wire:
         return Alone(1, 0)
     if _groups.simulated is not None and hasattr(_groups.simulated, "wire"):
         return _groups.simulated.wire(axis)
-    return GroupWire(axis.size, axis.index, axis.group)
+    group: Any = axis.group
+    return GroupWire(axis.size, axis.index, _Metered(group, axis.size, axis.index) if meters() else group)

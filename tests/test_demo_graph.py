@@ -23,7 +23,7 @@ import trimesh
 import pmod
 from pmod import _simulate
 from pmod.demo.__main__ import main
-from pmod.demo.graph import command, files, net, parallel, picture, traffic, whole
+from pmod.demo.graph import command, files, net, parallel, picture, whole
 from pmod.demo.graph.options import Options, check_fit, local_sizes, parse
 from pmod.demo.graph.partition import by_coordinates, owners, part_of, partitioner
 from pmod.demo.graph.problems import Elements, conductivity, make_problems
@@ -541,27 +541,6 @@ def test_the_command_from_end_to_end(tmp_path):
     assert sum(check is not None for check in checks) == 2
     assert lines[-1].endswith("picture: pmod-demo-graph.png") and "\033" not in done.stdout
     assert (tmp_path / "pmod-demo-graph.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_is_sent_is_counted():
-    """By a process group that takes note of everything that it is given."""
-
-    class Group:
-        def __getattr__(self, name: str) -> object:
-            return lambda *args: name
-
-    x, total = torch.zeros(12, dtype=torch.float64), traffic.Traffic()
-    group = traffic._Counted(Group(), 3, 1, total)
-    for name, args, nbytes in [
-        ("alltoall_base", (x, x, [4, 4, 4], [1, 9, 2]), 8 * 3),
-        ("send", ([x], 0, 1), 96), ("recv", ([x], 0, 1), 0), ("allgather", ([[x]], [x]), 2 * 96),
-        ("_allgather_base", (x, x), 2 * 96), ("_reduce_scatter_base", (x, x), 64), ("allreduce", ([x],), 128),
-    ]:  # fmt: skip
-        before = total.sent
-        assert getattr(group, name)(*args) == name
-        assert total.sent - before == nbytes, name
-    with pytest.raises(pmod.PmodError, match="what scatter sends is not known"):
-        _ = group.scatter
 
 
 @pytest.mark.parametrize("make", [lambda: plate(60, 0), closed], ids=["flat", "closed"])

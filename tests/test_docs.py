@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import functools
 import importlib
 import inspect
+import io
 import os
 import pkgutil
 import re
@@ -60,18 +62,14 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", sorted({name for name, (kind, _) in BLOCKS.items() if kind == "python"} - RECIPES))
-def test_python_block_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_block_runs(name: str, tmp_path: Path) -> None:
     text = BLOCKS[name][1]
     if name in SCRIPTS:
         script = tmp_path / "script.py"
         script.write_text(text)
         _run([sys.executable, str(script)], tmp_path)
         return
-    before = _ambient.ambient()
-    try:
-        exec(compile(text, f"README:{name}", "exec"), {"__name__": "__main__"})
-    finally:
-        _ambient._put(before)
+    _here(text)
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -79,22 +77,47 @@ MPIRUN = ("mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to
           "--mca", "oob_tcp_if_include", "lo", "-n", "2", sys.executable)  # fmt: skip
 
 
+def _here(text: str) -> str:
+    """What a script prints in this process, which is left as it was."""
+    before, printed = _ambient.ambient(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(text, "README", "exec"), {"__name__": "__main__"})
+    finally:
+        _ambient._put(before)
+        pmod.shutdown()
+    return printed.getvalue()
+
+
+def _printed(text: str, launcher: tuple[str, ...]) -> str:
+    """What a script prints under a launcher, or without one."""
+    if not launcher:
+        return _here(text)
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "train.py"
+        script.write_text(text)
+        return _run([*launcher, str(script)], Path(folder))
+
+
 @functools.cache
 def _loss(name: str, *launcher: str) -> float:
     """What a recipe prints at its end."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "train.py"
-        script.write_text(BLOCKS[name][1])
-        (loss,) = re.findall(r"loss (\S+)", _run([*launcher, str(script)], Path(folder)))
+    (loss,) = re.findall(r"loss (\S+)", _printed(BLOCKS[name][1], launcher))
     return float(loss)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["python", "torchrun"])
 def test_training_recipes_agree(name: str, launcher: tuple[str, ...]) -> None:
-    first = _loss("train-ddp", sys.executable)
+    first = _loss("train-ddp")
     assert first < 2.0, "it does not train"
     assert abs(_loss(name, *launcher) - first) < 1e-5 * first
+
+
+@pytest.mark.skipif(shutil.which("mpirun.openmpi") is None, reason="needs the Debian package openmpi-bin")
+def test_training_recipe_under_mpirun() -> None:
+    alone = _loss("train-pure")
+    assert abs(_loss("train-pure", *MPIRUN) - alone) < 1e-5 * alone
 
 
 def _translations() -> list[str]:
@@ -123,20 +146,12 @@ def test_every_function_is_translated() -> None:
     assert [name for name in TRANSLATED.split() if not re.search(rf"\b{name}\b", left)] == []
 
 
-@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["python", "torchrun"])
-def test_every_translation_runs(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["python", "torchrun"])
+def test_every_translation_runs(launcher: tuple[str, ...]) -> None:
     transform = "torch.testing.assert_close(modes, torch.fft.rfft2(whole).split(pmod.split_sizes(4, n), 1)[index])"
     lines = [BLOCKS["translation-setup"][1], *_translations(), transform, "print('ran')"]
-    script = tmp_path / "translations.py"
-    script.write_text("\n".join(lines))
     assert len(lines) > 30
-    assert set(_run([*launcher, str(script)], tmp_path).split()) == {"ran"}
-
-
-@pytest.mark.skipif(shutil.which("mpirun.openmpi") is None, reason="needs the Debian package openmpi-bin")
-def test_training_recipe_under_mpirun() -> None:
-    alone = _loss("train-pure", sys.executable)
-    assert abs(_loss("train-pure", *MPIRUN) - alone) < 1e-5 * alone
+    assert set(_printed("\n".join(lines), launcher).split()) == {"ran"}
 
 
 def test_shell_blocks_are_what_the_tests_run() -> None:

@@ -15,7 +15,6 @@ from pmod.demo.graph.options import AXES, Options
 from pmod.demo.graph.partition import owners, part_of, partitioner
 from pmod.demo.graph.problems import TOLERANCE, Problems, make_problems
 from pmod.demo.graph.surface import Surface
-from pmod.demo.graph.traffic import counted
 from pmod.demo.training import Run, batches, fit, heading
 
 
@@ -141,17 +140,17 @@ class _Trainer:
         x, u = self._share(torch.arange(self.options.batch))
         held: dict[str, Tensor] = dict(self.model.named_parameters())
         parameters = net.varying(self.model)
-        with counted() as fetched:
+        with pmod.trace() as fetched:
             prediction = net.predict(self.model, parameters, x, self.part, self.plan)
-        with counted() as added:
+        with pmod.trace() as added:
             value = self._mean_square(prediction, u)
-        with counted() as returned:
+        with pmod.trace() as returned:
             partial = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
-        with counted() as reduced:
+        with pmod.trace() as reduced:
             torch.autograd.grad(list(parameters.values()), list(held.values()), partial)
-        bytes_sent = [returned.sent, added.sent, reduced.sent]
+        sent = [t.total_bytes() for t in (fetched, returned, added, reduced)]
         place = [pmod.axis_index(axis) for axis in AXES]
-        row = [*place, len(self.part.owned), len(self.part.ghosts), fetched.sent, *bytes_sent]
+        row = [*place, len(self.part.owned), len(self.part.ghosts), *sent]
         return pmod.all_gather(torch.tensor(row, device=x.device), AXES, tiled=False).tolist()
 
     @torch.no_grad()
