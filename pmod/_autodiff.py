@@ -27,6 +27,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 import attrs
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.autograd.profiler as profiler
 from torch import Tensor
 from torch._library import simple_registry
 from torch._library.effects import EffectType
@@ -172,7 +173,16 @@ def _cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
+    if profiler._is_profiler_enabled:
+        with profiler.record_function(_profiled_as(call)):
+            return _begin(call, xs, wire_of(call.axis)).wait()
     return _begin(call, xs, wire_of(call.axis)).wait()
+
+
+def _profiled_as(call: Call) -> str:
+    """The name under which torch.profiler shows a call."""
+    label = call.axis.label
+    return f"pmod.{call.row.name} ({label if isinstance(label, str) else ', '.join(label)})"
 
 
 # --- the one autograd.Function --------------------------------------------------------------------
@@ -407,7 +417,8 @@ class _Starts(threading.local):
                     with told(call, xs, call_site()) if watchers() else nullcontext():
                         wire = wire_of(call.axis)
                         wire.ahead = True
-                        self.ahead.append((call, _begin(call, xs, wire)))
+                        with profiler.record_function(_profiled_as(call)):
+                            self.ahead.append((call, _begin(call, xs, wire)))
         if self.ahead:
             raise _Sending
 

@@ -186,6 +186,7 @@ def gather_v(
     V -> V. Transpose: scatter_v.
     Shapes: x (..., sizes[i], ...) on rank i -> (..., sum(sizes), ...) on dst, (..., 0, ...) elsewhere. Without sizes
     the ranks exchange them: one small message more, and on cuda a wait for it.
+    All ranks go on alike, also with what is empty: what dst alone makes of it has no second derivative elsewhere.
     Cost: x sent to dst. Raises: ShapeError where sizes[i] is not this rank's length; MismatchError where exchanged
     shapes do not fit; AxisError where dst is no index along the axis.
 

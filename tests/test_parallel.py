@@ -882,3 +882,14 @@ def test_a_gradient_that_is_asked_for_is_this_ranks_own() -> None:
         return [asked.flatten().tolist(), layer.weight.grad.flatten().tolist()]
 
     assert pmod.simulate(run, x=2) == [[[1.0], [3.0]], [[2.0], [3.0]]]
+
+
+@pytest.mark.parametrize("second", [("b", "a"), "a", ("a", "b")])
+def test_ranks_that_are_reduced_over_twice_are_found_in_any_order(second: Any) -> None:
+    def run() -> None:
+        layer = nn.Linear(1, 1)
+        pmod.share_parameters(layer, ("a", "b"))
+        with pytest.raises(pmod.PmodError, match="are reduced over these ranks already"):
+            pmod.share_parameters(layer, second)
+
+    pmod.simulate(run, a=2, b=2)

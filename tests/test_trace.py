@@ -256,3 +256,16 @@ def test_alone() -> None:
     with pmod.set_mesh(pmod.make_mesh(x=1, topology=pmod.Topology(rank=0, world_size=1))), pmod.trace() as t:
         pmod.psum(torch.ones(4), "x")
     assert t.events == [] and t.by_axis() == {} and t.table().startswith("function")
+
+
+def profiled() -> list[str]:
+    x = torch.ones(4, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        pmod.all_gather(x, "x").sum().backward()
+        pmod.start(pmod.psum, x.detach(), ("x",)).wait()
+    return sorted(entry.key for entry in profile.key_averages() if entry.key.startswith("pmod."))
+
+
+def test_the_profiler_shows_collectives_by_name_and_axis() -> None:
+    names = ["pmod.all_gather (x)", "pmod.psum (x)", "pmod.psum_scatter (x)"]
+    assert spmd.launch(profiled, x=2) == [names, names]
