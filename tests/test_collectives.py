@@ -491,7 +491,8 @@ def test_threads(prop: str, case: str) -> None:
         return
     simulated(case, prop, "x", {"x": 1}, turn=ways - 1)
     simulated(case, prop, "x", {"x": 3}, turn=0)
-    simulated(case, prop, "x", pair, ndim=0)
+    if prop in (*EVERYWHERE, "higher", "layouts", "dtypes"):
+        simulated(case, prop, "x", pair, ndim=0)
     if prop in EVERYWHERE:
         for axis, sizes in (("a", grid), ("c,a", cube), ("mesh[a,b]", grid), ("mesh[b]", grid)):
             simulated(case, prop, axis, sizes)
@@ -529,9 +530,12 @@ def test_processes(axis: str, sizes: dict[str, int]) -> None:
     props = EVERYWHERE
     if axis == "x":
         props = [prop for prop in PROPERTIES if prop not in HEAVY or sizes == {"x": 2}]
-    # the ragged forms bind the rows of the others, whose derivatives are looked at here already
-    own = (*EVERYWHERE, "dtypes", "messages", "untouched")
-    pairs = [(prop, case) for prop, case in PAIRS if prop in props and (prop in own or not case.endswith("_v"))]
+    # what more ranks, and ragged forms, which bind the rows of the others, may do otherwise
+    own = (*EVERYWHERE, "dtypes", "messages", "untouched", "layouts")
+    few = sizes == {"x": 2}
+    pairs = [
+        (prop, case) for prop, case in PAIRS if prop in props and (prop in own or (few and not case.endswith("_v")))
+    ]
     results = spmd.launch(many_on_rank, pairs, axis, axis == "x", timeout=300, **sizes)
     for (prop, case), of_ranks in zip(pairs, zip(*results, strict=True), strict=True):
         for of_draw in zip(*of_ranks, strict=True):
