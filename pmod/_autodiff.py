@@ -35,7 +35,7 @@ from torch._library.effects import EffectType
 from pmod._ambient import Watcher, ambient, under, watchers
 from pmod._errors import ArgumentError, PmodError, call_site, explain
 from pmod._inductor import keep_order
-from pmod._mesh import Axis
+from pmod._mesh import Axis, named
 from pmod._wire import Sent, ShapesOnly, Wire, wire_of
 
 Kind: TypeAlias = Literal["V", "I"]
@@ -181,8 +181,7 @@ def _run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
 
 def _profiled_as(call: Call) -> str:
     """The name under which torch.profiler shows a call."""
-    label = call.axis.label
-    return f"pmod.{call.row.name} ({label if isinstance(label, str) else ', '.join(label)})"
+    return f"pmod.{call.row.name} ({named(call.axis.label)})"
 
 
 # --- the one autograd.Function --------------------------------------------------------------------
@@ -299,6 +298,11 @@ Origin: TypeAlias = tuple[str, str]
 BACKWARD = "the backward of "
 
 
+def backward_of(forward: Origin) -> Origin:
+    """The origin of a call's transpose, and of that one's."""
+    return BACKWARD + forward[0].removeprefix(BACKWARD), forward[1]
+
+
 class _Watched(threading.local):
     """The call that this thread binds, while somebody watches: its derivatives have the same origin."""
 
@@ -338,7 +342,7 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
 
 
 def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
-    of = call_site() if forward is None else (BACKWARD + forward[0].removeprefix(BACKWARD), forward[1])
+    of = call_site() if forward is None else backward_of(forward)
     with on_behalf_of(of):
         if _starts.active and not call.row.local:  # what a started function sends ahead is seen where it is sent
             began = perf_counter()

@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pmod import _groups
 from pmod._ambient import Watcher, ambient, resolve, watchers
 from pmod._arguments import wrong
-from pmod._autodiff import BACKWARD, Call, Origin, on_behalf_of
+from pmod._autodiff import BACKWARD, Call, Origin, backward_of, on_behalf_of
 from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, call_site, coordinates, explain
 from pmod._lineage import Found, calls_in, lineage, name_of
 from pmod._mesh import Axis, AxisLike
@@ -264,11 +264,10 @@ def _compare(call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin,
 def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
     """What each rank sends to another must be what that one expects."""
     axis = call.axis
-    found = lengths_exchanged(call.params, x.shape[call.params[0]], axis.size)
+    found = lengths_exchanged(call.params, x.shape[call.params[0]], axis)
     if found is None:
         return
     sent, expected = found
-    expected = expected or (sent[axis.index],) * axis.size
     rows = _gathered([*sent, *expected], axis, origin)
     n = axis.size
     wrong_pairs = [(i, j) for i in range(n) for j in range(n) if rows[i][j] != rows[j][n + i]]
@@ -422,8 +421,7 @@ def _check_root(root: Tensor, inputs: Sequence[Tensor] | None) -> None:
         found = lineage(root, axis)
         asked = [(leaf, line) for leaf, line in found.leaves if _is_asked_for(leaf, inputs)]
         # a rank whose loss has lost this call does not come
-        of = BACKWARD + forward[0].removeprefix(BACKWARD), forward[1]
-        rows = _gathered([found.varying, _bits([root])], axis, of)
+        rows = _gathered([found.varying, _bits([root])], axis, backward_of(forward))
         if not all(row[0] for row in rows):
             continue
         _check_lineage([Found(asked, found.invariant, found.varying)], axis, origin)

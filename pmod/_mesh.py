@@ -93,6 +93,11 @@ class Axis:
         return found
 
 
+def named(label: str | tuple[str, ...]) -> str:
+    """An axis or a tuple of axes, in a word."""
+    return label if isinstance(label, str) else ", ".join(label)
+
+
 # The axes that were bound in this process, by key: a memo for compiled code, whose calls name an axis by its key.
 _axes: dict[str, Axis] = {}
 

@@ -243,8 +243,8 @@ def _check_not_reduced(module: nn.Module, function: str, axis: Axis) -> None:
                 continue
             name, other = type(inner).__name__, owner._axis
             # axes of one rank are all over the same ranks; axes of one mesh that cross share this rank only
-            same = other.label == axis.label if axis.size == other.size == 1 else False
-            if same or len(set(other.ranks) & set(axis.ranks)) > 1:
+            alone = axis.size == other.size == 1 and other.label == axis.label
+            if alone or len(set(other.ranks) & set(axis.ranks)) > 1:
                 given = f"the gradients of {name} are reduced over these ranks already"
                 raise wrong(PmodError, function, axis, given, "A second reduction would count them n times.")
             if function == "data_parallel" and isinstance(owner, _Reducer) and axis.size > 1:

@@ -89,9 +89,8 @@ def _told(
 
 def _leaves(tree: Any, dim: int, function: str, axis: Axis) -> list[tuple[Tensor, int]]:
     """The leaves with their dim counted from the end."""
-    leaves: list[Any] = [tree] if isinstance(tree, Tensor) else []
-    if not leaves:
-        flatten(tree, function, axis, leaves)
+    leaves: list[Any] = []
+    flatten(tree, function, axis, leaves)
     for x in leaves:
         check_tensor(x, function, axis)
     return [(x, dim_from_end(dim, x, function, axis)) for x in leaves]
@@ -99,8 +98,8 @@ def _leaves(tree: Any, dim: int, function: str, axis: Axis) -> list[tuple[Tensor
 
 def _sizes_of_leaves(
     tree: Any, dim: int, sizes: Sequence[int] | None, function: str, axis: Axis
-) -> Iterator[Sizes]:
-    """The sizes for every leaf: those given, or what the ranks hold."""
+) -> Iterator[tuple[int, Sizes]]:
+    """The dim and the sizes of every leaf: those given, or what the ranks hold."""
     leaves = _leaves(tree, dim, function, axis)
     if sizes is not None:
         given = check_sizes(sizes, function, axis)
@@ -108,13 +107,13 @@ def _sizes_of_leaves(
             fitting = (*given[: axis.index], int(x.shape[at]), *given[axis.index + 1 :])
             right = f"Pass sizes={fitting}, or leave sizes out to exchange them."
             check_own_size(x, at, given, function, axis, right)
-        return iter([given] * len(leaves))
+        return iter([(at, given) for _, at in leaves])
     if not leaves:
         return iter(())
     lengths = [int(x.shape[at]) for x, at in leaves]
     fits = ", ".join(_others(x, at) for x, at in leaves)
     held = _told([lengths] * axis.size, fits, leaves[0][0].device, function, axis)
-    return zip(*held, strict=True)
+    return zip([at for _, at in leaves], zip(*held, strict=True), strict=True)
 
 
 # --- all_gather_v <-> psum_scatter_v --------------------------------------------------------------
@@ -144,7 +143,7 @@ def all_gather_v(
     held = _sizes_of_leaves(x, dim, sizes, "all_gather_v", bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
-        return x, (dim_from_end(dim, x, "all_gather_v", bound), next(held), asked)
+        return x, (*next(held), asked)
 
     return each(ALL_GATHER, x, bound, "all_gather_v", prepare)
 
@@ -198,7 +197,7 @@ def gather_v(
     held = _sizes_of_leaves(x, dim, sizes, "gather_v", bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
-        return x, (dim_from_end(dim, x, "gather_v", bound), next(held), root)
+        return x, (*next(held), root)
 
     return each(GATHER, x, bound, "gather_v", prepare)
 

@@ -350,13 +350,13 @@ def _but_for_sizes(params: Params, shape: tuple[int, ...]) -> tuple[Params, tupl
     return (split_dim, concat_dim, split_sizes_ is None, concat_sizes is None), shape
 
 
-def lengths_exchanged(params: Params, length: int, n: int) -> tuple[Sequence[int], Sequence[int]] | None:
+def lengths_exchanged(params: Params, length: int, axis: Axis) -> tuple[Sequence[int], Sequence[int]] | None:
     """What a rank sends to each and expects of each along one dim; None where all ranks have the same sizes."""
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     if split_dim != concat_dim or (split_sizes_ is None and concat_sizes is None):
         return None
-    sent = split_sizes_ or (length // n,) * n
-    return sent, concat_sizes or ()
+    sent = split_sizes_ or (length // axis.size,) * axis.size
+    return sent, concat_sizes or (sent[axis.index],) * axis.size
 
 
 ALL_TO_ALL = Row("all_to_all", V, V, _send_all_to_all, flip=_swap, agreed=_but_for_sizes)

@@ -22,6 +22,7 @@ from pmod._ambient import ambient, watchers
 from pmod._autodiff import BACKWARD, Call, Origin
 from pmod._collectives import barrier
 from pmod._errors import ArgumentError, explain
+from pmod._mesh import named
 from pmod._ragged import all_gather_v
 from pmod._wire import Meter, meters
 
@@ -186,8 +187,7 @@ class trace:  # lower case: it reads as the function it is called as
         """One per function, axis and line, in the order of their first call; and what they come to."""
         sums: dict[tuple[str, str, str, str], list[float]] = {}
         for event in self.events:
-            axis = event.axis if isinstance(event.axis, str) else ", ".join(event.axis)
-            entry = sums.setdefault((event.function, axis, event.module, event.site), [0, 0, 0.0])
+            entry = sums.setdefault((event.function, named(event.axis), event.module, event.site), [0, 0, 0.0])
             entry[0] += 1
             entry[1] += event.nbytes
             entry[2] += event.seconds
@@ -275,7 +275,7 @@ def _bytes(count: float) -> str:
 
 def _entry(event: Event, offset: float) -> dict[str, Any]:
     """A complete event of Chrome's format; times in us. offset: of the trace's beginning on the common clock."""
-    axis = event.axis if isinstance(event.axis, str) else ", ".join(event.axis)
+    axis = named(event.axis)
     return {
         "name": f"{event.function} ({axis})", "ph": "X", "pid": event.rank, "tid": axis,
         "ts": 1e6 * (event.start + offset), "dur": 1e6 * event.seconds,

@@ -359,6 +359,10 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, what, why, capsys):
     ],
 )
 def test_a_command_line_that_is_wrong_says_what_is(arguments, message, capsys):
+    check_refused(parse, arguments, message, capsys)
+
+
+def check_refused(parse, arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
         parse(arguments.split())
     assert left.value.code == 2

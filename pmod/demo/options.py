@@ -84,22 +84,14 @@ def check_folder(output: Path, parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pmod.demo",
-        description="Train a Fourier neural operator for 2-D Darcy flow over a mesh data x space, then the same model\n"
+    usual = Options()
+    parser = parser_of_job(
+        "python -m pmod.demo",
+        "Train a Fourier neural operator for 2-D Darcy flow over a mesh data x space, then the same model\n"
         "in one process, and compare. Without a launcher it starts its own ranks on this machine.\n\n"
         "The job of `python -m pmod.demo graph` is a message-passing network on an unstructured triangle mesh.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given is left to the defaults of Options
-        allow_abbrev=False,
-    )
-    usual = Options()
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--mesh", type=axis_sizes(AXES), metavar="data=D,space=S", help="the axes; by default all ranks on space"
-    )
-    where.add_argument("--output", type=Path, metavar="FILE", help=f"the picture to write ({usual.output})")
+        _EXAMPLES, AXES, usual.output,
+    )  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, metavar="FILE", help="train on a file in the format of darcy_train_16.pt")
     data.add_argument("--test-data", type=Path, metavar="FILE", help="test on such a file")
@@ -123,6 +115,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _MADE = {"train": 1000, "test": 100}
+
+
+def parser_of_job(
+    command: str, what: str, examples: str, axes: tuple[str, str], output: Path
+) -> argparse.ArgumentParser:
+    """The parser of a job's command, with the options that say where: the mesh of ranks, and the picture."""
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=what,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given is left to the defaults of Options
+        allow_abbrev=False,
+    )
+    sizes = ",".join(f"{name}={name[0].upper()}" for name in axes)
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--mesh", type=axis_sizes(axes), metavar=sizes, help=f"the axes; by default all ranks on {axes[1]}"
+    )
+    where.add_argument("--output", type=Path, metavar="FILE", help=f"the picture to write ({output})")
+    return parser
 
 
 def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
@@ -199,12 +212,19 @@ def check_fit(options: Options, train: Sequence[int], test: Sequence[int], axis_
          f"Pass --mesh space={modes} or less, or more --modes."),
         (batch <= 2 * train[0], f"a batch of {batch} is more than {train[0]} problems and their mirror images",
          f"Pass --batch {2 * train[0]} or less."),
-        (batch % data == 0, f"a batch of {batch} does not divide by data={data}",
-         f"Pass a --batch that is a multiple of {data}."),
-        (data <= test[0], f"{data} ranks cannot share {test[0]} problems to test on",
-         f"Pass --mesh data={test[0]} or less, or more --test problems."),
+        *rules_of_sharing(batch, test[0], data),
     ]  # fmt: skip
     check_rules(rules)
+
+
+def rules_of_sharing(batch: int, test: int, data: int) -> list[tuple[bool, str, str]]:
+    """What lets the ranks of an axis share a batch and the problems to test on."""
+    return [
+        (batch % data == 0, f"a batch of {batch} does not divide by data={data}",
+         f"Pass a --batch that is a multiple of {data}."),
+        (data <= test, f"{data} ranks cannot share {test} problems to test on",
+         f"Pass --mesh data={test} or less, or more --test problems."),
+    ]  # fmt: skip
 
 
 def check_rules(rules: Sequence[tuple[bool, str, str]]) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import attrs
 import torch
 
-from pmod.demo.options import axis_sizes, check_folder, check_rules, number, on_this_machine, usual_ranks
+from pmod.demo.options import (
+    check_folder,
+    check_rules,
+    number,
+    on_this_machine,
+    parser_of_job,
+    rules_of_sharing,
+    usual_ranks,
+)
 
 AXES = ("data", "graph")
 
@@ -68,22 +76,14 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pmod.demo graph",
-        description="Train a message-passing network to solve steady diffusion on an unstructured triangle mesh, over\n"
+    usual = Options()
+    parser = parser_of_job(
+        "python -m pmod.demo graph",
+        "Train a message-passing network to solve steady diffusion on an unstructured triangle mesh, over\n"
         "a mesh of ranks data x graph: the nodes are spread over graph, the problems over data. Loss and gradients\n"
         "are compared with one process that holds the whole mesh. Without a launcher it starts its own ranks.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given is left to the defaults of Options
-        allow_abbrev=False,
-    )
-    usual = Options()
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--mesh", type=axis_sizes(AXES), metavar="data=D,graph=G", help="the axes; by default all ranks on graph"
-    )
-    where.add_argument("--output", type=Path, metavar="FILE", help=f"the picture to write ({usual.output})")
+        _EXAMPLES, AXES, usual.output,
+    )  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument("--mesh-file", type=Path, metavar="FILE", help="a mesh: .obj, .ply, .stl, .glb, .vtk, .msh, ...")
     number(data, "--nodes", f"of the mesh that is made, about ({usual.nodes})", least=50)
@@ -109,11 +109,8 @@ def local_sizes(options: Options) -> dict[str, int]:
 
 def check_fit(options: Options, sizes: Mapping[str, int]) -> None:
     """Raise PmodError where the problems and the mesh of ranks do not fit."""
-    data, batch, train, test = sizes["data"], options.batch, options.train, options.test
+    batch, train = options.batch, options.train
     check_rules([
         (batch <= train, f"a batch of {batch} is more than {train} problems", f"Pass --batch {train} or less."),
-        (batch % data == 0, f"a batch of {batch} does not divide by data={data}",
-         f"Pass a --batch that is a multiple of {data}."),
-        (data <= test, f"{data} ranks cannot share {test} problems to test on",
-         f"Pass --mesh data={test} or less, or more --test problems."),
+        *rules_of_sharing(batch, options.test, sizes["data"]),
     ])  # fmt: skip
