@@ -561,3 +561,9 @@ def test_nan_and_infinity_come_through():
     odd = torch.tensor([math.nan, math.inf, -0.0, 1e-45])
     for found in pmod.simulate(lambda: pmod.all_gather(odd, "r"), r=2):
         assert found.view(torch.int32).tolist() == odd.view(torch.int32).tolist() * 2
+
+
+def test_inside_a_forward_mode_level_it_is_refused():
+    with forward_ad.dual_level(), pytest.raises(pmod.PmodError, match="it is called inside a transform"):
+        pmod.simulate(index, r=2)
+    assert pmod.simulate(lambda: pmod.psum(1, "r"), r=2) == [2, 2]
