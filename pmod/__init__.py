@@ -40,6 +40,8 @@ from pmod._errors import NoMeshError as NoMeshError
 from pmod._errors import PmodError as PmodError
 from pmod._errors import ShapeError as ShapeError
 from pmod._errors import TopologyError as TopologyError
+from pmod._estimate import estimate as estimate
+from pmod._explain import explain as explain
 from pmod._groups import shutdown as shutdown
 from pmod._launch import launch as launch
 from pmod._mesh import Mesh as Mesh

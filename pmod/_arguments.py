@@ -37,7 +37,7 @@ def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> No
     if x.layout is not torch.strided:
         right = f"Pass a dense tensor, {name}.to_dense()."
         raise wrong(ArgumentError, function, axis, f"{name} has layout {x.layout}", right)
-    if not x.is_cpu and x.device != _groups.here().device:
+    if not x.is_cpu and x.device != _groups.here().device and not _groups.alone():
         here = _groups.here().device
         raise wrong(
             ArgumentError,

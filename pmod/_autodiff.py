@@ -19,7 +19,7 @@ import ast
 import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from time import perf_counter
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
@@ -58,6 +58,7 @@ class Row:
     fused: bool = False  # elementwise: many tensors of one dtype and device travel as one message
     local: bool = False  # nothing moves, and no layout has to be agreed on
     alone: bool = True  # on an axis of one rank it is the identity
+    why: str = ""  # it is called in a backward, as the transpose of another
     # of parameters and shape, what is the same on all ranks, where that is not all of it
     agreed: Callable[[Params, tuple[int, ...]], tuple[Params, tuple[int, ...]]] | None = None
 
@@ -291,6 +292,8 @@ torch.library.register_vmap("pmod::linear", _operator_vmap, lib=_library)
 # --- bind -----------------------------------------------------------------------------------------
 
 
+T = TypeVar("T")
+
 Origin: TypeAlias = tuple[str, str]
 """The public function that made a call, and the user's line."""
 
@@ -327,6 +330,14 @@ def origin() -> Origin:
     return _watched.origin or call_site()
 
 
+def called_as(function: str, f: Callable[..., T], *args: Any) -> T:
+    """f(*args), called in a hook: who watches sees what it sends as this function's, at the user's line."""
+    if torch.compiler.is_compiling() or not watchers():
+        return f(*args)
+    with on_behalf_of((function, call_site()[1])):
+        return f(*args)
+
+
 def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequence[Tensor]:
     """Run a call on tensors of one dtype and device; the results carry their derivative.
 
@@ -342,9 +353,12 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
 
 
 def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
-    of = call_site() if forward is None else backward_of(forward)
+    of = origin() if forward is None else backward_of(forward)
+    second = _starts.active and not call.row.local  # run of a started function: who sent ahead is who called
+    if second and _starts.ahead:
+        of = _starts.ahead[0].origin
     with on_behalf_of(of):
-        if _starts.active and not call.row.local:  # what a started function sends ahead is seen where it is sent
+        if second:
             began = perf_counter()
             result = _bind(call, xs)
             for watcher in watchers():
@@ -397,11 +411,16 @@ def _plain(xs: list[Tensor]) -> bool:
 
 # --- start ----------------------------------------------------------------------------------------
 
-T = TypeVar("T")
-
-
 class _Sending(BaseException):
     """The first messages of a started function are under way: leave it, it is run again when they are waited for."""
+
+
+class _Ahead(NamedTuple):
+    """A message that was sent before anybody waits for it."""
+
+    call: Call
+    sent: Sent
+    origin: Origin
 
 
 class _Starts(threading.local):
@@ -410,7 +429,7 @@ class _Starts(threading.local):
     def __init__(self) -> None:
         self.active = False
         self.sending = False
-        self.ahead: list[tuple[Call, Sent]] = []
+        self.ahead: list[_Ahead] = []
         self.answers: list[Any] = []
 
     def send(self, calls: Sequence[tuple[Call, list[Tensor]]]) -> None:
@@ -418,11 +437,12 @@ class _Starts(threading.local):
         with torch.no_grad():
             for call, xs in calls:
                 if not call.row.local and call.axis.size > 1:
-                    with told(call, xs, call_site()) if watchers() else nullcontext():
+                    of = origin() if watchers() else ("", "")
+                    with told(call, xs, of):
                         wire = wire_of(call.axis)
                         wire.ahead = True
                         with profiler.record_function(_profiled_as(call)):
-                            self.ahead.append((call, _begin(call, xs, wire)))
+                            self.ahead.append(_Ahead(call, _begin(call, xs, wire), of))
         if self.ahead:
             raise _Sending
 
@@ -430,9 +450,9 @@ class _Starts(threading.local):
         """In the second run: what brings the result of a call that was sent ahead."""
         if call.row.local or not self.ahead:
             return None
-        call_ahead, sent = self.ahead.pop(0)
-        assert call_ahead == call, "a started function made another call when it was run again"
-        return lambda _: sent.wait()
+        ahead = self.ahead.pop(0)
+        assert ahead.call == call, "a started function made another call when it was run again"
+        return lambda _: ahead.sent.wait()
 
 
 _starts = _Starts()
@@ -495,7 +515,7 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
     if _starts.active:
         raise PmodError(explain("start", f"{name} calls start itself", "Start the functions one by one."))
     mesh, grad = ambient(), torch.is_grad_enabled()
-    tensors = [x for x in _tensors((args, kwargs)) if not x.is_inference()]
+    tensors = [x for x in tensors_in((args, kwargs)) if not x.is_inference()]
     versions = [x._version for x in tensors]
     _starts.active = _starts.sending = True
     try:
@@ -523,8 +543,9 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
     return Pending(finish, name)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in dicts, lists and tuples."""
     if isinstance(tree, Tensor):
         return [tree]
     branches: Any = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return [x for branch in branches for x in _tensors(branch)]
+    return [x for branch in branches for x in tensors_in(branch)]

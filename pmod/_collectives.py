@@ -50,8 +50,14 @@ def _send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
 
 # a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is rounded
 PSUM, PVARY = pair(
-    Row("psum", V, I, _send_psum, fused=True),
-    Row("pvary", I, V, _send_pvary, local=True),
+    Row(
+        "psum", V, I, _send_psum, fused=True,
+        why="every rank used the one value in its own way: its gradient is the sum of theirs",
+    ),
+    Row(
+        "pvary", I, V, _send_pvary, local=True,
+        why="the result is one value, whose gradient is on every rank already",
+    ),
 )
 
 
@@ -298,8 +304,14 @@ def _send_place(x: Tensor, wire: Wire, params: Params) -> Tensor:
 
 
 PICK, PLACE = pair(
-    Row("pick", V, I, _send_broadcast, fused=True),
-    Row("place", I, V, _send_place, local=True),
+    Row(
+        "pick", V, I, _send_broadcast, fused=True,
+        why="one rank used the value: all others get the gradient from there",
+    ),
+    Row(
+        "place", I, V, _send_place, local=True,
+        why="the value came from one rank: the gradient goes to it alone",
+    ),
 )
 
 
@@ -339,8 +351,14 @@ def _send_reduce(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 
 BROADCAST, REDUCE = pair(
-    Row("broadcast", V, V, _send_broadcast, fused=True),
-    Row("reduce", V, V, _send_reduce, fused=True),
+    Row(
+        "broadcast", V, V, _send_broadcast, fused=True,
+        why="the sum stands on one rank: what flows back to it is every summand's gradient",
+    ),
+    Row(
+        "reduce", V, V, _send_reduce, fused=True,
+        why="every rank used the one rank's value: what they send back adds up there",
+    ),
 )
 
 
@@ -389,7 +407,10 @@ def _inverse(params: Params) -> Params:
     return (tuple(targets.index(rank) if rank in targets else -1 for rank in range(len(targets))),)
 
 
-PERMUTE = Row("permute", V, V, _send_permute, flip=_inverse, fused=True, alone=False)
+PERMUTE = Row(
+    "permute", V, V, _send_permute, flip=_inverse, fused=True, alone=False,
+    why="each value's gradient goes back to the rank that it came from",
+)  # fmt: skip
 pair(PERMUTE, PERMUTE)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import linecache
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import islice
+from types import FrameType
 
 
 class PmodError(Exception):
@@ -80,14 +83,35 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _STARTING = ("start", "finish", "wait")  # what runs the function that a user starts
 
 
-def call_site() -> tuple[str, str]:
-    """The public function that was called, and from where: the innermost line outside pmod and torch."""
+def _outside() -> tuple[str, FrameType]:
+    """The public function that was called, and the innermost frame outside pmod and torch."""
     torch = sys.modules.get("torch")
-    inside = _HERE if torch is None else (_HERE, os.path.dirname(str(torch.__file__)) + os.sep)
-    frame, function = sys._getframe(1), ""
+    inside = (_HERE, contextlib.__file__)
+    if torch is not None:
+        inside += (os.path.dirname(str(torch.__file__)) + os.sep,)
+    frame, function = sys._getframe(2), ""
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         if frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_name not in _STARTING:
             function = frame.f_code.co_name
         frame = frame.f_back
+    return function, frame
+
+
+def call_site() -> tuple[str, str]:
+    """The public function that was called, and from where: the innermost line outside pmod and torch."""
+    function, frame = _outside()
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     return function, f"{frame.f_code.co_filename}:{frame.f_lineno}" + (f": {line}" if line else "")
+
+
+def call_source() -> str:
+    """The text of the call in the user's code that led here, "" where its source is not at hand."""
+    frame = _outside()[1]
+    position = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), (None,) * 4)
+    first, last, start, end = position
+    if first is None or last is None or start is None or end is None:
+        return ""
+    lines = [linecache.getline(frame.f_code.co_filename, number).encode() for number in range(first, last + 1)]
+    lines[-1] = lines[-1][:end]
+    lines[0] = lines[0][start:]
+    return b"".join(lines).decode()

@@ -55,13 +55,37 @@ _stores: dict[tuple[str, int], tuple[Store, int]] = {}
 # Where `launch` put this process, which no environment variable says.
 launched: Topology | None = None
 
-# The per-thread world of a running simulation (attributes: topology, mesh, wire), or None: one look-up when off.
-simulated: threading.local | None = None
+# The world of a running simulation, one per thread, or of an estimate (attributes: topology, mesh, wire, watchers,
+# meters; of an estimate: alone), or None: one look-up when off.
+simulated: Any = None
+_simulating = threading.Lock()
+
+
+@contextlib.contextmanager
+def instead_of_processes(world: Any) -> Generator[None]:
+    """While it lasts, `world` stands for what this process has connected; one at a time."""
+    global simulated
+    with _simulating:
+        simulated = world
+        try:
+            yield
+        finally:
+            simulated = None
+
+
+def in_simulation() -> bool:
+    """Whether this thread is a rank of a simulation or of an estimate."""
+    return simulated is not None and hasattr(simulated, "topology")
+
+
+def alone() -> bool:
+    """Whether the other ranks do not exist: in an estimate."""
+    return in_simulation() and hasattr(simulated, "alone")
 
 
 def here() -> Topology:
     """The topology of this process (of this thread in a simulation): of what it has connected, else detected."""
-    if simulated is not None and hasattr(simulated, "topology"):
+    if in_simulation():
         return simulated.topology
     if _state.topology is not None and _state.world is not None and _state.world is dist.group.WORLD:
         return _state.topology
@@ -177,7 +201,7 @@ def _lazy_gloo() -> Generator[None]:
 
 def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float) -> dist.ProcessGroup:
     """The process group over `ranks()` in this order; `key` names the same ranks in the same order."""
-    if simulated is not None and hasattr(simulated, "topology"):
+    if in_simulation():
         raise PmodError(explain("Mesh.group", "a simulated rank has no process group", "Use pmod's own functions."))
     found = _state.groups.get(key)
     if found is not None and _state.world is dist.group.WORLD and _same_place(topology):

@@ -56,6 +56,11 @@ def lineage(x: Tensor, axis: Axis) -> Found:
     return Found(list(leaves.values()), list(invariant.values()), varying)
 
 
+def leaves_of(x: Tensor) -> list[Tensor]:
+    """The leaves that backward from x comes to."""
+    return [node.variable for node, _ in _nodes(x) if hasattr(node, "variable")]
+
+
 def _is_call(node: Any) -> bool:
     return isinstance(getattr(node, "call", None), Call)
 

@@ -583,7 +583,7 @@ def make_mesh(
         stride *= size
     mesh = Mesh(tuple(sizes), tuple(factors), offset, base, place, seconds)
     _warn_of_straddling(mesh)
-    if not by_hand and place.world_size > 1 and place.launcher != "simulate":
+    if not by_hand and place.world_size > 1 and not _groups.in_simulation():
         _groups.connect(place, seconds)
     return mesh
 
@@ -592,7 +592,7 @@ def _world_topology() -> Topology:
     """What the launcher says, or what torch.distributed was initialized with (some launchers say nothing else)."""
     import torch.distributed as dist
 
-    if _groups.here().launcher in ("launch", "simulate"):  # no environment variable says what these started
+    if _groups.in_simulation() or _groups.here().launcher == "launch":  # no variable says what these started
         return _groups.here()
     if not (dist.is_available() and dist.is_initialized()):
         return Topology.detect()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pmod._ambient import resolve
 from pmod._arguments import check_root, check_tensor, wrong
-from pmod._autodiff import Pending, start
+from pmod._autodiff import Pending, called_as, start
 from pmod._collectives import PSUM, PVARY, differentiated, pick
 from pmod._errors import ArgumentError, PmodError
 from pmod._mesh import Axis, AxisLike
@@ -137,7 +137,7 @@ class SharedParameters:
         self._link = list(smallest.values())
 
     def _pvary(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        varying = together(PVARY, list(parameters), self._axis, (1, None))
+        varying = called_as("share_parameters", together, PVARY, list(parameters), self._axis, (1, None))
         if self._reduce == "sum":
             return varying
         # the same value; of its derivative the n-th part
@@ -343,7 +343,7 @@ class _Reducer:
             used = torch.tensor([id(p) in bucket.ready for p in bucket.parameters], device=first.device)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in bucket.parameters]
             with torch.no_grad():
-                bucket.sent = start(self._mean, [*gradients, used.to(first.dtype)])
+                bucket.sent = called_as("data_parallel", start, self._mean, [*gradients, used.to(first.dtype)])
 
     def _mean(self, gradients: list[Tensor]) -> list[Tensor]:
         return together(PSUM, gradients, self._axis, (self._axis.size, None))

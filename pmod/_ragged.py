@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from pmod import _groups
 from pmod._ambient import resolve
 from pmod._arguments import (
     accumulate_in,
@@ -26,7 +27,7 @@ from pmod._arguments import (
     dim_from_end,
     wrong,
 )
-from pmod._autodiff import Params, memory_format, once
+from pmod._autodiff import Call, Params, memory_format, once, origin, told
 from pmod._errors import ArgumentError, AxisError, MismatchError, ShapeError
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import Tree, each, flatten
@@ -51,12 +52,15 @@ def _swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis)
     if axis.size == 1:
         return [list(row) for row in numbers]
     width = len(numbers[0])
+    if device.type == "meta":
+        device = _groups.number_device()
 
     def send() -> list[list[int]]:
         counts = [width] * axis.size
         with torch._C._DisableFuncTorch(), torch.no_grad():  # type: ignore[attr-defined] # plain numbers, in any transform
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
-            return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
+            with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
+                return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
 
     return once(send)
 
@@ -67,7 +71,7 @@ def _others(x: Tensor, at: int) -> str:
     return f"({', '.join(shape)}) {str(x.dtype).removeprefix('torch.')}"
 
 
-def _told(
+def _swapped_alike(
     numbers: Sequence[Sequence[int]], fits: str, device: torch.device, function: str, axis: Axis
 ) -> list[list[int]]:
     """`_swapped`, where all ranks must hold what `fits` says."""
@@ -112,7 +116,7 @@ def _sizes_of_leaves(
         return iter(())
     lengths = [int(x.shape[at]) for x, at in leaves]
     fits = ", ".join(_others(x, at) for x, at in leaves)
-    held = _told([lengths] * axis.size, fits, leaves[0][0].device, function, axis)
+    held = _swapped_alike([lengths] * axis.size, fits, leaves[0][0].device, function, axis)
     return zip([at for _, at in leaves], zip(*held, strict=True), strict=True)
 
 
@@ -270,8 +274,8 @@ def _received(
         if not leaves:
             return sent
         fits = ", ".join(_others(x, at) for x, at in leaves)
-        told = _told([[size] for size in sent], fits, leaves[0][0].device, function, axis)
-        return tuple(size for (size,) in told)
+        answers = _swapped_alike([[size] for size in sent], fits, leaves[0][0].device, function, axis)
+        return tuple(size for (size,) in answers)
     received = check_sizes(recv_sizes, function, axis, name="recv_sizes")
     if received[axis.index] != sent[axis.index]:
         given = f"recv_sizes[{axis.index}] is {received[axis.index]} but this rank sends itself {sent[axis.index]}"
@@ -317,8 +321,7 @@ def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
     bounds = _bounds(rows)
     if bounds[0] < 0:
         raise wrong(ShapeError, "exchange_plan", bound, f"indices hold {bounds[0]}", "Rows count from 0.")
-    told = _swapped([[size] for size in sent], rows.device, bound)
-    received = tuple(size for (size,) in told)
+    received = tuple(size for (size,) in _swapped([[size] for size in sent], rows.device, bound))
     return ExchangePlan(sent, received, rows.detach().clone(), bounds, _place(bound))
 
 

@@ -23,7 +23,7 @@ from pmod._autodiff import origin
 from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain
 from pmod._mesh import Axis, make_mesh
 from pmod._topology import Topology
-from pmod._wire import Sent, Wire, count_sent
+from pmod._wire import Sent, Wire, count_bytes, count_parts
 
 T = TypeVar("T")
 
@@ -155,7 +155,7 @@ class _MemoryWire(Wire):
         return collect
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
-        count_sent((sum(send) - send[self.index]) * x.element_size())
+        count_parts(send, recv, self.index, x.element_size())
         collect = self._exchange([part.clone() for part in x.split(list(send))])
 
         def join() -> Tensor:
@@ -165,7 +165,7 @@ class _MemoryWire(Wire):
         return Sent((), join)
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
-        count_sent((self.size - 1) * x.nbytes)
+        count_bytes((self.size - 1) * x.nbytes, (sum(counts) - x.numel()) * x.element_size(), self.size - 1)
         collect = self._exchange(x.clone())
         return Sent(
             (), lambda: self._fit([part if isinstance(part, Tensor) else None for part in collect()], counts, x.dtype)
@@ -220,7 +220,13 @@ def _forward_mode_held_open() -> Generator[None]:
             eager_transforms.JVP_NESTING = nesting
 
 
-_one_at_a_time = threading.Lock()
+def check_axis_sizes(sizes: Mapping[str, int], function: str, example: str) -> None:
+    """There are axes, and their sizes are known."""
+    if not sizes:
+        raise AxisError(explain(function, "no axis size is given", f"Name the axes: {example}."))
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise AxisError(explain(function, f"{name}={size!r} is no size", "Sizes are ints of 1 or more."))
 
 
 def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
@@ -236,16 +242,12 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
     >>> pmod.simulate(lambda x: x * pmod.axis_index("model"), 10, model=3)
     [0, 10, 20]
     """
-    if not axis_sizes:
-        raise AxisError(explain("simulate", "no axis size is given", "Name the axes: simulate(fn, data=2, model=2)."))
-    for name, size in axis_sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise AxisError(explain("simulate", f"{name}={size!r} is no size", "Sizes are ints of 1 or more."))
-    if _groups.simulated is not None and hasattr(_groups.simulated, "topology"):
+    check_axis_sizes(axis_sizes, "simulate", "simulate(fn, data=2, model=2)")
+    if _groups.in_simulation():
         raise PmodError(explain("simulate", "this is a simulated rank already", "Call it from outside."))
     if torch.compiler.is_compiling():
         raise PmodError(explain("simulate", "it is called in compiled code", "Simulate the eager function."))
-    with _one_at_a_time:  # the forward-mode level that another simulation holds open is not the caller's
+    with _groups.instead_of_processes(threading.local()):  # the level that another simulation held open is gone now
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
             right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
             raise PmodError(explain("simulate", "it is called inside a transform, which its threads do not see", right))
@@ -276,17 +278,13 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, i
             error = raised
         world.leave(rank, error)
 
-    _groups.simulated = threading.local()
-    try:
-        threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
-        for thread in threads:
-            thread.start()
-        world.begin()
-        world.over.acquire()
-        for thread in threads:
-            thread.join()
-    finally:
-        _groups.simulated = None
+    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    world.begin()
+    world.over.acquire()
+    for thread in threads:
+        thread.join()
     if world.error is not None:
         raise world.error
     return results

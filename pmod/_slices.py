@@ -92,8 +92,14 @@ def _send_psum_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 
 ALL_GATHER, PSUM_SCATTER = pair(
-    Row("all_gather", V, V, _send_all_gather, agreed=_but_for_dim),
-    Row("psum_scatter", V, V, _send_psum_scatter),
+    Row(
+        "all_gather", V, V, _send_all_gather, agreed=_but_for_dim,
+        why="each slice of the sum stands on one rank: its gradient goes to all that added to it",
+    ),
+    Row(
+        "psum_scatter", V, V, _send_psum_scatter,
+        why="every rank used the slice of every other: what they send back of it adds up at its owner",
+    ),
 )
 
 
@@ -173,8 +179,14 @@ def _send_shard(x: Tensor, wire: Wire, params: Params) -> Tensor:
 
 
 SHARD, UNSHARD = pair(
-    Row("shard", I, V, _send_shard, local=True),
-    Row("unshard", V, I, _send_all_gather, agreed=_but_for_dim),
+    Row(
+        "shard", I, V, _send_shard, local=True,
+        why="the result is one value, whose gradient is on every rank already: each keeps its slice",
+    ),
+    Row(
+        "unshard", V, I, _send_all_gather, agreed=_but_for_dim,
+        why="each rank has the gradient of its slice of one value, which all hold",
+    ),
 )
 
 
@@ -262,8 +274,14 @@ def _send_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 
 GATHER, SCATTER = pair(
-    Row("gather", V, V, _send_gather, agreed=_but_for_dim),
-    Row("scatter", V, V, _send_scatter, agreed=_but_for_dim),
+    Row(
+        "gather", V, V, _send_gather, agreed=_but_for_dim,
+        why="each rank has the gradient of its slice, which came from one rank",
+    ),
+    Row(
+        "scatter", V, V, _send_scatter, agreed=_but_for_dim,
+        why="one rank has the gradient of the whole: each slice's goes back to its rank",
+    ),
 )
 
 
@@ -359,7 +377,10 @@ def lengths_exchanged(params: Params, length: int, axis: Axis) -> tuple[Sequence
     return sent, concat_sizes or (sent[axis.index],) * axis.size
 
 
-ALL_TO_ALL = Row("all_to_all", V, V, _send_all_to_all, flip=_swap, agreed=_but_for_sizes)
+ALL_TO_ALL = Row(
+    "all_to_all", V, V, _send_all_to_all, flip=_swap, agreed=_but_for_sizes,
+    why="the gradient of each part goes back to the rank that it came from",
+)  # fmt: skip
 pair(ALL_TO_ALL, ALL_TO_ALL)
 
 

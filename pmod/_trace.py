@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -24,7 +24,7 @@ from pmod._collectives import barrier
 from pmod._errors import ArgumentError, explain
 from pmod._mesh import named
 from pmod._ragged import all_gather_v
-from pmod._wire import Meter, meters
+from pmod._wire import Meter, Traffic, meters
 
 
 @attrs.frozen
@@ -32,10 +32,13 @@ class Event:
     """One collective on one rank."""
 
     function: str  # as it was called; "the backward of psum" for its transpose
+    row: str  # the operator that ran: of a backward, the transpose
     axis: str | tuple[str, ...]
     size: int  # of the axis
     rank: int
     nbytes: int  # sent by this rank
+    received: int  # bytes
+    messages: int  # that follow one another
     start: float  # seconds since the trace began
     seconds: float  # from the call to its result, waiting included; of one that was started, sending and waiting
     site: str  # the user's line; of a backward, that of its forward
@@ -50,8 +53,8 @@ class _Open:
     call: Call
     origin: Origin
     start: float
-    sent: int
-    inner: int = 0  # bytes of the calls inside it: a jvp's
+    before: Traffic
+    inner: Traffic = attrs.field(factory=Traffic)  # of the calls inside it: a jvp's
 
 
 class _Modules(threading.local):
@@ -104,6 +107,7 @@ class trace:  # lower case: it reads as the function it is called as
         self._step, self._thread = 0, 0
         self._handles: list[Any] = []
         self._waited: set[int] = set()
+        self._estimated = False
 
     def __enter__(self) -> trace:
         self.began = perf_counter()
@@ -126,11 +130,11 @@ class trace:  # lower case: it reads as the function it is called as
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"events": self.events, "began": self.began}
+        return {"events": self.events, "began": self.began, "estimated": self._estimated}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
-        self.events, self.began = state["events"], state["began"]
+        self.events, self.began, self._estimated = state["events"], state["began"], state["estimated"]
 
     def _count_step(self, *_: Any) -> None:
         self._step += threading.get_ident() == self._thread  # not for another rank of a simulation
@@ -139,21 +143,23 @@ class trace:  # lower case: it reads as the function it is called as
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
         """A call begins."""
-        self._open.append(_Open(call, origin, perf_counter(), self._meter.sent))
+        self._open.append(_Open(call, origin, perf_counter(), self._meter.total))
 
     def after(self, call: Call) -> None:
         """The last call that began has ended."""
         done = self._open.pop()
-        sent = self._meter.sent - done.sent
+        moved = self._meter.total - done.before
         if self._open:
-            self._open[-1].inner += sent
+            self._open[-1].inner += moved
+        own = moved - done.inner
         function, site = done.origin
         if not function.startswith(BACKWARD):
             self._sites[site] = self._modules.path
         axis = call.axis
         self.events.append(
-            Event(function, axis.label, axis.size, axis.topology.rank, sent - done.inner, done.start - self.began,
-                  perf_counter() - done.start, site, self._sites.get(site, ""), self._step)
+            Event(function, call.row.name, axis.label, axis.size, axis.topology.rank,
+                  own.sent, own.received, own.messages, done.start - self.began, perf_counter() - done.start,
+                  site, self._sites.get(site, ""), self._step)
         )  # fmt: skip
 
     def waited(self, call: Call, seconds: float) -> None:
@@ -166,6 +172,14 @@ class trace:  # lower case: it reads as the function it is called as
 
     def compiled(self) -> None:
         """Nothing: what is compiled is not seen."""
+
+    def retime(self, seconds: Callable[[Event], float]) -> None:
+        """Let each event take the seconds that an estimate gives it, one after the other."""
+        clock, timed = 0.0, list[Event]()
+        for event in self.events:
+            timed.append(attrs.evolve(event, start=clock, seconds=seconds(event)))
+            clock += timed[-1].seconds
+        self.events, self._estimated = timed, True
 
     # --- what is shown ----------------------------------------------------------------------------
 
@@ -192,11 +206,11 @@ class trace:  # lower case: it reads as the function it is called as
             entry[1] += event.nbytes
             entry[2] += event.seconds
         rows = [
-            (function, axis, str(int(calls)), _bytes(nbytes), f"{1e3 * seconds:.2f}", module, site)
+            (function, axis, str(int(calls)), in_bytes(nbytes), f"{1e3 * seconds:.2f}", module, site)
             for (function, axis, module, site), (calls, nbytes, seconds) in sums.items()
         ]
         seconds = sum(event.seconds for event in self.events)
-        return [*rows, ("all", "", str(len(self.events)), _bytes(self.total_bytes()), f"{1e3 * seconds:.2f}", "", "")]
+        return [*rows, ("all", "", str(len(self.events)), in_bytes(self.total_bytes()), f"{1e3 * seconds:.2f}", "", "")]
 
     def table(self) -> str:
         """What was called where, how often, with how many bytes and milliseconds."""
@@ -245,10 +259,10 @@ class trace:  # lower case: it reads as the function it is called as
     def chrome(self, path: str | Path) -> None:
         """Write the events of all ranks of the current mesh, on one clock, for Perfetto or chrome://tracing.
 
-        All ranks call it; the first one writes. Without a mesh, this process's own.
+        All ranks call it; the first one writes. Without a mesh, this process's own; so those of `estimate`.
         """
         mesh = ambient()
-        if mesh is None or mesh.size == 1 or mesh.coords is None:
+        if mesh is None or mesh.size == 1 or mesh.coords is None or self._estimated:
             _write(path, [_entry(event, 0.0) for event in self.events])
             return
         barrier(mesh.axis_names)  # the ranks leave it at one time
@@ -266,10 +280,11 @@ class trace:  # lower case: it reads as the function it is called as
 _TITLES = ("function", "axis", "calls", "sent", "ms", "module", "line")
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """A number of bytes in four digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            return f"{count / size:.2f} {unit}"
+            return f"{count / size:.4g} {unit}"
     return f"{int(count)} B"
 
 

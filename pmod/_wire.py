@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -79,10 +80,10 @@ def _reduce_parts(parts: Sequence[Tensor], how: Reduction, dtype: torch.dtype, d
     total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
         total += part
-    return _scaled(total, divisor).to(out_dtype)
+    return scaled(total, divisor).to(out_dtype)
 
 
-def _scaled(total: Tensor, divisor: int) -> Tensor:
+def scaled(total: Tensor, divisor: int) -> Tensor:
     return total if divisor == 1 else total.div_(divisor)
 
 
@@ -204,7 +205,12 @@ class GroupWire(Wire):
 
     def __init__(self, size: int, index: int, group: ProcessGroup | Any) -> None:
         super().__init__(size, index)
+        group = _Metered(group, size, index) if meters() else group
         self.group: Any = group  # its C++ methods have no stubs
+
+    def by_nccl(self, x: Tensor) -> bool:
+        """Whether NCCL carries x; else gloo does."""
+        return x.is_cuda
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
         out = x.new_empty(sum(recv))
@@ -221,9 +227,9 @@ class GroupWire(Wire):
             return self.all_gather(_bytes(x), [scale * n for n in counts]).then(lambda y: y.view(dtype))
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
-        if (x.is_cuda or (self.ahead and self.size > 2)) and len(set(counts)) == 1:
+        if (self.by_nccl(x) or (self.ahead and self.size > 2)) and len(set(counts)) == 1:
             return Sent((self.group._allgather_base(out, x),), lambda: out)
-        if x.is_cuda:
+        if self.by_nccl(x):
             return Sent((self.group.allgather([list(parts)], [x]),), lambda: out)
         # gloo's send and recv block for their first connection, its collectives do not: what is sent ahead must not
         # wait for a rank that is about to wait for this one
@@ -245,7 +251,7 @@ class GroupWire(Wire):
         return [(self.index + step) % self.size for step in range(1, self.size)]
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
-        if x.is_cuda and dtype == x.dtype and len(set(counts)) == 1:
+        if self.by_nccl(x) and dtype == x.dtype and len(set(counts)) == 1:
             out = x.new_empty(counts[0])
             return Sent((self.group._reduce_scatter_base(out, x),), lambda: out)
         return super().reduce_scatter(x, counts, dtype)
@@ -254,11 +260,12 @@ class GroupWire(Wire):
         nbytes = x.numel() * x.element_size()
         if how == "sum" and dtype in NATIVE_SUMS:
             # gloo's own sum where latency rules; NCCL's always, but for large 16-bit sums, whose parts stay 16-bit
-            native = (nbytes <= SMALL and self.size > 2) if x.is_cpu else (x.dtype == dtype or nbytes <= SMALL)
+            nccl = self.by_nccl(x)
+            native = (x.dtype == dtype or nbytes <= SMALL) if nccl else (nbytes <= SMALL and self.size > 2)
             if native:
                 total = x.to(dtype, copy=True)
                 work = self.group.allreduce([total])
-                return Sent((work,), lambda: _scaled(total, divisor).to(x.dtype))
+                return Sent((work,), lambda: scaled(total, divisor).to(x.dtype))
         return super().all_reduce(x, how, dtype, divisor)
 
     def broadcast(self, x: Tensor, root: int) -> Sent:
@@ -267,7 +274,7 @@ class GroupWire(Wire):
         return Sent((_broadcast(self.group, carried, root),), lambda: out)
 
     def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
-        if x.is_cuda or self.size == 2 or self.ahead:
+        if self.by_nccl(x) or self.size == 2 or self.ahead:
             return super().permute(x, target, source)
         # gloo's all_to_all would trouble every rank with an empty message
         if x.dtype not in CARRIED:
@@ -284,11 +291,26 @@ class GroupWire(Wire):
         self.group.barrier().wait()
 
 
+@attrs.frozen
+class Traffic:
+    """What a rank hands over for other ranks and gets from them."""
+
+    sent: int = 0  # bytes
+    received: int = 0  # bytes
+    messages: int = 0  # that follow one another: a sum or a broadcast is as many as a tree has steps
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent + other.sent, self.received + other.received, self.messages + other.messages)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent - other.sent, self.received - other.received, self.messages - other.messages)
+
+
 class Meter:
-    """Counts the bytes that this process hands over for other ranks (`trace`)."""
+    """Counts the traffic of this process (`trace`)."""
 
     def __init__(self) -> None:
-        self.sent = 0
+        self.total = Traffic()
 
 
 _meters: list[Meter] = []
@@ -301,10 +323,16 @@ def meters() -> list[Meter]:
     return _meters
 
 
-def count_sent(nbytes: int) -> None:
-    """Note bytes that are on their way to other ranks."""
+def count_bytes(sent: int, received: int, messages: int) -> None:
+    """Note bytes that are on their way to and from other ranks."""
     for meter in meters():
-        meter.sent += nbytes
+        meter.total += Traffic(sent, received, messages)
+
+
+def count_parts(send: Sequence[int], recv: Sequence[int], index: int, itemsize: int) -> None:
+    """Note an exchange of parts: what a rank keeps for itself does not travel."""
+    messages = sum((n > 0 or m > 0) and rank != index for rank, (n, m) in enumerate(zip(send, recv, strict=True)))
+    count_bytes((sum(send) - send[index]) * itemsize, (sum(recv) - recv[index]) * itemsize, messages)
 
 
 class _Metered:
@@ -316,39 +344,46 @@ class _Metered:
 
     def __init__(self, group: Any, size: int, index: int) -> None:
         self._group, self._size, self._index = group, size, index
+        self._steps = (size - 1).bit_length()  # of a tree
 
     def alltoall_base(self, out: Tensor, x: Tensor, recv: Sequence[int], send: Sequence[int]) -> Any:
-        count_sent((sum(send) - send[self._index]) * x.element_size())
+        count_parts(send, recv, self._index, x.element_size())
         return self._group.alltoall_base(out, x, recv, send)
 
     def _allgather_base(self, out: Tensor, x: Tensor) -> Any:
-        count_sent((self._size - 1) * x.nbytes)
+        count_bytes((self._size - 1) * x.nbytes, out.nbytes - x.nbytes, self._steps)
         return self._group._allgather_base(out, x)
 
     def allgather(self, outs: list[list[Tensor]], xs: list[Tensor]) -> Any:
-        count_sent((self._size - 1) * xs[0].nbytes)
+        received = sum(out.nbytes for out in outs[0]) - xs[0].nbytes
+        count_bytes((self._size - 1) * xs[0].nbytes, received, self._steps)
         return self._group.allgather(outs, xs)
 
     def _reduce_scatter_base(self, out: Tensor, x: Tensor) -> Any:
-        count_sent((self._size - 1) * x.nbytes // self._size)
+        nbytes = (self._size - 1) * x.nbytes // self._size
+        count_bytes(nbytes, nbytes, self._steps)
         return self._group._reduce_scatter_base(out, x)
 
     def allreduce(self, xs: list[Tensor]) -> Any:
-        count_sent(2 * (self._size - 1) * xs[0].nbytes // self._size)
+        nbytes = 2 * (self._size - 1) * xs[0].nbytes // self._size
+        count_bytes(nbytes, nbytes, 2 * self._steps)
         return self._group.allreduce(xs)
 
     def broadcast(self, xs: list[Tensor], options: Any) -> Any:
-        count_sent(xs[0].nbytes if self._index == options.rootRank else 0)
+        root = self._index == options.rootRank
+        count_bytes(xs[0].nbytes if root else 0, 0 if root else xs[0].nbytes, self._steps)
         return self._group.broadcast(xs, options)
 
     def send(self, xs: list[Tensor], to: int, tag: int) -> Any:
-        count_sent(xs[0].nbytes)
+        count_bytes(xs[0].nbytes, 0, 1)
         return self._group.send(xs, to, tag)
 
     def recv(self, xs: list[Tensor], of: int, tag: int) -> Any:
+        count_bytes(0, xs[0].nbytes, 0)
         return self._group.recv(xs, of, tag)
 
     def barrier(self) -> Any:
+        count_bytes(0, 0, self._steps)
         return self._group.barrier()
 
 
@@ -368,5 +403,4 @@ def wire_of(axis: Axis) -> Wire:
         return Alone(1, 0)
     if _groups.simulated is not None and hasattr(_groups.simulated, "wire"):
         return _groups.simulated.wire(axis)
-    group: Any = axis.group
-    return GroupWire(axis.size, axis.index, _Metered(group, axis.size, axis.index) if meters() else group)
+    return GroupWire(axis.size, axis.index, axis.group)

@@ -21,7 +21,7 @@ SOURCE = Path(pmod.__file__).parent
 ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_wire", "_inductor", "_autodiff", "_arguments",
     "_pytree", "_collectives", "_slices", "_ragged", "_parallel", "_lineage", "_debug", "_trace", "_launch",
-    "_simulate", "__init__", "demo", "bench", "__main__",
+    "_simulate", "_estimate", "_explain", "__init__", "demo", "bench", "__main__",
 ]  # fmt: skip
 
 
@@ -205,7 +205,7 @@ PUBLIC = """
     psum pmean pmax pmin pick place pvary all_gather psum_scatter shard unshard all_to_all ppermute pshuffle pshift
     broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
     exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
-    debug checked varying assert_invariant trace start Pending launch simulate
+    debug checked varying assert_invariant trace estimate explain start Pending launch simulate
     replicate share_parameters SharedParameters data_parallel
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """

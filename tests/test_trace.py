@@ -100,9 +100,9 @@ def test_what_a_process_group_is_given_is_counted() -> None:
             ("send", ([x], 0, 1), 96), ("recv", ([x], 0, 1), 0), ("allgather", ([[x]], [x]), 2 * 96),
             ("_allgather_base", (x, x), 2 * 96), ("_reduce_scatter_base", (x, x), 64), ("allreduce", ([x],), 128),
         ]:  # fmt: skip
-            before = meter.sent
+            before = meter.total.sent
             assert getattr(group, name)(*args) == name
-            assert meter.sent - before == nbytes, name
+            assert meter.total.sent - before == nbytes, name
     finally:
         _wire.meters().remove(meter)
 
