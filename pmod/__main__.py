@@ -3,6 +3,7 @@
 COMMANDS = {
     "demo": "train a Fourier neural operator, or with the word graph a message-passing network, over a mesh",
     "bench": "measure what pmod costs beside the raw calls of torch.distributed",
+    "doctor": "say what is detected here, and whether the ranks reach one another; for bug reports",
 }
 
 if __name__ == "__main__":

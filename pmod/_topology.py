@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -76,6 +77,7 @@ class Topology:
         A pure function of its arguments; None stands for `os.environ` and for the GPUs that torch sees.
         PMOD_LAUNCHER (env, openmpi, pmi, slurm, single) decides when set. MASTER_ADDR and MASTER_PORT count
         under every launcher; under Open MPI, PMI and Slurm they are worked out where the variables allow it.
+        hydra's name no job: given None, the port follows from the process that started the ranks of the node.
         Slurm's variables outside a step of srun give one process and a logged warning.
 
         Raises: TopologyError when a part of a launcher's variables is missing, is no number, or contradicts another.
@@ -85,10 +87,12 @@ class Topology:
         >>> here.launcher, here.rank, here.device, here.backend
         ('env', 3, device(type='cuda', index=1), 'cpu:gloo,cuda:nccl')
         """
-        environ = os.environ if environ is None else environ
+        told = os.environ if environ is None else environ
         visible = torch.cuda.device_count() if device_count is None else device_count
-        launcher = _choose(environ)
-        here = cls(rank=0, world_size=1) if launcher is None else _told(environ, launcher, visible)
+        launcher = _choose(told)
+        here = cls(rank=0, world_size=1) if launcher is None else _told(told, launcher, visible)
+        if environ is None and launcher is _PMI and here.master_port is None and here.num_nodes == 1:
+            here = attrs.evolve(here, master_port=_port_of_proxy())
         # modulo, because a task that is bound to a GPU of its own sees that one only, as number 0
         device = f"cuda:{here.local_rank % visible}" if visible else "cpu"
         return attrs.evolve(here, device=device, backend=_FILLED)
@@ -216,6 +220,13 @@ def _names(launcher: _Launcher) -> list[str]:
 
 def _quote(environ: Mapping[str, str], names: Sequence[str]) -> str:
     return ", ".join(f"{name}={environ[name]!r}" for name in names if name in environ)
+
+
+def shown_variables(environ: Mapping[str, str]) -> str:
+    """The variables of all launchers that are set, with their values: what a report may show of an environment."""
+    rows = _LAUNCHERS.values()
+    names = [name for row in rows for name in (*_names(row), *(name for names in row.job for name in names))]
+    return _quote(environ, list(dict.fromkeys(["PMOD_LAUNCHER", *names])))
 
 
 def _refuse(given: str, right: str) -> TopologyError:
@@ -393,5 +404,20 @@ def _port(environ: Mapping[str, str], launcher: _Launcher) -> int | None:
     names = next((names for names in launcher.job if all(name in environ for name in names)), None)
     if names is None:
         return None
-    job = ".".join(environ[name] for name in names)
+    return _port_of(".".join(environ[name] for name in names))
+
+
+def _port_of(job: str) -> int:
     return 20000 + zlib.crc32(job.encode()) % 12000  # below 32768, where Linux starts to hand out ports
+
+
+def _port_of_proxy() -> int | None:
+    """A port from hydra's proxy: a job has one on each node, and its ranks descend from it."""
+    pid = os.getppid()
+    try:
+        # a script or a shell between the proxy and this process has the variables of its rank, the proxy has none
+        while b"\0PMI_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None  # no Linux, or a container that hides the proxy
+    return _port_of(f"pid {pid}")

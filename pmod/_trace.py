@@ -22,7 +22,7 @@ from pmod._ambient import ambient, watchers
 from pmod._autodiff import BACKWARD, Call, Origin
 from pmod._collectives import barrier
 from pmod._errors import ArgumentError, explain
-from pmod._mesh import named
+from pmod._mesh import Mesh, named
 from pmod._ragged import all_gather_v
 from pmod._wire import Meter, Traffic, meters
 
@@ -268,13 +268,19 @@ class trace:  # lower case: it reads as the function it is called as
         barrier(mesh.axis_names)  # the ranks leave it at one time
         offset = self.began - perf_counter()
         entries = [_entry(event, offset) for event in self.events]
-        text = json.dumps(entries).encode()
-        mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(_groups.number_device())
-        sizes = all_gather_v(torch.tensor([len(text)], device=mine.device), mesh.axis_names, sizes=[1] * mesh.size)
-        joined = all_gather_v(mine, mesh.axis_names, sizes=sizes.tolist()).cpu()
+        parts = gather_json(entries, mesh)
         if mesh.ranks.reshape(-1)[0] == mesh.topology.rank:
-            parts = joined.split(sizes.tolist())
-            _write(path, [entry for part in parts for entry in json.loads(bytes(part.tolist()))])
+            _write(path, [entry for part in parts for entry in part])
+
+
+def gather_json(value: object, mesh: Mesh) -> list[Any]:
+    """What each rank of the mesh hands in, in mesh order, on all of them; as JSON, so nothing that arrives is run."""
+    text = json.dumps(value).encode()
+    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(_groups.number_device())
+    axes = mesh[mesh.axis_names]
+    sizes = all_gather_v(torch.tensor([len(text)], device=mine.device), axes, sizes=[1] * mesh.size).tolist()
+    joined = all_gather_v(mine, axes, sizes=sizes).cpu()
+    return [json.loads(bytes(part.tolist())) for part in joined.split(sizes)]
 
 
 _TITLES = ("function", "axis", "calls", "sent", "ms", "module", "line")

@@ -174,6 +174,6 @@ def test_wrong_arguments(arguments, launched, message, monkeypatch, capsys):
 def test_list_of_commands(capsys):
     runpy.run_module("pmod", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == ["pmod.demo", "pmod.bench"]
+    assert [line.split()[2] for line in lines] == ["pmod.demo", "pmod.bench", "pmod.doctor"]
     for line in lines:
         assert importlib.util.find_spec(line.split()[2]) is not None
