@@ -2,10 +2,13 @@
 hydra 4.0.2, Slurm 22.05 with two nodes on one machine), cut down to those that carry meaning."""
 
 import logging
+import os
 import pickle
 import socket
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -310,6 +313,36 @@ def test_ranks_of_a_job_share_a_port_and_jobs_do_not() -> None:
     assert port(openmpi(0, 0, 4, 4) | {"PMIX_NAMESPACE": "2085158914"}) != mpirun[0]
     assert port(step(0, 0, 0, "4", 4, 1) | {"MASTER_PORT": "1234"}) == 1234
     assert port(hydra(0, 0, 4, 4)) is None  # nothing in hydra's variables tells its jobs apart
+
+
+def test_hydra_on_one_node_has_the_port_of_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = {os.getppid(): 7, 7: 4279, 4279: 1}  # 7 is a shell in a rank, 4279 the proxy
+
+    def read(path: Path) -> bytes:
+        pid = int(path.parts[2])
+        return b"A=1\0" + (b"" if pid == 4279 else b"PMI_RANK=1\0") + b"B=PMI_RANK=2\0"
+
+    for name, value in hydra(1, 1, 2, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"1 (a) b) S {parents[int(path.parts[2])]} 1")
+    found = Topology.detect(device_count=0).master_port
+    assert found == 20000 + zlib.crc32(b"pid 4279") % 12000
+    monkeypatch.setattr(os, "getppid", lambda: 4279)
+    assert Topology.detect(device_count=0).master_port == found
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert Topology.detect(device_count=0).master_port == 1234
+    monkeypatch.delenv("MASTER_PORT")
+    monkeypatch.setenv("MPI_LOCALNRANKS", "1")
+    monkeypatch.setenv("MPI_LOCALRANKID", "0")
+    assert Topology.detect(device_count=0).master_port is None  # the proxy of another node is another process
+
+
+def test_hydra_without_proc_tells_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in hydra(1, 1, 2, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getppid", lambda: 0)  # its parent is outside the container
+    assert Topology.detect(device_count=0).master_port is None
 
 
 @pytest.mark.parametrize(
