@@ -176,8 +176,8 @@ def _cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 def _run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
     if profiler._is_profiler_enabled:
         with profiler.record_function(_profiled_as(call)):
-            return _begin(call, xs, wire_of(call.axis)).wait()
-    return _begin(call, xs, wire_of(call.axis)).wait()
+            return _begin(call, xs, wire_of(call.axis, call.row.name)).wait()
+    return _begin(call, xs, wire_of(call.axis, call.row.name)).wait()
 
 
 def _profiled_as(call: Call) -> str:
@@ -439,7 +439,7 @@ class _Starts(threading.local):
                 if not call.row.local and call.axis.size > 1:
                     of = origin() if watchers() else ("", "")
                     with told(call, xs, of):
-                        wire = wire_of(call.axis)
+                        wire = wire_of(call.axis, call.row.name)
                         wire.ahead = True
                         with profiler.record_function(_profiled_as(call)):
                             self.ahead.append(_Ahead(call, _begin(call, xs, wire), of))

@@ -508,4 +508,4 @@ def barrier(axis: AxisLike) -> None:
         raise PmodError(explain("barrier", "it is called in compiled code", "Call it outside the compiled function."))
     bound = resolve(axis, "barrier")
     with told(Call(_BARRIER, bound, ()), [], origin()):
-        wire_of(bound).barrier()
+        wire_of(bound, "barrier").barrier()

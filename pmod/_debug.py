@@ -30,11 +30,12 @@ from pmod import _groups
 from pmod._ambient import Watcher, ambient, resolve, watchers
 from pmod._arguments import wrong
 from pmod._autodiff import BACKWARD, Call, Origin, backward_of, on_behalf_of
-from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, call_site, coordinates, explain
+from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, call_site, explain
 from pmod._lineage import Found, calls_in, lineage, name_of
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import flatten
 from pmod._slices import ALL_TO_ALL, lengths_exchanged
+from pmod._waiting import LOOK, WAITS, Board, Post, board, not_here, place_of
 from pmod._wire import wire_of
 
 T = TypeVar("T")
@@ -107,106 +108,81 @@ def _bits(xs: Sequence[Tensor]) -> int:
 # --- the messages ---------------------------------------------------------------------------------
 
 
-class _Board:
-    """The store of the world, where the ranks tell each other what they are about to do.
+class _Words:
+    """What the ranks say before each call, on the board.
 
     Words go through the store and not through the process groups: a rank that waits for words can be let go, and what
     it was going to send is not in anybody's way.
     """
 
-    def __init__(self, store: Any) -> None:
-        self.of = store
-        self.store = store.clone()  # a connection of its own: a wait locks it
+    def __init__(self, board: Board) -> None:
+        self.board = board
         self._met: Counter[str] = Counter()
 
-    def next(self, axis: Axis) -> str:
-        """The name of this rank's next meeting with the ranks of an axis."""
+    def exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
+        """What each rank of the axis says, in rank order."""
         self._met[axis.group_key] += 1
-        return f"{axis.group_key}#{self._met[axis.group_key]}"
-
-    def words(self, axis: Axis, meeting: str, mine: str, origin: Origin) -> list[str]:
-        """What each rank of the axis says at a meeting, in rank order."""
-        group = hashlib.blake2b(axis.group_key.encode(), digest_size=8).hexdigest()
-        number = int(meeting.rpartition("#")[2])
+        number = self._met[axis.group_key]
+        group, store = hashlib.blake2b(axis.group_key.encode(), digest_size=8).hexdigest(), self.board.store
 
         def key(number: int, index: int) -> str:
             return f"pmod/debug/{group}/{number}/{index}"
 
-        self.store.set(key(number, axis.index), mine)
+        store.set(key(number, axis.index), mine)
         keys = [key(number, index) for index in range(axis.size)]
         try:
-            self._wait(keys, axis, meeting, origin)
+            self._wait(keys, axis, f"{axis.group_key}#words {number}", origin)
         except BaseException:  # nobody met: what was said is taken back
-            self.store.delete_key(key(number, axis.index))
+            store.delete_key(key(number, axis.index))
             self._met[axis.group_key] -= 1
             raise
         if number > 2:  # all have come here, so all have read what was said before the last time
-            self.store.delete_key(key(number - 2, axis.index))
-        return [text.decode() for text in self.store.multi_get(keys)]
+            store.delete_key(key(number - 2, axis.index))
+        return [text.decode() for text in store.multi_get(keys)]
 
     def _wait(self, keys: list[str], axis: Axis, meeting: str, origin: Origin) -> None:
         """Until all have spoken. A long wait is written on the board, for others to see; one without end raises."""
         rank, started, pause = axis.topology.rank, monotonic(), 5e-5
-        mine = f"pmod/debug/waits/{rank}"
-        looked, written, before = started, False, dict[int, str]()
+        looked, written, before = started, False, dict[int, Post]()
         try:
-            while not self.store.check(keys):  # its own wait would print a warning each time it is left
+            while not self.board.store.check(keys):  # its own wait would print a warning each time it is left
                 sleep(pause)
                 pause = min(1.5 * pause, 0.01)
-                if monotonic() - looked < 1.0:
+                if monotonic() - looked < LOOK:
                     continue
                 looked = monotonic()
-                if looked - started > axis.timeout:
-                    raise self._expired(axis, meeting, origin)
+                dead = self.board.dead([other for other in axis.ranks if other != rank])
+                if dead or looked - started > axis.timeout:
+                    raise self._expired(axis, meeting, origin, dead)
                 if not written:
                     written = True
-                    self.store.set(mine, "\x1f".join([meeting, ",".join(map(str, axis.ranks)), " at ".join(origin)]))
+                    self.board.write(rank, Post(WAITS, meeting, tuple(axis.ranks), " at ".join(origin)))
                     continue
-                posts = _posts(self.store, axis.ranks)
+                posts = self.board.follow(axis.ranks)
                 stuck = _stuck(posts, rank)
                 if stuck and all(before.get(other) == posts[other] for other in stuck):
                     raise _differ(origin, axis, _cycle(posts, stuck), SAME_CALLS)
                 before = posts if stuck else {}
         finally:
             if written and sys.exc_info()[0] is None:  # what is stuck stays on the board, for the others to see
-                self.store.set(mine, "")
+                self.board.erase(rank)
 
-    def _expired(self, axis: Axis, meeting: str, origin: Origin) -> CollectiveTimeout:
-        """Who did not come, and where it waits, if it does."""
-        absent: list[str] = []
-        posts = _posts(self.store, axis.ranks)
-        for rank in axis.ranks:
-            where = posts[rank].split("\x1f")
-            if where[0] != meeting:
-                absent.append(_rank(rank) + (f", which waits in {where[2]}" if posts[rank] else ""))
-        given = f"not all ranks came within {axis.timeout:g} s; absent: {'; '.join(absent)}"
+    def _expired(self, axis: Axis, meeting: str, origin: Origin, dead: dict[int, str]) -> CollectiveTimeout:
+        posts = self.board.read(axis.ranks)
+        here = {axis.topology.rank, *(rank for rank, post in posts.items() if post.meeting == meeting)}
+        given = not_here([rank for rank in axis.ranks if rank not in here], posts, dead, axis.timeout)
         function, right = origin[0].removeprefix(BACKWARD), f"Called at {origin[1]}"
         return CollectiveTimeout(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
 
 
-def _posts(store: Any, ranks: Sequence[int]) -> dict[int, str]:
-    """What the ranks that this one may be waiting for have written, followed from rank to rank."""
-    posts: dict[int, str] = {}
-    left = list(ranks)
-    while left:
-        rank = left.pop()
-        if rank in posts:
-            continue
-        key = f"pmod/debug/waits/{rank}"
-        posts[rank] = store.get(key).decode() if store.check([key]) else ""
-        if posts[rank]:
-            left += map(int, posts[rank].split("\x1f")[1].split(","))
-    return posts
-
-
-def _stuck(posts: dict[int, str], me: int) -> set[int]:
+def _stuck(posts: dict[int, Post], me: int) -> set[int]:
     """The ranks that wait for ever, if this one does: each for another that waits elsewhere, round to itself."""
-    stuck = {rank for rank, post in posts.items() if post}
+    stuck = set(posts)
     while True:
         free: set[int] = set()
         for rank in stuck:
-            meeting, members, _ = posts[rank].split("\x1f")
-            absent = [int(r) for r in members.split(",") if posts[int(r)].split("\x1f")[0] != meeting]
+            meeting = posts[rank].meeting
+            absent = [r for r in posts[rank].ranks if r not in posts or posts[r].meeting != meeting]
             if all(r not in stuck for r in absent):
                 free.add(rank)
         if not free:
@@ -214,31 +190,25 @@ def _stuck(posts: dict[int, str], me: int) -> set[int]:
         stuck -= free
 
 
-def _cycle(posts: dict[int, str], stuck: set[int]) -> str:
-    rows = [f"  {_rank(rank)} waits in {posts[rank].split(chr(31))[2]}" for rank in sorted(stuck)]
+def _cycle(posts: dict[int, Post], stuck: set[int]) -> str:
+    rows = [f"  {place_of(rank)} waits in {posts[rank].where}" for rank in sorted(stuck)]
     return "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
 
 
-def _rank(rank: int) -> str:
-    mesh = ambient()
-    coords = None if mesh is None else mesh.coords_of(rank)
-    return f"rank {rank}" + ("" if coords is None else f" {coordinates(coords)}")
-
-
-_board: _Board | None = None
+_words_of: _Words | None = None
 
 
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     """What each rank of the axis says, in rank order; all of them come to say it."""
-    global _board
+    global _words_of
     wire: Any = wire_of(axis)  # connects, if this is the first use
-    store = _groups.blackboard()
-    if store is None:
+    here = board()
+    if here is None:
         with on_behalf_of(origin):
             return wire.words(mine)
-    if _board is None or _board.of is not store:
-        _board = _Board(store)
-    return _board.words(axis, _board.next(axis), mine, origin)
+    if _words_of is None or _words_of.board is not here:
+        _words_of = _Words(here)
+    return _words_of.exchange(axis, mine, origin)
 
 
 def _gathered(numbers: Sequence[int], axis: Axis, origin: Origin) -> list[list[int]]:
@@ -273,7 +243,8 @@ def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
     wrong_pairs = [(i, j) for i in range(n) for j in range(n) if rows[i][j] != rows[j][n + i]]
     if wrong_pairs:
         lines = [
-            f"  {_rank(axis.ranks[i])} sends {rows[i][j]} to {_rank(axis.ranks[j])}, which expects {rows[j][n + i]}"
+            f"  {place_of(axis.ranks[i])} sends {rows[i][j]} to {place_of(axis.ranks[j])}, "
+            f"which expects {rows[j][n + i]}"
             for i, j in wrong_pairs
         ]
         given = "the sizes contradict each other:\n" + "\n".join(lines)
@@ -285,7 +256,7 @@ def _table(said: list[list[str]], axis: Axis) -> str:
     differing = [i for i in range(len(FIELDS)) if len({words[i] for words in said}) > 1]
     rows: list[str] = []
     for rank, words in zip(axis.ranks, said, strict=True):
-        rows.append(f"  {_rank(rank)}: {words[0]} at {words[-1]}")
+        rows.append(f"  {place_of(rank)}: {words[0]} at {words[-1]}")
         rows += [f"    {FIELDS[i]}: {words[i]}" for i in differing if FIELDS[i] not in ("function", "called at")]
     return f"the ranks differ in {', '.join(FIELDS[i] for i in differing)}:\n" + "\n".join(rows)
 

@@ -41,7 +41,7 @@ class MismatchError(PmodError):
 
 
 class CollectiveTimeout(PmodError):
-    """Some ranks never arrived before the deadline."""
+    """Some ranks did not arrive before the deadline, or cannot any more: they died, or raised."""
 
 
 def coordinates(coords: Mapping[str, int] | None) -> str:

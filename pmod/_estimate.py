@@ -34,7 +34,7 @@ class _Nobody:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *_: self  # which is also its own work
 
-    def wait(self) -> None:
+    def wait(self, *_: Any) -> None:
         pass
 
 

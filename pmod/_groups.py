@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
+import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -26,7 +29,7 @@ import torch.distributed as dist
 # public by torch's documentation, though not by its stubs
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
-from pmod._errors import AxisError, PmodError, TopologyError, explain
+from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
 from pmod._topology import Topology
 
 log = logging.getLogger("pmod")
@@ -45,6 +48,7 @@ class _State:
         self.topology: Topology | None = None  # of the world
         # how often each rank set was made in this world: a name may not come twice in one store
         self.made: Counter[str] = Counter()
+        self.meetings: Counter[str] = Counter()  # how often each rank set was sent along
 
 
 _state = _State()
@@ -138,9 +142,32 @@ def connect(topology: Topology, seconds: float) -> None:
             )  # fmt: skip
 
 
+PLACE = "pmod/place/{}"  # key of the store of the world -> host and process of a rank
+
+
 def _enter_world(topology: Topology, *, started: bool) -> None:
     _state.__init__()
     _state.world, _state.started_world, _state.topology = dist.group.WORLD, started, topology
+    store = blackboard()
+    if store is not None:
+        store.set(PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}")
+
+
+def next_meeting(key: str) -> int:
+    """The number of a message along these ranks, the same on all of them."""
+    _state.meetings[key] += 1
+    return _state.meetings[key]
+
+
+_left_behind: set[dist.ProcessGroup] = set()
+
+
+def leave_behind(group: dist.ProcessGroup) -> None:
+    """Never end this group: a message of it waits for ever, and so would the group's end."""
+    with _lock:
+        if group not in _left_behind:
+            _left_behind.add(group)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # beyond the end of Python, too
 
 
 def _join(topology: Topology) -> None:
@@ -175,11 +202,32 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
     if store is None and topology.launcher == "launch":  # the parent of the ranks serves the store
         store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout)
     elif store is None:
-        meeting = rendezvous(f"tcp://{address}:{port}", topology.rank, topology.world_size, timeout=timeout)
-        store = next(iter(meeting))[0]
+        store = _meet(address, port, topology, timeout)
     _stores[address, port] = store, number + 1
     # a restarted job must not read the keys of the attempt before it either
     return PrefixStore(f"pmod/attempt_{topology.restart_count}/{number}", store)
+
+
+def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> Store:
+    """The store that rank 0, or torchrun's agent, serves at this address."""
+    seconds = f"{timeout.total_seconds():g} s"
+    try:
+        meeting = rendezvous(f"tcp://{address}:{port}", topology.rank, topology.world_size, timeout=timeout)
+        return next(iter(meeting))[0]
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "ddress already in use" in str(error):
+            given = f"port {port} of {address} is taken, perhaps by another job"
+            right = "Set MASTER_PORT to a free port, the same on every rank."
+            raise TopologyError(explain("make_mesh", given, right)) from None
+        given = f"rank 0 did not come to {address}:{port} within {seconds}"
+    except dist.DistStoreError as error:
+        came = re.search("[0-9]+/[0-9]+ clients joined", str(error))
+        given = f"not all ranks came to {address}:{port} within {seconds}{f' ({came[0]})' if came else ''}"
+    right = "Were all ranks started, and with the same MASTER_ADDR and MASTER_PORT? May they reach that port?"
+    raise CollectiveTimeout(explain("make_mesh", given, right))
+
+
+INTERFACE = "Between hosts gloo takes the interface of this host's name; GLOO_SOCKET_IFNAME=eth0, say, names another."
 
 
 @contextlib.contextmanager

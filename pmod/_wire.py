@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pmod import _groups
 from pmod._mesh import Axis
+from pmod._waiting import InThread, Wait, Work
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -200,13 +201,31 @@ class Alone(Wire):
         pass
 
 
+class _Patient:
+    """A work whose wait is `Wait.until_done`."""
+
+    __slots__ = ("_wait", "_work")
+
+    def __init__(self, work: Work, wait: Wait) -> None:
+        self._work, self._wait = work, wait
+
+    def wait(self) -> None:
+        self._wait.until_done(self._work)
+
+
 class GroupWire(Wire):
     """A torch process group: gloo for cpu tensors, NCCL for cuda tensors."""
 
-    def __init__(self, size: int, index: int, group: ProcessGroup | Any) -> None:
+    def __init__(self, size: int, index: int, group: ProcessGroup | Any, wait: Wait | None = None) -> None:
         super().__init__(size, index)
-        group = _Metered(group, size, index) if meters() else group
-        self.group: Any = group  # its C++ methods have no stubs
+        self.group: Any = _Metered(group, size, index) if meters() else group  # its C++ methods have no stubs
+        self._wait = wait
+
+    def _on_its_way(self, x: Tensor, work: Any, finish: Callable[[], Any]) -> Sent:
+        """NCCL's wait does not block; gloo's does, and `Wait` does so in its stead."""
+        if self._wait is not None and not self.by_nccl(x):
+            work = _Patient(work, self._wait)
+        return Sent((work,), finish)
 
     def by_nccl(self, x: Tensor) -> bool:
         """Whether NCCL carries x; else gloo does."""
@@ -219,7 +238,7 @@ class GroupWire(Wire):
         if x.dtype not in CARRIED:
             carried_out, carried_x, scale = _bytes(out), _bytes(x), x.element_size()
         work = self.group.alltoall_base(carried_out, carried_x, [scale * n for n in recv], [scale * n for n in send])
-        return Sent((work,), lambda: out)
+        return self._on_its_way(x, work, lambda: out)
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
         if x.dtype not in CARRIED:
@@ -228,9 +247,9 @@ class GroupWire(Wire):
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
         if (self.by_nccl(x) or (self.ahead and self.size > 2)) and len(set(counts)) == 1:
-            return Sent((self.group._allgather_base(out, x),), lambda: out)
+            return self._on_its_way(x, self.group._allgather_base(out, x), lambda: out)
         if self.by_nccl(x):
-            return Sent((self.group.allgather([list(parts)], [x]),), lambda: out)
+            return self._on_its_way(x, self.group.allgather([list(parts)], [x]), lambda: out)
         # gloo's send and recv block for their first connection, its collectives do not: what is sent ahead must not
         # wait for a rank that is about to wait for this one
         if self.ahead and self.size > 2:
@@ -239,12 +258,22 @@ class GroupWire(Wire):
             # only what the other rank lacks travels
             send, recv = [0, 0], [0, 0]
             send[1 - self.index], recv[1 - self.index] = x.numel(), counts[1 - self.index]
-            works = [self.group.alltoall_base(parts[1 - self.index], x, recv, send)]
+            work = self.group.alltoall_base(parts[1 - self.index], x, recv, send)
         else:
-            works = [self.group.recv([parts[rank]], rank, TAG) for rank in self._others() if counts[rank]]
-            works += [self.group.send([x], rank, TAG) for rank in self._others() if x.numel()]
+            others = self._others()
+            arriving = [(parts[rank], rank) for rank in others if counts[rank]]
+            work = self._from_peer_to_peer([(x, rank) for rank in others if x.numel()], arriving)
         parts[self.index].copy_(x)
-        return Sent(works, lambda: out)
+        return self._on_its_way(x, work, lambda: out)
+
+    def _from_peer_to_peer(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> Work:
+        def run() -> None:
+            works = [self.group.recv([part], rank, TAG) for part, rank in received]
+            works += [self.group.send([part], rank, TAG) for part, rank in sent]
+            for work in works:
+                work.wait()
+
+        return InThread(run)
 
     def _others(self) -> list[int]:
         """The other ranks, starting with the next, so that not all send to the same one first."""
@@ -253,7 +282,7 @@ class GroupWire(Wire):
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
         if self.by_nccl(x) and dtype == x.dtype and len(set(counts)) == 1:
             out = x.new_empty(counts[0])
-            return Sent((self.group._reduce_scatter_base(out, x),), lambda: out)
+            return self._on_its_way(x, self.group._reduce_scatter_base(out, x), lambda: out)
         return super().reduce_scatter(x, counts, dtype)
 
     def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
@@ -265,13 +294,13 @@ class GroupWire(Wire):
             if native:
                 total = x.to(dtype, copy=True)
                 work = self.group.allreduce([total])
-                return Sent((work,), lambda: scaled(total, divisor).to(x.dtype))
+                return self._on_its_way(x, work, lambda: scaled(total, divisor).to(x.dtype))
         return super().all_reduce(x, how, dtype, divisor)
 
     def broadcast(self, x: Tensor, root: int) -> Sent:
         out = x.clone() if self.index == root else torch.empty_like(x)
         carried = out if x.dtype in CARRIED else _bytes(out)
-        return Sent((_broadcast(self.group, carried, root),), lambda: out)
+        return self._on_its_way(x, _broadcast(self.group, carried, root), lambda: out)
 
     def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
         if self.by_nccl(x) or self.size == 2 or self.ahead:
@@ -283,12 +312,16 @@ class GroupWire(Wire):
         if target == self.index:
             return arrived(x.clone())
         out = torch.zeros_like(x) if source is None else torch.empty_like(x)
-        works = [] if source is None else [self.group.recv([out], source, TAG)]
-        works += [] if target is None else [self.group.send([x], target, TAG)]
-        return Sent(works, lambda: out)
+        sent, received = ([] if other is None else [other] for other in (target, source))
+        work = self._from_peer_to_peer([(x, rank) for rank in sent], [(out, rank) for rank in received])
+        return self._on_its_way(x, work, lambda: out)
 
     def barrier(self) -> None:
-        self.group.barrier().wait()
+        work = self.group.barrier()
+        if self._wait is None or self._wait.device.type == "cuda":
+            work.wait()
+        else:
+            self._wait.until_done(work)
 
 
 @attrs.frozen
@@ -397,10 +430,10 @@ def _broadcast(group: Any, x: Tensor, root: int) -> Any:
     return group.broadcast([x], options)
 
 
-def wire_of(axis: Axis) -> Wire:
-    """The wire that joins the ranks of an axis."""
+def wire_of(axis: Axis, row: str = "") -> Wire:
+    """The wire that joins the ranks of an axis, for a message of this row."""
     if axis.size == 1:
         return Alone(1, 0)
     if _groups.simulated is not None and hasattr(_groups.simulated, "wire"):
         return _groups.simulated.wire(axis)
-    return GroupWire(axis.size, axis.index, axis.group)
+    return GroupWire(axis.size, axis.index, axis.group, Wait(axis, row))

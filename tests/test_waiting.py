@@ -1,0 +1,311 @@
+"""Ranks that never come, die or are interrupted: who waits hears of it in time, by name, and can begin anew."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pmod
+from pmod import _groups, _waiting
+from pmod._waiting import LEFT, WAITS, Post
+from tests import spmd
+
+ROOT = Path(pmod.__file__).parents[1]
+Tensor = torch.Tensor
+
+
+def small() -> Tensor:
+    return torch.ones(4)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "psum": lambda: pmod.psum(small(), "data"),
+    "all_gather": lambda: pmod.all_gather(small(), "data"),
+    "pshift": lambda: pmod.pshift(small(), "data"),
+    "barrier": lambda: pmod.barrier("data"),
+    "start": lambda: pmod.start(pmod.psum, small(), "data").wait(),
+    "backward": lambda: pmod.pvary(small().requires_grad_(), "data").sum().backward(),
+}
+
+
+def me() -> int:
+    return pmod.current_mesh().topology.rank
+
+
+# --- deadlines ------------------------------------------------------------------------------------------------------
+
+
+def without_rank_2(name: str) -> tuple[float, str]:
+    """Ranks 0 and 1 call, rank 2 does not; then all begin anew."""
+    topology = pmod.current_mesh().topology
+    with pmod.set_mesh(pmod.make_mesh(data=3, timeout=1.0)):
+        CALLS[name]()
+        began, text = time.monotonic(), ""
+        if me() != 2:
+            with pytest.raises(pmod.CollectiveTimeout) as caught:
+                CALLS[name]()
+            text = str(caught.value)
+        seconds = time.monotonic() - began
+        if me() == 2:
+            time.sleep(2.0)  # it lives, elsewhere
+    pmod.shutdown()
+    again = pmod.make_mesh(data=3, topology=topology)
+    assert pmod.psum(torch.tensor(1), again["data"]).item() == 3
+    return seconds, text
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_rank_that_never_comes_is_named(name: str) -> None:
+    found = spmd.launch(without_rank_2, name, data=3)
+    for rank, (seconds, text) in enumerate(found[:2]):
+        function = {"backward": "psum in backward", "start": "psum"}.get(name, name)
+        first, called, *_ = text.split("\n")
+        assert first == (
+            f"pmod.{function}(axis='data') at (data={rank}): not all ranks came within 1 s; absent: rank 2 (data=2)."
+        )
+        assert called.startswith("Called at ") and "test_waiting.py:" in called
+        assert 0.9 < seconds < 6.0
+
+
+def elsewhere() -> str:
+    with pmod.set_mesh(pmod.make_mesh(a=2, b=2, timeout=3.0)):
+        pmod.psum(small(), ("a", "b"))
+        axis = "a" if me() in (0, 3) else "b"
+        with pytest.raises(pmod.CollectiveTimeout) as caught:
+            pmod.psum(small(), axis)  # the one line
+    pmod.shutdown()
+    return str(caught.value)
+
+
+def test_who_waits_elsewhere_is_told_where() -> None:
+    for rank, text in enumerate(spmd.launch(elsewhere, a=2, b=2)):
+        other = {0: 2, 1: 0, 2: 3, 3: 1}[rank]
+        coords = f"(a={other // 2}, b={other % 2})"
+        assert f"rank {other} {coords}, which" in text, text
+        assert 'in psum at' in text.split("absent")[1] and "# the one line" in text
+
+
+def late() -> float:
+    """A rank that comes within the deadline is waited for; nothing is left on the board."""
+    with pmod.set_mesh(pmod.make_mesh(data=3, timeout=20.0)):
+        CALLS["psum"]()
+        if me() == 1:
+            time.sleep(2.5)
+        total = CALLS["psum"]()[0].item()
+        CALLS["barrier"]()
+        board = _waiting.board()
+        assert board is not None and board.read([0, 1, 2]) == {} and not board.somebody_left()
+    return total
+
+
+def test_a_late_rank_is_waited_for() -> None:
+    assert spmd.launch(late, data=3) == [3.0] * 3
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+
+def interrupted(name: str) -> float:
+    """Rank 0 is interrupted while it waits; its message is on its way all the same, and the others complete."""
+    with pmod.set_mesh(pmod.make_mesh(data=pmod.current_mesh().size, timeout=20.0)):
+        CALLS[name]()
+        if me() != 0:
+            time.sleep(1.0)
+            CALLS[name]()
+            seconds = 0.0
+        else:
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
+            sent: list[float] = []
+
+            def press() -> None:
+                sent.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGINT)
+
+            threading.Timer(0.4, press).start()
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    CALLS[name]()
+                seconds = time.monotonic() - sent[0]
+            finally:
+                signal.signal(signal.SIGINT, before)
+            time.sleep(1.0)
+    pmod.shutdown()
+    return seconds
+
+
+@pytest.mark.parametrize(("name", "size"), [("psum", 2), ("psum", 3), ("all_gather", 3), ("backward", 2)])
+def test_ctrl_c_ends_a_wait_at_once(name: str, size: int) -> None:
+    assert spmd.launch(interrupted, name, data=size)[0] < 0.5
+
+
+# --- death ----------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+    import os, signal, sys, threading, time
+    import torch
+    import pmod
+
+    def connect(rank, size, port):
+        place = pmod.Topology(rank=rank, world_size=size, master_addr="127.0.0.1", master_port=port)
+        return pmod.make_mesh(data=size, topology=place, timeout=30)
+
+    rank, victim, *ports = map(int, sys.argv[1:])
+    mesh = connect(rank, 3, ports[0])
+    x = torch.ones(100_000)
+    with pmod.set_mesh(mesh):
+        pmod.psum(x, "data")
+        if rank == victim:
+            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        began = time.monotonic()
+        try:
+            while time.monotonic() < began + 20:
+                pmod.psum(x, "data")
+                began = time.monotonic() if time.monotonic() < began + 0.4 else began
+        except pmod.CollectiveTimeout as error:
+            print(f"{time.monotonic() - began:.2f}", str(error).replace(chr(10), " "), flush=True)
+    pmod.shutdown()
+    others = [other for other in range(3) if other != victim]
+    with pmod.set_mesh(connect(others.index(rank), 2, ports[1])):
+        print(pmod.psum(1, "data"), flush=True)
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [server.getsockname()[1] for server in servers]
+    finally:
+        for server in servers:
+            server.close()
+
+
+@pytest.mark.parametrize("victim", [0, 2], ids=["that serves the store", "another"])
+def test_a_killed_rank_is_named_and_the_others_go_on(victim: int) -> None:
+    ports = [str(port) for port in free_ports(2)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SCRIPT), str(rank), str(victim), *ports],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    try:
+        ended = [rank.communicate(timeout=90) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[victim].returncode == -signal.SIGKILL
+    for rank in {0, 1, 2} - {victim}:
+        assert ranks[rank].returncode == 0, ended[rank][1]
+        first, total = ended[rank][0].splitlines()
+        seconds, _, text = first.partition(" ")
+        assert float(seconds) < 5.0 and total == "2"
+        assert text.startswith(f"pmod.psum(axis='data') at (data={rank}): "), text
+        assert f"rank {victim} (data={victim})" in text
+        if victim:
+            assert f"whose process {ranks[victim].pid} on {socket.gethostname()} is dead" in text
+
+
+def test_a_dead_process_is_seen() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        assert _waiting._is_alive(process.pid)
+        process.kill()
+        deadline = time.monotonic() + 5
+        while _waiting._is_alive(process.pid) and time.monotonic() < deadline:  # before anybody waits for it
+            time.sleep(0.01)
+        assert not _waiting._is_alive(process.pid)
+    finally:
+        process.wait()
+    assert not _waiting._is_alive(process.pid)
+
+
+# --- meeting --------------------------------------------------------------------------------------------------------
+
+
+def place(rank: int, port: int) -> pmod.Topology:
+    return pmod.Topology(rank=rank, world_size=2, master_addr="127.0.0.1", master_port=port)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(pmod.TopologyError) as caught:
+            pmod.make_mesh(data=2, topology=place(0, port), timeout=2).group("data")
+    assert str(caught.value) == (
+        f"pmod.make_mesh: port {port} of 127.0.0.1 is taken, perhaps by another job.\n"
+        "Set MASTER_PORT to a free port, the same on every rank."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "given"),
+    [(0, "not all ranks came to 127.0.0.1:{} within 1 s (1/2 clients joined)"),
+     (1, "rank 0 did not come to 127.0.0.1:{} within 1 s")],
+)  # fmt: skip
+def test_nobody_comes_to_the_store(rank: int, given: str) -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(pmod.CollectiveTimeout) as caught:
+        pmod.make_mesh(data=2, topology=place(rank, port), timeout=1).group("data")
+    assert str(caught.value).split("\n")[0] == f"pmod.make_mesh: {given.format(port)}."
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_post_is_read_as_it_was_written() -> None:
+    post = Post(WAITS, "0:4:1#7", (0, 1, 2, 3), "psum at train.py:3: pmod.psum(x, 'data')")
+    assert Post.of(post.text()) == post
+
+
+def test_what_an_error_says_of_the_absent() -> None:
+    posts = {1: Post(WAITS, "m", (0, 1), "pmax at a.py:1"), 2: Post(LEFT, "m", (2, 3), "pmin at b.py:2")}
+    assert _waiting.not_here([1, 3], posts, {}, 5.0) == (
+        "not all ranks came within 5 s; absent: rank 1, which waits in pmax at a.py:1; rank 3"
+    )
+    # one that is only late is no news beside those that come no more
+    assert _waiting.not_here([1, 2, 3], posts, {3: "process 9 on n is dead"}, 5.0) == (
+        "some ranks come no more; absent: rank 2, which raised in pmin at b.py:2; rank 3, whose process 9 on n is dead"
+    )
+    assert _waiting.not_here([], {}, {}, 5.0).endswith("absent: none, so a connection is broken or slow")
+
+
+def test_a_blocking_call_in_a_thread() -> None:
+    go = threading.Event()
+    job = _waiting.InThread(lambda: go.wait(10) and None)
+    with pytest.raises(RuntimeError, match="not done yet"):
+        job.wait(timedelta(seconds=0.01))
+    assert not job.is_completed()
+    go.set()
+    job.wait()
+    assert job.is_completed()
+    failing = _waiting.InThread(lambda: [][0])
+    with pytest.raises(IndexError):
+        failing.wait()
+    before = threading.active_count()
+    for _ in range(5):
+        _waiting.InThread(lambda: None).wait()
+    assert threading.active_count() == before  # threads are used again
+
+
+def test_a_group_with_a_message_in_it_is_never_ended() -> None:
+    group = object()
+    count = sys.getrefcount(group)
+    for _ in range(2):
+        _groups.leave_behind(group)  # type: ignore[arg-type]
+    assert sys.getrefcount(group) == count + 2  # the set's, and one for good
+    _groups._left_behind.discard(group)  # type: ignore[arg-type]
