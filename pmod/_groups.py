@@ -119,8 +119,8 @@ def number_device() -> torch.device:
     return torch.device("cpu")
 
 
-def connect(topology: Topology, seconds: float) -> None:
-    """Join the default process group, starting it where nobody has."""
+def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
+    """Join the default process group, starting it where nobody has; `mesh` is for the log."""
     with _lock:
         if dist.is_initialized():
             _join(topology)
@@ -135,11 +135,18 @@ def connect(topology: Topology, seconds: float) -> None:
             )
         _enter_world(topology, started=True)
         atexit.register(shutdown)
-        if topology.rank == 0:
-            log.info(
-                "%d ranks on %d nodes, started by %s: backend %s, device %s",
-                topology.world_size, topology.num_nodes, topology.launcher, topology.backend, topology.device,
-            )  # fmt: skip
+        announce(topology, mesh)
+
+
+def announce(topology: Topology, mesh: str) -> None:
+    """One line in the log, by rank 0: who started what, and where."""
+    if topology.rank == 0:
+        size, nodes = topology.world_size, topology.num_nodes
+        met = "" if size == 1 else f", met at {topology.master_addr}:{topology.master_port}"
+        log.info(
+            "%d rank%s on %d node%s, started by %s%s: backend %s, device %s%s", size, "s" * (size > 1), nodes,
+            "s" * (nodes > 1), topology.launcher, met, topology.backend, topology.device, mesh and f", mesh {mesh}",
+        )  # fmt: skip
 
 
 PLACE = "pmod/place/{}"  # key of the store of the world -> host and process of a rank
@@ -150,7 +157,8 @@ def _enter_world(topology: Topology, *, started: bool) -> None:
     _state.world, _state.started_world, _state.topology = dist.group.WORLD, started, topology
     store = blackboard()
     if store is not None:
-        store.set(PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}")
+        with contextlib.suppress(RuntimeError):  # a user's store may hold nothing (torch's fake one)
+            store.set(PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}")
 
 
 def next_meeting(key: str) -> int:
@@ -204,8 +212,8 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
     elif store is None:
         store = _meet(address, port, topology, timeout)
     _stores[address, port] = store, number + 1
-    # a restarted job must not read the keys of the attempt before it either
-    return PrefixStore(f"pmod/attempt_{topology.restart_count}/{number}", store)
+    # neither another job nor the attempt before this one may be read
+    return PrefixStore(f"pmod/{topology.job}/attempt_{topology.restart_count}/{number}", store)
 
 
 def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> Store:

@@ -583,8 +583,12 @@ def make_mesh(
         stride *= size
     mesh = Mesh(tuple(sizes), tuple(factors), offset, base, place, seconds)
     _warn_of_straddling(mesh)
-    if not by_hand and place.world_size > 1 and not _groups.in_simulation():
-        _groups.connect(place, seconds)
+    if not by_hand and not _groups.in_simulation():
+        shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        if place.world_size > 1:
+            _groups.connect(place, seconds, shown)
+        else:
+            _groups.announce(place, shown)
     return mesh
 
 

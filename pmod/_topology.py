@@ -31,7 +31,8 @@ class Topology:
 
     Only `rank` and `world_size` are needed. By hand, all ranks are on one node unless `num_nodes` or
     `local_world_size` says otherwise, and ranks fill one node after the other; `backend` follows `device`.
-    `master_addr` and `master_port` are where the ranks meet, None where the launcher does not say.
+    `master_addr` and `master_port` are where the ranks meet, None where the launcher does not say; `job` is what the
+    launcher calls this job, so that the ranks of another that come to the same port by mistake stay strangers.
     Nothing here touches the network.
 
     Raises: TopologyError when the numbers contradict each other.
@@ -53,6 +54,7 @@ class Topology:
     master_addr: str | None = None
     master_port: int | None = None
     restart_count: int = 0
+    job: str = ""
 
     def __attrs_post_init__(self) -> None:
         _check(self, "world_size", 1)
@@ -172,6 +174,7 @@ _ENV = _Launcher(
     marks=("RANK", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"),
     # scripts for srun export the first two on their own
     traces=("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
+    job=(("TORCHELASTIC_RUN_ID",),),
 )
 _OPENMPI = _Launcher(
     name="openmpi",
@@ -320,7 +323,8 @@ def _facts(environ: Mapping[str, str], launcher: _Launcher, visible: int) -> dic
     places, port = _places(environ, launcher, rank, size), _number(environ, "MASTER_PORT")
     facts = {"rank": rank, "world_size": size, "launcher": launcher.name, **places}
     facts["master_addr"] = _text(environ, "MASTER_ADDR") or _address(environ, launcher, places, size)
-    facts["master_port"] = _port(environ, launcher) if port is None else port
+    facts["job"] = _job(environ, launcher)
+    facts["master_port"] = _port_of(facts["job"]) if port is None and launcher is not _ENV and facts["job"] else port
     if launcher is _ENV:
         facts["restart_count"] = _number(environ, "TORCHELASTIC_RESTART_COUNT") or 0
     if places["local_world_size"] is None and places["num_nodes"] is None and (places["local_rank"] or 0) < visible > 1:
@@ -399,12 +403,10 @@ def _first_host(environ: Mapping[str, str], *names: str) -> str | None:
     return host
 
 
-def _port(environ: Mapping[str, str], launcher: _Launcher) -> int | None:
-    """A port from what names the job: the same on all its ranks, another for the next job on the node."""
-    names = next((names for names in launcher.job if all(name in environ for name in names)), None)
-    if names is None:
-        return None
-    return _port_of(".".join(environ[name] for name in names))
+def _job(environ: Mapping[str, str], launcher: _Launcher) -> str:
+    """What names the job: the same on all its ranks, another for the next job."""
+    names = next((names for names in launcher.job if all(name in environ for name in names)), ())
+    return ".".join(environ[name] for name in names)
 
 
 def _port_of(job: str) -> int:

@@ -68,10 +68,13 @@ class Board:
 
     def __init__(self, store: Any) -> None:
         self.of = store
-        self.store = store.clone()  # a connection of its own: a wait locks it
+        self.reachable = True
+        try:
+            self.store = store.clone()  # a connection of its own: a wait locks it
+        except RuntimeError:  # its server is gone, or it holds nothing (torch's fake one)
+            self.store, self.reachable = store, False
         self._lock = threading.Lock()  # of a connection that threads share
         self._places: dict[int, tuple[str, int]] = {}
-        self.reachable = True
 
     def write(self, rank: int, post: Post) -> None:
         with self._lock:
@@ -188,13 +191,22 @@ class Wait:
 
     def __init__(self, axis: Axis, row: str) -> None:
         self._axis, self._row = axis, row
-        self._rank = axis.topology.rank
-        number = _groups.next_meeting(axis.group_key)
-        self._meeting = f"{axis.group_key}#{number}"
-        if number == 1:
-            board()  # connected while the rank that serves it is there
+        self._number = _groups.next_meeting(axis.group_key)
         self._written = False
-        self._pause = min(LOOK, axis.timeout / 4)
+        if self._number == 1:
+            board()  # connected while the rank that serves it is there
+
+    @property
+    def _meeting(self) -> str:
+        return f"{self._axis.group_key}#{self._number}"
+
+    @property
+    def _rank(self) -> int:
+        return self._axis.topology.rank
+
+    @property
+    def _pause(self) -> float:
+        return min(LOOK, self._axis.timeout / 4)
 
     @cached_property
     def _others(self) -> list[int]:
@@ -217,20 +229,24 @@ class Wait:
 
         Raises: CollectiveTimeout at the deadline, or when a rank cannot come any more.
         """
-        started = looked = monotonic()
         try:
-            while not _done_soon(work):
-                now = monotonic()
-                if now - looked > self._pause:
-                    looked = now
-                    if self._come_no_more() or now - started > self._axis.timeout:
-                        self._give_up(work)
+            if not _done_soon(work):
+                self._wait_long(work)
         except RuntimeError as error:  # gloo's: a connection broke, or its own deadline passed
             self._give_up(work, error)
         except BaseException:
             if not work.is_completed():
                 _groups.leave_behind(self._axis.group)
             raise
+
+    def _wait_long(self, work: Work) -> None:
+        started = looked = monotonic()
+        while not _done_soon(work):
+            now = monotonic()
+            if now - looked > self._pause:
+                looked = now
+                if self._come_no_more() or now - started > self._axis.timeout:
+                    self._give_up(work)
         if self._written:
             self._tell(lambda told: told.erase(self._rank))
 

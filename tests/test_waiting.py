@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -262,6 +265,63 @@ def test_nobody_comes_to_the_store(rank: int, given: str) -> None:
     with pytest.raises(pmod.CollectiveTimeout) as caught:
         pmod.make_mesh(data=2, topology=place(rank, port), timeout=1).group("data")
     assert str(caught.value).split("\n")[0] == f"pmod.make_mesh: {given.format(port)}."
+
+
+def test_another_job_at_the_same_port_stays_a_stranger() -> None:
+    """Its rank 1 finds the store of the first job, and must not be taken for that one's."""
+    (port,) = free_ports(1)
+    places = [attrs.evolve(place(rank, port), job=job) for rank, job in enumerate(["first", "second"])]
+    stores: dict[str, Any] = {}
+
+    def connect(where: pmod.Topology) -> None:
+        stores[where.job] = _groups._store(where, timedelta(seconds=20))
+
+    threads = [threading.Thread(target=connect, args=(where,)) for where in places]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stores["first"].set("address of rank 0", "here")
+        assert stores["first"].check(["address of rank 0"])
+        assert not stores["second"].check(["address of rank 0"])
+    finally:
+        _groups._stores.pop(("127.0.0.1", port), None)
+
+
+def logged() -> list[str]:
+    """What make_mesh writes into the log when it connects, and when it is called again."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("pmod")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        pmod.shutdown()
+        for _ in range(2):
+            pmod.make_mesh(data=2, model=1)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    return lines
+
+
+def test_one_line_in_the_log_of_rank_0() -> None:
+    first, second = spmd.launch(logged, data=2)
+    assert second == []
+    (line,) = first
+    assert re.fullmatch(
+        r"2 ranks on 1 node, started by launch, met at 127\.0\.0\.1:[0-9]+: backend \S+, device \S+, "
+        r"mesh data=2, model=1", line,
+    )  # fmt: skip
+
+
+def test_one_process_says_so_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pmod"):
+        pmod.make_mesh(data=1)
+    assert re.fullmatch("1 rank on 1 node, started by .*: backend .*, device .*, mesh data=1", caplog.messages[-1])
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------
