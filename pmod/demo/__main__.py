@@ -27,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         published = _published(options)
         mesh = ranks.launched(options.mesh or {"data": 1, "space": -1})
         sizes = local_sizes(options) if mesh is None else mesh.shape
-        check_fit(options, *_shapes(options, published), sizes)
+        shapes = _shapes(options, published)
+        check_fit(options, *shapes, sizes)
+        kept = parallel.checkpoints(options, *shapes)
+        if kept is not None:
+            kept.last()  # refused before the ranks start
     except PmodError as error:
         print(error, file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ examples:
   python -m pmod.demo --data darcy_train_16.pt --test-data darcy_test_16.pt
   torchrun --nproc-per-node 4 -m pmod.demo --mesh data=2,space=2
   mpirun -n 2 python -m pmod.demo
+  torchrun --standalone --max-restarts 3 --nproc-per-node 2 -m pmod.demo --checkpoint kept
   python -m pmod.demo graph --help                  the other job: message passing on an unstructured mesh
 
 The exit status is 1 where the two trainings differ by more than the bounds that it prints, and 2 where the command
@@ -54,6 +55,8 @@ class Options:
     seed: int = 0
     serial: bool = True
     output: Path = Path("pmod-demo-darcy.png")
+    checkpoint: Path | None = None
+    every: int = 50
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,6 +75,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         parser.error("--data and --test-data go together: one file to train on, one to test on")
     if "data" in given and "size" in given:
         parser.error("--size is for problems that the demo makes itself; the grid of --data is what it is")
+    if "every" in given and "checkpoint" not in given:
+        parser.error("--every goes with --checkpoint: nothing is kept without a folder")
     options = Options(**given)
     check_folder(options.output, parser)
     return options
@@ -111,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--no-serial", dest="serial", action="store_false", help="do not train in one process to compare"
     )
+    kept = parser.add_argument_group("checkpoints")
+    kept.add_argument(
+        "--checkpoint", type=Path, metavar="FOLDER",
+        help="go on from the last checkpoint there, if any, and keep new ones; all ranks must see the folder",
+    )  # fmt: skip
+    number(kept, "--every", f"steps from one to the next ({usual.every})")
     return parser
 
 
@@ -181,6 +192,15 @@ def shown(axis_sizes: Mapping[str, int]) -> str:
 def counts(options: Options) -> tuple[int, int]:
     """How many problems to make, to train and to test on."""
     return options.train or _MADE["train"], options.test or _MADE["test"]
+
+
+def made_with(options: Options, train: Sequence[int], test: Sequence[int]) -> dict[str, Any]:
+    """What two runs on problems of these shapes (N, height, width) share if one can go on where the other ended."""
+    names = ("channels", "modes", "layers", "batch", "float64", "seed")
+    data = "made" if options.data is None else options.data.name
+    steps = options.steps_on(2 * train[0])
+    shared = {name: getattr(options, name) for name in names}
+    return {"data": data, "train": list(train), "test": list(test), "steps": steps, **shared}
 
 
 def local_sizes(options: Options) -> dict[str, int]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 import torch
 from torch import Tensor
 
 import pmod
 from pmod.demo import fno
+from pmod.demo.checkpoint import Checkpoints
 from pmod.demo.console import say
 from pmod.demo.darcy import TOLERANCE, Fields, random_fields, solve_together
 from pmod.demo.fno import FNO, even_sizes
-from pmod.demo.options import Options, counts
+from pmod.demo.options import Options, counts, made_with
 from pmod.demo.training import Run, Scale, fit, heading
 
 
@@ -42,6 +45,12 @@ def make_problems(options: Options, *, quiet: bool) -> tuple[Fields, Fields]:
     return problems[:train], problems[train:]
 
 
+def checkpoints(options: Options, train: Sequence[int], test: Sequence[int]) -> Checkpoints | None:
+    """Where a run on problems of these shapes is kept; None where the options do not say."""
+    folder = options.checkpoint
+    return None if folder is None else Checkpoints(folder, options.every, made_with(options, train, test))
+
+
 def train(options: Options, published: tuple[Fields, Fields] | None) -> Outcome | None:
     """Train over the current mesh ("data", "space"); the outcome on rank 0, None elsewhere."""
     mesh = pmod.current_mesh()
@@ -53,7 +62,8 @@ def train(options: Options, published: tuple[Fields, Fields] | None) -> Outcome 
     torch.manual_seed(options.seed)  # so all ranks draw the same weights
     model = FNO(options.channels, options.modes, options.layers).to(options.dtype)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    run = _run(model.to(mesh.device), problems.to(mesh.device), tests.to(mesh.device), options, quiet=quiet)
+    kept = checkpoints(options, (len(problems) // 2, *problems.x.shape[1:]), tests.x.shape)
+    run = _run(model.to(mesh.device), problems.to(mesh.device), tests.to(mesh.device), options, kept, quiet=quiet)
     rows, threads = even_sizes(tests.x.shape[1]), torch.get_num_threads()
     return None if quiet else Outcome(problems, tests, weights, run, mesh.shape, rows, threads)
 
@@ -66,7 +76,7 @@ def _introduce(train: Fields, test: Fields, options: Options) -> None:
     say("\n" + heading())
 
 
-def _run(model: FNO, train: Fields, test: Fields, options: Options, *, quiet: bool) -> Run:
+def _run(model: FNO, train: Fields, test: Fields, options: Options, kept: Checkpoints | None, *, quiet: bool) -> Run:
     scale, height = Scale.of(train), train.x.shape[1]
     a, y = pmod.shard(scale.apply(train, options.dtype), "space", dim=1, sizes=even_sizes(height))
 
@@ -75,7 +85,7 @@ def _run(model: FNO, train: Fields, test: Fields, options: Options, *, quiet: bo
         return fno.loss(model, a[mine], y[mine], height)
 
     predict = _Predictor(model, scale, test, options)
-    losses, errors, seconds = fit(model, batch_loss, predict.error, len(train), options, quiet=quiet)
+    losses, errors, seconds = fit(model, batch_loss, predict.error, len(train), options, quiet=quiet, checkpoints=kept)
     return Run(losses, errors, predict.whole().cpu(), seconds)
 
 

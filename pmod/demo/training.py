@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from pmod.demo.checkpoint import Checkpoints
 from pmod.demo.console import progress, say
 from pmod.demo.darcy import Fields
 from pmod.demo.options import LEARNING_RATE
@@ -81,17 +82,25 @@ def fit(
     options: Length,
     *,
     quiet: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Tensor, dict[int, float], float]:
-    """Minimize `loss`, a function of the batch; the curve, the test errors by step, and the seconds it took."""
+    """Minimize `loss`, a function of the batch; the curve, the test errors by step, and the seconds it took.
+
+    checkpoints: where to go on from, and what to keep; the curve is then that of all attempts, the seconds of this one.
+    """
     steps = options.steps_on(problems)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     curve: list[Tensor] = []
     errors: dict[int, float] = {}
+    if checkpoints is not None:
+        curve, errors = checkpoints.resume(model, optimizer, quiet=quiet)
+        schedule.last_epoch = len(curve)  # the rates of the next step came with the optimizer
     tested = max(steps // 10, 1)
     begun = time.perf_counter()
     with progress(total=steps, what="training", unit="step", quiet=quiet) as bar:
-        for batch in islice(batches(problems, options.batch, options.seed), steps):
+        bar.update(len(curve))
+        for batch in islice(batches(problems, options.batch, options.seed), len(curve), steps):
             optimizer.zero_grad()
             value = loss(batch)
             value.backward()
@@ -104,6 +113,8 @@ def fit(
                 errors[step] = test_error()
                 if not quiet:
                     _report(step, curve[-tested:], errors[step], time.perf_counter() - begun)
+            if checkpoints is not None and (step % checkpoints.every == 0 or step == steps):
+                checkpoints.save(model, optimizer, curve, errors)
     return torch.stack(curve).cpu(), errors, time.perf_counter() - begun
 
 

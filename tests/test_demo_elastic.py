@@ -1,0 +1,269 @@
+"""The demo goes on from its checkpoint: as if nothing had happened, whatever was killed when, and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from unittest import mock
+
+import attrs
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
+
+import pmod
+from pmod.demo import fno, parallel
+from pmod.demo.__main__ import main
+from pmod.demo.checkpoint import Checkpoints
+from pmod.demo.options import Options, parse
+from tests import spmd
+
+ROOT = Path(pmod.__file__).parents[1]
+SMALL = "--size 12 --train 8 --test 4 --batch 4 --channels 4 --layers 2 --modes 3 --float64 --no-serial"
+
+
+def small(**changes: object) -> Options:
+    return attrs.evolve(parse(SMALL.split()), **changes)
+
+
+class Killed(BaseException):
+    """Nothing in the program may answer to it."""
+
+
+# --- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def trained(options: Options, steps: int | None = None) -> tuple[torch.Tensor, dict[int, float], int] | None:
+    """The curve, the errors, and how many steps were taken here; the program ends before a step after `steps`."""
+    taken = count(1)
+
+    def loss(*args: object) -> torch.Tensor:
+        if next(taken) > (steps or 1000):
+            raise Killed
+        return plain(*args)
+
+    plain = fno.loss
+    with mock.patch.object(fno, "loss", loss):
+        try:
+            outcome = parallel.train(options, None)
+        except Killed:
+            return None
+    run = None if outcome is None else outcome.run
+    return None if run is None else (run.losses, run.errors, next(taken) - 1)
+
+
+@pytest.mark.parametrize("axis_sizes", [{"data": 1, "space": 2}, {"data": 2, "space": 1}])
+def test_a_resumed_training_is_the_undisturbed_one(tmp_path, axis_sizes):
+    options = small(steps=11)
+    (losses, errors, _), _ = spmd.launch(trained, options, data=1, space=2)
+    kept = attrs.evolve(options, checkpoint=tmp_path / "new" / "kept", every=4)
+    assert spmd.launch(trained, kept, 6, data=1, space=2) == [None, None]
+    assert sorted(path.name for path in kept.checkpoint.iterdir()) == ["step-4"]
+    (resumed, again, taken), _ = spmd.launch(trained, kept, **axis_sizes)  # on another mesh, too
+    assert taken == 7
+    exact = axis_sizes["space"] == 2
+    torch.testing.assert_close(resumed, losses, rtol=0, atol=0 if exact else 1e-12)
+    assert again == (errors if exact else pytest.approx(errors, rel=1e-10))
+    assert sorted(path.name for path in kept.checkpoint.iterdir()) == ["step-11"]
+    (resumed, again, taken), _ = spmd.launch(trained, kept, data=1, space=2)
+    assert taken == 0 and again == pytest.approx(errors, rel=1e-10)  # it was finished
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pmod.simulate(trained, small(steps=2), data=1, space=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Halves(nn.Module):
+    """A weight of which each rank holds some rows, and a bias that all hold."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        whole = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        self.weight = nn.Parameter(pmod.shard(whole, "model"))
+        self.bias = nn.Parameter(torch.full((3,), float(seed)))
+
+    def whole(self, of: torch.Tensor) -> torch.Tensor:
+        return pmod.unshard(of.detach(), "model", length=5)
+
+
+def steps(model: Halves, optimizer: torch.optim.Optimizer, number: int) -> None:
+    for step in range(number):
+        ramp = torch.arange(15.0).view(5, 3) + step
+        model.weight.grad = pmod.shard(ramp, "model")
+        model.bias.grad = torch.ones(3) * step
+        optimizer.step()
+
+
+def held_in_halves(folder: Path, writes: bool) -> list[torch.Tensor]:
+    """The whole weight, its moment, and the bias, after a checkpoint and two more steps."""
+    kept = Checkpoints(folder, 1, {"what": "halves"}, {"weight": {"model": 0}})
+    model = Halves(seed=1 if writes else 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1 if writes else 0.5)
+    if writes:
+        steps(model, optimizer, 3)
+        kept.save(model, optimizer, [torch.tensor(1.0), torch.tensor(2.0)], {2: 0.5})
+    else:
+        curve, errors = kept.resume(model, optimizer, quiet=True)
+        assert [value.item() for value in curve] == [1.0, 2.0] and errors == {2: 0.5}
+    steps(model, optimizer, 2)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    moment = optimizer.state[model.weight]["exp_avg"]
+    pmod.shutdown()  # of a world of one, which would stay
+    return [model.whole(model.weight), model.whole(moment), model.bias.detach()]
+
+
+def test_sharded_parameters_are_kept_shard_by_shard(tmp_path):
+    first, second = spmd.launch(held_in_halves, tmp_path, True, data=1, model=2)
+    for ranks in ({"data": 1, "model": 2}, {"data": 2, "model": 1}):
+        for got in spmd.launch(held_in_halves, tmp_path, False, **ranks):
+            for wanted, one in zip(first, got, strict=True):
+                assert torch.equal(wanted, one)
+    assert torch.equal(first[0], second[0]) and first[0].shape == (5, 3)
+
+
+# --- a kill at any moment --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone():
+    with pmod.set_mesh(pmod.make_mesh(data=1, space=1)):
+        yield
+    pmod.shutdown()
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_a_checkpoint(tmp_path, alone, monkeypatch):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    kept = Checkpoints(tmp_path, 1, {})
+    whole, outcomes = 1, set()
+
+    def write(length: int) -> None:
+        nn.init.constant_(model.weight, length)
+        kept.save(model, optimizer, [torch.tensor(float(i)) for i in range(length)], {length: float(length)})
+
+    def read() -> int:
+        with torch.no_grad():
+            model.weight.zero_()
+        curve, errors = kept.resume(model, optimizer, quiet=True)
+        assert [value.item() for value in curve] == list(range(len(curve)))
+        assert errors == {len(curve): float(len(curve))} and (model.weight == len(curve)).all()
+        return len(curve)
+
+    write(1)
+    assert read() == 1
+    for moment in count(1):
+        calls = count(1)
+
+        def killing(f, calls=calls, moment=moment):
+            def call(*args, **kwargs):
+                if next(calls) == moment:
+                    raise Killed
+                return f(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "fsync"), (os, "rename"), (os, "unlink"), (shutil, "rmtree")):
+                patch.setattr(module, name, killing(getattr(module, name)))
+            try:
+                write(1 + moment)
+                break
+            except BaseException as error:  # of torch's checkpoint its own, around ours
+                assert isinstance(error, Killed) or "Killed" in str(error)
+        found = read()
+        assert found in (whole, 1 + moment)
+        outcomes.add(found == whole)
+        whole = found
+    assert moment > 8 and outcomes == {True, False}
+    assert read() == 1 + moment
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-{1 + moment}"]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, capsys):
+    options = small(steps=2, checkpoint=tmp_path, every=1)
+    spmd.launch(trained, options, data=1, space=2)
+    other = f"{SMALL} --steps 2 --mesh space=2 --checkpoint {tmp_path} --channels 5 --size 13".split()
+    assert main(other) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"pmod.demo: the checkpoint {tmp_path / 'step-2'} is of another problem or model: it has train=[8, 12, 12], "
+        "test=[4, 12, 12], channels=4, this run train=[8, 13, 13], test=[4, 13, 13], channels=5.\n"
+        "Pass the options of that run, or another --checkpoint folder.\n"
+    )
+
+
+def test_options(capsys):
+    got = parse(["--checkpoint", "kept", "--every", "3"])
+    assert (got.checkpoint, got.every) == (Path("kept"), 3)
+    with pytest.raises(SystemExit):
+        parse(["--every", "3"])
+    assert "--every goes with --checkpoint" in capsys.readouterr().err
+
+
+# --- under torchrun --------------------------------------------------------------------------------------------------
+
+
+def workers(agent: int) -> dict[str, int]:
+    """The process ids of torchrun's workers, by rank."""
+    found: dict[str, int] = {}
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        variables = dict(v.partition("=")[::2] for v in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        found[variables.get("RANK", "")] = int(pid)
+    return found
+
+
+def newest(folder: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in folder.glob("step-*")), default=0)
+
+
+def wait_for(process: subprocess.Popen[bytes], folder: Path, step: int, deadline: float) -> float:
+    """When a checkpoint of this step or a later one was there."""
+    while newest(folder) < step:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    return time.monotonic()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
+def test_a_killed_worker_costs_ten_seconds_and_no_accuracy(tmp_path):
+    number, folder = 120, tmp_path / "kept"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2", "--nproc-per-node=2",
+               "-m", "pmod.demo", *SMALL.split(), "--steps", str(number), "--mesh", "data=1,space=2",
+               "--checkpoint", str(folder), "--every", "1"]  # fmt: skip
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    begun = time.monotonic()
+    deadline = begun + 150
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=said, stderr=said)
+    try:
+        start = wait_for(process, folder, 1, deadline) - begun
+        wait_for(process, folder, 20, deadline)
+        os.kill(workers(process.pid)["1"], signal.SIGKILL)
+        killed, before = time.monotonic(), newest(folder)
+        took = wait_for(process, folder, before + 2, deadline) - killed  # the one being written may still have come
+        assert process.wait(timeout=deadline - time.monotonic()) == 0, (tmp_path / "said").read_text()
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its workers
+            process.wait(timeout=40)
+    text = (tmp_path / "said").read_text()
+    assert f"from the checkpoint in {folder}" in text, text
+    curve = torch.zeros(number, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
+        load({"curve": curve}, checkpoint_id=folder / f"step-{number}", no_dist=True)
+    (losses, _, _), _ = spmd.launch(trained, small(steps=number), data=1, space=2)
+    torch.testing.assert_close(curve, losses, rtol=1e-6, atol=0)
+    # 6 s of processor time a rank go into imports: where others keep the cores busy, the start took long, too
+    assert took < max(10, 2 * start), f"{took:.1f} s to go on after the kill, {start:.1f} s to start"
