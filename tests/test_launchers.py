@@ -3,20 +3,27 @@ started. A launcher that is not installed is a skip, or with PMOD_TEST_LAUNCHERS
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import importlib.util
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 
-from tests import slurm
+from tests import namespaces, slurm
 
 ROOT = Path(__file__).parents[1]
-TRAIN = str(ROOT / "tests/scripts/train.py")
+TRAIN, RANK, LEAVE, TAKEN = (str(ROOT / f"tests/scripts/{name}.py") for name in ("train", "rank", "leave", "taken"))
 # program -> the Debian package that has it
 PACKAGES = {"mpirun.openmpi": "openmpi-bin", "mpiexec.hydra": "mpich", "ip": "iproute2", **slurm.PROGRAMS}
 # what another launcher may have told the process that runs these tests
@@ -28,12 +35,17 @@ MPIRUN = ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to
           "--mca", "oob_tcp_if_include", "lo"]  # fmt: skip
 
 
+def absent(advice: str) -> None:
+    """Skip, or fail where all launchers must be there."""
+    say = pytest.fail if os.environ.get("PMOD_TEST_LAUNCHERS") == "all" else pytest.skip
+    say(f"not installed: {advice}")
+
+
 def need(*programs: str) -> None:
-    """Skip where a program is not installed; where all must be, fail."""
-    missing = sorted({PACKAGES[program] for program in programs if slurm.find(program) is None})
+    """Those of these programs that belong to Debian packages are installed."""
+    missing = {PACKAGES[name] for name in programs if name in PACKAGES and slurm.find(name) is None}
     if missing:
-        say = pytest.fail if os.environ.get("PMOD_TEST_LAUNCHERS") == "all" else pytest.skip
-        say(f"not installed: apt-get install -y --no-install-recommends {' '.join(missing)}")
+        absent(f"apt-get install -y --no-install-recommends {' '.join(sorted(missing))}")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -103,18 +115,237 @@ def alone() -> float:
 # command, launcher, ranks
 COMMANDS = {
     "torchrun": ([*TORCHRUN, "--standalone", "--nproc-per-node", "2"], "env", 2),
-    "mpirun": ([*MPIRUN, "-n", "3", sys.executable], "openmpi", 3),
+    "mpirun": ([*MPIRUN, "-n", "2", sys.executable], "openmpi", 2),
     "mpiexec.hydra": (["mpiexec.hydra", "-n", "2", sys.executable], "pmi", 2),
     "srun": (["srun", "-N", "1", "-n", "2", sys.executable], "slurm", 2),
     "srun on two nodes": (["srun", "-N", "2", "-n", "4", sys.executable], "slurm", 4),
 }
 
 
+def variables_for(launcher: str, request: pytest.FixtureRequest) -> dict[str, str]:
+    """What the commands of a launcher need: of Slurm, one that runs."""
+    return request.getfixturevalue("nodes") if launcher == "slurm" else {}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_same_loss(name: str, alone: float, request: pytest.FixtureRequest) -> None:
     command, launcher, ranks = COMMANDS[name]
-    if command[0] in PACKAGES:
-        need(command[0])
-    more = request.getfixturevalue("nodes") if launcher == "slurm" else {}
-    printed, _ = finish(start([*command, TRAIN], **more))
+    need(command[0])
+    printed, _ = finish(start([*command, TRAIN], **variables_for(launcher, request)))
     assert loss(printed, launcher, ranks) == pytest.approx(alone, rel=1e-10)
+
+
+def batch(nodes: dict[str, str], folder: Path, tasks: int, line: str) -> str:
+    """What a batch script of one line prints, on one node."""
+    output, end = folder / "output", time.monotonic() + 90
+    options = ["--parsable", "-N", "1", "-n", str(tasks), "-o", str(output)]
+    job = finish(start(["sbatch", *options, "--wrap", line], **nodes))[0].strip()
+    state = "PENDING"
+    while state in ("PENDING", "RUNNING", "COMPLETING"):  # sbatch --wait asks every ten seconds
+        assert time.monotonic() < end, f"{state} after 90 s\n{output.read_text()}"
+        time.sleep(0.1)
+        state = re.findall(r"JobState=(\w+)", finish(start(["scontrol", "show", "job", job], **nodes))[0])[0]
+    assert state == "COMPLETED", f"{state}\n{output.read_text()}"
+    return output.read_text()
+
+
+def test_the_same_loss_under_srun_in_sbatch(alone: float, nodes: dict[str, str], tmp_path: Path) -> None:
+    printed = batch(nodes, tmp_path, 2, f"srun {sys.executable} {TRAIN}")
+    assert loss(printed, "slurm", 2) == pytest.approx(alone, rel=1e-10)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[namespaces.Host]]:
+    need("ip")
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(namespaces.two_hosts())
+        except PermissionError as error:
+            pytest.skip(f"network namespaces are not permitted here: {error}")
+        yield made
+
+
+def test_the_same_loss_on_two_hosts(alone: float, hosts: list[namespaces.Host]) -> None:
+    shared = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", hosts[0].address, "--master-port", "29500"]
+    agents = [
+        start([*host.inside, *TORCHRUN, *shared, "--node-rank", str(number), TRAIN], GLOO_SOCKET_IFNAME=host.name)
+        for number, host in enumerate(hosts)
+    ]
+    printed = [finish(agent)[0] for agent in agents]
+    assert printed[1] == ""
+    assert loss(printed[0], "env", 2) == pytest.approx(alone, rel=1e-10)
+
+
+async def run_in_kernel(code: str, ranks: int, folder: Path) -> dict[str, Any]:
+    """What the ranks of a jupyter-distributed kernel show, started as its server extension does."""
+    from jupyter_distributed.coordinator import DistributedKernelCoordinator
+
+    kernels, shown = AsyncMultiKernelManager(), []
+    try:
+        name = await kernels.start_kernel(kernel_name="python3", env=environment())
+        await DistributedKernelCoordinator(kernels, registry_dir=folder).set_world_size(name, ranks)
+        client = kernels.get_kernel(name).client()
+        client.start_channels()
+        try:
+            await client.wait_for_ready(timeout=60)
+            await client.execute_interactive(code, timeout=60, output_hook=shown.append)
+        finally:
+            client.stop_channels()
+    finally:
+        await kernels.shutdown_all()
+    data = [message["content"]["data"] for message in shown if "data" in message["content"]]
+    return data[-1]["application/vnd.jupyter-distributed.rank+json"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*:RuntimeWarning:zmq")
+def test_the_same_loss_in_a_kernel_of_jupyter_distributed(alone: float, tmp_path: Path) -> None:
+    if importlib.util.find_spec("jupyter_distributed") is None:
+        absent("pip install jupyter-distributed")
+    shown = asyncio.run(run_in_kernel(f"%run {TRAIN}", 2, tmp_path))
+    assert shown["status"] == "ok", shown
+    printed = ["".join(output["content"]["text"] for output in rank["outputs"]) for rank in shown["ranks"]]
+    assert printed[1] == ""
+    assert loss(printed[0], "env", 2) == pytest.approx(alone, rel=1e-10)
+
+
+# --- where the ranks meet ---------------------------------------------------------------------------------------------
+
+Said = tuple[str, int, int, str, str]  # launcher, rank, size, port, sum
+
+
+def said(printed: str) -> list[Said]:
+    """What the ranks say of themselves, in order."""
+    found = re.findall(r"(\w+) (\d+)/(\d+) met at [\w.]+:(\w+), sum (\d+)\.", printed)
+    return sorted((launcher, int(rank), int(size), port, total) for launcher, rank, size, port, total in found)
+
+
+# launcher -> changes of its variables, and a text in what is then detected
+NO_GPU, ONE_GPU = 0, 1
+CASES: dict[str, list[tuple[dict[str, str | None], int, str]]] = {
+    "torchrun": [
+        ({}, NO_GPU, "world_size=2"),
+        ({}, ONE_GPU, "device(type='cuda', index=0)"),  # each task has a GPU of its own
+        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing")
+          for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")),
+        ({"RANK": "one"}, NO_GPU, "RANK is 'one'"),
+        ({"MASTER_PORT": ""}, NO_GPU, "MASTER_PORT is empty"),
+        ({"LOCAL_RANK": "2"}, NO_GPU, "local_rank is 2, and local_world_size is 2"),
+        ({"PMOD_LAUNCHER": "single"}, NO_GPU, "world_size=1"),
+        ({"PMOD_LAUNCHER": "slurm"}, NO_GPU, "SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_STEP_ID missing"),
+    ],
+    "mpirun": [
+        ({}, NO_GPU, "world_size=2"),
+        ({}, ONE_GPU, "device(type='cuda', index=0)"),
+        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing")
+          for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")),
+        ({"OMPI_COMM_WORLD_SIZE": "-2"}, NO_GPU, "OMPI_COMM_WORLD_SIZE is '-2'"),
+        ({"OMPI_COMM_WORLD_RANK": "2"}, NO_GPU, "rank is 2, and world_size is 2"),
+        ({"WORLD_SIZE": "4"}, NO_GPU, "WORLD_SIZE is '4', but OMPI_COMM_WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "4", "PMOD_LAUNCHER": "openmpi"}, NO_GPU, "world_size=2"),
+        ({"PMOD_LAUNCHER": "single"}, NO_GPU, "world_size=1"),
+        ({"RANK": "0"}, NO_GPU, "half a set of variables: WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing"),
+    ],
+    "mpiexec.hydra": [
+        ({}, NO_GPU, "world_size=2"),
+        ({}, ONE_GPU, "device(type='cuda', index=0)"),
+        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing") for name in ("PMI_RANK", "PMI_SIZE")),
+        ({"PMI_SIZE": "2.0"}, NO_GPU, "PMI_SIZE is '2.0'"),
+        ({"PMI_RANK": "2"}, NO_GPU, "rank is 2, and world_size is 2"),
+        ({"MPI_LOCALRANKID": "2"}, NO_GPU, "local_rank is 2, and local_world_size is 2"),
+        ({"PMOD_LAUNCHER": "single"}, NO_GPU, "world_size=1"),
+        ({"PMOD_LAUNCHER": "hydra"}, NO_GPU, "It is one of env, openmpi, pmi, slurm, single"),
+    ],
+    "srun": [
+        ({}, NO_GPU, "world_size=2"),
+        ({}, ONE_GPU, "device(type='cuda', index=0)"),
+        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing")
+          for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_ID": None}, NO_GPU, "half a set of variables: SLURM_STEP_ID missing"),
+        ({"SLURM_PROCID": "?"}, NO_GPU, "SLURM_PROCID is '?'"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3"}, NO_GPU, "It shares SLURM_STEP_NUM_TASKS=2 tasks out among the nodes"),
+        ({"WORLD_SIZE": "4"}, NO_GPU, "WORLD_SIZE is '4', but SLURM_STEP_NUM_TASKS is 2"),
+        ({"PMOD_LAUNCHER": "single"}, NO_GPU, "world_size=1"),
+        ({"PMOD_LAUNCHER": "pmi"}, NO_GPU, "half a set of variables: PMI_RANK, PMI_SIZE missing"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_jobs_at_once_do_not_mix_and_changed_variables_are_noticed(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    command, launcher, ranks = COMMANDS[name]
+    need(command[0])
+    more, cases = variables_for(launcher, request), json.dumps(CASES[name])
+    jobs = [start([*command, RANK, number, cases], **more) for number in ("1", "10")]
+    printed = [finish(job)[0] for job in jobs]
+    ports = [said(text)[0][3] for text in printed]
+    assert ports[0] != ports[1]
+    for text, port, total in zip(printed, ports, (ranks, 10 * ranks), strict=True):
+        assert said(text) == [(launcher, rank, ranks, port, str(total)) for rank in range(ranks)]
+        assert text.count("As expected.") == len(CASES[name]) * ranks
+
+
+def test_a_taken_port_is_reported() -> None:
+    need("mpirun.openmpi")
+    _, told = finish(start([*COMMANDS["mpirun"][0], TAKEN]), fails=True)
+    assert re.search(r"TopologyError: pmod\.make_mesh: port \d+ of 127\.0\.0\.1 is taken", told), told
+    assert "Set MASTER_PORT to a free port" in told
+
+
+# --- traps ------------------------------------------------------------------------------------------------------------
+
+ONE = [("single", 0, 1, "None", "7")]
+
+
+def test_a_batch_script_without_srun_is_one_process(nodes: dict[str, str], tmp_path: Path) -> None:
+    printed = batch(nodes, tmp_path, 4, f"{sys.executable} {RANK} 7")
+    assert said(printed) == ONE
+    assert "one process, because srun did not start it" in printed and "srun python script.py" in printed
+
+
+def test_a_shell_of_salloc_is_one_process(nodes: dict[str, str]) -> None:
+    printed, told = finish(start(["salloc", "-n", "4", sys.executable, RANK, "7"], **nodes))
+    assert said(printed) == ONE
+    assert "one process, because srun did not start it" in told and "srun python script.py" in told
+
+
+@pytest.mark.parametrize("name", ["mpirun", "mpiexec.hydra"])
+def test_mpi_inside_an_allocation_of_two_nodes(name: str, nodes: dict[str, str]) -> None:
+    command, launcher, _ = COMMANDS[name]
+    need(command[0])
+    printed, _ = finish(start(["salloc", "-N", "2", "-n", "2", *command, RANK, "7"], **nodes))
+    lines = said(printed)
+    assert lines == [(launcher, rank, 2, lines[0][3], "14") for rank in range(2)]
+
+
+def test_forced_to_be_one_process_each() -> None:
+    need("mpirun.openmpi")
+    command, _, ranks = COMMANDS["mpirun"]
+    printed, _ = finish(start([*command, RANK, "7"], PMOD_LAUNCHER="single"))
+    assert [(line[:3], line[4]) for line in said(printed)] == [(("single", 0, 1), "7")] * ranks
+
+
+def test_nobody_waits_for_a_rank_that_ended(nodes: dict[str, str]) -> None:
+    need("mpiexec.hydra")
+    # mpirun ends the others itself, these two let them wait
+    jobs = [start([*COMMANDS[name][0], LEAVE], **nodes, PMOD_TIMEOUT="20") for name in ("mpiexec.hydra", "srun")]
+    for job in jobs:
+        printed, _ = finish(job, fails=True, timeout=60)
+        assert re.search(r"rank 0 got [A-Z]\w+\.", printed), printed
+
+
+def test_a_restart_of_torchrun_meets_anew() -> None:
+    restarting = [*COMMANDS["torchrun"][0], "--max-restarts", "1"]
+    printed, _ = finish(start([*restarting, LEAVE]))
+    assert printed.count("rank 0 got 2.") == printed.count("rank 1 got 2.") == 1
+
+
+def test_an_interface_that_does_not_reach_the_other_host_is_named(hosts: list[namespaces.Host]) -> None:
+    there = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    there |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500", "PMOD_TIMEOUT": "20"}
+    jobs = [  # gloo takes lo here, as it does where the name of the host stands for 127.0.0.1
+        start([*host.inside, sys.executable, RANK, "1"], **there, RANK=str(rank)) for rank, host in enumerate(hosts)
+    ]
+    told = [finish(job, fails=True, timeout=60)[1] for job in jobs]
+    assert any("GLOO_SOCKET_IFNAME" in text for text in told), told
