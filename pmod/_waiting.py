@@ -26,6 +26,7 @@ from pmod._errors import CollectiveTimeout, call_site, coordinates, explain
 from pmod._mesh import Axis
 
 LOOK = 1.0  # seconds between looks at what the others say; less where the deadline is near
+_ANSWER = timedelta(seconds=2)
 _CHUNK = timedelta(seconds=0.05)  # so long a signal waits for Python to handle it
 
 MANY = 256  # of so many other ranks an error names those that are absent
@@ -243,23 +244,27 @@ class Wait:
         started = looked = monotonic()
         while not _done_soon(work):
             now = monotonic()
-            if now - looked > self._pause:
+            if now - started > self._axis.timeout:
+                self._give_up(work)
+            elif now - looked > self._pause:
                 looked = now
-                if self._come_no_more() or now - started > self._axis.timeout:
+                if self._come_no_more():
                     self._give_up(work)
         if self._written:
             self._tell(lambda told: told.erase(self._rank))
 
     def _tell(self, say: Callable[[Board], T]) -> T | None:
-        """Use the board, where it can be reached: the rank that serves it may be the one that is gone."""
+        """Use the board, where it can be reached: the rank that serves it may be gone, or stand still."""
         told = board()
         if told is None or not told.reachable:
             return None
+        answers: list[T] = []
+        job = InThread(lambda: answers.append(say(told)))  # torch's store has no deadline for an answer
         try:
-            return say(told)
+            job.wait(_ANSWER)
         except RuntimeError:
             told.reachable = False
-            return None
+        return answers[0] if answers else None
 
     def _write(self, state: str) -> None:
         post = Post(state, self._meeting, tuple(self._axis.ranks), " at ".join(self._origin()))
@@ -286,7 +291,7 @@ class Wait:
 
     def _give_up(self, work: Work, cause: RuntimeError | None = None) -> None:
         """Raise, with who is not here and why; unless the last one comes while the others are asked."""
-        axis, until = self._axis, monotonic() + 2 * self._pause  # by then who has come has said so
+        axis, until = self._axis, monotonic() + 1.25 * self._pause  # by then who has come has said so
         self._write(LEFT)
         while True:
             posts, dead = self._tell(lambda told: told.read(self._others)), self._dead()
