@@ -220,13 +220,22 @@ def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> St
     """The store that rank 0, or torchrun's agent, serves at this address."""
     seconds = f"{timeout.total_seconds():g} s"
     try:
+        if topology.launcher != "env" and topology.rank == 0 and address.startswith("127."):
+            # all ranks are on this host, so nobody else need reach it; torch would listen on all interfaces
+            listener = socket.create_server((address, port), backlog=max(128, topology.world_size))
+            return TCPStore(
+                address, port, topology.world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
+            )
         meeting = rendezvous(f"tcp://{address}:{port}", topology.rank, topology.world_size, timeout=timeout)
         return next(iter(meeting))[0]
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, OSError) as error:
         if "EADDRINUSE" in str(error) or "ddress already in use" in str(error):
             given = f"port {port} of {address} is taken, perhaps by another job"
             right = "Set MASTER_PORT to a free port, the same on every rank."
             raise TopologyError(explain("make_mesh", given, right)) from None
+        if isinstance(error, OSError):
+            right = "Set MASTER_PORT to a port that this process may listen at."
+            raise TopologyError(explain("make_mesh", f"port {port} of {address}: {error.strerror}", right)) from None
         given = f"rank 0 did not come to {address}:{port} within {seconds}"
     except dist.DistStoreError as error:
         came = re.search("[0-9]+/[0-9]+ clients joined", str(error))

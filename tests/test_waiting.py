@@ -244,15 +244,32 @@ def place(rank: int, port: int) -> pmod.Topology:
     return pmod.Topology(rank=rank, world_size=2, master_addr="127.0.0.1", master_port=port)
 
 
-def test_a_port_that_is_taken() -> None:
+@pytest.mark.parametrize("launcher", ["env", "slurm"])  # torch listens, pmod does
+def test_a_port_that_is_taken(launcher: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+        where = attrs.evolve(place(0, port), launcher=launcher)
         with pytest.raises(pmod.TopologyError) as caught:
-            pmod.make_mesh(data=2, topology=place(0, port), timeout=2).group("data")
+            pmod.make_mesh(data=2, topology=where, timeout=2).group("data")
     assert str(caught.value) == (
         f"pmod.make_mesh: port {port} of 127.0.0.1 is taken, perhaps by another job.\n"
         "Set MASTER_PORT to a free port, the same on every rank."
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_store_of_one_host_listens_on_loopback_only() -> None:
+    (port,) = free_ports(1)
+    other = threading.Thread(target=lambda: _groups.TCPStore("127.0.0.1", port, 2, timeout=timedelta(seconds=20)))
+    other.start()
+    try:
+        _groups._store(place(0, port), timedelta(seconds=20))
+        tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
+        listening = [line.split()[1] for lines in tables for line in lines if line.split()[3] == "0A"]
+        assert [local for local in listening if local.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    finally:
+        _groups._stores.pop(("127.0.0.1", port), None)
+        other.join()
 
 
 @pytest.mark.parametrize(
