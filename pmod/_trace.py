@@ -306,10 +306,18 @@ def _entry(event: Event, offset: float) -> dict[str, Any]:
 
 def _write(path: str | Path, entries: list[dict[str, Any]]) -> None:
     first = min((entry["ts"] for entry in entries), default=0.0)
+    lanes = {axis: number for number, axis in enumerate(dict.fromkeys(entry["tid"] for entry in entries))}
+    names: dict[tuple[int, int], str] = {}
     for entry in entries:
+        names[entry["pid"], lanes[entry["tid"]]] = entry["tid"]
         entry["ts"] -= first
-    names = [
+        entry["tid"] = lanes[entry["tid"]]
+    told = [
         {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
-        for rank in sorted({entry["pid"] for entry in entries})
+        for rank in sorted({rank for rank, _ in names})
     ]
-    Path(path).write_text(json.dumps({"traceEvents": names + entries}))
+    told += [
+        {"name": "thread_name", "ph": "M", "pid": rank, "tid": lane, "args": {"name": axis}}
+        for (rank, lane), axis in sorted(names.items())
+    ]
+    Path(path).write_text(json.dumps({"traceEvents": told + entries}))

@@ -209,7 +209,8 @@ def chrome_of_one(path: Path) -> None:
 
 def test_chrome_is_this_process_alone(tmp_path: Path) -> None:
     spmd.launch(chrome_of_one, tmp_path / "trace.json", x=2)
-    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) == 5
+    written = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in written) == 4 and {event["pid"] for event in written} == {0}
 
 
 # --- the world around ---------------------------------------------------------------------------------------------

@@ -242,7 +242,10 @@ def test_chrome(launch: Any, tmp_path: Path) -> None:
     assert launch(written, path, x=2) == [3, 3]
     events = json.loads(path.read_text())["traceEvents"]
     calls = [event for event in events if event["ph"] == "X"]
-    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["rank 0", "rank 1"]
+    names = {kind: [event["args"]["name"] for event in events if event["name"] == kind] for kind in
+             ("process_name", "thread_name")}  # fmt: skip
+    assert names == {"process_name": ["rank 0", "rank 1"], "thread_name": ["x", "x"]}
+    assert {event["tid"] for event in calls} == {0}
     assert sorted(event["pid"] for event in calls) == [0, 0, 0, 1, 1, 1]
     assert all(event["name"] == "psum (x)" and event["args"]["bytes"] == 16 for event in calls)
     assert min(event["ts"] for event in calls) == 0
