@@ -80,6 +80,7 @@ def near_miss(given: object, known: Iterable[str]) -> str:
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
+_JOBS = tuple(os.path.join(_HERE, name) for name in ("demo" + os.sep, "bench.py", "doctor.py"))  # users of pmod
 _STARTING = ("start", "finish", "wait")  # what runs the function that a user starts
 
 
@@ -91,6 +92,8 @@ def _outside() -> tuple[str, FrameType]:
         inside += (os.path.dirname(str(torch.__file__)) + os.sep,)
     frame, function = sys._getframe(2), ""
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        if frame.f_code.co_filename.startswith(_JOBS):
+            break
         if frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_name not in _STARTING:
             function = frame.f_code.co_name
         frame = frame.f_back
