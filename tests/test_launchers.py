@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,13 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 
+from pmod import Topology, TopologyError
 from tests import namespaces, slurm
 
 ROOT = Path(__file__).parents[1]
-TRAIN, RANK, LEAVE, TAKEN = (str(ROOT / f"tests/scripts/{name}.py") for name in ("train", "rank", "leave", "taken"))
+SCRIPTS = ROOT / "tests/scripts"
+TRAIN, RANK, LEAVE, TAKEN, VARIABLES = (
+    str(SCRIPTS / f"{name}.py") for name in ("train", "rank", "leave", "taken", "variables")
+)
 # program -> the Debian package that has it
 PACKAGES = {"mpirun.openmpi": "openmpi-bin", "mpiexec.hydra": "mpich", "ip": "iproute2", **slurm.PROGRAMS}
 # what another launcher may have told the process that runs these tests
@@ -55,11 +60,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**ours, "PYTHONPATH": str(ROOT), **quick, **more}
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
 def start(command: list[str], **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, env=environment(**more), start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    _started.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen[str], fails: bool = False, timeout: float = 90) -> tuple[str, str]:
@@ -67,15 +77,34 @@ def finish(process: subprocess.Popen[str], fails: bool = False, timeout: float =
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # a launcher ends its ranks when it is asked to end
-        try:
-            out, err = process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
+        out, err = end(process)
         pytest.fail(f"{process.args!r} took over {timeout} s\n{out}\n{err}")
     assert (process.returncode != 0) == fails, f"{process.args!r} ended with {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a launcher that still runs, and then those of its descendants that it did not end itself."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        for descendant in psutil.wait_procs(family, timeout=5)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
+    try:
+        return process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate(timeout=10)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            end(process)
 
 
 def test_ci_installs_every_launcher() -> None:
@@ -181,9 +210,10 @@ async def run_in_kernel(code: str, ranks: int, folder: Path) -> dict[str, Any]:
     from jupyter_distributed.coordinator import DistributedKernelCoordinator
 
     kernels, shown = AsyncMultiKernelManager(), []
+    coordinator = DistributedKernelCoordinator(kernels, registry_dir=folder)
     try:
         name = await kernels.start_kernel(kernel_name="python3", env=environment())
-        await DistributedKernelCoordinator(kernels, registry_dir=folder).set_world_size(name, ranks)
+        await coordinator.set_world_size(name, ranks)
         client = kernels.get_kernel(name).client()
         client.start_channels()
         try:
@@ -193,6 +223,7 @@ async def run_in_kernel(code: str, ranks: int, folder: Path) -> dict[str, Any]:
             client.stop_channels()
     finally:
         await kernels.shutdown_all()
+        await coordinator.reaper.reap()  # of a kernel that did not end its ranks
     data = [message["content"]["data"] for message in shown if "data" in message["content"]]
     return data[-1]["application/vnd.jupyter-distributed.rank+json"]
 
@@ -217,6 +248,61 @@ def said(printed: str) -> list[Said]:
     """What the ranks say of themselves, in order."""
     found = re.findall(r"(\w+) (\d+)/(\d+) met at [\w.]+:(\w+), sum (\d+)\.", printed)
     return sorted((launcher, int(rank), int(size), port, total) for launcher, rank, size, port, total in found)
+
+
+@pytest.mark.parametrize("name", ["mpirun", "mpiexec.hydra", "srun"])
+def test_two_jobs_at_once_do_not_mix(name: str, request: pytest.FixtureRequest) -> None:
+    command, launcher, ranks = COMMANDS[name]
+    need(command[0])
+    more = variables_for(launcher, request)
+    jobs = [start([*command, RANK, number], **more) for number in ("1", "10")]
+    printed = [said(finish(job)[0]) for job in jobs]
+    ports = [lines[0][3] for lines in printed]
+    assert ports[0] != ports[1]
+    for lines, port, total in zip(printed, ports, (ranks, 10 * ranks), strict=True):
+        assert lines == [(launcher, rank, ranks, port, str(total)) for rank in range(ranks)]
+
+
+def test_a_taken_port_is_reported() -> None:
+    need("mpirun.openmpi")
+    _, told = finish(start([*COMMANDS["mpirun"][0], TAKEN]), fails=True)
+    assert re.search(r"TopologyError: pmod\.make_mesh: port \d+ of 127\.0\.0\.1 is taken", told), told
+    assert "Set MASTER_PORT to a free port" in told
+
+
+# --- traps ------------------------------------------------------------------------------------------------------------
+
+ONE = [("single", 0, 1, "None", "7")]
+
+
+def test_a_batch_script_without_srun_is_one_process(nodes: dict[str, str], tmp_path: Path) -> None:
+    printed = batch(nodes, tmp_path, 4, f"{sys.executable} {RANK} 7")
+    assert said(printed) == ONE
+    assert "one process, because srun did not start it" in printed and "srun python script.py" in printed
+
+
+def variables(command: list[str], folder: Path, **more: str) -> list[dict[str, str]]:
+    """The variables of each process that a command starts."""
+    finish(start([*command, VARIABLES, str(folder)], **more))
+    return [json.loads(path.read_text()) for path in folder.iterdir()]
+
+
+def test_a_shell_of_salloc_is_one_process(
+    nodes: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (told,) = variables(["salloc", "-n", "4", sys.executable], tmp_path, **nodes)
+    assert told["SLURM_NTASKS"] == "4"
+    assert Topology.detect(told, device_count=0) == Topology(rank=0, world_size=1)
+    assert "one process, because srun did not start it" in caplog.text and "srun python script.py" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mpirun", "mpiexec.hydra"])
+def test_mpi_inside_an_allocation_of_two_nodes(name: str, nodes: dict[str, str]) -> None:
+    command, launcher, _ = COMMANDS[name]
+    need(command[0])
+    printed, _ = finish(start(["salloc", "-N", "2", "-n", "2", *command, RANK, "7"], **nodes))
+    lines = said(printed)
+    assert lines == [(launcher, rank, 2, lines[0][3], "14") for rank in range(2)]
 
 
 # launcher -> changes of its variables, and a text in what is then detected
@@ -271,59 +357,25 @@ CASES: dict[str, list[tuple[dict[str, str | None], int, str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_jobs_at_once_do_not_mix_and_changed_variables_are_noticed(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_changed_variables_are_noticed(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     command, launcher, ranks = COMMANDS[name]
     need(command[0])
-    more, cases = variables_for(launcher, request), json.dumps(CASES[name])
-    jobs = [start([*command, RANK, number, cases], **more) for number in ("1", "10")]
-    printed = [finish(job)[0] for job in jobs]
-    ports = [said(text)[0][3] for text in printed]
-    assert ports[0] != ports[1]
-    for text, port, total in zip(printed, ports, (ranks, 10 * ranks), strict=True):
-        assert said(text) == [(launcher, rank, ranks, port, str(total)) for rank in range(ranks)]
-        assert text.count("As expected.") == len(CASES[name]) * ranks
+    told = variables(command, tmp_path, **variables_for(launcher, request))
+    assert len(told) == ranks
+    for environ, (change, count, expected) in itertools.product(told, CASES[name]):
+        changed = {key: value for key, value in {**environ, **change}.items() if value is not None}
+        try:
+            found = repr(Topology.detect(changed, device_count=count))
+        except TopologyError as error:
+            found = str(error)
+        assert expected in found, change
 
 
-def test_a_taken_port_is_reported() -> None:
-    need("mpirun.openmpi")
-    _, told = finish(start([*COMMANDS["mpirun"][0], TAKEN]), fails=True)
-    assert re.search(r"TopologyError: pmod\.make_mesh: port \d+ of 127\.0\.0\.1 is taken", told), told
-    assert "Set MASTER_PORT to a free port" in told
-
-
-# --- traps ------------------------------------------------------------------------------------------------------------
-
-ONE = [("single", 0, 1, "None", "7")]
-
-
-def test_a_batch_script_without_srun_is_one_process(nodes: dict[str, str], tmp_path: Path) -> None:
-    printed = batch(nodes, tmp_path, 4, f"{sys.executable} {RANK} 7")
-    assert said(printed) == ONE
-    assert "one process, because srun did not start it" in printed and "srun python script.py" in printed
-
-
-def test_a_shell_of_salloc_is_one_process(nodes: dict[str, str]) -> None:
-    printed, told = finish(start(["salloc", "-n", "4", sys.executable, RANK, "7"], **nodes))
-    assert said(printed) == ONE
-    assert "one process, because srun did not start it" in told and "srun python script.py" in told
-
-
-@pytest.mark.parametrize("name", ["mpirun", "mpiexec.hydra"])
-def test_mpi_inside_an_allocation_of_two_nodes(name: str, nodes: dict[str, str]) -> None:
-    command, launcher, _ = COMMANDS[name]
-    need(command[0])
-    printed, _ = finish(start(["salloc", "-N", "2", "-n", "2", *command, RANK, "7"], **nodes))
-    lines = said(printed)
-    assert lines == [(launcher, rank, 2, lines[0][3], "14") for rank in range(2)]
-
-
-def test_forced_to_be_one_process_each() -> None:
-    need("mpirun.openmpi")
+def test_ranks_that_are_forced_to_be_alone_are() -> None:
     command, _, ranks = COMMANDS["mpirun"]
+    need(command[0])
     printed, _ = finish(start([*command, RANK, "7"], PMOD_LAUNCHER="single"))
-    assert [(line[:3], line[4]) for line in said(printed)] == [(("single", 0, 1), "7")] * ranks
+    assert [(*line[:3], line[4]) for line in said(printed)] == [("single", 0, 1, "7")] * ranks
 
 
 def test_nobody_waits_for_a_rank_that_ended(nodes: dict[str, str]) -> None:
