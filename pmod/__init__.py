@@ -7,6 +7,7 @@
 Start with the README, then `Mesh` and the table of collectives in `pmod._collectives`.
 """
 
+from pmod import fft as fft
 from pmod._ambient import current_mesh as current_mesh
 from pmod._ambient import keep_mesh as keep_mesh
 from pmod._ambient import set_mesh as set_mesh

@@ -20,7 +20,7 @@ SOURCE = Path(pmod.__file__).parent
 # Reading order is import order: a module imports only what stands above it.
 ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_waiting", "_wire", "_inductor", "_autodiff", "_arguments",
-    "_pytree", "_collectives", "_slices", "_ragged", "_parallel", "_lineage", "_debug", "_trace", "_launch",
+    "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_parallel", "_lineage", "_debug", "_trace", "_launch",
     "_simulate", "_estimate", "_explain", "__init__", "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
