@@ -44,6 +44,8 @@ from pmod._errors import TopologyError as TopologyError
 from pmod._estimate import estimate as estimate
 from pmod._explain import explain as explain
 from pmod._groups import shutdown as shutdown
+from pmod._halo import halo_exchange as halo_exchange
+from pmod._halo import halo_reduce as halo_reduce
 from pmod._launch import launch as launch
 from pmod._mesh import Mesh as Mesh
 from pmod._mesh import make_mesh as make_mesh
