@@ -74,23 +74,19 @@ class Board:
             self.store = store.clone()  # a connection of its own: a wait locks it
         except RuntimeError:  # its server is gone, or it holds nothing (torch's fake one)
             self.store, self.reachable = store, False
-        self._lock = threading.Lock()  # of a connection that threads share
         self._places: dict[int, tuple[str, int]] = {}
 
     def write(self, rank: int, post: Post) -> None:
-        with self._lock:
-            self.store.set(f"pmod/waits/{rank}", post.text())
-            if post.state == LEFT:
-                self.store.set(_SOMEBODY_LEFT, "1")
+        self.store.set(f"pmod/waits/{rank}", post.text())
+        if post.state == LEFT:
+            self.store.set(_SOMEBODY_LEFT, "1")
 
     def somebody_left(self) -> bool:
         """One question, however many ranks there are."""
-        with self._lock:
-            return self.store.check([_SOMEBODY_LEFT])
+        return self.store.check([_SOMEBODY_LEFT])
 
     def erase(self, rank: int) -> None:
-        with self._lock:
-            self.store.set(f"pmod/waits/{rank}", "")
+        self.store.set(f"pmod/waits/{rank}", "")
 
     def read(self, ranks: Sequence[int]) -> dict[int, Post]:
         """The posts of these ranks, where they have one."""
@@ -130,8 +126,7 @@ class Board:
         return found
 
     def _get(self, key: str) -> str:
-        with self._lock:
-            return self.store.get(key).decode() if self.store.check([key]) else ""
+        return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
 def _is_alive(pid: int) -> bool:

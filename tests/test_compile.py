@@ -29,6 +29,10 @@ def compiled(f: Callable[..., Any], backend: Any = "aot_eager") -> Callable[...,
 # --- every case ---------------------------------------------------------------------------------------------------
 
 
+# whose transforms inside are those of the same row (pmax, ppermute, psum), or of its transpose, which grad calls
+BY_OTHERS = {"pmin", "pshuffle", "pshift", "pmean", "pvary", "psum_scatter", "shard", "place", "reduce", "scatter"}
+
+
 def case_on_rank(name: str) -> None:
     """Forward, backward, and torch.func's transforms inside the compiled function, against the oracle."""
     torch._dynamo.reset()
@@ -58,8 +62,8 @@ def case_on_rank(name: str) -> None:
     y = compiled(value)(leaf)
     same(y, h.mine(h.ys), f"{name}: value")
     same(torch.autograd.grad(y, leaf, w)[0], h.mine(h.jacobian.pull(h.ws)), f"{name}: gradient")
-    if name in ("pmin", "pshuffle", "pshift") or (name.endswith("_v") and "indexed" not in name):
-        return  # the rows of pmax, ppermute, all_gather and so on: the transforms are theirs
+    if name in BY_OTHERS or (name.endswith("_v") and "indexed" not in name):
+        return
     expected = {
         "grad": h.mine(h.derivative()),
         "grad of grad": h.mine(h.derivative(h.vs)),
