@@ -237,6 +237,7 @@ def wait_for(process: subprocess.Popen[bytes], folder: Path, step: int, deadline
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
+@pytest.mark.launchers
 def test_a_killed_worker_costs_ten_seconds_and_no_accuracy(tmp_path):
     number, folder = 120, tmp_path / "kept"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2", "--nproc-per-node=2",

@@ -11,6 +11,7 @@ from tests import faults
 from tests.faults import Ended
 
 
+@pytest.mark.launchers
 def test_two_trials() -> None:
     losses, _ = faults.undisturbed(2)
     assert len(losses) == 60 and losses[-1] < losses[0]

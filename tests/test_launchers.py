@@ -24,6 +24,8 @@ from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 from pmod import Topology, TopologyError
 from tests import namespaces, slurm
 
+pytestmark = pytest.mark.launchers
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tests/scripts"
 TRAIN, RANK, LEAVE, TAKEN, VARIABLES = (

@@ -195,6 +195,7 @@ def free_ports(count: int) -> list[int]:
             server.close()
 
 
+@pytest.mark.launchers
 @pytest.mark.parametrize("victim", [0, 2], ids=["that serves the store", "another"])
 def test_a_killed_rank_is_named_and_the_others_go_on(victim: int) -> None:
     ports = [str(port) for port in free_ports(2)]
