@@ -29,6 +29,9 @@ from pmod._collectives import pshuffle as pshuffle
 from pmod._collectives import psum as psum
 from pmod._collectives import pvary as pvary
 from pmod._collectives import reduce as reduce
+from pmod._data import first as first
+from pmod._data import fold_in as fold_in
+from pmod._data import is_first as is_first
 from pmod._debug import assert_invariant as assert_invariant
 from pmod._debug import checked as checked
 from pmod._debug import debug as debug
