@@ -6,6 +6,7 @@ moves a stage: the dims that are whole by then, transformed by one call of torch
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pmod._arguments import _as_int, check_tensor, dim_from_end, split_sizes, wr
 from pmod._autodiff import Call, bind
 from pmod._errors import ArgumentError, PmodError, ShapeError
 from pmod._mesh import Axis, AxisLike, Mesh
-from pmod._ragged import _sizes_of_leaves
+from pmod._ragged import _check_eager, _sizes_of_leaves
 from pmod._slices import ALL_TO_ALL, SHARD, UNSHARD
 
 Ints = int | Sequence[int]
@@ -39,6 +40,11 @@ class _Kind(NamedTuple):
 
     def wrong(self, given: str, right: str) -> PmodError:
         return wrong(ShapeError, self.name, self.axes[0], given, right)
+
+    @property
+    def lengths(self) -> str:
+        """The argument that holds the lengths of the signal."""
+        return "s" if self.function.endswith(("2", "n")) else "n"
 
     @property
     def name(self) -> str:
@@ -90,7 +96,7 @@ def _check_input(x: Tensor, kind: _Kind) -> Tensor:
 
 def _parse_dims(x: Tensor, s: Any, dim: Any, kind: _Kind) -> tuple[list[int], list[int | None]]:
     """The dims counted from the end, and the length asked for along each, None where x's own."""
-    asked = None if s is None else _list(s, "s", kind)
+    asked = None if s is None else _list(s, kind.lengths, kind)
     if dim is None:
         dim = range(-(x.dim() if asked is None else len(asked)), 0)
     listed = list(dim) if isinstance(dim, Sequence) else [dim]
@@ -100,8 +106,9 @@ def _parse_dims(x: Tensor, s: Any, dim: Any, kind: _Kind) -> tuple[list[int], li
     if asked is None:
         asked = [None] * len(ats)
     if len(asked) != len(ats):
-        raise kind.wrong(f"s has {len(asked)} lengths and dim has {len(ats)} dims", "Pass a length for each dim.")
-    return ats, [None if n == -1 and kind.function.endswith(("2", "n")) else n for n in asked]
+        given = f"{kind.lengths} is {s!r} and dim has {len(ats)} dims"
+        raise kind.wrong(given, "Pass a length for each dim.")
+    return ats, [None if n == -1 and kind.lengths == "s" else n for n in asked]
 
 
 def _parse_cuts(x: Tensor, ats: list[int], in_dim: Any, out_dim: Any, kind: _Kind) -> tuple[list[int], list[int]]:
@@ -124,12 +131,14 @@ def _cut(x: Tensor, given: Any, name: str, kind: _Kind) -> list[int]:
     listed = list(given) if isinstance(given, Sequence) else [given]
     ats = [dim_from_end(one, x, kind.name, axis, name=name) for one, axis in zip(listed, kind.axes, strict=False)]
     if len(listed) != len(kind.axes) or len(set(ats)) < len(ats):
-        raise kind.wrong(f"{name} is {given!r}", f"Pass {len(kind.axes)} dims, each once, one per axis.")
+        raise kind.wrong(f"{name} is {given!r}", f"Pass {len(kind.axes)} of them, each once: a dim per axis.")
     return ats
 
 
 def _held(x: Tensor, ins: list[int], sizes: Any, many: bool, kind: _Kind) -> list[Sizes]:
     """How long the shards are along the dim that each axis cuts: as given, or as the ranks say."""
+    if sizes is None:
+        _check_eager(kind.name, kind.axes[0])
     given = [None] * len(ins) if sizes is None else list(sizes) if many else [sizes]
     if len(given) != len(ins):
         raise kind.wrong(f"sizes is {sizes!r}", f"Pass {len(ins)} tuples of sizes, one per axis.")
@@ -137,25 +146,29 @@ def _held(x: Tensor, ins: list[int], sizes: Any, many: bool, kind: _Kind) -> lis
     return [next(_sizes_of_leaves(x, at, one, kind.name, axis))[1] for axis, at, one in cuts]
 
 
-def _measure(lengths: dict[int, int], ats: list[int], asked: list[int | None], modes: Any, kind: _Kind) -> list[_Dim]:
-    """The transformed dims with all their lengths, which fit together."""
+def _measure(
+    lengths: dict[int, int | None], ats: list[int], asked: list[int | None], modes: Any, kind: _Kind
+) -> list[_Dim]:
+    """The transformed dims with all their lengths, which fit together; those that are not known yet are left out."""
     kept = [None] * len(ats) if modes is None else _list(modes, "modes", kind)
     if len(kept) != len(ats):
-        raise kind.wrong(f"modes has {len(kept)} numbers and dim has {len(ats)} dims", "Pass one for each, or None.")
+        raise kind.wrong(f"modes is {modes!r} and dim has {len(ats)} dims", "Pass one for each dim, or None.")
     dims: list[_Dim] = []
     for at, n, few in zip(ats, asked, kept, strict=True):
-        half = kind.real and at == ats[-1]
+        half, length = kind.real and at == ats[-1], lengths[at]
         if few is not None and kind.inverse and n is None:
-            raise kind.wrong(f"modes is {modes!r} without the length of the signal", "Pass s (or n) as well.")
+            raise kind.wrong(f"modes is {modes!r} without the length of the signal", f"Pass {kind.lengths} as well.")
+        if few is not None and kind.inverse and length is not None and few != length:
+            raise kind.wrong(f"modes is {modes!r} and x has {length} along dim {at}", "Pass the number that x has.")
+        if n is None and length is not None:
+            n = 2 * (length - 1) if half and kind.inverse else length
         if n is None:
-            n = 2 * (lengths[at] - 1) if half and kind.inverse else lengths[at]
+            continue
         if n < 1:
-            raise kind.wrong(f"dim {at} has a signal of {n} points", "Pass s (or n) of 1 or more.")
+            raise kind.wrong(f"the signal has {n} points along dim {at}", f"Pass {kind.lengths} of 1 or more.")
         whole = n // 2 + 1 if half else n
         if few is not None and not 1 <= few <= whole:
             raise kind.wrong(f"modes is {modes!r} and dim {at} has {whole}", f"Pass from 1 to {whole}.")
-        if few is not None and kind.inverse and few != lengths[at]:
-            raise kind.wrong(f"modes is {modes!r} and x has {lengths[at]} along dim {at}", "They must be the same.")
         dims.append(_Dim(at, n, few, half))
     return dims
 
@@ -183,9 +196,10 @@ def _moves(x: Tensor, ats: list[int], ins: list[int], outs: list[int]) -> list[_
             after = outs[number]
             waiting.remove(number)
         else:  # aside, there and back: its own dim is to be transformed, or another axis waits for it
-            free = [(int(x.shape[at]), at) for at in range(-x.dim(), 0) if at not in held]
-            length, longest = max(free, default=(0, 0))
-            after = longest if length > 1 else None
+            after, length = None, 1
+            for at in range(-x.dim(), 0):
+                if at not in held and x.shape[at] > length:
+                    after, length = at, int(x.shape[at])
         moves.append(_Move(number, held[number], after))
         held[number] = after
     return moves
@@ -196,7 +210,8 @@ def _stages(dims: list[_Dim], holds: list[set[int | None]], kind: _Kind, *, in_o
 
     A real transform has its half spectrum first, an inverse one last; None where that order leaves a dim behind.
     """
-    left, stages = dims, list[list[_Dim]]()
+    left = dims
+    stages: list[list[_Dim]] = []
     for held in holds:
         ready = [dim for dim in left if dim.at not in held]
         if in_order and left and left[-1].half:
@@ -213,13 +228,22 @@ def _exchange(x: Tensor, axis: Axis, move: _Move, sizes: Sizes) -> tuple[Tensor,
     """x after a move, and the lengths along the dim that is cut now."""
     if move.after is None:
         return bind(Call(UNSHARD, axis, (move.before, sizes)), [x])[0], ()
-    shares = split_sizes(int(x.shape[move.after]), axis.size)
+    # a compiler that met other lengths before takes them for variables: what is sent is fixed
+    shares = tuple([operator.index(share) for share in split_sizes(int(x.shape[move.after]), axis.size)])
     if move.before is None:
         return bind(Call(SHARD, axis, (move.after, shares)), [x])[0], shares
     return bind(Call(ALL_TO_ALL, axis, (move.after, move.before, shares, sizes)), [x])[0], shares
 
 
 # --- one stage ------------------------------------------------------------------------------------
+
+
+def _padded(x: Tensor, at: int, n: int, start: int = 0) -> Tensor:
+    """n entries of x from `start` on, zeros where x ends.
+
+    No view: under a compiled jvp torch refuses one of an input whose tangent has another layout.
+    """
+    return F.pad(x, [0, 0] * (-at - 1) + [-start, n + start - int(x.shape[at])])
 
 
 def _torch(name: str, x: Tensor, dims: list[_Dim], norm: str | None) -> Tensor:
@@ -230,7 +254,7 @@ def _torch(name: str, x: Tensor, dims: list[_Dim], norm: str | None) -> Tensor:
         return getattr(torch.fft, f"{name}n")(x, [dim.n for dim in dims], [dim.at for dim in dims], norm)
     for dim in dims:
         n = dim.n // 2 + 1 if dim.half and name == "rfft" else dim.n
-        x = F.pad(x, [0, 0] * (-dim.at - 1) + [0, n - int(x.shape[dim.at])])
+        x = _padded(x, dim.at, n)
     if name == "irfft":
         return x.real if x.is_complex() else x
     return x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
@@ -251,9 +275,8 @@ def _spread(x: Tensor, at: int, n: int) -> Tensor:
     few = int(x.shape[at])
     if few == n:
         return x
-    shape = list(x.shape)
-    shape[at] = n - few
-    return torch.cat([x.narrow(at, 0, few - few // 2), x.new_zeros(shape), x.narrow(at, few - few // 2, few // 2)], at)
+    positive = _padded(x, at, few - few // 2)
+    return torch.cat([_padded(positive, at, n - few // 2), _padded(x, at, few // 2, few - few // 2)], at)
 
 
 def _forward(x: Tensor, dims: list[_Dim], kind: _Kind) -> Tensor:
@@ -281,7 +304,7 @@ def _one_sided(x: Tensor, at: int, n: int) -> Tensor:
     weight[0] = 1.0
     if 2 * (count - 1) == n:
         weight[-1] = 1.0
-    return x.narrow(at, 0, count) * weight.view(-1, *[1] * (-at - 1))
+    return _padded(x, at, count) * weight.view(-1, *[1] * (-at - 1))
 
 
 # --- the transform --------------------------------------------------------------------------------
@@ -307,12 +330,13 @@ def transform(function: str, x: Tensor, s: Any, dim: Any, norm: str | None, cut:
     ats, asked = _parse_dims(x, s, dim, kind)
     ins, outs = _parse_cuts(x, ats, cut.in_dim, cut.out_dim, kind)
     moving = ins != outs or any(at in ats for at in ins)
-    lengths = {at: int(x.shape[at]) for at in ats}
+    lengths = {at: None if at in ins else int(x.shape[at]) for at in ats}
+    dims = _measure(lengths, ats, asked, cut.modes, kind)
     sizes: list[Sizes] = [()] * len(ins)
     if moving or cut.sizes is not None:
         sizes = _held(x, ins, cut.sizes, many, kind)
         lengths |= {at: sum(held) for at, held in zip(ins, sizes, strict=True) if at in ats}
-    dims = _measure(lengths, ats, asked, cut.modes, kind)
+        dims = _measure(lengths, ats, asked, cut.modes, kind)
     spread = [number for number, axis in enumerate(axes) if axis.size > 1]
     if not spread and cut.modes is None and x.numel():
         return getattr(torch.fft, function)(x, s, dim, norm)
