@@ -309,13 +309,21 @@ def compiled_on_rank(jobs: list[Job]) -> None:
         same(z, e, f"{job}: inside")
     unsaid = attrs.evolve(job, ours={})
     with pytest.raises(Exception, match=r"fft.irfft2.*sizes are left out under torch.compile") as raised:
-        torch.compile(unsaid.call, fullgraph=True, backend="aot_eager")(x)
+        torch.compile(unsaid.call, fullgraph=True, backend="aot_eager", dynamic=True)(x)
     assert "Pass them" in str(raised.value)
+
+    def of_any_length(x: Tensor) -> Tensor:
+        return pmod.fft.rfft2(x, axis="model", sizes=(x.shape[0], x.shape[0]))
+
+    compiled = torch.compile(of_any_length, fullgraph=True, backend="aot_eager")
+    for n in (2, 5, 4):  # from the second on torch takes lengths for variables
+        x = torch.rand(n, n + 2, dtype=torch.float64)
+        same(compiled(x), of_any_length(x), f"of length {n}")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled() -> None:
-    spmd.launch(compiled_on_rank, [prepared(name) for name in ("fft", "irfft2")], timeout=200, model=2)
+    spmd.launch(compiled_on_rank, [prepared(name) for name in ("rfft", "irfft2")], timeout=200, model=2)
 
 
 # --- what is sent -------------------------------------------------------------------------------------------------
@@ -333,6 +341,7 @@ def traffic_on_rank() -> list[list[tuple[str, str, int]]]:
     x = torch.ones(8, 10, dtype=torch.float64).split(list(sizes))[pmod.axis_index("model")].requires_grad_()
     y = pmod.fft.rfft2(x, axis=axis, sizes=sizes)
     few = pmod.fft.rfft2(x, axis=axis, sizes=sizes, modes=(5, 3))
+    z = torch.ones(8, (4, 4, 2)[pmod.axis_index("model")], dtype=torch.float64)
     columns = pmod.split_sizes(6, 3)
     return [
         sent(lambda: pmod.fft.rfft2(x, axis=axis, sizes=sizes)),
@@ -342,6 +351,7 @@ def traffic_on_rank() -> list[list[tuple[str, str, int]]]:
         sent(lambda: pmod.fft.irfft2(y, s=(8, 10), axis=axis, sizes=columns)),
         sent(lambda: pmod.fft.irfft2(few, s=(8, 10), axis=axis, sizes=(1, 1, 1), modes=(5, 3))),
         sent(lambda: pmod.fft.rfft2(x, axis=axis, sizes=sizes, out_dim=0)),
+        sent(lambda: pmod.fft.rfft2(z, axis=axis, sizes=(4, 4, 2), in_dim=1, out_dim=1)),
         sent(lambda: pmod.fft.rfft(x, axis=axis, in_dim=0)),
         sent(lambda: pmod.fft.rfft(x[:, 0], axis=axis, sizes=sizes)),
     ]
@@ -349,7 +359,7 @@ def traffic_on_rank() -> list[list[tuple[str, str, int]]]:
 
 def test_what_is_sent() -> None:
     """A complex number has 16 bytes; a rank keeps its own part."""
-    rows, half, low = (3, 3, 2), (2, 2, 2), (1, 1, 1)
+    rows, half, low, z = (3, 3, 2), (2, 2, 2), (1, 1, 1), (4, 4, 2)
     for rank, events in enumerate(pmod.simulate(traffic_on_rank, model=3)):
         there, kept = 16 * rows[rank] * (6 - half[rank]), 16 * rows[rank] * (3 - low[rank])
         back = 16 * half[rank] * (8 - rows[rank])
@@ -362,9 +372,33 @@ def test_what_is_sent() -> None:
         assert events[4] == [("irfft2", "all_to_all", back)]
         assert events[5] == [("irfft2", "all_to_all", 16 * low[rank] * (8 - rows[rank]))]
         assert events[6] == [("rfft2", "all_to_all", there), ("rfft2", "all_to_all", back)]
-        assert events[7] == []
+        # where the real dim is cut it travels as it is, and back as half a spectrum
+        real, complex_ = 8 * z[rank] * (8 - rows[rank]), 16 * rows[rank] * (6 - half[rank])
+        assert events[7] == [("rfft2", "all_to_all", real), ("rfft2", "all_to_all", complex_)]
+        assert events[8] == []
         # of one dim: all gather the whole, as real numbers, and cut what they need out of its spectrum
-        assert [event for event in events[8] if event[2]] == [("rfft", "unshard", 2 * 8 * rows[rank])]
+        assert [event for event in events[9] if event[2]] == [("rfft", "unshard", 2 * 8 * rows[rank])]
+
+
+def test_real_transforms_come_first_and_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def noting(name: str, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(x: Tensor, *args: Any) -> Tensor:
+            calls.append((name, tuple(x.shape)))
+            return f(x, *args)
+
+        return noted
+
+    for name in ("fft", "ifft", "rfft", "irfft"):
+        monkeypatch.setattr(torch.fft, name, noting(name, getattr(torch.fft, name)))
+
+    def on_rank() -> None:
+        modes = pmod.fft.rfft2(torch.ones(3, 10), axis="model")
+        pmod.fft.irfft2(modes, axis="model")
+
+    pmod.simulate(on_rank, model=2)
+    assert sorted(calls) == sorted(2 * [("rfft", (3, 10)), ("fft", (6, 3)), ("ifft", (6, 3)), ("irfft", (3, 6))])
 
 
 def pencils_on_rank() -> list[tuple[str, str, int]]:
@@ -388,6 +422,9 @@ def alone_on_rank() -> None:
                 got = getattr(pmod.fft, function)(y, axis="model")
             assert not t.events
             torch.testing.assert_close(got, getattr(torch.fft, function)(y), rtol=0, atol=0)
+    long = torch.randn(1009, 3, generator=generator)
+    one = pmod.fft.fftn(long, dim=(0,), axis="model")
+    torch.testing.assert_close(one, torch.fft.fftn(long, dim=(0,)), rtol=0, atol=0)
 
 
 def test_one_rank_is_torch_to_the_bit() -> None:
