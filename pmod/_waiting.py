@@ -164,8 +164,10 @@ def place_of(rank: int) -> str:
     return f"rank {rank}" + ("" if coords is None else f" {coordinates(coords)}")
 
 
-def not_here(absent: Sequence[int], posts: dict[int, Post], dead: dict[int, str], timeout: float) -> str:
-    """What is wrong, for an error: these ranks did not come, and what is known of them."""
+def not_here(
+    absent: Sequence[int], posts: dict[int, Post], dead: dict[int, str], timeout: float, broken: bool = False
+) -> str:
+    """What is wrong, for an error: these ranks did not come, and what is known of them. broken: a connection is."""
     gone = [rank for rank in absent if rank in dead or (rank in posts and posts[rank].state == LEFT)]
     rows: list[str] = []
     for rank in gone or absent:  # beside those that come no more, the others may just be late
@@ -175,7 +177,8 @@ def not_here(absent: Sequence[int], posts: dict[int, Post], dead: dict[int, str]
         elif rank in posts:
             row += f", which {'raised' if posts[rank].state == LEFT else 'waits'} in {posts[rank].where}"
         rows.append(row)
-    given = "some ranks come no more" if gone else f"not all ranks came within {timeout:g} s"
+    given = "a connection failed" if broken else f"not all ranks came within {timeout:g} s"
+    given = "some ranks come no more" if gone else given
     return f"{given}; absent: {'; '.join(rows) or 'none, so a connection is broken or slow'}"
 
 
@@ -298,7 +301,8 @@ class Wait:
             sleep(self._pause / 4)
         if not work.is_completed():
             _groups.leave_behind(axis.group)
-        given = not_here(absent, posts or {}, dead, axis.timeout)
+        broken = cause is not None and "imed out" not in str(cause)
+        given = not_here(absent, posts or {}, dead, axis.timeout, broken)
         if posts is None:
             given = f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
         function, site = self._origin()

@@ -359,6 +359,7 @@ def test_what_an_error_says_of_the_absent() -> None:
     assert _waiting.not_here([1, 2, 3], posts, {3: "process 9 on n is dead"}, 5.0) == (
         "some ranks come no more; absent: rank 2, which raised in pmin at b.py:2; rank 3, whose process 9 on n is dead"
     )
+    assert _waiting.not_here([3], {}, {}, 5.0, broken=True) == "a connection failed; absent: rank 3"
     assert _waiting.not_here([], {}, {}, 5.0).endswith("absent: none, so a connection is broken or slow")
 
 
