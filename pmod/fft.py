@@ -8,7 +8,7 @@ on the whole, cut along `out_dim` in shares of `split_sizes(length, n)`. A rank 
 an exchange makes others whole, and so on: each stage is one call of torch.fft, each exchange one `all_to_all`. Nothing
 here has a derivative of its own: all are those of torch.fft and of the collectives.
 
-The arguments that all transforms share, after torch.fft's own:
+Names, arguments and defaults are torch.fft's, but for `out`. These follow, by keyword:
 
 - axis: the mesh axis.
 - in_dim, out_dim: the dim that is cut on the way in, and on the way out. A forward transform goes from the first of
@@ -24,6 +24,8 @@ The arguments that all transforms share, after torch.fft's own:
 
 Over several mesh axes (pencils): a tuple of axes with tuples for in_dim and out_dim, a dim for each axis; by default
 the first dims of `dim` and the last. Each axis makes its exchanges by itself; sizes are then a tuple of sizes.
+
+What is wrong raises before anything is sent; what only the whole length shows, on all ranks, once they know it.
 """
 
 from __future__ import annotations
