@@ -156,7 +156,10 @@ def memory_format(x: Tensor) -> torch.memory_format | None:
         return kept if x.stride(1) == 1 and x.stride(-1) > 1 else None
     if x.is_contiguous():
         return None
-    return kept if x.is_contiguous(memory_format=kept) else None
+    try:
+        return kept if x.is_contiguous(memory_format=kept) else None
+    except RuntimeError:  # inside vmap, which does not know
+        return None
 
 
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default

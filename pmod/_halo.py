@@ -245,8 +245,7 @@ def _carry_out(plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis
     flat = [x.dim() == 1 for x in xs]
     xs = [x.unsqueeze(-1) if one else x for x, one in zip(xs, flat, strict=True)]
     dims = [-2 if one else dim for dim, one in zip(dims, flat, strict=True)]
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    formats = [None if transformed else memory_format(x) for x in xs]  # vmap cannot be asked for it
+    formats = [memory_format(x) for x in xs]
     buffers: list[list[Tensor]] = []
     alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     lengths = [plan.held, *[rows for _, rows in plan.permutes]]

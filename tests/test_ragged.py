@@ -647,3 +647,16 @@ def test_split_sizes_are_torchs() -> None:
         chunks = [len(chunk) for chunk in torch.arange(n).chunk(parts)] if n else []
         expected = tuple(chunks + [0] * (parts - len(chunks)))
         assert pmod.split_sizes(n, parts) == expected == tuple(oracle.split_sizes(n, parts))
+
+
+def mapped_rows() -> bool:
+    """Rows of a tensor whose strides are no plain ones, below a vmap."""
+    plan = pmod.exchange_plan([torch.tensor([0, 1]), torch.tensor([1])], "x")
+    x = torch.rand(3, 2, 3, 4, 4).movedim(1, -1)
+    each = [pmod.indexed_all_to_all_v(t, "x", indices=plan) for t in x]
+    mapped = torch.vmap(lambda t: pmod.indexed_all_to_all_v(t, "x", indices=plan))(x)
+    return torch.equal(mapped, torch.stack(each))
+
+
+def test_rows_below_a_vmap() -> None:
+    assert pmod.simulate(mapped_rows, x=2) == [True, True]
