@@ -220,5 +220,6 @@ def split_sizes(n: int, parts: int) -> tuple[int, ...]:
     if not ints or n < 0 or parts < 1:
         given = f"n is {n!r} and parts is {parts!r}"
         raise ShapeError(explain("split_sizes", given, "Pass a length of 0 or more and 1 or more parts."))
+    n = operator.index(n)  # plain: sizes go into the call, whose text torch.compile cannot write with symbols
     step = -(-n // parts)
     return tuple(max(0, min(step, n - step * i)) for i in range(parts))

@@ -248,3 +248,16 @@ def test_import_is_light() -> None:
     script = f"import sys, pmod; print([name for name in sys.modules if name.startswith({heavy})])"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
+
+
+def other_lengths_on_rank() -> None:
+    """Uneven shares in a graph that torch compiles once more, with symbols for lengths."""
+    torch._dynamo.reset()
+    there_and_back = compiled(lambda x: pmod.unshard(pmod.shard(x, "x").sin(), "x", length=x.shape[0]))
+    for n in (5, 7, 9, 4):
+        x = torch.arange(float(n))
+        same(there_and_back(x), x.sin(), f"length {n}")
+
+
+def test_shares_of_other_lengths() -> None:
+    spmd.launch(other_lengths_on_rank, timeout=200, x=2)
