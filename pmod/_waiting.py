@@ -26,10 +26,9 @@ from pmod._errors import CollectiveTimeout, call_site, coordinates, explain
 from pmod._mesh import Axis
 
 LOOK = 1.0  # seconds between looks at what the others say; less where the deadline is near
-_ANSWER = timedelta(seconds=2)
-_CHUNK = timedelta(seconds=0.05)  # so long a signal waits for Python to handle it
-
 MANY = 256  # of so many other ranks an error names those that are absent
+_ANSWER = timedelta(seconds=2)  # so long the store may take
+_CHUNK = timedelta(seconds=0.05)  # so long a signal waits for Python to handle it
 
 WAITS, LEFT = "waits", "left"
 _SOMEBODY_LEFT = "pmod/left"
@@ -249,6 +248,7 @@ class Wait:
                 if self._come_no_more():
                     self._give_up(work)
         if self._written:
+            self._written = False
             self._tell(lambda told: told.erase(self._rank))
 
     def _tell(self, say: Callable[[Board], T]) -> T | None:
@@ -265,7 +265,7 @@ class Wait:
         return answers[0] if answers else None
 
     def _write(self, state: str) -> None:
-        post = Post(state, self._meeting, tuple(self._axis.ranks), " at ".join(self._origin()))
+        post = Post(state, self._meeting, tuple(self._axis.ranks[:MANY]), " at ".join(self._origin()))
         self._tell(lambda told: told.write(self._rank, post))
         self._written = True
 

@@ -118,6 +118,45 @@ def test_a_late_rank_is_waited_for() -> None:
     assert spmd.launch(late, data=3) == [3.0] * 3
 
 
+class Slow:
+    """A work that is over after some looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def is_completed(self) -> bool:
+        return self.looks <= 0
+
+    def wait(self, timeout: timedelta | None = None, /) -> None:
+        self.looks -= 1
+        if self.looks > 0:
+            time.sleep(0.05)
+            raise RuntimeError("not yet")
+
+
+def two_long_waits_of_one_call() -> list[list[int]]:
+    """A large sum waits twice; each time the board says so, and nothing is left on it."""
+    with pmod.set_mesh(pmod.make_mesh(data=2, timeout=2.0)):
+        CALLS["barrier"]()
+        wait = _waiting.Wait(pmod.current_mesh().bind("data", "test"), "psum")
+        board, seen = _waiting.board(), list[list[int]]()
+        assert board is not None
+        for _ in range(2):
+            thread = threading.Thread(target=wait.until_done, args=(Slow(24),))
+            thread.start()
+            time.sleep(0.9)
+            seen.append([rank for rank in board.read([me()]) if rank == me()])
+            thread.join()
+            seen.append(list(board.read([me()])))
+        CALLS["barrier"]()
+    return seen
+
+
+def test_each_wait_of_a_call_is_told() -> None:
+    for rank, seen in enumerate(spmd.launch(two_long_waits_of_one_call, data=2)):
+        assert seen == [[rank], [], [rank], []]
+
+
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 
