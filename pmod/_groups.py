@@ -18,6 +18,8 @@ import os
 import re
 import socket
 import threading
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Generator
 from datetime import timedelta
@@ -212,8 +214,43 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
     elif store is None:
         store = _meet(address, port, topology, timeout)
     _stores[address, port] = store, number + 1
-    # neither another job nor the attempt before this one may be read
-    return PrefixStore(f"pmod/{topology.job}/attempt_{topology.restart_count}/{number}", store)
+    # neither another job nor an earlier connection of this one may be read
+    store = PrefixStore(f"pmod/{topology.job}/{number}", store)
+    if topology.launcher != "env":
+        return store
+    return PrefixStore(_agreed_attempt(store, topology, timeout.total_seconds()), store)
+
+
+def _agreed_attempt(store: Store, topology: Topology, seconds: float) -> str:
+    """A name for this start of the ranks, which no process of an earlier one knows.
+
+    torchrun's agents outlive their workers, and so does what those wrote into the store; and each agent counts restarts
+    for itself (TORCHELASTIC_RESTART_COUNT), so that the counts of two hosts differ after one worker has died. So each
+    rank writes down a word of its own. Rank 0 proposes the words that it finds; whoever finds its word among them
+    agrees, which the dead cannot; and what all have agreed to is the name.
+    """
+    rank, size, word = topology.rank, topology.world_size, uuid.uuid4().hex
+    words = [f"word/{other}" for other in range(size)]
+    store.set(words[rank], word)
+    until, proposed, agreed, pause = time.monotonic() + seconds, "", "", 0.002
+    while time.monotonic() < until:
+        if rank == 0 and store.check(words):
+            found = ",".join(text.decode() for text in store.multi_get(words))
+            if found != proposed:  # one of them was of a rank that is no more
+                proposed = found
+                store.set("proposed", found)
+        elif rank != 0 and store.check(["proposed"]):
+            proposed = store.get("proposed").decode()
+        name = hashlib.sha1(proposed.encode()).hexdigest()
+        if word in proposed and name != agreed:
+            agreed = name
+            store.add(f"agreed/{name}", 1)
+        if agreed and store.add(f"agreed/{agreed}", 0) == size:
+            return agreed
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.25)
+    right = "Were all ranks started, and with the same MASTER_ADDR and MASTER_PORT?"
+    raise CollectiveTimeout(explain("make_mesh", f"not all {size} ranks came within {seconds:g} s", right))
 
 
 def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> Store:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from unittest import mock
@@ -23,7 +25,7 @@ from pmod.demo import fno, parallel
 from pmod.demo.__main__ import main
 from pmod.demo.checkpoint import Checkpoints
 from pmod.demo.options import Options, parse
-from tests import spmd
+from tests import namespaces, spmd
 
 ROOT = Path(pmod.__file__).parents[1]
 SMALL = "--size 12 --train 8 --test 4 --batch 4 --channels 4 --layers 2 --modes 3 --float64 --no-serial"
@@ -236,35 +238,77 @@ def wait_for(process: subprocess.Popen[bytes], folder: Path, step: int, deadline
     return time.monotonic()
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
-@pytest.mark.launchers
-def test_a_killed_worker_costs_ten_seconds_and_no_accuracy(tmp_path):
-    number, folder = 120, tmp_path / "kept"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2", "--nproc-per-node=2",
-               "-m", "pmod.demo", *SMALL.split(), "--steps", str(number), "--mesh", "data=1,space=2",
-               "--checkpoint", str(folder), "--every", "1"]  # fmt: skip
+def killed_on_the_way(agents: Sequence[Sequence[str]], steps: int, tmp_path: Path) -> tuple[float, float, str]:
+    """Start agents of torchrun, and kill a worker of the last one in the middle of the training.
+
+    Seconds from the kill until the restarted job trains, seconds that the first start took, and what was printed.
+    """
+    folder, said = tmp_path / "kept", tmp_path / "said"
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = ["--max-restarts=2", "-m", "pmod.demo", *SMALL.split(), "--steps", str(steps), "--mesh", "data=1,space=2",
+           "--checkpoint", str(folder), "--every", "1"]  # fmt: skip
     begun = time.monotonic()
     deadline = begun + 150
-    with (tmp_path / "said").open("wb") as said:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=said, stderr=said)
+    with said.open("wb") as output:
+        started = [
+            subprocess.Popen([*agent, *job], cwd=tmp_path, env=environ, stdout=output, stderr=output)
+            for agent in agents
+        ]  # fmt: skip
     try:
-        start = wait_for(process, folder, 1, deadline) - begun
-        wait_for(process, folder, 20, deadline)
-        os.kill(workers(process.pid)["1"], signal.SIGKILL)
+        start = wait_for(started[0], folder, 1, deadline) - begun
+        wait_for(started[0], folder, 20, deadline)
+        os.kill(max(workers(started[-1].pid).items())[1], signal.SIGKILL)
         killed, before = time.monotonic(), newest(folder)
-        took = wait_for(process, folder, before + 2, deadline) - killed  # the one being written may still have come
-        assert process.wait(timeout=deadline - time.monotonic()) == 0, (tmp_path / "said").read_text()
+        took = wait_for(started[0], folder, before + 2, deadline) - killed  # the one being written may still have come
+        for process in started:
+            assert process.wait(timeout=deadline - time.monotonic()) == 0, said.read_text()
     finally:
-        if process.poll() is None:
-            process.terminate()  # torchrun ends its workers
-            process.wait(timeout=40)
-    text = (tmp_path / "said").read_text()
-    assert f"from the checkpoint in {folder}" in text, text
-    curve = torch.zeros(number, dtype=torch.float64)
+        for process in started:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its workers
+                process.wait(timeout=40)
+    return took, start, said.read_text()
+
+
+def check_the_curve(steps: int, folder: Path) -> None:
+    """It is that of a run which nobody disturbed."""
+    curve = torch.zeros(steps, dtype=torch.float64)
     with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
-        load({"curve": curve}, checkpoint_id=folder / f"step-{number}", no_dist=True)
-    (losses, _, _), _ = spmd.launch(trained, small(steps=number), data=1, space=2)
+        load({"curve": curve}, checkpoint_id=folder / f"step-{steps}", no_dist=True)
+    (losses, _, _), _ = spmd.launch(trained, small(steps=steps), data=1, space=2)
     torch.testing.assert_close(curve, losses, rtol=1e-6, atol=0)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+@needs_proc
+@pytest.mark.launchers
+def test_a_killed_worker_costs_ten_seconds_and_no_accuracy(tmp_path):
+    agent = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
+    took, start, said = killed_on_the_way([agent], 120, tmp_path)
+    assert f"from the checkpoint in {tmp_path / 'kept'}" in said, said
+    check_the_curve(120, tmp_path / "kept")
     # 6 s of processor time a rank go into imports: where others keep the cores busy, the start took long, too
     assert took < max(10, 2 * start), f"{took:.1f} s to go on after the kill, {start:.1f} s to start"
+
+
+@needs_proc
+@pytest.mark.launchers
+def test_a_worker_killed_on_another_host(tmp_path):
+    with contextlib.ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(namespaces.two_hosts())
+        except (PermissionError, FileNotFoundError) as error:
+            pytest.skip(f"network namespaces are not permitted here: {error}")
+        meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=demo",
+                   f"--rdzv-endpoint={hosts[0].address}:29400"]  # fmt: skip
+        agents = [
+            [*host.inside, "env", f"GLOO_SOCKET_IFNAME={host.name}", *TORCHRUN, *meeting,
+             f"--rdzv-conf=is_host={int(host is hosts[0])}", f"--local-addr={host.address}"]
+            for host in hosts
+        ]  # fmt: skip
+        _, _, said = killed_on_the_way(agents, 60, tmp_path)
+    assert f"from the checkpoint in {tmp_path / 'kept'}" in said, said
+    check_the_curve(60, tmp_path / "kept")

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -344,6 +344,40 @@ def test_another_job_at_the_same_port_stays_a_stranger() -> None:
         assert not stores["second"].check(["address of rank 0"])
     finally:
         _groups._stores.pop(("127.0.0.1", port), None)
+
+
+def attempt(store: Any, ranks: Sequence[int], seconds: float = 20.0, late: int | None = None) -> list[str]:
+    """What ranks of three agree on, each a thread; one of them may be late."""
+    names: dict[int, str] = {}
+
+    def start(rank: int) -> None:
+        time.sleep(0.3 if rank == late else 0.0)
+        where = pmod.Topology(rank=rank, world_size=3, launcher="env")
+        try:
+            names[rank] = _groups._agreed_attempt(store, where, seconds)
+        except pmod.CollectiveTimeout as error:
+            names[rank] = str(error)
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [names[rank] for rank in ranks]
+
+
+def test_an_attempt_has_a_name_that_no_earlier_one_knows() -> None:
+    store = _groups.HashStore()
+    (first,) = set(attempt(store, (0, 1, 2)))
+    for late in (0, 1, 2, None):  # the others find what an earlier attempt of this rank wrote
+        (name,) = set(attempt(store, (0, 1, 2), late=late))
+        assert name != first
+        first = name
+    for missing in ((0, 1), (1, 2)):
+        for said in attempt(store, missing, seconds=0.5):
+            assert said.startswith("pmod.make_mesh: not all 3 ranks came within 0.5 s.")
+    (name,) = set(attempt(store, (0, 1, 2), late=2))
+    assert len(name) == 40 and name != first
 
 
 def logged() -> list[str]:
