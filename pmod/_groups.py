@@ -136,7 +136,7 @@ def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
                 topology.backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
             )
         _enter_world(topology, started=True)
-        atexit.register(shutdown)
+        atexit.register(_at_exit)
         announce(topology, mesh)
 
 
@@ -369,6 +369,13 @@ def adopt(key: str, ranks: list[int], group: dist.ProcessGroup, topology: Topolo
             _state.groups.setdefault(key, group)
 
 
+def _at_exit() -> None:
+    # gloo's threads let go of the tensors of the last message a little after it is done. For that they need the
+    # interpreter, and where it is ending they abort the process ("terminate called without an active exception").
+    time.sleep(0.05)
+    shutdown()
+
+
 def shutdown() -> None:
     """End what `make_mesh` started: its process groups, and the world if pmod connected it.
 
@@ -378,7 +385,7 @@ def shutdown() -> None:
     >>> pmod.shutdown()
     """
     with _lock:
-        atexit.unregister(shutdown)
+        atexit.unregister(_at_exit)
         ours, started = list(_state.groups.values()), _state.started_world
         connected = dist.is_initialized() and dist.group.WORLD is _state.world
         if started or not connected:
