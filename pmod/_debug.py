@@ -151,7 +151,9 @@ class _Words:
                 if monotonic() - looked < LOOK:
                     continue
                 looked = monotonic()
-                dead = self.board.dead([other for other in axis.ranks if other != rank])
+                others = [other for other in axis.ranks if other != rank]
+                self.board.learn(others)
+                dead = self.board.dead(others)
                 if dead or looked - started > axis.timeout:
                     raise self._expired(axis, meeting, origin, dead)
                 if not written:

@@ -110,16 +110,19 @@ class Board:
             left += posts[rank].ranks if rank in posts else ()
         return posts
 
-    def dead(self, ranks: Sequence[int]) -> dict[int, str]:
-        """Those whose process was on this host and is no more."""
-        found: dict[int, str] = {}
+    def learn(self, ranks: Sequence[int]) -> None:
+        """Ask where these ranks are, once: the store may be gone when it matters."""
         for rank in ranks:
             if rank not in self._places:
                 host, _, pid = self._get(_groups.PLACE.format(rank)).partition("\x1f")
-                if not pid:
-                    continue
-                self._places[rank] = host, int(pid)
-            host, pid = self._places[rank]
+                if pid:
+                    self._places[rank] = host, int(pid)
+
+    def dead(self, ranks: Sequence[int]) -> dict[int, str]:
+        """Those, of the ranks that it has learned of, whose process was on this host and is no more."""
+        found: dict[int, str] = {}
+        for rank in ranks:
+            host, pid = self._places.get(rank, ("", 0))
             if host == socket.gethostname() and not _is_alive(pid):
                 found[rank] = f"process {pid} on {host} is dead"
         return found
@@ -193,6 +196,8 @@ class Wait:
         self._written = False
         if self._number == 1:
             board()  # connected while the rank that serves it is there
+        elif self._number == 2:  # by now all ranks of the axis have connected
+            self._tell(lambda told: told.learn(self._neighbours))
 
     @property
     def _meeting(self) -> str:
@@ -285,7 +290,9 @@ class Wait:
         return any(post.state == LEFT for post in posts.values())
 
     def _dead(self) -> dict[int, str]:
-        return self._tell(lambda told: told.dead(self._neighbours)) or {}
+        self._tell(lambda told: told.learn(self._neighbours))
+        told = board()
+        return {} if told is None else told.dead(self._neighbours)
 
     def _give_up(self, work: Work, cause: RuntimeError | None = None) -> None:
         """Raise, with who is not here and why; unless the last one comes while the others are asked."""
@@ -293,7 +300,7 @@ class Wait:
         self._write(LEFT)
         while True:
             posts, dead = self._tell(lambda told: told.read(self._others)), self._dead()
-            absent = [rank for rank in self._others if posts is None or not self._is_here(posts.get(rank))]
+            absent = [rank for rank in self._others if not self._is_here((posts or {}).get(rank))]
             if cause is None and work.is_completed():
                 return
             if posts is None or dead or not absent or monotonic() > until:
@@ -303,7 +310,7 @@ class Wait:
             _groups.leave_behind(axis.group)
         broken = cause is not None and "imed out" not in str(cause)
         given = not_here(absent, posts or {}, dead, axis.timeout, broken)
-        if posts is None:
+        if posts is None and not dead:
             given = f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
         function, site = self._origin()
         right = f"Called at {site}" + ("" if cause is None else f"\ngloo says: {_short(cause)}")

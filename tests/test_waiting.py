@@ -259,8 +259,7 @@ def test_a_killed_rank_is_named_and_the_others_go_on(victim: int) -> None:
         assert float(seconds) < 5.0 and total == "2"
         assert text.startswith(f"pmod.psum(axis='data') at (data={rank}): "), text
         assert f"rank {victim} (data={victim})" in text
-        if victim:
-            assert f"whose process {ranks[victim].pid} on {socket.gethostname()} is dead" in text
+        assert f"whose process {ranks[victim].pid} on {socket.gethostname()} is dead" in text
 
 
 def test_a_dead_process_is_seen() -> None:
