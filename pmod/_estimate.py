@@ -22,7 +22,7 @@ from pmod._mesh import Axis, Mesh, make_mesh
 from pmod._simulate import check_axis_sizes
 from pmod._topology import Topology
 from pmod._trace import Event, trace
-from pmod._wire import GroupWire, Reduction, Sent, Wire, scaled
+from pmod._wire import GroupWire, Reduction, Sent, scaled
 
 Rate = float | Mapping[str | tuple[str, ...], float]
 """A number for all axes, or one for each."""
@@ -97,11 +97,7 @@ def alone_on(mesh: Mesh | Mapping[str, int], function: str) -> Generator[Mesh]:
         check_axis_sizes(mesh, function, f"{function}(fn, ..., mesh={{'data': 64}})")
         place = Topology(rank=0, world_size=math.prod(mesh.values()), device=_groups.here().device)
         mesh = make_mesh(mesh, topology=place)
-
-    def wire(axis: Axis) -> Wire:
-        return _Mirror(axis)
-
-    world = SimpleNamespace(topology=mesh.topology, mesh=None, wire=wire, watchers=[], meters=[], alone=True)
+    world = SimpleNamespace(topology=mesh.topology, mesh=None, wire=_Mirror, watchers=[], meters=[], alone=True)
     with _groups.instead_of_processes(world), set_mesh(mesh):
         yield mesh
 

@@ -20,6 +20,7 @@ from pmod._errors import NoMeshError, call_source, coordinates
 from pmod._estimate import alone_on
 from pmod._lineage import leaves_of
 from pmod._mesh import Mesh, named
+from pmod._parallel import map_tensors
 from pmod._trace import Event, in_bytes, trace
 
 Place = tuple[str, Any, str]
@@ -179,16 +180,8 @@ def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bo
     return found, reader, differentiated
 
 
-def _requiring_grad(tree: Any) -> Any:
-    """A copy of a tree of dicts, lists and tuples whose floating tensors require a gradient."""
-    if isinstance(tree, Tensor):
-        return tree.detach().requires_grad_() if tree.is_floating_point() or tree.is_complex() else tree
-    if isinstance(tree, dict):
-        return {key: _requiring_grad(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        branches = [_requiring_grad(value) for value in tree]
-        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
-    return tree
+def _requiring_grad(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x
 
 
 def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None) -> Explanation:
@@ -227,7 +220,7 @@ def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | 
     with alone_on(mesh, "explain") as here:
         found, reader, differentiated = _run(f, args)
         if not differentiated and any(x.is_floating_point() or x.is_complex() for x in tensors_in(args)):
-            found, reader, _ = _run(f, _requiring_grad(args))
+            found, reader, _ = _run(f, map_tensors(_requiring_grad, args))
     steps: dict[Place, Step] = {}
     for event in found.events:
         place = (event.function.removeprefix(BACKWARD), event.axis, event.site)

@@ -403,6 +403,24 @@ def _settled(function: str, cuts: list[_Cut], xs: list[Tensor], dims: list[list[
 # --- halo_exchange <-> halo_reduce ----------------------------------------------------------------
 
 
+def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x: Tree, *, back: bool) -> Tree:
+    """halo_exchange one dim after another, or `back`, its transpose, in reverse order."""
+    function, plan_of, step = ("halo_reduce", _plan_back, -1) if back else ("halo_exchange", _plan, 1)
+    cuts = _cuts(function, axis, dim, width, boundary, sizes)
+
+    def run(xs: list[Any]) -> list[Any]:
+        if not xs:
+            return xs
+        dims = _places(function, cuts, xs)
+        for cut, ats in list(zip(_settled(function, cuts, xs, dims, back), dims, strict=True))[::step]:
+            assert cut.sizes is not None
+            if cut.width != (0, 0):
+                xs = _carry_out(plan_of(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
+        return xs
+
+    return map_leaves(run, x, function, cuts[0].axis)
+
+
 def halo_exchange(
     x: Tree,
     axis: AxisLike | Mapping[int, AxisLike],
@@ -439,20 +457,7 @@ def halo_exchange(
     >>> pmod.simulate(smooth, x=2)
     [tensor([4, 0, 1, 2, 3]), tensor([2, 3, 4, 0])]
     """
-    function = "halo_exchange"
-    cuts = _cuts(function, axis, dim, width, boundary, sizes)
-
-    def run(xs: list[Any]) -> list[Any]:
-        if not xs:
-            return xs
-        dims = _places(function, cuts, xs)
-        for cut, ats in zip(_settled(function, cuts, xs, dims, back=False), dims, strict=True):
-            assert cut.sizes is not None
-            if cut.width != (0, 0):
-                xs = _carry_out(_plan(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
-        return xs
-
-    return map_leaves(run, x, function, cuts[0].axis)
+    return _along(axis, dim, width, boundary, sizes, x, back=False)
 
 
 def halo_reduce(
@@ -485,17 +490,4 @@ def halo_reduce(
     >>> pmod.simulate(deposit, x=2)
     [tensor([2., 1., 2.]), tensor([2., 2.])]
     """
-    function = "halo_reduce"
-    cuts = _cuts(function, axis, dim, width, boundary, sizes)
-
-    def run(xs: list[Any]) -> list[Any]:
-        if not xs:
-            return xs
-        dims = _places(function, cuts, xs)
-        for cut, ats in reversed(list(zip(_settled(function, cuts, xs, dims, back=True), dims, strict=True))):
-            assert cut.sizes is not None
-            if cut.width != (0, 0):
-                xs = _carry_out(_plan_back(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
-        return xs
-
-    return map_leaves(run, x, function, cuts[0].axis)
+    return _along(axis, dim, width, boundary, sizes, x, back=True)

@@ -177,28 +177,28 @@ def _linked(output: Any, parameters: list[Tensor]) -> Any:
     def link(x: Any) -> Any:
         return x + nothing.to(x.device, x.dtype) if x.is_floating_point() or x.is_complex() else x
 
-    return _map_tensors(link, output)
+    return map_tensors(link, output)
 
 
-def _map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """f on the tensors of what a module returned, whatever else is in it."""
+def map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """f on the tensors of what a function takes or returns, whatever else is in it."""
     if isinstance(tree, Tensor):
         return f(tree)
     if type(tree) is dict:
-        return {key: _map_tensors(f, value) for key, value in tree.items()}
+        return {key: map_tensors(f, value) for key, value in tree.items()}
     if isinstance(tree, dict):
         out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
         for key, value in tree.items():
-            out[key] = _map_tensors(f, value)
+            out[key] = map_tensors(f, value)
         return out
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map_tensors(f, value) for value in tree))
+        return type(tree)(*(map_tensors(f, value) for value in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(_map_tensors(f, value) for value in tree)
+        return type(tree)(map_tensors(f, value) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         filled = copy.copy(tree)
         for field in dataclasses.fields(tree):
-            object.__setattr__(filled, field.name, _map_tensors(f, getattr(tree, field.name)))
+            object.__setattr__(filled, field.name, map_tensors(f, getattr(tree, field.name)))
         return filled
     return tree
 

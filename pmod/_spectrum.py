@@ -6,7 +6,6 @@ moves a stage: the dims that are whole by then, transformed by one call of torch
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -228,8 +227,7 @@ def _exchange(x: Tensor, axis: Axis, move: _Move, sizes: Sizes) -> tuple[Tensor,
     """x after a move, and the lengths along the dim that is cut now."""
     if move.after is None:
         return bind(Call(UNSHARD, axis, (move.before, sizes)), [x])[0], ()
-    # a compiler that met other lengths before takes them for variables: what is sent is fixed
-    shares = tuple([operator.index(share) for share in split_sizes(int(x.shape[move.after]), axis.size)])
+    shares = split_sizes(int(x.shape[move.after]), axis.size)
     if move.before is None:
         return bind(Call(SHARD, axis, (move.after, shares)), [x])[0], shares
     return bind(Call(ALL_TO_ALL, axis, (move.after, move.before, shares, sizes)), [x])[0], shares
