@@ -267,3 +267,9 @@ def test_not_inside_another_world() -> None:
 
     pmod.simulate(inner, x=2)
     pmod.estimate(inner, mesh={"x": 2})
+
+
+def test_who_only_receives_waits_for_a_message() -> None:
+    mesh = pmod.make_mesh(x=3, topology=pmod.Topology(rank=2, world_size=3))
+    (event,) = pmod.estimate(lambda: pmod.pshift(torch.zeros(4), "x", wrap=False), mesh=mesh, latency=2.0).events
+    assert (event.nbytes, event.received, event.messages, event.seconds) == (0, 16, 0, 2.0)
