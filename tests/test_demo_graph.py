@@ -372,8 +372,9 @@ def test_loss_and_gradients_are_those_of_the_whole_mesh(make, sizes, how, monkey
             torch.testing.assert_close(step.gradients[name], gradient, rtol=0, atol=1e-13, msg=name)
 
 
-def test_predictions_and_errors_are_those_of_the_whole_mesh():
-    surface, options = plate(60, 0), tiny(test=3)
+@pytest.mark.parametrize("tests", [3, 1])  # of one problem a rank along data has none
+def test_predictions_and_errors_are_those_of_the_whole_mesh(tests):
+    surface, options = plate(60, 0), tiny(test=tests)
     first, *_ = pmod.simulate(parallel.train, options, surface, data=2, graph=3)
     weights = first.steps[1].weights
     with torch.no_grad():
@@ -474,7 +475,6 @@ def test_a_command_line_becomes_options(capsys, monkeypatch):
     [
         ({"batch": 7}, "a batch of 7 is more than 6 problems.\nPass --batch 6 or less."),
         ({"batch": 3}, "a batch of 3 does not divide by data=2.\nPass a --batch that is a multiple of 2."),
-        ({"test": 1}, "2 ranks cannot share 1 problems to test on.\nPass --mesh data=1 or less, or more --test"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changes, message):

@@ -168,7 +168,7 @@ def test_shell_blocks_are_what_the_tests_run() -> None:
 
 def test_readme_shows_the_demo_as_it_is() -> None:
     shown = BLOCKS["fno"][1]
-    for thing in (fno.even_sizes, fno.SpectralConv, fno.relative_errors, fno.loss):
+    for thing in (fno.SpectralConv, fno.relative_errors, fno.loss):
         assert inspect.getsource(thing).rstrip() in shown
     assert inspect.getsource(net.Round).rstrip() in BLOCKS["graph"][1]
 

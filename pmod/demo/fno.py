@@ -1,7 +1,7 @@
 """A Fourier neural operator whose fields are spread over a mesh ("data", "space"): the parallel part of the demo.
 
-The batch is sharded over "data", the rows of each field over "space". What acts point by point is local; the Fourier
-transform needs whole columns, which `pmod.all_to_all` brings together.
+The batch is sharded over "data", the rows of each field over "space", any number of them over any number of ranks. What
+acts point by point is local; the Fourier transforms are `pmod.fft`'s, which send the kept modes only.
 """
 
 from __future__ import annotations
@@ -11,12 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pmod
-
-
-def even_sizes(n: int, axis: str = "space") -> list[int]:
-    """n things shared out along an axis, the shares as equal as can be: no rank has none, as FFTs want it."""
-    ranks = pmod.axis_size(axis)
-    return [(n + rank) // ranks for rank in reversed(range(ranks))]
 
 
 class SpectralConv(nn.Module):
@@ -29,18 +23,23 @@ class SpectralConv(nn.Module):
 
     def forward(self, x: Tensor, height: int) -> Tensor:
         """V -> V. x (batch, channels, rows of this rank, width), `height` the rows of all ranks."""
-        modes, width = self.weight.shape[1], x.shape[-1]
-        rows, columns = even_sizes(height), even_sizes(modes)
-        kept = torch.arange(-modes, modes, device=x.device) % height
+        kept, ranks = self.weight.shape[:2], pmod.axis_size("space")
+        rows, columns = (pmod.split_sizes(n, ranks) for n in (height, kept[1]))
         weight = self.weight.split(columns, dim=1)[pmod.axis_index("space")]
-
-        x = torch.fft.rfft(x, dim=-1)[..., :modes]
-        x = pmod.all_to_all(x, "space", split_dim=-1, concat_dim=-2, split_sizes=columns, concat_sizes=rows)
-        low = torch.fft.fft(x, dim=-2).index_select(-2, kept)
+        low = pmod.fft.rfft2(x, axis="space", sizes=rows, modes=kept)  # whole columns of the spectrum
         low = torch.einsum("bihw,hwio->bohw", low, torch.view_as_complex(weight))
-        x = torch.fft.ifft(torch.zeros_like(x).index_copy(-2, kept, low), dim=-2)
-        x = pmod.all_to_all(x, "space", split_dim=-2, concat_dim=-1, split_sizes=rows, concat_sizes=columns)
-        return torch.fft.irfft(x, n=width, dim=-1)
+        return pmod.fft.irfft2(low, s=(height, x.shape[-1]), axis="space", sizes=columns, modes=kept)
+
+
+class Pointwise(nn.Conv2d):
+    """The same linear map of the channels at every point; of a field without rows too, which torch refuses."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.bias is not None
+        return torch.einsum("bihw,oi->bohw", input, self.weight[..., 0, 0]) + self.bias[:, None, None]
 
 
 class FNO(nn.Module):
@@ -48,16 +47,16 @@ class FNO(nn.Module):
 
     def __init__(self, channels: int, modes: int, layers: int) -> None:
         super().__init__()
-        self.lift = nn.Conv2d(3, channels, 1)
+        self.lift = Pointwise(3, channels)
         self.spectral = nn.ModuleList(SpectralConv(channels, modes) for _ in range(layers))
-        self.local = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(layers))
-        self.hidden = nn.Conv2d(channels, 2 * channels, 1)
-        self.project = nn.Conv2d(2 * channels, 1, 1)
+        self.local = nn.ModuleList(Pointwise(channels, channels) for _ in range(layers))
+        self.hidden = Pointwise(channels, 2 * channels)
+        self.project = Pointwise(2 * channels, 1)
 
     def forward(self, a: Tensor, height: int) -> Tensor:
         """V -> V. a (batch, rows of this rank, width) -> the same shape."""
         down, across = (torch.linspace(0, 1, n, dtype=a.dtype, device=a.device) for n in (height, a.shape[-1]))
-        down = pmod.shard(down, "space", sizes=even_sizes(height))
+        down = pmod.shard(down, "space")
         x = self.lift(torch.stack([a, down[:, None].expand_as(a), across.expand_as(a)], dim=1))
         for spectral, local in zip(self.spectral, self.local, strict=True):
             x = F.gelu(spectral(x, height) + local(x))

@@ -205,7 +205,7 @@ def made_with(options: Options, train: Sequence[int], test: Sequence[int]) -> di
 
 def local_sizes(options: Options) -> dict[str, int]:
     """The axis sizes of a mesh on this machine; where nothing is said all ranks are on space."""
-    return on_this_machine(options.mesh or {"data": 1, "space": min(usual_ranks(), options.modes)})
+    return on_this_machine(options.mesh or {"data": 1, "space": usual_ranks()})
 
 
 def usual_ranks() -> int:
@@ -222,29 +222,22 @@ def on_this_machine(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def check_fit(options: Options, train: Sequence[int], test: Sequence[int], axis_sizes: Mapping[str, int]) -> None:
     """Raise PmodError where problems of these shapes (N, height, width), the model and the mesh do not fit."""
-    data, space = (axis_sizes[name] for name in AXES)
     side = min(*train[1:], *test[1:])
     batch, modes = options.batch, options.modes
     rules = [
         (2 * modes <= side, f"{modes} modes of each sign need {2 * modes} cells along a side, and there are {side}",
          f"Pass --modes {max(side // 2, 1)} or less."),
-        (space <= modes, f"{space} ranks cannot share {modes} modes",
-         f"Pass --mesh space={modes} or less, or more --modes."),
         (batch <= 2 * train[0], f"a batch of {batch} is more than {train[0]} problems and their mirror images",
          f"Pass --batch {2 * train[0]} or less."),
-        *rules_of_sharing(batch, test[0], data),
+        rule_of_batches(batch, axis_sizes["data"]),
     ]  # fmt: skip
     check_rules(rules)
 
 
-def rules_of_sharing(batch: int, test: int, data: int) -> list[tuple[bool, str, str]]:
-    """What lets the ranks of an axis share a batch and the problems to test on."""
-    return [
-        (batch % data == 0, f"a batch of {batch} does not divide by data={data}",
-         f"Pass a --batch that is a multiple of {data}."),
-        (data <= test, f"{data} ranks cannot share {test} problems to test on",
-         f"Pass --mesh data={test} or less, or more --test problems."),
-    ]  # fmt: skip
+def rule_of_batches(batch: int, data: int) -> tuple[bool, str, str]:
+    """What lets the ranks of an axis share a batch."""
+    given = f"a batch of {batch} does not divide by data={data}"
+    return batch % data == 0, given, f"Pass a --batch that is a multiple of {data}."
 
 
 def check_rules(rules: Sequence[tuple[bool, str, str]]) -> None:

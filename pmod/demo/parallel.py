@@ -13,7 +13,7 @@ from pmod.demo import fno
 from pmod.demo.checkpoint import Checkpoints
 from pmod.demo.console import say
 from pmod.demo.darcy import TOLERANCE, Fields, random_fields, solve_together
-from pmod.demo.fno import FNO, even_sizes
+from pmod.demo.fno import FNO
 from pmod.demo.options import Options, counts, made_with
 from pmod.demo.training import Run, Scale, fit, heading
 
@@ -30,7 +30,7 @@ class Outcome:
     weights: dict[str, Tensor]
     run: Run
     axis_sizes: dict[str, int]
-    rows: list[int]
+    rows: tuple[int, ...]
     threads: int
 
 
@@ -64,7 +64,8 @@ def train(options: Options, published: tuple[Fields, Fields] | None) -> Outcome 
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     kept = checkpoints(options, (len(problems) // 2, *problems.x.shape[1:]), tests.x.shape)
     run = _run(model.to(mesh.device), problems.to(mesh.device), tests.to(mesh.device), options, kept, quiet=quiet)
-    rows, threads = even_sizes(tests.x.shape[1]), torch.get_num_threads()
+    rows = pmod.split_sizes(tests.x.shape[1], mesh.shape["space"])
+    threads = torch.get_num_threads()
     return None if quiet else Outcome(problems, tests, weights, run, mesh.shape, rows, threads)
 
 
@@ -78,7 +79,7 @@ def _introduce(train: Fields, test: Fields, options: Options) -> None:
 
 def _run(model: FNO, train: Fields, test: Fields, options: Options, kept: Checkpoints | None, *, quiet: bool) -> Run:
     scale, height = Scale.of(train), train.x.shape[1]
-    a, y = pmod.shard(scale.apply(train, options.dtype), "space", dim=1, sizes=even_sizes(height))
+    a, y = pmod.shard(scale.apply(train, options.dtype), "space", dim=1)
 
     def batch_loss(batch: Tensor) -> Tensor:
         mine = pmod.shard(batch.to(a.device), "data")
@@ -95,12 +96,8 @@ class _Predictor:
     def __init__(self, model: FNO, scale: Scale, test: Fields, options: Options) -> None:
         self.model, self.scale, self.batch = model, scale, options.batch
         self.count, self.height = len(test), test.x.shape[1]
-        self.rows, self.parts = even_sizes(self.height), even_sizes(self.count, "data")
         a, _ = scale.apply(test, options.dtype)
-        self.a, self.y = (
-            pmod.shard(pmod.shard(v, "space", dim=1, sizes=self.rows), "data", sizes=self.parts)
-            for v in (a, test.y.to(options.dtype))
-        )
+        self.a, self.y = pmod.shard(pmod.shard((a, test.y.to(options.dtype)), "space", dim=1), "data")
 
     @torch.no_grad()
     def here(self) -> Tensor:
@@ -114,5 +111,5 @@ class _Predictor:
 
     def whole(self) -> Tensor:
         """All predictions, on every rank."""
-        rows = pmod.unshard(self.here(), "space", dim=1, sizes=self.rows)
-        return pmod.unshard(rows, "data", sizes=self.parts)
+        rows = pmod.unshard(self.here(), "space", dim=1, length=self.height)
+        return pmod.unshard(rows, "data", length=self.count)

@@ -25,8 +25,8 @@ class Spectral(nn.Module):
         spectrum = torch.fft.rfft2(x)
         low, high = spectrum[:, :, :m, :m], spectrum[:, :, -m:, :m]
         out = torch.zeros_like(spectrum)
-        out[:, :, :m, :m] = torch.einsum("bixy,xyio->boxy", low, weight[m:])  # frequencies 0 ... m-1 down the rows
-        out[:, :, -m:, :m] = torch.einsum("bixy,xyio->boxy", high, weight[:m])  # and -m ... -1
+        out[:, :, :m, :m] = torch.einsum("bixy,xyio->boxy", low, weight[:m])  # frequencies 0 ... m-1 down the rows
+        out[:, :, -m:, :m] = torch.einsum("bixy,xyio->boxy", high, weight[m:])  # and -m ... -1
         return torch.fft.irfft2(out, s=x.shape[-2:])
 
 

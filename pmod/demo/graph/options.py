@@ -16,7 +16,7 @@ from pmod.demo.options import (
     number,
     on_this_machine,
     parser_of_job,
-    rules_of_sharing,
+    rule_of_batches,
     usual_ranks,
 )
 
@@ -112,5 +112,5 @@ def check_fit(options: Options, sizes: Mapping[str, int]) -> None:
     batch, train = options.batch, options.train
     check_rules([
         (batch <= train, f"a batch of {batch} is more than {train} problems", f"Pass --batch {train} or less."),
-        *rules_of_sharing(batch, options.test, sizes["data"]),
+        rule_of_batches(batch, sizes["data"]),
     ])  # fmt: skip

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import pmod
 from pmod.demo.console import say
-from pmod.demo.fno import even_sizes
 from pmod.demo.graph import net
 from pmod.demo.graph.net import GraphNet
 from pmod.demo.graph.options import AXES, Options
@@ -108,9 +107,6 @@ class _Trainer:
         self.sizes = torch.bincount(owner, minlength=ranks).tolist()
         self.order = owner.argsort(stable=True)  # the nodes of all ranks, one rank after another
         self.train, self.test = (v.to(mesh.device).to(options.dtype).rows(self.part.owned) for v in (train, test))
-        self.shares = even_sizes(len(test), "data")
-        first = sum(self.shares[: pmod.axis_index("data")])
-        self.mine = slice(first, first + self.shares[pmod.axis_index("data")])
 
     def loss(self, batch: Tensor) -> Tensor:
         """V -> I along "data": `batch` numbers the problems of all ranks."""
@@ -156,18 +152,18 @@ class _Trainer:
     @torch.no_grad()
     def _here(self) -> Tensor:
         """This rank's nodes of the predictions for its problems."""
-        x = self.test.x[:, self.mine]
+        x = pmod.shard(self.test.x, "data", dim=1)
         held: dict[str, Tensor] = dict(self.model.named_parameters())
         parts = [net.predict(self.model, held, part, self.part, self.plan) for part in x.split(self.options.batch, 1)]
         return self.scale * torch.cat(parts, dim=1)
 
     def error(self) -> float:
         """The mean relative error over the problems of all ranks."""
-        errors = net.relative_errors(self._here(), self.test.u[:, self.mine])
+        errors = net.relative_errors(self._here(), pmod.shard(self.test.u, "data", dim=1))
         return pmod.psum(errors.sum(), "data").item() / len(self.test)
 
     def whole(self) -> Tensor:
         """All predictions, at the nodes of the whole mesh, on every rank."""
         nodes = pmod.unshard(self._here(), "graph", sizes=self.sizes)
-        rows = pmod.unshard(nodes, "data", dim=1, sizes=self.shares).cpu()
+        rows = pmod.unshard(nodes, "data", dim=1, length=len(self.test)).cpu()
         return torch.zeros_like(rows).index_copy(0, self.order, rows)
