@@ -30,7 +30,6 @@ from pmod._collectives import psum as psum
 from pmod._collectives import pvary as pvary
 from pmod._collectives import reduce as reduce
 from pmod._data import first as first
-from pmod._data import fold_in as fold_in
 from pmod._data import is_first as is_first
 from pmod._debug import assert_invariant as assert_invariant
 from pmod._debug import checked as checked
@@ -64,6 +63,8 @@ from pmod._ragged import gather_v as gather_v
 from pmod._ragged import indexed_all_to_all_v as indexed_all_to_all_v
 from pmod._ragged import psum_scatter_v as psum_scatter_v
 from pmod._ragged import scatter_v as scatter_v
+from pmod._random import fold_in as fold_in
+from pmod._random import rng as rng
 from pmod._simulate import simulate as simulate
 from pmod._slices import all_gather as all_gather
 from pmod._slices import all_to_all as all_to_all

@@ -1,40 +1,16 @@
-"""Daily needs around data: seeds that differ along an axis, and one rank that goes ahead of the others."""
+"""Daily needs around data: one rank that goes ahead of the others."""
 
 from __future__ import annotations
 
-import hashlib
-import operator
 from types import TracebackType
 
 import torch
 
 from pmod import _groups
-from pmod._ambient import current_mesh, resolve
-from pmod._arguments import wrong
+from pmod._ambient import current_mesh
 from pmod._collectives import pick
-from pmod._errors import ArgumentError, PmodError, coordinates, explain
-from pmod._mesh import AxisLike, Mesh, make_mesh, named
-
-
-def fold_in(seed: int, axis: AxisLike) -> int:
-    """A seed of its own for each rank along the axis, the same along all other axes.
-
-    For torch.manual_seed, torch.Generator and whatever takes an int of 63 bits. Fold several axes in one after the
-    other, or pass a tuple. It depends on the seed, the name of the axis and the index along it, so a run on another
-    number of ranks gives the ranks that remain the same numbers. Nothing is sent.
-    Raises: ArgumentError where seed is no int. JAX: random.fold_in, of lax.axis_index.
-
-    >>> seeds = pmod.simulate(lambda: pmod.fold_in(0, "data"), data=2, model=2)
-    >>> seeds[0] == seeds[1] != seeds[2] == seeds[3]
-    True
-    """
-    bound = resolve(axis, "fold_in")
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        raise wrong(ArgumentError, "fold_in", bound, f"seed is a {type(seed).__name__}", "Pass an int.") from None
-    text = f"{number}/{named(bound.label)}/{bound.index}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+from pmod._errors import PmodError, coordinates, explain
+from pmod._mesh import AxisLike, Mesh, make_mesh
 
 
 def _ahead_of(axis: AxisLike | None, per_node: bool, function: str) -> Mesh:

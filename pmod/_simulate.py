@@ -91,9 +91,11 @@ class _World:
         if meeting.complete:
             return
         self._waiting[rank] = (meeting, " at ".join(origin()))
+        drawn = torch.get_rng_state()  # torch's generator is the process's: each rank puts its own state back
         if not self._pass_on(rank):
             self._end(self._deadlock())
         self.take_turn(rank)
+        torch.set_rng_state(drawn)
         del self._waiting[rank]
         if not meeting.complete:
             raise _Left
@@ -234,7 +236,8 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
 
     The ranks are threads and the wire is memory: real values and all derivatives, without a launcher. Eager code on cpu
     tensors only; torch.func.jvp works, torch.autograd.forward_ad does not. One rank runs at a time, so the same program
-    gives the same bits each time; all ranks share torch's random state, so draw from a generator of your own.
+    gives the same bits each time. Each rank has a random state of torch's of its own, which starts as the caller's, and
+    the caller's is as before afterwards; those of Python and numpy are shared.
 
     Raises: what a rank raises, with a note that says which; MismatchError where ranks wait for each other, or for a
     rank that left, with the line where each waits; AxisError for sizes that make no mesh.
@@ -261,10 +264,11 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, i
         size *= axis_size
     world = _World(size)
     results: list[Any] = [None] * size
-    grad, watching = torch.is_grad_enabled(), watchers()
+    grad, watching, drawn = torch.is_grad_enabled(), watchers(), torch.get_rng_state()
 
     def rank_main(rank: int) -> None:
         world.take_turn(rank)
+        torch.set_rng_state(drawn)
         error: BaseException | None = None
         try:
             if world.error is not None:
@@ -285,6 +289,7 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, i
     world.over.acquire()
     for thread in threads:
         thread.join()
+    torch.set_rng_state(drawn)
     if world.error is not None:
         raise world.error
     return results

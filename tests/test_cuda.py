@@ -207,6 +207,22 @@ def test_keep_mesh_on_the_device_thread(mesh, x):
     torch.testing.assert_close(leaf.grad, -x.sin().sin() * x.cos())
 
 
+def test_random_numbers_follow_their_seed_and_are_as_before_outside(mesh):
+    def draw() -> list[list[float]]:
+        return [torch.rand(4, device=device).tolist() for device in ("cpu", "cuda:0")]
+
+    torch.manual_seed(1)
+    outside = draw() + draw()
+    torch.manual_seed(1)
+    found = draw()
+    with pmod.rng(0, "data"):
+        inside = draw()
+    assert found + draw() == outside
+    with pmod.rng(0, "data"):
+        assert draw() == inside
+    assert not set(map(tuple, inside)) & set(map(tuple, outside))
+
+
 def test_a_world_of_the_user_with_nccl_alone(x):
     pmod.shutdown()
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda:0"))

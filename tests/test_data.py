@@ -1,46 +1,13 @@
-"""Seeds along axes, and the rank that goes ahead."""
+"""The rank that goes ahead."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
 import pmod
 from tests import spmd
-
-
-def seeds() -> dict[str, int]:
-    return {
-        "a": pmod.fold_in(7, "a"), "b": pmod.fold_in(7, "b"), "both": pmod.fold_in(7, ("a", "b")),
-        "chain": pmod.fold_in(pmod.fold_in(7, "a"), "b"), "other": pmod.fold_in(8, "a"),
-    }  # fmt: skip
-
-
-def test_seeds_differ_along_their_axis_only() -> None:
-    found = pmod.simulate(seeds, a=2, b=3)
-    for rank, mine in enumerate(found):
-        for other, theirs in enumerate(found):
-            assert (mine["a"] == theirs["a"]) == (rank // 3 == other // 3)
-            assert (mine["b"] == theirs["b"]) == (rank % 3 == other % 3)
-            assert (mine["both"] == theirs["both"]) == (mine["chain"] == theirs["chain"]) == (rank == other)
-    values = {seed for mine in found for seed in mine.values()}
-    assert len(values) == 2 + 3 + 6 + 6 + 2  # another axis or seed gives other numbers
-    assert all(0 <= seed < 2**63 for seed in values)
-    torch.Generator().manual_seed(max(values))
-
-
-def test_seeds_are_the_same_on_every_machine_and_size() -> None:
-    assert pmod.simulate(lambda: pmod.fold_in(0, "data"), data=2) == pmod.simulate(
-        lambda: pmod.fold_in(0, "data"), data=4
-    )[:2]  # fmt: skip
-    assert pmod.simulate(lambda: pmod.fold_in(0, "data"), data=2) == [7541626262678432639, 4603387107390632223]
-
-
-def test_a_seed_that_is_none() -> None:
-    with pytest.raises(pmod.ArgumentError, match=r"pmod\.fold_in\(axis='data'\) at \(data=0\): seed is a float"):
-        pmod.simulate(lambda: pmod.fold_in(0.5, "data"), data=1)  # type: ignore[arg-type]
 
 
 def firsts() -> list[bool]:

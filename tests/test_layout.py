@@ -20,9 +20,9 @@ SOURCE = Path(pmod.__file__).parent
 # Reading order is import order: a module imports only what stands above it.
 ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_waiting", "_wire", "_inductor", "_autodiff",
-    "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "_parallel", "_data",
-    "_lineage", "_debug", "_trace", "_launch", "_simulate", "_estimate", "_explain", "__init__", "demo", "bench",
-    "doctor", "__main__",
+    "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "_parallel", "_random",
+    "_data", "_lineage", "_debug", "_trace", "_launch", "_simulate", "_estimate", "_explain", "__init__", "demo",
+    "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def collectives() -> dict[str, Callable[..., Any]]:
 
 # they take an axis, and move no tensor along it, or move it as collectives that have a case do
 OTHERS = {"axis_index", "axis_size", "barrier", "exchange_plan", "replicate", "share_parameters", "data_parallel",
-          "assert_invariant", "varying", "fold_in", "is_first", "halo_exchange", "halo_reduce"}  # fmt: skip
+          "assert_invariant", "varying", "fold_in", "rng", "is_first", "halo_exchange", "halo_reduce"}  # fmt: skip
 
 
 def test_every_collective_has_a_case() -> None:
@@ -207,7 +207,7 @@ PUBLIC = """
     broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
     halo_exchange halo_reduce exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
     debug checked varying assert_invariant trace estimate explain start Pending launch simulate
-    replicate share_parameters SharedParameters data_parallel fold_in is_first first
+    replicate share_parameters SharedParameters data_parallel fold_in rng is_first first
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """
 
