@@ -1,9 +1,9 @@
 """Halos: a shard with the rows around it that other shards hold (`halo_exchange`), and the transpose (`halo_reduce`).
 
-The sizes of all shards say, on every rank alike, which rows each of them needs of which other. A `Plan` is one rank's
-part in that, three linear steps:
+The sizes of all shards say, on every rank alike, which rows each of them needs of which other for its window, rows one
+after another of the padded whole. A `Plan` is one rank's part in that, three linear steps:
 
-    x  --takes-->  x, messages  --permutes-->  x, messages  --places-->  x with halos
+    x  --takes-->  x, messages  --permutes-->  x, messages  --places-->  window
 
 Takes and places are copies of runs of rows, and each step has a transpose: the steps' transposes in reverse order are
 `halo_reduce`. Nothing here is differentiated by hand: copies are torch's, permutes are those of `ppermute`.
@@ -75,6 +75,20 @@ class Plan(NamedTuple):
         takes, places = (tuple(copy.T for copy in copies) for copies in (self.places, self.takes))
         return Plan(takes, back, places, self.held, self.held)
 
+    @property
+    def moves(self) -> bool:
+        """The window is not the shard itself, or others need rows of it."""
+        return bool(self.permutes) or self.takes != self.places or self.held != self.gives
+
+
+Windows: TypeAlias = tuple[tuple[int, int], ...]
+"""Of each rank: the rows low to high - 1 of the padded whole, those before its first below 0."""
+
+
+def _around(sizes: tuple[int, ...], width: tuple[int, int]) -> Windows:
+    """Every shard with rows around it."""
+    return tuple((start - width[0], end + width[1]) for start, end in pairwise(accumulate(sizes, initial=0)))
+
 
 def _window(low: int, high: int, total: int, boundary: str) -> list[tuple[int, Run, int, bool]]:
     """The rows low to high - 1 of the padded whole: where in the window, which of its rows, how often, reversed."""
@@ -102,10 +116,9 @@ class Need(NamedTuple):
     reverse: bool
 
 
-def _needs(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> list[Need]:
-    """All that a rank's window is made of, whoever holds it; what is not listed is zeros."""
+def _needs(low: int, high: int, sizes: tuple[int, ...], boundary: str) -> list[Need]:
+    """All that a window is made of, whoever holds it; what is not listed is zeros."""
     starts = [0, *accumulate(sizes)]
-    low, high = starts[index] - width[0], starts[index + 1] + width[1]
     out: list[Need] = []
     for at, (_, start, count), length, reverse in _window(low, high, starts[-1], boundary):
         first, end = start, start + count
@@ -138,10 +151,10 @@ class _Exchange(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _exchange(sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> _Exchange:
+def _exchange(sizes: tuple[int, ...], windows: Windows, boundary: str) -> _Exchange:
     """What goes from whom to whom. A permute joins the pairs as far apart with as many rows: none is sent in vain."""
     n = len(sizes)
-    needs = [_needs(rank, sizes, width, boundary) for rank in range(n)]
+    needs = [_needs(low, high, sizes, boundary) for low, high in windows]
     wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank, of in enumerate(needs):
         for need in of:
@@ -163,9 +176,9 @@ def _exchange(sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> 
     return _Exchange(needs, sent, message, tuple(permutes))
 
 
-def _plan(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
+def window_plan(index: int, sizes: tuple[int, ...], windows: Windows, boundary: str) -> Plan:
     """The part of the rank at this index."""
-    exchange = _exchange(sizes, width, boundary)
+    exchange = _exchange(sizes, windows, boundary)
     own = sizes[index]
     takes = [Copy(Run(0, 0, own), Run(0, 0, own), False)] if own else []
     for (owner, rank), runs in exchange.sent.items():
@@ -181,14 +194,19 @@ def _plan(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: 
             buffer = exchange.message[pair]
             start = sum(min(end, need.start) - first for first, end in exchange.sent[pair] if first <= need.start)
         places.append(Copy(Run(buffer, start, need.rows), Run(0, need.at, need.length), need.reverse))
-    return Plan(tuple(takes), exchange.permutes, tuple(places), own, own + sum(width))
+    low, high = windows[index]
+    return Plan(tuple(takes), exchange.permutes, tuple(places), own, high - low)
+
+
+def _plan(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
+    return window_plan(index, sizes, _around(sizes, width), boundary)
 
 
 def _plan_back(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
     return _plan(index, sizes, width, boundary).T
 
 
-for _constant in (_plan, _plan_back):  # numbers in, numbers out: compiled code need not see how
+for _constant in (window_plan, _plan, _plan_back):  # numbers in, numbers out: compiled code need not see how
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 # --- carrying a plan out --------------------------------------------------------------------------
@@ -239,7 +257,7 @@ def _laid_out_as(y: Tensor, kept: torch.memory_format | None) -> Tensor:
     return y if kept is None else y.contiguous(memory_format=kept)
 
 
-def _carry_out(plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis) -> list[Tensor]:
+def carry_out(plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis) -> list[Tensor]:
     """The plan on every leaf; a permute sends those of one dtype and device together."""
     # torch.cat's backward gives no derivative to an empty tensor of one dim, which it takes for one of any shape
     flat = [x.dim() == 1 for x in xs]
@@ -271,7 +289,7 @@ def _carry_out(plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis
 # --- arguments ------------------------------------------------------------------------------------
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """One dim that is cut along one axis, as the user said."""
 
     axis: Axis
@@ -281,7 +299,7 @@ class _Cut(NamedTuple):
     sizes: tuple[int, ...] | None
 
 
-def _parsed(function: str, axis: Axis, dim: object, width: object, boundary: object, sizes: Any) -> _Cut:
+def _parsed(function: str, axis: Axis, dim: object, width: object, boundary: object, sizes: Any) -> Cut:
     pair = (width, width) if _as_int(width) is not None else width
     parsed = [_as_int(rows) for rows in pair] if isinstance(pair, tuple | list) else []
     rows = [operator.index(number) for number in parsed if number is not None and number >= 0]  # a constant in a graph
@@ -293,59 +311,74 @@ def _parsed(function: str, axis: Axis, dim: object, width: object, boundary: obj
         given = f"boundary is {boundary!r}{near_miss(boundary, BOUNDARIES)}"
         raise wrong(ArgumentError, function, axis, given, right)
     told = None if sizes is None else check_sizes(sizes, function, axis)
-    cut = _Cut(axis, dim, (rows[0], rows[1]), boundary, told)
+    cut = Cut(axis, dim, (rows[0], rows[1]), boundary, told)
     if told is not None:
         _check_width(cut, sum(told), function)
     return cut
 
 
-def _check_width(cut: _Cut, total: int, function: str) -> None:
-    """The whole has enough rows for torch.nn.functional.pad to pad it so."""
-    widest = max(cut.width)
+def too_wide(width: tuple[int, int], total: int, boundary: str) -> int | None:
+    """The widest that torch.nn.functional.pad would pad the whole, where that is less; None where it is not."""
+    widest = max(width)
     limits = {"zeros": widest, "periodic": total, "reflect": max(total - 1, 0), "replicate": widest if total else 0}
-    limit = limits[cut.boundary]
-    if widest > limit:
+    return limits[boundary] if limits[boundary] < widest else None
+
+
+def _check_width(cut: Cut, total: int, function: str) -> None:
+    """The whole has enough rows to be padded so."""
+    limit = too_wide(cut.width, total, cut.boundary)
+    if limit is not None:
         given = f"width is {cut.width} with boundary={cut.boundary!r}, but all shards together have {total} rows"
         raise wrong(ShapeError, function, cut.axis, given, f"Pass a width of at most {limit}, or boundary='zeros'.")
 
 
-def _cuts(function: str, axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any) -> list[_Cut]:
+def axes_by_dim(function: str, axis: Any, dim: int | None, default: int) -> list[tuple[Any, Axis]]:
+    """The dims that are cut, each with its axis, in an order that is the same on all ranks."""
     if not isinstance(axis, Mapping):
-        return [_parsed(function, resolve(axis, function), 0 if dim is None else dim, width, boundary, sizes)]
+        return [(default if dim is None else dim, resolve(axis, function))]
     if not axis:
         raise ArgumentError(explain(function, "axis is an empty mapping", "Pass {dim: axis}, or one axis."))
     # ranks may have written their mappings in different orders, and must send in one
-    bound = {key: resolve(axis[key], function) for key in sorted(axis, key=repr)}
-    first = next(iter(bound.values()))
+    bound = [(key, resolve(axis[key], function)) for key in sorted(axis, key=repr)]
+    first = bound[0][1]
     if dim is not None:
         raise wrong(ArgumentError, function, first, f"dim is {dim!r} and axis a mapping", "The mapping names the dims.")
     seen: set[str] = set()
-    for of in bound.values():
+    for _, of in bound:
         names = {of.label} if isinstance(of.label, str) else set(of.label)
         if names & seen:
             given = f"two dims are cut along {min(names & seen)!r}"
             raise wrong(AxisError, function, of, given, "Cut one along each axis.")
         seen |= names
-    if sizes is not None and not isinstance(sizes, Mapping):
+    return bound
+
+
+def by_dim(function: str, given: Any, name: str, axis: Any, bound: list[tuple[Any, Axis]]) -> list[Any]:
+    """What was given for each dim that is cut: one value for all, or where axis is a mapping another one."""
+    first = bound[0][1]
+    if not isinstance(axis, Mapping):
+        return [given]
+    if name == "sizes" and given is not None and not isinstance(given, Mapping):
         right = "Pass {dim: sizes}, as axis is {dim: axis}; None for a dim whose sizes are to be exchanged."
-        raise wrong(ShapeError, function, first, f"sizes is {sizes!r}", right)
-
-    def of_dim(given: Any, name: str, key: object) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        if set(given) != set(bound):
-            right = f"Name the same dims as axis does, {list(bound)}."
-            raise wrong(ArgumentError, function, first, f"{name} names the dims {sorted(given, key=repr)}", right)
-        return given[key]
-
-    return [
-        _parsed(function, of, key, of_dim(width, "width", key), of_dim(boundary, "boundary", key),
-                of_dim(sizes, "sizes", key))
-        for key, of in bound.items()
-    ]  # fmt: skip
+        raise wrong(ShapeError, function, first, f"sizes is {given!r}", right)
+    if not isinstance(given, Mapping):
+        return [given] * len(bound)
+    if set(given) != {key for key, _ in bound}:
+        right = f"Name the same dims as axis does, {[key for key, _ in bound]}."
+        raise wrong(ArgumentError, function, first, f"{name} names the dims {sorted(given, key=repr)}", right)
+    return [given[key] for key, _ in bound]
 
 
-def _places(function: str, cuts: list[_Cut], xs: list[Any]) -> list[list[int]]:
+def _cuts(function: str, axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any) -> list[Cut]:
+    bound = axes_by_dim(function, axis, dim, 0)
+    told = by_dim(function, sizes, "sizes", axis, bound)
+    widths = by_dim(function, width, "width", axis, bound)
+    boundaries = by_dim(function, boundary, "boundary", axis, bound)
+    each = zip(bound, widths, boundaries, told, strict=True)
+    return [_parsed(function, of, key, wide, end, held) for (key, of), wide, end, held in each]
+
+
+def places_of(function: str, cuts: list[Cut], xs: list[Any]) -> list[list[int]]:
     """The dims of every leaf, for each cut, from the end."""
     for x in xs:
         check_tensor(x, function, cuts[0].axis)
@@ -359,7 +392,7 @@ def _places(function: str, cuts: list[_Cut], xs: list[Any]) -> list[list[int]]:
     return dims
 
 
-def _own_length(function: str, cut: _Cut, xs: list[Tensor], dims: list[int], spare: int) -> int:
+def _own_length(function: str, cut: Cut, xs: list[Tensor], dims: list[int], spare: int) -> int:
     """The length of this rank's shard, without `spare` rows of halo."""
     lengths = [int(x.shape[at]) - spare for x, at in zip(xs, dims, strict=True)]
     if len(set(lengths)) > 1:
@@ -371,7 +404,7 @@ def _own_length(function: str, cut: _Cut, xs: list[Tensor], dims: list[int], spa
     return lengths[0]
 
 
-def _check_told(function: str, cut: _Cut, x: Tensor, at: int, own: int, spare: int) -> None:
+def _check_told(function: str, cut: Cut, x: Tensor, at: int, own: int, spare: int) -> None:
     """The sizes that were given fit this rank's shard."""
     index, told = cut.axis.index, cut.sizes
     if told is None or told[index] == own:
@@ -383,13 +416,13 @@ def _check_told(function: str, cut: _Cut, x: Tensor, at: int, own: int, spare: i
     raise wrong(ShapeError, function, cut.axis, given, right)
 
 
-def _settled(function: str, cuts: list[_Cut], xs: list[Tensor], dims: list[list[int]], back: bool) -> list[_Cut]:
+def settled(function: str, cuts: list[Cut], xs: list[Tensor], dims: list[list[int]], back: bool) -> list[Cut]:
     """The cuts with the sizes of all shards, those that were given checked before any is exchanged."""
     spares = [sum(cut.width) if back else 0 for cut in cuts]
     owns = [_own_length(function, cut, xs, ats, spare) for cut, ats, spare in zip(cuts, dims, spares, strict=True)]
     for cut, ats, own, spare in zip(cuts, dims, owns, spares, strict=True):
         _check_told(function, cut, xs[0], ats[0], own, spare)
-    out: list[_Cut] = []
+    out: list[Cut] = []
     for cut, ats, own in zip(cuts, dims, owns, strict=True):
         if cut.sizes is None:
             fits = ", ".join(_others(x, at) for x, at in zip(xs, ats, strict=True))
@@ -411,11 +444,11 @@ def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x:
     def run(xs: list[Any]) -> list[Any]:
         if not xs:
             return xs
-        dims = _places(function, cuts, xs)
-        for cut, ats in list(zip(_settled(function, cuts, xs, dims, back), dims, strict=True))[::step]:
+        dims = places_of(function, cuts, xs)
+        for cut, ats in list(zip(settled(function, cuts, xs, dims, back), dims, strict=True))[::step]:
             assert cut.sizes is not None
             if cut.width != (0, 0):
-                xs = _carry_out(plan_of(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
+                xs = carry_out(plan_of(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
         return xs
 
     return map_leaves(run, x, function, cuts[0].axis)

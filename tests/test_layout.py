@@ -20,9 +20,9 @@ SOURCE = Path(pmod.__file__).parent
 # Reading order is import order: a module imports only what stands above it.
 ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_waiting", "_wire", "_inductor", "_autodiff",
-    "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "_parallel", "_random",
-    "_data", "_lineage", "_debug", "_trace", "_launch", "_simulate", "_estimate", "_explain", "__init__", "demo",
-    "bench", "doctor", "__main__",
+    "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_parallel",
+    "_random", "_data", "_lineage", "_debug", "_trace", "_launch", "_simulate", "_estimate", "_explain", "__init__",
+    "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 

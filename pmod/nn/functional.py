@@ -1,0 +1,381 @@
+"""Convolutions of a tensor whose spatial dims are cut over the ranks of axes: torch.nn.functional on shards.
+
+    y = pmod.nn.functional.conv2d(x, weight, bias, padding="same", axis="space")  # rows cut over "space"
+    y = pmod.nn.functional.conv2d(x, weight, bias, padding=1, axis={-2: "y", -1: "x"})  # rows and columns
+
+x is this rank's shard of a whole tensor, in the order of the ranks, each as long as it likes, empty ones included; the
+result is this rank's shard of what torch.nn.functional gives on the whole. A rank fetches the rows around its own that
+its windows reach into, as `halo_exchange` does, and convolves: values, gradients and higher derivatives are torch's.
+
+Names, arguments and defaults are torch's. These follow, by keyword:
+
+- axis: the mesh axis; or, for several dims, {dim: axis}.
+- dim: the dim of x that is cut where axis is one axis, by default the first spatial one.
+- padding_mode: what the whole is padded with, "zeros", "circular", "reflect" or "replicate", as of torch.nn.Conv2d.
+- sizes: the length of each rank's shard along dim; {dim: sizes} where axis is a mapping. Without them the ranks
+  exchange them: one small message more per dim, and on cuda a wait for it; under torch.compile they must be given.
+
+Row j of the result is where row j * stride of x is, and rows past the end of x are on the last rank: where no stride is
+given shards keep their lengths, with a stride they start at theirs divided by it, rounded up, and only the last one
+feels the padding. So a rank never holds much more of the result than of x, neighbours alone talk where shards are as
+long as a window, and patches (a stride as long as the window, that divides the shards) need no message. `conv_sizes`
+says what the lengths are, without a message, for the next layer's `sizes`.
+
+x, weight and bias are V. A weight that every rank holds (I) goes through `pvary` once, as everywhere: then its gradient
+arrives already summed, and without it each rank has the part of its own rows.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pmod._arguments import _as_int, check_sizes, check_tensor, wrong
+from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss
+from pmod._halo import Cut, axes_by_dim, by_dim, carry_out, places_of, settled, too_wide, window_plan
+from pmod._mesh import Axis, AxisLike
+
+Ints = int | Sequence[int]
+Sizes = Sequence[int] | Mapping[int, Sequence[int] | None]
+
+BOUNDARIES = {"zeros": "zeros", "circular": "periodic", "reflect": "reflect", "replicate": "replicate"}  # as of a halo
+
+# --- one dim --------------------------------------------------------------------------------------
+
+
+class _Dim(NamedTuple):
+    """A spatial dim, as the whole is convolved along it."""
+
+    kernel: int
+    stride: int
+    padding: tuple[int, int]
+    dilation: int
+
+    @property
+    def extent(self) -> int:
+        """The rows from the first to the last of a window."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    def length(self, rows: int) -> int:
+        """Of the result."""
+        return (rows + sum(self.padding) - self.extent) // self.stride + 1
+
+    def starts(self, sizes: tuple[int, ...]) -> list[int]:
+        """Where each rank's rows of the result begin, and its length."""
+        length = self.length(sum(sizes))
+        return [*[min(-(-start // self.stride), length) for start in accumulate(sizes[:-1], initial=0)], length]
+
+    def windows(self, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """The rows that each rank's rows of the result are made of."""
+        before = self.padding[0]
+        return tuple(
+            (first * self.stride - before, (end - 1) * self.stride - before + self.extent) if first < end else (0, 0)
+            for first, end in pairwise(self.starts(sizes))
+        )
+
+
+Wrong = Callable[[str, str], PmodError]
+"""The error for what is given, and what would be right."""
+
+
+def _ints(given: Any, name: str, count: int, least: int, error: Wrong) -> list[int]:
+    """One number for each spatial dim."""
+    listed = list(given) if isinstance(given, tuple | list) else [given]
+    parsed = [number for number in map(_as_int, listed) if number is not None and number >= least]
+    if len(parsed) != len(listed) or len(parsed) not in (1, count):
+        of = f"an int of {least} or more" + (f", or {count} of them" if count > 1 else "")
+        raise error(f"{name} is {given!r}", f"Pass {of}.")
+    constants = [operator.index(number) for number in parsed]  # also in compiled code: plans are made of them
+    return constants * count if len(parsed) == 1 else constants
+
+
+def _dims(kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, error: Wrong) -> list[_Dim]:
+    count = len(kernel)
+    strides = _ints(stride, "stride", count, 1, error)
+    dilations = _ints(dilation, "dilation", count, 1, error)
+    if padding == "same":
+        if set(strides) != {1}:
+            raise error(f"padding is 'same' and stride {stride!r}", "Pass padding as numbers, as torch has it.")
+        totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        paddings = [(total // 2, total - total // 2) for total in totals]
+    elif isinstance(padding, str) and padding != "valid":
+        right = "Pass 'same' or 'valid', an int, or one for each spatial dim."
+        raise error(f"padding is {padding!r}{near_miss(padding, ('same', 'valid'))}", right)
+    else:
+        paddings = [(p, p) for p in _ints(0 if padding == "valid" else padding, "padding", count, 0, error)]
+    return [_Dim(*each) for each in zip(kernel, strides, paddings, dilations, strict=True)]
+
+
+def _check_length(of: _Dim, rows: int, where: str, error: Wrong) -> None:
+    """There is a window."""
+    if rows < 1 or of.length(rows) < 1:
+        given = f"the whole has {rows} rows{where}, {rows + sum(of.padding)} with padding, and a window {of.extent}"
+        raise error(given, "Pass an input that is as long, or more padding." if rows else "Pass an input with rows.")
+
+
+def conv_sizes(
+    sizes: Sequence[int], kernel_size: int, stride: int = 1, padding: int | str = 0, dilation: int = 1
+) -> tuple[int, ...]:
+    """How long the shards of a convolution's result are along a dim, where those of its input are `sizes`.
+
+    The numbers are those of that dim. Nothing is sent: it is the rule that row j is where row j * stride of the input
+    is, and rows past its end on the last rank.
+
+    Raises: ShapeError for sizes or numbers that do not fit.
+
+    >>> rows = pmod.split_sizes(10, 3)
+    >>> rows, pmod.nn.functional.conv_sizes(rows, 3, padding=1), pmod.nn.functional.conv_sizes(rows, 3, stride=2)
+    ((4, 4, 2), (4, 4, 2), (2, 2, 0))
+    """
+
+    def error(given: str, right: str) -> PmodError:
+        return ShapeError(explain("nn.functional.conv_sizes", given, right))
+
+    listed = list(sizes) if isinstance(sizes, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
+    held = tuple([size for size in map(_as_int, listed) if size is not None and size >= 0])
+    if not held or len(held) != len(listed):
+        raise error(f"sizes is {sizes!r}", "Pass ints of 0 or more, one per rank of the axis.")
+    (of,) = _dims(_ints(kernel_size, "kernel_size", 1, 1, error), stride, padding, dilation, error)
+    _check_length(of, sum(held), "", error)
+    return tuple(end - first for first, end in pairwise(of.starts(held)))
+
+
+# --- any number of them ---------------------------------------------------------------------------
+
+
+class _Spread(NamedTuple):
+    """How the tensor is cut and padded: what follows torch's own arguments."""
+
+    axis: AxisLike | Mapping[int, AxisLike]
+    dim: int | None
+    padding_mode: str
+    sizes: Sizes | None
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Any, count: int, of: Axis) -> None:
+    """torch would take them, and raise before anything is sent if not."""
+    function = f"nn.functional.conv{count}d"
+
+    def shapes(more: str = "") -> str:  # not made in compiled code, where lengths may be symbols
+        return f"input is {tuple(x.shape)} and weight {tuple(weight.shape)}{more}"
+
+    if x.dim() not in (count + 1, count + 2) or weight.dim() != count + 2:
+        right = f"Pass an input of {count + 1} or {count + 2} dims, and a weight of {count + 2}."
+        raise wrong(ShapeError, function, of, shapes(), right)
+    number = _as_int(groups)
+    if number is None or number < 1:
+        raise wrong(ShapeError, function, of, f"groups is {groups!r}", "Pass an int of 1 or more.")
+    made, taken, *kernel = weight.shape
+    if x.shape[-count - 1] != taken * number or made < 1 or made % number or min(kernel) < 1:
+        right = "A weight is (out, in / groups, ...), out a multiple of groups, and its windows are not empty."
+        raise wrong(ShapeError, function, of, shapes(f", groups {number}"), right)
+    if bias is not None and tuple(bias.shape) != (made,):
+        raise wrong(ShapeError, function, of, f"bias is {tuple(bias.shape)} and weight {tuple(weight.shape)}",
+                    f"Pass a bias of ({made},).")  # fmt: skip
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.device != x.device:
+            right = f"Pass {name}.to({str(x.device)!r})."
+            raise wrong(ArgumentError, function, of, f"{name} is on {other.device} and input on {x.device}", right)
+        if other is not None and other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise wrong(ArgumentError, function, of, f"{name} is {other.dtype} and input {x.dtype}",
+                        f"Pass {name}.to({x.dtype}), or call it under torch.autocast.")  # fmt: skip
+
+
+def _parse(spread: _Spread, count: int, x: Any, weight: Any, bias: Any, groups: Any) -> list[Cut]:
+    """The cuts as they were given, the tensors checked."""
+    function = f"nn.functional.conv{count}d"
+    bound = axes_by_dim(function, spread.axis, spread.dim, -count)
+    first = bound[0][1]
+    for name, tensor in (("input", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None or name != "bias":
+            check_tensor(tensor, function, first, name=name)
+    _check_tensors(x, weight, bias, groups, count, first)
+    if not isinstance(spread.padding_mode, str) or spread.padding_mode not in BOUNDARIES:  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"padding_mode is {spread.padding_mode!r}{near_miss(spread.padding_mode, BOUNDARIES)}"
+        raise wrong(ArgumentError, function, first, given, "Pass 'zeros', 'circular', 'reflect' or 'replicate'.")
+    told = by_dim(function, spread.sizes, "sizes", spread.axis, bound)
+    return [
+        Cut(of, key, (0, 0), "zeros", None if sizes is None else check_sizes(sizes, function, of))
+        for (key, of), sizes in zip(bound, told, strict=True)
+    ]
+
+
+def _held(function: str, dims: dict[int, _Dim], cuts: list[Cut], x: Tensor, mode: str) -> dict[int, Cut]:
+    """The cuts by their dims, with the sizes of all shards; what can be checked before these are exchanged is."""
+
+    def check(at: int, rows: int, of: Axis) -> None:
+        where, padding = f" along dim {at}", dims[at].padding
+        _check_length(dims[at], rows, where, lambda given, right: wrong(ShapeError, function, of, given, right))
+        limit = too_wide(padding, rows, BOUNDARIES[mode])
+        if limit is not None:
+            given = f"padding is {padding} with padding_mode={mode!r}, but the whole has {rows} rows{where}"
+            raise wrong(ShapeError, function, of, given, f"Pass padding of at most {limit}, or padding_mode='zeros'.")
+
+    placed = zip([places[0] for places in places_of(function, cuts, [x])], cuts, strict=True)
+    held = dict(sorted(placed, key=lambda one: one[0]))
+    for at, cut in held.items():
+        if at not in dims:
+            right = f"Pass a dim from {min(dims)} to -1; shards of a batch are convolved by torch alone."
+            raise wrong(ShapeError, function, cut.axis, f"dim {cut.dim} is not a spatial one", right)
+        if cut.sizes is not None:
+            check(at, sum(cut.sizes), cut.axis)
+    for at in dims:
+        if at not in held:
+            check(at, x.shape[at], cuts[0].axis)
+    known = settled(function, list(held.values()), [x], [[at] for at in held], False)
+    for at, cut in zip(held, known, strict=True):
+        assert cut.sizes is not None
+        check(at, sum(cut.sizes), cut.axis)
+    return dict(zip(held, known, strict=True))
+
+
+def _window(x: Tensor, at: int, of: _Dim, cut: Cut, boundary: str) -> Tensor:
+    """What this rank's rows of the result are made of."""
+    assert cut.sizes is not None
+    plan = window_plan(cut.axis.index, cut.sizes, of.windows(cut.sizes), boundary)
+    return carry_out(plan, [x], [at], cut.axis)[0] if plan.moves else x
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any,
+    spread: _Spread, count: int,
+) -> Tensor:  # fmt: skip
+    """torch's convolution of the whole tensor whose shard is x."""
+    function = f"nn.functional.conv{count}d"
+    cuts = _parse(spread, count, x, weight, bias, groups)
+
+    def error(given: str, right: str) -> PmodError:
+        return wrong(ShapeError, function, cuts[0].axis, given, right)
+
+    parsed = _dims([operator.index(k) for k in weight.shape[2:]], stride, padding, dilation, error)
+    dims = dict(zip(range(-count, 0), parsed, strict=True))
+    held = _held(function, dims, cuts, x, spread.padding_mode)
+    boundary = BOUNDARIES[spread.padding_mode]
+    left = dict.fromkeys(dims, 0)  # what torch pads
+    for at in sorted(dims, key=lambda at: at not in held):  # what is padded here need not travel
+        of = dims[at]
+        if at in held and held[at].axis.size > 1:
+            x = _window(x, at, of, held[at], boundary)
+        elif boundary == "zeros" and of.padding[0] == of.padding[1]:
+            left[at] = of.padding[0]
+        else:
+            rows = operator.index(x.shape[at])
+            plan = window_plan(0, (rows,), ((-of.padding[0], rows + of.padding[1]),), boundary)
+            (x,) = carry_out(plan, [x], [at], cuts[0].axis)
+    empty = [at for at in held if x.shape[at] == 0]
+    for at in empty:  # torch gives no empty result: a window of zeros is convolved, and the row dropped
+        x = F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent])
+    strides, dilations = [of.stride for of in parsed], [of.dilation for of in parsed]
+    y = getattr(F, f"conv{count}d")(x, weight, bias, strides, list(left.values()), dilations, int(groups))
+    for at in empty:
+        y = y.narrow(at, 0, 0)
+    return y
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    axis: AxisLike | Mapping[int, AxisLike],
+    dim: int | None = None,
+    padding_mode: str = "zeros",
+    sizes: Sizes | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv1d of a whole signal that is cut over the ranks of an axis.
+
+    V -> V. Shapes: input (..., channels, k), weight (out, channels / groups, kernel) -> (..., out, k'), k' being
+    `conv_sizes` of the k of all ranks at this one.
+    Cost: each row that a window of another rank reaches, once to it: kernel - 1 of them across a border, where stride
+    and dilation are 1.
+    Raises: ShapeError for shapes, numbers or sizes that do not fit, and a padding that torch.nn.functional.pad would
+    not allow; ArgumentError for tensors of other dtypes or devices, or another padding_mode; AxisError as everywhere.
+
+    >>> def differences():
+    ...     x = pmod.shard(torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]]), "x", dim=-1)
+    ...     return pmod.nn.functional.conv1d(x, torch.tensor([[[-1.0, 1.0]]]), axis="x")
+    >>> pmod.simulate(differences, x=2)
+    [tensor([[1., 2., 4.]]), tensor([[8.]])]
+    """
+    spread = _Spread(axis, dim, padding_mode, sizes)
+    return _conv(input, weight, bias, stride, padding, dilation, groups, spread, 1)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    axis: AxisLike | Mapping[int, AxisLike],
+    dim: int | None = None,
+    padding_mode: str = "zeros",
+    sizes: Sizes | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv2d of a whole image whose rows, columns or both are cut over the ranks of axes.
+
+    V -> V. Shapes: input (..., channels, h/ranks, w), weight (out, channels / groups, kernel, kernel)
+    -> (..., out, h'/ranks, w'); the shards along a dim that is cut are as long as `conv_sizes` says.
+    Cost: each row that a window of another rank reaches, once to it, corners included; for each dim that is cut a
+    message to each neighbour. Raises: as `conv1d`.
+
+    A weight that all ranks hold goes through pvary once; its gradient is then that of the whole image:
+
+    >>> def gradient():
+    ...     weight = torch.ones(1, 1, 3, 3, requires_grad=True)
+    ...     x = torch.ones(1, 2, 4)  # of a whole (1, 4, 4)
+    ...     y = pmod.nn.functional.conv2d(x, pmod.pvary(weight, "y"), padding="same", axis="y")
+    ...     y.sum().backward()
+    ...     return weight.grad[0, 0]
+    >>> pmod.simulate(gradient, y=2)[1]
+    tensor([[ 9., 12.,  9.],
+            [12., 16., 12.],
+            [ 9., 12.,  9.]])
+    """
+    spread = _Spread(axis, dim, padding_mode, sizes)
+    return _conv(input, weight, bias, stride, padding, dilation, groups, spread, 2)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    axis: AxisLike | Mapping[int, AxisLike],
+    dim: int | None = None,
+    padding_mode: str = "zeros",
+    sizes: Sizes | None = None,
+) -> Tensor:
+    """torch.nn.functional.conv3d of a whole volume that is cut along any of its dims over the ranks of axes.
+
+    V -> V. Shapes: input (..., channels, d/ranks, h, w), weight (out, channels / groups, kernel, kernel, kernel)
+    -> (..., out, d'/ranks, h', w'); the shards along a dim that is cut are as long as `conv_sizes` says.
+    Cost: as `conv2d`. Raises: as `conv1d`.
+
+    >>> def smooth():
+    ...     weight = torch.full((1, 1, 3, 3, 3), 1 / 27)
+    ...     pencil = torch.ones(1, 2, 2, 3)  # of a whole (1, 4, 4, 3)
+    ...     axes, periodic = {-3: "z", -2: "y"}, "circular"
+    ...     return pmod.nn.functional.conv3d(pencil, weight, padding="same", padding_mode=periodic, axis=axes)
+    >>> pmod.simulate(smooth, z=2, y=2)[3].shape
+    torch.Size([1, 2, 2, 3])
+    """
+    spread = _Spread(axis, dim, padding_mode, sizes)
+    return _conv(input, weight, bias, stride, padding, dilation, groups, spread, 3)
