@@ -1,7 +1,7 @@
 """`python -m pmod`: the list of commands."""
 
 COMMANDS = {
-    "demo": "train a Fourier neural operator, or with the word graph a message-passing network, over a mesh",
+    "demo": "train a Fourier neural operator over a mesh; with the words graph and wind other jobs",
     "bench": "measure what pmod costs beside the raw calls of torch.distributed",
     "doctor": "say what is detected here, and whether the ranks reach one another; for bug reports",
 }

@@ -26,6 +26,7 @@ import pmod
 from pmod import _ambient
 from pmod.demo import fno
 from pmod.demo.graph import net
+from pmod.demo.wind import stencil
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.rst"
@@ -171,6 +172,7 @@ def test_readme_shows_the_demo_as_it_is() -> None:
     for thing in (fno.SpectralConv, fno.relative_errors, fno.loss):
         assert inspect.getsource(thing).rstrip() in shown
     assert inspect.getsource(net.Round).rstrip() in BLOCKS["graph"][1]
+    assert inspect.getsource(stencil.derivatives).rstrip() in BLOCKS["wind"][1]
 
 
 def _modules() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m pmod.demo`: parse, train on the ranks, train in one process, compare, draw; `graph` is another job."""
+"""`python -m pmod.demo`: parse, train on the ranks, train in one process, compare, draw; the other jobs have a word."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Sequence
 
 from pmod._errors import PmodError
 from pmod.demo import parallel, picture, ranks, serial
-from pmod.demo.compare import compare, curve_bound
+from pmod.demo.compare import compare, curve_bound, report
 from pmod.demo.console import check_extra, paint, say
 from pmod.demo.darcy import Fields, read
 from pmod.demo.graph import command as graph
 from pmod.demo.options import Options, check_fit, counts, local_sizes, parse
 from pmod.demo.training import heading
+from pmod.demo.wind import command as wind
+
+JOBS = {"graph": graph.main, "wind": wind.main}
+"""The jobs that have a word of their own, and what runs each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where it cannot be run as asked."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["graph"]:
-        return graph.main(given[1:])
+    if given and given[0] in JOBS:
+        return JOBS[given[0]](given[1:])
     options = parse(given)
     try:
         check_extra("matplotlib", "tqdm")
@@ -62,13 +66,12 @@ def conclude(outcome: parallel.Outcome, options: Options) -> int:
             other = serial.train(options, outcome.train, outcome.test, outcome.weights)
         checks = compare(outcome.run, other, options)
         say()
-    for check in checks:
-        say(str(check))
+    status = report(checks)
     picture.draw(options.output, outcome, other, curve_bound(options))
     error = paint(f"{outcome.run.error:.2%}", "bold")
     beside = "" if other is None else f", in one process {other.error:.2%}"
     say(f"test error {error}{beside}; picture: {options.output}")
-    return 0 if all(check.holds for check in checks) else 1
+    return status
 
 
 if __name__ == "__main__":

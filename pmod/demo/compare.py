@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
-from pmod.demo.console import paint
+from pmod.demo.console import paint, say
 from pmod.demo.options import Options
 from pmod.demo.training import Run
 
@@ -27,6 +29,13 @@ class Check:
     def __str__(self) -> str:
         verdict = paint("ok", "green") if self.holds else paint("ABOVE THE BOUND", "red")
         return f"{self.what:<34} {self.text}  {verdict}"
+
+
+def report(checks: Sequence[Check]) -> int:
+    """Print them; the exit status of a job: 1 where a bound is violated."""
+    for check in checks:
+        say(str(check))
+    return 0 if all(check.holds for check in checks) else 1
 
 
 def curve_bound(options: Options) -> tuple[int, float]:

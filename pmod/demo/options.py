@@ -25,7 +25,8 @@ examples:
   torchrun --nproc-per-node 4 -m pmod.demo --mesh data=2,space=2
   mpirun -n 2 python -m pmod.demo
   torchrun --standalone --max-restarts 3 --nproc-per-node 2 -m pmod.demo --checkpoint kept
-  python -m pmod.demo graph --help                  the other job: message passing on an unstructured mesh
+  python -m pmod.demo graph --help                  another job: message passing on an unstructured mesh
+  python -m pmod.demo wind --help                   another: vorticity of winds around the globe, by halos
 
 The exit status is 1 where the two trainings differ by more than the bounds that it prints, and 2 where the command
 line cannot be followed.
@@ -94,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         "python -m pmod.demo",
         "Train a Fourier neural operator for 2-D Darcy flow over a mesh data x space, then the same model\n"
         "in one process, and compare. Without a launcher it starts its own ranks on this machine.\n\n"
-        "The job of `python -m pmod.demo graph` is a message-passing network on an unstructured triangle mesh.",
+        "Other jobs, each with its --help:\n"
+        "  graph  a message-passing network on an unstructured triangle mesh\n"
+        "  wind   vorticity and divergence of winds around the globe, by halos",
         _EXAMPLES, AXES, usual.output,
     )  # fmt: skip
     data = parser.add_argument_group("data")

@@ -19,9 +19,10 @@ from pmod.demo.training import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_BLUE, _ORANGE = "#1f5fa8", "#e07b1f"
-_DASHED = (0, (4, 3))
+BLUE, ORANGE = "#1f5fa8", "#e07b1f"
+DASHED = (0, (4, 3))
 
 
 def check_output(path: Path) -> None:
@@ -34,19 +35,25 @@ def check_output(path: Path) -> None:
         raise PmodError(explain("demo", given, f"End it in .{', .'.join(sorted(known))}."))
 
 
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty picture, of inches, that needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure
+
+
 def draw(path: Path, outcome: Outcome, serial: Run | None, bound: tuple[int, float]) -> None:
     """Write the picture; of the test problems it shows the one of median error, neither the best nor the worst.
 
     bound: over how many steps the loss curves are compared, and how far they may be apart.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     mesh = shown(outcome.axis_sizes)
     title = f"Darcy flow by a Fourier neural operator over a mesh {mesh}: relative test error {outcome.run.error:.1%}"
-    figure.suptitle(title)
+    figure = new_figure(12, 7, title)
     halves: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     _draw_problem(halves[0].subplots(1, 4), outcome)
     left, right = halves[1].subplots(1, 2, width_ratios=[1.4, 1])
@@ -61,7 +68,7 @@ def _draw_problem(panels: Sequence[Axes], outcome: Outcome) -> None:
     which = int(errors.argsort()[len(errors) // 2])
     _draw_fields(panels, test.x[which], test.y[which].double(), prediction[which])
     for edge in list(accumulate(outcome.rows))[:-1]:
-        panels[2].axhline(edge - 0.5, color="white", linewidth=1, linestyle=_DASHED)
+        panels[2].axhline(edge - 0.5, color="white", linewidth=1, linestyle=DASHED)
         panels[2].set_xlabel("dashed: where a rank's rows end")
     panels[3].set_xlabel(f"{errors[which].item():.1%}: the median of the test problems")
 
@@ -79,18 +86,24 @@ def _draw_fields(panels: Sequence[Axes], x: Tensor, y: Tensor, prediction: Tenso
         ("error", error, MaxNLocator(4), {"cmap": "RdBu_r", "vmin": -most, "vmax": most}),
     ]
     for panel, (title, field, ticks, colours) in zip(panels, rows, strict=True):
-        image = panel.imshow(field.numpy(), interpolation="nearest", **colours)
-        panel.set(title=title, xticks=[], yticks=[])
-        panel.figure.colorbar(image, ax=panel, location="bottom", shrink=0.8, ticks=ticks)
+        draw_field(panel, field, title, ticks, **colours)
+        panel.set(xticks=[], yticks=[])
+
+
+def draw_field(panel: Axes, field: Tensor, title: str, ticks: Any, **looks: Any) -> None:
+    """A field by colour, and below it what the colours stand for."""
+    image = panel.imshow(field.numpy(), interpolation="nearest", **looks)
+    panel.set(title=title)
+    panel.figure.colorbar(image, ax=panel, location="bottom", shrink=0.8, ticks=ticks)
 
 
 def draw_losses(panel: Axes, parallel: Run, serial: Run | None, title: str) -> None:
     """The curves of the training, and the test errors."""
     steps = torch.arange(1, len(parallel.losses) + 1)
-    panel.semilogy(steps, parallel.losses, color=_BLUE, linewidth=2.5, alpha=0.6, label="loss, over the mesh")
+    panel.semilogy(steps, parallel.losses, color=BLUE, linewidth=2.5, alpha=0.6, label="loss, over the mesh")
     if serial is not None:
         panel.semilogy(steps, serial.losses, color="black", linewidth=0.8, label="loss, in one process")
-    panel.semilogy(list(parallel.errors), list(parallel.errors.values()), "o-", color=_ORANGE, label="test error")
+    panel.semilogy(list(parallel.errors), list(parallel.errors.values()), "o-", color=ORANGE, label="test error")
     panel.set(title=title, xlabel="step")
     panel.grid(alpha=0.3)
     panel.legend()
@@ -103,8 +116,8 @@ def _draw_difference(panel: Axes, parallel: Run, serial: Run | None, bound: tupl
         return
     apart = (parallel.losses - serial.losses).abs()
     floor = torch.finfo(apart.dtype).eps / 10  # equal losses are drawn on the floor, not at minus infinity
-    panel.semilogy(torch.arange(1, len(apart) + 1), apart.clamp_min(floor), ".", color=_BLUE, markersize=3)
-    panel.hlines(bound[1], 1, min(bound[0], len(apart)), color="black", linestyle=_DASHED)
+    panel.semilogy(torch.arange(1, len(apart) + 1), apart.clamp_min(floor), ".", color=BLUE, markersize=3)
+    panel.hlines(bound[1], 1, min(bound[0], len(apart)), color="black", linestyle=DASHED)
     panel.text(1, 0.5 * bound[1], f"bound, over the first {bound[0]} steps", va="top")
     panel.set(title="difference of the two loss curves", xlabel="step")
     panel.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pmod._errors import PmodError
 from pmod.demo import ranks
-from pmod.demo.compare import Check
+from pmod.demo.compare import Check, report
 from pmod.demo.console import check_extra, paint, say
 from pmod.demo.graph import files, parallel, picture, whole
 from pmod.demo.graph.options import Options, check_fit, local_sizes, parse
@@ -56,11 +56,10 @@ def conclude(outcome: Outcome, options: Options) -> int:
         with ranks.threads(outcome.threads):
             checks = compare(outcome, options)
         say(f"\nthe same in one process that holds all {len(outcome.surface)} nodes, before and after the training")
-    for check in checks:
-        say(str(check))
+    status = report(checks)
     picture.draw(options.output, outcome)
     say(f"test error {paint(f'{outcome.run.error:.2%}', 'bold')}; picture: {options.output}")
-    return 0 if all(check.holds for check in checks) else 1
+    return status
 
 
 def traffic(outcome: Outcome) -> list[str]:

@@ -14,7 +14,7 @@ from pmod.demo.graph.parallel import Outcome
 from pmod.demo.graph.problems import conductivity
 from pmod.demo.graph.surface import Numbers, Reals, Surface
 from pmod.demo.options import shown
-from pmod.demo.picture import draw_losses
+from pmod.demo.picture import draw_losses, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,13 +66,9 @@ def _looking_from_a_corner() -> Reals:
 
 def draw(path: Path, outcome: Outcome) -> None:
     """Write the picture; of the test problems it shows the one of median error, neither the best nor the worst."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 6.8), layout="constrained")
-    FigureCanvasAgg(figure)
     mesh, error = shown(outcome.axis_sizes), outcome.run.error
-    figure.suptitle(f"Steady diffusion by message passing over a mesh {mesh}: relative test error {error:.1%}")
+    title = f"Steady diffusion by message passing over a mesh {mesh}: relative test error {error:.1%}"
+    figure = new_figure(14, 6.8, title)
     halves: Any = figure.subfigures(2, 1, height_ratios=[1.35, 1])
     view = _View(outcome.surface)
     left, right = halves[0].subplots(1, 2, width_ratios=[1.3, 1])

@@ -1,0 +1,84 @@
+"""`python -m pmod.demo wind`: parse, differentiate on the ranks, compare, draw."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import attrs
+from torch import Tensor
+
+from pmod._errors import PmodError, explain
+from pmod.demo import ranks
+from pmod.demo.compare import Check, report
+from pmod.demo.console import check_extra, paint, say
+from pmod.demo.picture import check_output
+from pmod.demo.wind import compare, files, parallel, picture
+from pmod.demo.wind.options import Options, local_sizes, parse
+from pmod.demo.wind.winds import Winds, solid_body, solid_body_vorticity
+
+
+@attrs.frozen(eq=False)
+class Job:
+    """The winds, where they come from, and what their vorticity and divergence are: published, or known, or neither."""
+
+    winds: Winds
+    source: str
+    published: tuple[Tensor, Tensor] | None = None
+    known: Tensor | None = None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where it cannot be run as asked."""
+    options = parse(arguments)
+    try:
+        check_extra("matplotlib", "tqdm")
+        check_output(options.output)
+        job = gather(options)
+        mesh = ranks.launched(options.mesh or {"lat": 1, "lon": -1})
+    except PmodError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sizes = local_sizes(options) if mesh is None else mesh.shape
+    outcome = ranks.run(mesh, sizes, parallel.differentiate, job.winds)
+    return 0 if outcome is None else conclude(outcome, job, options)
+
+
+def gather(options: Options) -> Job:
+    """Make the winds, or read them. Raises: PmodError for files that do not do."""
+    if options.u is None or options.v is None:
+        made = (options.rows, options.columns, options.tilt)
+        source = f"a solid body that turns about an axis {options.tilt:g} degrees from the poles'"
+        return Job(solid_body(*made), source, known=solid_body_vorticity(*made))
+    winds, source = files.read(options.u, options.v), f"from {options.u.name} and {options.v.name}"
+    if options.vorticity is None or options.divergence is None:
+        return Job(winds, source)
+    fields = files.field(options.vorticity), files.field(options.divergence)
+    for found, path in zip(fields, (options.vorticity, options.divergence), strict=True):
+        files.check_like(winds.u, found, path)
+    rows, columns = winds.grid
+    if not rows % 2 or columns % 2:
+        given = f"the error of differences on {rows} x {columns} points cannot be estimated from every second one"
+        raise PmodError(explain("demo", given, "Pass an odd number of rows and an even one of columns."))
+    return Job(winds, source, published=fields)
+
+
+def conclude(outcome: parallel.Outcome, job: Job, options: Options) -> int:
+    """Say what was done and sent, compare, draw; the exit status."""
+    times, rows, columns = job.winds.u.shape
+    say(f"winds   {job.source}")
+    say(f"grid    {rows} x {columns} points, {times} time{'s' * (times > 1)}")
+    sent, held = (f"{max(counted) / 1e3:.1f} kB" for counted in (outcome.sent, outcome.held))
+    say(f"halos   a rank sent at most {sent}, and holds at most {held} of winds\n")
+    with ranks.threads(outcome.threads):
+        checks: list[Check] = [compare.with_one_process(outcome, job.winds)]
+        if job.known is not None:
+            checks += compare.with_known(outcome, job.known)
+        if job.published is not None:
+            checks += compare.with_published(outcome, job.winds, job.published)
+    status = report(checks)
+    beside = job.known if job.published is None else job.published[0]
+    picture.draw(options.output, outcome, job.winds, beside)
+    largest = paint(f"{outcome.vorticity.abs().max().item():.2e}", "bold")
+    say(f"largest vorticity {largest} per second; picture: {options.output}")
+    return status
