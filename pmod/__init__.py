@@ -66,6 +66,7 @@ from pmod._ragged import psum_scatter_v as psum_scatter_v
 from pmod._ragged import scatter_v as scatter_v
 from pmod._random import fold_in as fold_in
 from pmod._random import rng as rng
+from pmod._sampler import sampler as sampler
 from pmod._simulate import simulate as simulate
 from pmod._slices import all_gather as all_gather
 from pmod._slices import all_to_all as all_to_all

@@ -21,8 +21,8 @@ SOURCE = Path(pmod.__file__).parent
 ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_waiting", "_wire", "_inductor", "_autodiff",
     "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_parallel",
-    "_random", "_data", "_lineage", "_debug", "_trace", "_launch", "_simulate", "_estimate", "_explain", "__init__",
-    "demo", "bench", "doctor", "__main__",
+    "_random", "_data", "_sampler", "_lineage", "_debug", "_trace", "_launch", "_simulate", "_estimate", "_explain",
+    "__init__", "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 
@@ -207,7 +207,7 @@ PUBLIC = """
     broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
     halo_exchange halo_reduce exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
     debug checked varying assert_invariant trace estimate explain start Pending launch simulate
-    replicate share_parameters SharedParameters data_parallel fold_in rng is_first first
+    replicate share_parameters SharedParameters data_parallel fold_in rng is_first first sampler
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """
 

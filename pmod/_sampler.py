@@ -1,0 +1,161 @@
+"""Which samples each rank reads: batches for torch's DataLoader, every sample once, as many batches on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from pmod._ambient import resolve
+from pmod._arguments import _as_int, wrong
+from pmod._errors import ArgumentError, PmodError, ShapeError
+from pmod._mesh import Axis, AxisLike
+from pmod._random import check_seed, hashed
+
+
+def _count(x: object, function: str, axis: Axis, *, name: str, least: int) -> int:
+    parsed = _as_int(x)
+    if parsed is None or parsed < least:
+        raise wrong(ShapeError, function, axis, f"{name} is {x!r}", f"Pass an int of {least} or more.")
+    return parsed
+
+
+class sampler:  # lower case: it reads as the function it is called as
+    """The batches of this rank: for ``DataLoader(dataset, batch_sampler=...)``.
+
+    The whole order of an epoch is cut into batches of n * batch_size samples, n the size of the axis, and each rank
+    takes its slice of every batch, along all other axes the same. So each sample is read once in an epoch, all ranks
+    get the same number of batches (their collectives meet), and batch k holds the same samples on any number of ranks,
+    if n * batch_size is the same. The last batch is spread as evenly as can be, and may be shorter or empty; with
+    drop_last it is left out. For the mean over all its samples: ``pmean(loss, axis, weight=len(x))``, where
+    ``loss = errors.sum() / max(len(x), 1)``, because torch's mean of nothing is nan.
+
+    batch_size: on each rank. shuffle: an order for each (seed, epoch); call `set_epoch` before each epoch.
+    `collate`, a collate_fn, also makes a batch of no samples. `state_dict` and `load_state_dict` go on in the middle of
+    an epoch, also on another number of ranks or with another batch_size. Nothing is sent.
+    Raises: ArgumentError for a dataset without a length; ShapeError where batch_size is no int of 1 or more.
+
+    >>> def order():
+    ...     return list(pmod.sampler(range(11), "data", batch_size=2, shuffle=False))
+    >>> for batches in pmod.simulate(order, data=3):
+    ...     print(batches)
+    [[0, 1], [6, 7]]
+    [[2, 3], [8, 9]]
+    [[4, 5], [10]]
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        axis: AxisLike,
+        *,
+        batch_size: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        bound = resolve(axis, "sampler")
+        try:
+            self._length = len(dataset)
+        except TypeError:
+            given = f"dataset is a {type(dataset).__name__}, which has no length"
+            raise wrong(ArgumentError, "sampler", bound, given, "Pass one with __len__ and __getitem__.") from None
+        self._dataset = dataset
+        self._axis = bound
+        self._batch_size = _count(batch_size, "sampler", bound, name="batch_size", least=1)
+        self._shuffle = bool(shuffle)
+        self._seed = check_seed(seed, "sampler", bound)
+        self._drop_last = drop_last
+        self._begin(epoch=0, start=0)
+
+    def _begin(self, *, epoch: int, start: int) -> None:
+        self._epoch = epoch
+        self._start = start  # so many samples of the epoch were read before it was resumed
+        self._spent = False  # the rest of them was read, too
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose order it gives."""
+        return self._epoch
+
+    @property
+    def _whole(self) -> int:
+        return self._batch_size * self._axis.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the order of this epoch; of the one that was loaded, what is left of it."""
+        epoch = _count(epoch, "sampler.set_epoch", self._axis, name="epoch", least=0)
+        if epoch != self._epoch:
+            self._begin(epoch=epoch, start=0)
+
+    def __len__(self) -> int:
+        left = self._length - self._start
+        return left // self._whole if self._drop_last else -(-left // self._whole)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._spent:
+            given = f"epoch {self._epoch} was resumed after {self._start} of {self._length} samples and is over"
+            raise wrong(PmodError, "sampler", self._axis, given, "Call set_epoch before the next one.")
+        if self._shuffle:
+            chance = torch.Generator().manual_seed(hashed(f"{self._seed}/epoch {self._epoch}"))
+            order = torch.randperm(self._length, generator=chance)
+        else:
+            order = torch.arange(self._length)
+        n, index = self._axis.size, self._axis.index
+        for number in range(len(self)):
+            batch = order[self._start + number * self._whole :][: self._whole]
+            each, more = divmod(len(batch), n)  # the first ranks of the last batch take one more
+            first = each * index + min(more, index)
+            yield batch[first : first + each + (index < more)].tolist()
+        self._spent = self._start > 0
+
+    def collate(self, samples: list[Any]) -> Any:
+        """torch's default_collate; of no samples, tensors like those of a batch with length 0 along dim 0.
+
+        >>> mesh = pmod.make_mesh(data=1)
+        >>> pmod.sampler([(torch.ones(3), 5)], mesh["data"]).collate([])
+        [tensor([], size=(0, 3)), tensor([], dtype=torch.int64)]
+        """
+        return default_collate(samples) if samples else _emptied(default_collate([cast(Any, self._dataset)[0]]))
+
+    def state_dict(self, done: int) -> dict[str, int]:
+        """Where the epoch is after `done` batches of this iteration: the same on all ranks, a few ints.
+
+        done: how many the loop has had. The sampler does not know: the DataLoader's workers fetch ahead of the loop.
+        Raises: ShapeError where there are not so many batches.
+        """
+        done = _count(done, "sampler.state_dict", self._axis, name="done", least=0)
+        if done > len(self):
+            given = f"done is {done}, and there are {len(self)} batches"
+            right = "Count the batches since the loop over the DataLoader began."
+            raise wrong(ShapeError, "sampler.state_dict", self._axis, given, right)
+        start = min(self._start + done * self._whole, self._length)
+        return {"epoch": self._epoch, "start": start, "length": self._length, "seed": self._seed,
+                "shuffle": int(self._shuffle)}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from there: the next iteration gives what is left of that epoch, in that order (its seed, its shuffle).
+
+        Raises: ShapeError where the dataset has another length.
+        """
+        if state["length"] != self._length:
+            given = f"the state is of a dataset of {state['length']} samples, and this one has {self._length}"
+            right = "Resume with the dataset that it was saved with."
+            raise wrong(ShapeError, "sampler.load_state_dict", self._axis, given, right)
+        self._seed, self._shuffle = state["seed"], bool(state["shuffle"])
+        self._begin(epoch=state["epoch"], start=state["start"])
+
+
+def _emptied(batch: Any) -> Any:
+    """A batch of one sample, as default_collate makes it, without the sample."""
+    if isinstance(batch, Tensor):
+        return batch[:0]
+    if isinstance(batch, Mapping):
+        return {key: _emptied(value) for key, value in batch.items()}
+    if all(isinstance(text, str | bytes) for text in batch):
+        return []
+    parts = [_emptied(part) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else parts
