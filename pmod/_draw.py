@@ -37,11 +37,12 @@ def mesh_text(
     *,
     coords: Sequence[int] | None = None,
     node_of: NodeOf | None = None,
+    inside: bool = True,
 ) -> str:
     """The mesh as a small table: the last axis runs to the right, the others down; this rank is in brackets.
 
     A bar stands where the node changes. At most 20 lines of 100 columns, so the middle of a large mesh is left out;
-    this rank and the corners never are. `coords` None: this rank is outside.
+    this rank and the corners never are. `coords` None: this rank is outside; inside=False: no rank asks.
 
     >>> def rank_at(at):
     ...     return 4 * at[0] + at[1]
@@ -51,7 +52,7 @@ def mesh_text(
        0        0  1 [2] 3   node 0
        1        4  5  6  7   node 1
     """
-    title = _title(names, sizes, coords)
+    title = _title(names, sizes, coords, inside)
     if not names:
         return title
     short = [_clip(name, max(6, 48 // len(names))) for name in names]
@@ -71,9 +72,10 @@ def mesh_html(
     *,
     coords: Sequence[int] | None = None,
     node_of: NodeOf | None = None,
+    inside: bool = True,
 ) -> str:
     """The table of `mesh_text` for notebooks: one colour a node, a frame around this rank, the rest under the mouse."""
-    title = f"<div>{escape(_title(names, sizes, coords))}</div>"
+    title = f"<div>{escape(_title(names, sizes, coords, inside))}</div>"
     if not names:
         return f"<div>{title}</div>"
     shown = _shown(sizes[-1], _COLUMNS, coords[-1] if coords else None)
@@ -90,11 +92,11 @@ def mesh_html(
     return f"<div>{title}{table}{_legend(rows)}</div>"
 
 
-def _title(names: Sequence[str], sizes: Sequence[int], coords: Sequence[int] | None) -> str:
+def _title(names: Sequence[str], sizes: Sequence[int], coords: Sequence[int] | None, inside: bool) -> str:
     axes = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
     count = math.prod(sizes)
     title = f"Mesh({axes}): {count:,} {'rank' if count == 1 else 'ranks'}"
-    if not names:
+    if not names or not inside:
         return title
     place = "outside" if coords is None else f"at {coordinates(dict(zip(names, coords, strict=True)))}"
     return f"{title}, this one {place}"

@@ -247,8 +247,10 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     """A rank's main function: one outcome for each task, until the parent closes the pipe or dies."""
     current_process().name = f"{_SERVING} {rank}"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _settle_in(size)
-    topology = _topology(rank, size, port)
+    _ignore_interrupts()
+    faulthandler.enable()
+    settle_in(size)
+    topology = topology_of(rank, size, port)
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     pipe.send_bytes(pickle.dumps(_Returned(b"")))  # ready
@@ -269,14 +271,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _settle_in(size: int) -> None:
-    """Make this process a good neighbour of `size` - 1 others on one machine."""
-    # Ctrl-C reaches all processes of a terminal, and the parent answers for the ranks. A handler that does nothing,
-    # because an ignored signal would stay ignored in what fn starts.
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes of a terminal, and the parent answers for the ranks."""
+    # a handler that does nothing, because an ignored signal would stay ignored in what fn starts
     signal.signal(signal.SIGINT, lambda number, frame: None)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    faulthandler.enable()
+
+
+def settle_in(size: int) -> None:
+    """Make this process a good neighbour of `size` - 1 others on one machine."""
     for name in ("lo", "lo0"):  # the loopback interface, on Linux and elsewhere
         if name in (interface for _, interface in socket.if_nameindex()):
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
@@ -290,8 +294,8 @@ def _settle_in(size: int) -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def _topology(rank: int, size: int, port: int) -> Topology:
-    """Device and backend as `Topology.detect` chooses them."""
+def topology_of(rank: int, size: int, port: int) -> Topology:
+    """That of a rank whose parent serves the store at `port`; device and backend as `Topology.detect` chooses them."""
     one_node = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     variables = {name: str(value) for name, value in one_node.items()}
     variables.update(MASTER_ADDR=_LOOPBACK, MASTER_PORT=str(port))

@@ -1,0 +1,111 @@
+"""What runs in an engine, between the cells: its place among the ranks, what became of a cell, values out and in."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+
+import pmod
+from pmod import _groups, _launch, _waiting
+from pmod._ambient import set_mesh
+from pmod._errors import _HERE, PmodError, explain
+from pmod._groups import shutdown
+from pmod._mesh import make_mesh
+from pmod._parallel import map_tensors
+
+
+def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
+    """Leave what this process was connected to, connect as this rank, and set the mesh."""
+    shutdown()
+    _launch.settle_in(size)
+    _groups.launched = place = _launch.topology_of(rank, size, port)
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    set_mesh(make_mesh(axes))
+    # IPython takes a second to show a traceback that leads through many files, and somebody has pressed the stop button
+    _shell().set_custom_exc((KeyboardInterrupt,), _interrupted)
+
+
+def _interrupted(shell: Any, kind: type[BaseException], error: Any, trace: Any, tb_offset: Any = None) -> None:
+    error._render_traceback_ = lambda: [kind.__name__]  # IPython shows, and stores, this instead
+    shell.showtraceback((kind, error, trace))
+
+
+@frozen
+class Failure:
+    """How a cell ended on a rank that did not finish it."""
+
+    lines: tuple[str, ...]  # file and number of each line of the traceback: the same where ranks failed alike
+    at: str  # the innermost line that is the user's
+    waited: str  # in which collective, "" where it did not wait
+    ours: bool  # raised by pmod on purpose: what is inside it explains nothing
+
+
+def failure() -> Failure:
+    """Of the last exception that was shown here."""
+    error: BaseException = sys.last_value  # pyright: ignore[reportAssignmentType]  # a rank is asked where it raised
+    frames = list(traceback.walk_tb(error.__traceback__))
+    lines = tuple(in_cell(f"{frame.f_code.co_filename}:{number}") for frame, number in frames)
+    inside = (_HERE, os.path.dirname(str(torch.__file__)) + os.sep)
+    last = max((i for i, line in enumerate(lines) if not line.startswith(inside)), default=-1)
+    at = f"{lines[last]}: {linecache.getline(*_place(frames[last])).strip()}" if frames else ""
+    waits = [frame for frame, _ in frames if frame.f_code is _waiting.Wait.until_done.__code__]
+    return Failure(lines, at, _waited(frames[last + 1 :]) if waits else "", isinstance(error, PmodError))
+
+
+def _place(entry: tuple[FrameType, int]) -> tuple[str, int]:
+    return entry[0].f_code.co_filename, entry[1]
+
+
+def _waited(frames: list[tuple[FrameType, int]]) -> str:
+    """`psum(axis='data')`: the public function, and the axis of the wait it came to."""
+    wait: Any = next(frame.f_locals["self"] for frame, _ in frames if frame.f_code is _waiting.Wait.until_done.__code__)
+    ours = [frame.f_code.co_name for frame, _ in frames if frame.f_code.co_filename.startswith(_HERE)]
+    function = next((name for name in ours if hasattr(pmod, name)), f"{wait._row} in backward")
+    return f"pmod.{function}(axis={wait._axis.label!r})"
+
+
+def sent() -> dict[tuple[int, ...], int]:
+    """How many messages went along which ranks, since they were connected."""
+    state = _groups._state
+    return {tuple(dist.get_process_group_ranks(group)): state.meetings[key] for key, group in state.groups.items()}
+
+
+def in_cell(text: str) -> str:
+    """`line 3` for the name of the file that IPython pretends to have written a cell to."""
+    return re.sub(r"\S*ipykernel_\d+/\d+\.py:(\d+)|<ipython-input-[^>]*>:(\d+)", r"line \1", text)
+
+
+def fetch(name: str) -> tuple[bool, object]:
+    """Whether there is such a name, and its value, the tensors on the CPU and without their history."""
+    names = _names()
+    return name in names, map_tensors(lambda x: x.detach().cpu(), names.get(name))
+
+
+def keep(values: dict[str, object]) -> None:
+    """Set names, the tensors on this rank's device."""
+    device = _groups.here().device
+    _names().update({name: map_tensors(lambda x: x.to(device), value) for name, value in values.items()})
+
+
+def _names() -> dict[str, Any]:
+    return _shell().user_ns
+
+
+def _shell() -> Any:
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        right = "pull and push are for a notebook, where IPython runs."
+        raise PmodError(explain("notebook", "there are no variables of cells here", right))
+    return shell

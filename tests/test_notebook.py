@@ -1,0 +1,449 @@
+"""Notebook cells on ranks: real engines, started once; the stop button, deaths, and what is left when all is over."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import stat
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from jupyter_client.manager import KernelManager
+from traitlets.config import Config
+
+import pmod
+from pmod import _ambient
+from pmod import notebook as nb
+from pmod.notebook import cells, magics, rank, shown
+from pmod.notebook.shown import Places
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_client|ipyparallel|tornado|zmq|IPython|traitlets).*"),
+    pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:zmq"),
+    # of the loops and sockets that the clients of ipyparallel and Jupyter leave to the garbage collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def collect_what_clients_left() -> None:
+    """Here, where its warnings are ignored, and not in a later test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+class Cell:
+    """What a cell left on the screen."""
+
+    def __init__(self, shell: InteractiveShell, code: str, stop_after: float | None = None) -> None:
+        began = time.monotonic()
+        if stop_after is not None:
+            timer = threading.Timer(stop_after, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+        with capture_output() as captured:
+            result = shell.run_cell(code)
+        self.seconds = time.monotonic() - began
+        self.ok, self.error, self.value = result.success, result.error_in_exec, result.result
+        self.outputs = [output.data for output in captured.outputs]
+        self.text = str(captured.stdout) + str(captured.stderr)
+        self.results = [data["text/plain"] for data in self.outputs]
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+        config = Config(HistoryManager={"enabled": False}, InteractiveShell={"colors": "nocolor", "autocall": 0})
+        shell = InteractiveShell.instance(config=config)
+        try:
+            yield shell
+        finally:
+            InteractiveShell.clear_instance()
+
+
+@pytest.fixture(scope="module")
+def engines(shell: InteractiveShell) -> Iterator[InteractiveShell]:
+    """Two engines; tests that hurt them leave two behind."""
+    assert Cell(shell, "%load_ext pmod.notebook").ok
+    made = Cell(shell, "%mesh data=2")
+    assert made.ok, made.text
+    assert repr(made.value).startswith("Mesh(data=2): 2 ranks\n") and "<table" in made.value._repr_html_()
+    try:
+        yield shell
+    finally:
+        pids = [process.pid for process in psutil.Process().children(recursive=True)]
+        assert Cell(shell, "%unload_ext pmod.notebook").ok
+        assert not [pid for pid in pids if is_there(pid)]
+        collect_what_clients_left()
+
+
+@pytest.fixture
+def two(engines: InteractiveShell) -> InteractiveShell:
+    """The mesh and the names that the tests use, whatever the last one did."""
+    session = magics._session
+    assert session is not None
+    if session.places.sizes != {"data": 2}:
+        assert Cell(engines, "%mesh data=2").ok
+    run = Cell(engines, "%%spmd\nimport os, time, torch, pmod\nme = pmod.axis_index('data')\nx = torch.ones(2) * me")
+    assert run.ok, run.text
+    return engines
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def pids() -> list[int]:
+    assert magics._session is not None
+    return [engine.process.pid for engine in magics._session.engines.ranks]
+
+
+# --- what runs where ------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_a_rank_on_this_machine_only(two: InteractiveShell) -> None:
+    run = Cell(two, "%%spmd\nos.getpid(), os.getppid(), str(pmod.current_mesh().device), os.getcwd()")
+    device = str(pmod.Topology.detect({}).device.type)
+    found = dict(re.findall(r"data=(\d): \((\d+), ", "\n".join(run.results)))
+    assert [int(found[index]) for index in "01"] == pids()
+    assert all(f"{os.getpid()}, '{device}" in text and repr(os.getcwd()) in text for text in run.results)
+    assert magics._session is not None
+    controller, folder = magics._session.engines._controller, magics._session.engines._folder
+    for pid in [controller.pid, *pids()]:
+        listening = [c.laddr.ip for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert set(listening) <= {"127.0.0.1"}
+    assert len(re.findall(r'"key": "[0-9a-f-]{30,}"', (folder / "security/ipcontroller-client.json").read_text())) == 1
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_outputs_are_folded_where_they_are_equal(two: InteractiveShell) -> None:
+    run = Cell(two, "%%spmd\nprint('both')\npmod.psum(x, 'data')")
+    assert (run.text, run.results) == ("all │ both\n", ["tensor([1., 1.])"])
+    run = Cell(two, "%%spmd\nprint('I am', me)\nprint('so')\nx")
+    assert run.text.splitlines() == ["data=0 │ I am 0", "data=0 │ so", "data=1 │ I am 1", "data=1 │ so"]
+    assert run.results == ["data=0: tensor([0., 0.])", "data=1: tensor([1., 1.])"]
+    run = Cell(two, "%%spmd\nif me: print('only here')\nobject()")
+    assert run.text == "data=1 │ only here\n" and len(run.results) == 1, "an address in memory tells nothing apart"
+
+
+def test_displays_and_errors_on_stderr_are_folded_too(two: InteractiveShell) -> None:
+    code = "%%spmd\nimport sys\nfrom IPython.display import HTML, display\ndisplay(HTML('<b>same</b>'))\n"
+    run = Cell(two, f"{code}display(HTML(f'<b>{{me}}</b>'))\nprint('careful', file=sys.stderr)")
+    pages = [data["text/html"] for data in run.outputs]
+    assert pages == ["<b>same</b>", "<b>0</b>", "<b>1</b>"]
+    assert run.text == "data=0:\ndata=1:\nall │ careful\n"
+
+
+def test_a_figure_is_shown_once(two: InteractiveShell) -> None:
+    run = Cell(two, "%%spmd\n%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([0, 1]); plt.show()")
+    assert run.ok and len([data for data in run.outputs if "image/png" in data]) == 1
+
+
+def test_a_cell_on_some_ranks(two: InteractiveShell) -> None:
+    run = Cell(two, "%%spmd data=1\nprint(me)\nme")
+    assert (run.text, run.results) == ("data=1 │ 1\n", ["1"])
+    for line, wrong in {
+        "dat=1": "%%spmd: no axis 'dat'; did you mean 'data'?.\nThe mesh has {'data': 2}.",
+        "data=2": "%%spmd: data=2 is not on the mesh.\nIndices along it go from 0 to 1.",
+        "data": "%%spmd: 'data' is no name=number.\nWrite %%spmd data=2 model=2, say.",
+    }.items():
+        refused = Cell(two, f"%%spmd {line}\nme")
+        assert isinstance(refused.error, pmod.AxisError) and str(refused.error) == wrong.replace("?.", "?")
+
+
+def test_px_works_too(two: InteractiveShell) -> None:
+    run = Cell(two, "%%px\nprint(pmod.psum(x, 'data'))")
+    assert run.ok and run.text.count("tensor([1., 1.])") == 2, run.text
+
+
+def test_values_are_pulled_and_pushed(two: InteractiveShell) -> None:
+    assert [x.tolist() for x in nb.pull("x")] == [[0, 0], [1, 1]]
+    assert nb.pull("x", dim=0).tolist() == [0, 0, 1, 1]
+    nb.push({"whole": torch.arange(5), "word": "yes"})
+    assert nb.pull("word") == ["yes", "yes"] and nb.pull("whole")[1].tolist() == [0, 1, 2, 3, 4]
+    nb.push({"part": torch.arange(5.0).requires_grad_()}, dim=-1)
+    assert [x.tolist() for x in nb.pull("part")] == [[0, 1, 2], [3, 4]]
+    assert Cell(two, "%%spmd\npmod.shard(whole, 'data').equal(part.long())").results == ["True"]
+    assert nb.pull("part", axis={0: "data"}).tolist() == [0, 1, 2, 3, 4]
+    Cell(two, "%%spmd data=1\nmine = 1")
+    with pytest.raises(NameError, match="'mine' is not defined on data=0"):
+        nb.pull("mine")
+    with pytest.raises(pmod.AxisError, match="no axis 'dta'; did you mean 'data'"):
+        nb.pull("x", dim=0, axis="dta")
+    with pytest.raises(pmod.ArgumentError, match="no dim is given"):
+        nb.pull("x", axis="data")
+    with pytest.raises(pmod.ArgumentError, match="word is a str"):
+        nb.pull("word", dim=0)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_one_traceback_for_all_and_the_ranks_stay_connected(two: InteractiveShell) -> None:
+    Cell(two, "%%spmd\ngroup = pmod.current_mesh().group('data')")
+    run = Cell(two, "%%spmd\nprint('before')\nnot_there")
+    assert not run.ok and run.text.count("NameError") == 2, run.text  # its heading, and its text
+    assert run.text.startswith("all │ before\n") and run.text.rstrip().endswith("raised on all ranks")
+    assert Cell(two, "%%spmd\npmod.psum(x, 'data')\ngroup is pmod.current_mesh().group('data')").results == ["True"]
+
+
+def test_who_waits_for_a_rank_that_raised_is_stopped(two: InteractiveShell) -> None:
+    run = Cell(two, "%%spmd\nif me == 1:\n    raise ValueError('no')\ny = pmod.psum(x, 'data')")
+    assert not run.ok and run.seconds < 6
+    assert run.text.count("ValueError: no\n\nraised at (data=1)\n") == 1 and "Traceback" in run.text
+    assert "\nat (data=0): waited in pmod.psum(axis='data'), line 3: y = pmod.psum(x, 'data')\n" in run.text
+    assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
+
+
+def test_who_waits_for_a_rank_that_is_through_is_stopped(two: InteractiveShell) -> None:
+    run = Cell(two, "%%spmd\nif me == 0:\n    pmod.psum(x, 'data')")
+    assert not run.ok and run.seconds < 6
+    assert run.text.splitlines() == [
+        "at (data=0): waited in pmod.psum(axis='data'), line 2: pmod.psum(x, 'data')",
+        "at (data=1): had finished the cell",
+        "Who waited was stopped: a rank that has left the cell comes no more.",
+    ]
+    run = Cell(two, "%%spmd data=0\npmod.psum(x, 'data')")
+    assert "at (data=0): waited in" in run.text
+
+
+def test_a_message_that_one_rank_alone_has_sent_is_not_taken_for_the_next(two: InteractiveShell) -> None:
+    """A broadcast's source does not wait: the other rank would read its old value in the next cell."""
+    run = Cell(two, "%%spmd\nif me == 1:\n    raise ValueError('no')\npmod.broadcast(torch.full((1,), 7.), 'data')")
+    assert "raised at (data=1)" in run.text
+    run = Cell(two, "%%spmd\npmod.broadcast(torch.full((1,), 8.), 'data')")
+    assert run.results == ["tensor([8.])"]
+
+
+def test_the_stop_button_ends_a_hung_collective(two: InteractiveShell) -> None:
+    code = "%%spmd\nif me == 1:\n    time.sleep(60)\npmod.psum(x, 'data')"
+    run = Cell(two, code, stop_after=0.5)
+    assert isinstance(run.error, KeyboardInterrupt) and run.seconds < 0.5 + 1.0
+    assert re.sub(r"\d\.\d s", "0.5 s", run.text).splitlines() == [
+        "Interrupted after 0.5 s.",
+        "at (data=0): waited in pmod.psum(axis='data'), line 3: pmod.psum(x, 'data')",
+        "at (data=1): was at line 2: time.sleep(60)",
+    ]
+    assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
+
+
+def test_a_rank_that_hears_no_interrupt_is_replaced(two: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "_PATIENCE", 0.5)
+    block = "import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n    time.sleep(60)"
+    before = pids()
+    run = Cell(two, f"%%spmd\nif me == 1:\n    {block}", stop_after=0.3)
+    assert run.seconds < 0.3 + 1.0
+    assert "at (data=0): had finished the cell\nat (data=1): has not stopped yet, in a call that is not" in run.text
+    assert "The next cell waits a little for it, and then starts a new engine there" in run.text
+    run = Cell(two, "%%spmd\nimport torch, pmod\npmod.psum(torch.ones(1), 'data')")
+    assert run.results == ["tensor([2.])"]
+    assert pids()[0] == before[0] and pids()[1] != before[1] and not is_there(before[1])
+
+
+def test_another_mesh_keeps_the_engines(two: InteractiveShell) -> None:
+    before = pids()
+    assert Cell(two, "%mesh model=1").ok and pids() == before
+    assert Cell(two, "%%spmd\npmod.current_mesh().shape, x").results == ["({'model': 1}, tensor([0., 0.]))"]
+    assert Cell(two, "%mesh a=1 b=2").ok and pids() == before
+    assert Cell(two, "%%spmd\npmod.psum(x, 'b')").results == ["tensor([1., 1.])"]
+    assert repr(Cell(two, "%mesh").value).startswith("Mesh(a=1, b=2): 2 ranks\n")
+    refused = Cell(two, "%mesh data=-1")
+    assert "%mesh: data=-1 is no size" in str(refused.error)
+
+
+def test_an_engine_that_is_killed_is_replaced(two: InteractiveShell) -> None:
+    before = pids()
+    run = Cell(two, "%%spmd\nif me == 1:\n    os.kill(os.getpid(), 9)\npmod.psum(x, 'data')")
+    assert not run.ok and run.seconds < 6
+    first, second, third = run.text.splitlines()
+    assert first.startswith(f"at (data=1): its engine, process {before[1]}, was killed by SIGKILL")
+    assert second.startswith("at (data=0): CollectiveTimeout: pmod.psum(axis='data') at (data=0): some ranks come no ")
+    assert third == "The next cell starts a new engine there, without variables: run the cells that set them again."
+    assert Cell(two, "%mesh data=3").ok  # one in its place, and one more
+    run = Cell(two, "%%spmd\nimport pmod, torch\nprint('me' in globals())\npmod.psum(torch.ones(1), 'data')")
+    assert run.text.splitlines() == ["data=0   │ True", "data=1,2 │ False"] and run.results == ["tensor([3.])"]
+    assert len(pids()) == 3 and pids()[0] == before[0] and pids()[1] != before[1]
+
+
+# --- a real kernel, and its end -------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """A kernel of Jupyter, and the messages that its cells send."""
+
+    def __init__(self) -> None:
+        self.manager = KernelManager(kernel_name="python3")
+        self.manager.start_kernel(env={**os.environ, "PYTHONPATH": str(Path(pmod.__file__).parents[1])})
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+
+    def run(self, code: str, stop_after: float | None = None) -> list[dict[str, Any]]:
+        if stop_after is not None:
+            threading.Timer(stop_after, self.manager.interrupt_kernel).start()
+        messages: list[dict[str, Any]] = []
+        self.client.execute_interactive(code, timeout=60, output_hook=messages.append)
+        return [message["content"] for message in messages if message["content"].keys() & {"data", "text", "traceback"}]
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    kernel = Kernel()
+    try:
+        yield kernel
+    finally:
+        kernel.client.stop_channels()
+        kernel.manager.shutdown_kernel(now=True)
+        kernel.manager.cleanup_resources()
+        collect_what_clients_left()
+
+
+def test_a_kernel_shows_a_bar_is_stopped_and_takes_its_engines_along(kernel: Kernel) -> None:
+    kernel.run("%load_ext pmod.notebook")
+    shown = kernel.run("%mesh data=2")
+    assert any("<progress" in message["data"].get("text/html", "") for message in shown if "data" in message)
+    code = "%%spmd\nimport pmod, torch, time\nprint('here')\nif pmod.axis_index('data'): time.sleep(60)\n"
+    began = time.monotonic()
+    shown = kernel.run(f"{code}pmod.psum(torch.ones(1), 'data')", stop_after=2.5)
+    assert time.monotonic() - began < 2.5 + 1.0
+    bars = [message["data"]["text/plain"] for message in shown if "data" in message]
+    assert any(bar.startswith("▯▯ running: 0 of 2 ranks, ") and "all │ here" in bar for bar in bars), bars
+    assert any("\ndata=0 waits in psum at line 4: pmod.psum(" in bar for bar in bars), bars
+    assert re.fullmatch(r"running: 2 ranks, \d\.\d s", bars[-1])
+    (failed,) = [message for message in shown if "traceback" in message]
+    assert failed["ename"] == "CellStopped" and "at (data=0): waited in pmod.psum" in "\n".join(failed["traceback"])
+    assert kernel.run("%%spmd\npmod.psum(torch.ones(1), 'data')")[-1]["data"]["text/plain"] == "tensor([2.])"
+    assert kernel.manager.provisioner is not None
+    process = psutil.Process(kernel.manager.provisioner.pid)  # type: ignore[attr-defined]
+    started = process.children(recursive=True)
+    assert len(started) >= 3
+    process.kill()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not [child for child in alive if is_there(child.pid)]
+
+
+# --- without engines ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_mesh_cells_run_here(shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(magics, "_session", None)
+    before = _ambient.ambient()
+    Cell(shell, "%load_ext pmod.notebook")
+    try:
+        _ambient._put(None)
+        run = Cell(shell, "%%spmd\nimport pmod, torch\nx = torch.ones(1)\nprint('here')\npmod.psum(x, 'data')")
+        assert re.fullmatch(r"here\nOut\[\d+\]: tensor\(\[1\.\]\)\n", run.text), run.text
+        assert [x.tolist() for x in nb.pull("x")] == [[1]] and nb.pull("x", dim=0).tolist() == [1]
+        nb.push({"z": 3})
+        assert Cell(shell, "%%spmd data=0\nz").text.endswith(": 3\n")
+        failed = Cell(shell, "%%spmd\nnot_there")
+        assert not failed.ok and failed.text.count("NameError") == 2, "shown once, and the cell counts as failed"
+        pmod.set_mesh(pmod.make_mesh(data=1, model=1))
+        assert Cell(shell, "%%spmd model=0\npmod.psum(x, 'model')").text.endswith(": tensor([1.])\n")
+        assert Cell(shell, "%mesh").value == pmod.current_mesh()
+    finally:
+        _ambient._put(before)
+
+
+def test_outside_ipython_there_are_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(magics, "_session", None)
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: None)
+    with pytest.raises(pmod.PmodError, match="pull and push are for a notebook"):
+        nb.pull("x")
+
+
+# --- names for sets of ranks ----------------------------------------------------------------------------------------
+
+GRID = Places({"data": 2, "model": 4})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "label"),
+    [
+        (range(8), "all"),
+        ([0, 4], "model=0"),
+        ([4, 5, 6, 7], "data=1"),
+        ([1, 2, 3, 5, 6, 7], "model=1..3"),
+        ([1, 3], "data=0, model=1,3"),
+        ([5], "data=1, model=1"),
+        ([0, 5], "(data=0, model=0) (data=1, model=1)"),
+    ],
+)
+def test_labels(ranks: list[int], label: str) -> None:
+    assert GRID.label(ranks) == label
+
+
+@given(st.sets(st.integers(0, 7), min_size=1))
+def test_a_label_names_these_ranks_and_no_others(ranks: set[int]) -> None:
+    label = GRID.label(ranks)
+    if label == "all":
+        assert ranks == set(range(8))
+    elif label.startswith("("):
+        shown = [r for r in range(8) if pmod._errors.coordinates(GRID.coords(r)) in label]
+        assert shown == sorted(ranks)[:6] and (len(ranks) <= 6 or label.endswith(f"and {len(ranks) - 6} more"))
+    else:
+        def values(text: str) -> set[int]:
+            first, *last = map(int, text.split(".."))
+            return set(range(first, last[0] + 1)) if last else {first}
+
+        parts = dict(re.findall(r"(\w+)=([\d.,]*\d)", label))
+        asked = {name: set().union(*map(values, text.split(","))) for name, text in parts.items()}
+        assert ranks == {r for r in range(8) if all(GRID.coords(r)[name] in asked[name] for name in asked)}
+
+
+def test_who_is_lost() -> None:
+    assert cells._lost({0: (0, 1), 1: (1, 2)}, {2}) == [0, 1], "0 waits for 1, which waits for one that is gone"
+    assert cells._lost({0: (0, 1), 3: (3, 4)}, {2}) == [], "they may still come"
+    assert cells._lost({}, {0}) == []
+
+
+def test_no_bar_where_nobody_looks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shown.Bar, "AFTER", 0.0)
+    monkeypatch.setattr(shown.Bar, "EVERY", 0.0)
+    bar = shown.Bar(object(), "running", 4)
+    bar.draw(1)
+    bar.end()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((60, 20)))
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    bar = shown.Bar(object(), "running", 4)
+    bar.draw(1, lambda: "data=0 waits in psum at line 1\nmore")
+    bar.end()
+    line = capsys.readouterr().err
+    assert line.startswith("\r▮▯▯▯ running: 1 of 4 ranks, 0.0 s  data=0 waits") and line.endswith("\r\x1b[K")
+    assert "more" not in line
+
+
+def test_names_of_cells_are_lines() -> None:
+    assert rank.in_cell("psum at /tmp/ipykernel_12/345.py:3: f(x)") == "psum at line 3: f(x)"
+    assert rank.in_cell("/home/me/model.py:3: f(x)") == "/home/me/model.py:3: f(x)"
+
+
+def test_shortened_tracebacks_keep_what_is_the_users() -> None:
+    inside = f"File {Path(pmod.__file__).parent}/_wire.py:3, in wait\n    x"
+    failure = rank.Failure((), "", "", ours=True)
+    text = "\n\n".join(["Traceback\nCell In[1], line 1\n    f()", inside, inside, "AxisError: no axis"])
+    outcome = cells.Outcome("raised", traceback=text, failure=failure)
+    assert shown._shortened(outcome).splitlines()[-3:] == ["(2 more inside pmod)", "", "AxisError: no axis"]
+    outcome.failure = rank.Failure((), "", "", ours=False)
+    assert shown._shortened(outcome) == text, "a mistake of pmod's is shown whole"
+
+
