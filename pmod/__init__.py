@@ -67,6 +67,7 @@ from pmod._ragged import scatter_v as scatter_v
 from pmod._random import fold_in as fold_in
 from pmod._random import rng as rng
 from pmod._sampler import sampler as sampler
+from pmod._shard_map import shard_map as shard_map
 from pmod._simulate import simulate as simulate
 from pmod._slices import all_gather as all_gather
 from pmod._slices import all_to_all as all_to_all
@@ -75,5 +76,11 @@ from pmod._slices import psum_scatter as psum_scatter
 from pmod._slices import scatter as scatter
 from pmod._slices import shard as shard
 from pmod._slices import unshard as unshard
+from pmod._specs import P as P
+from pmod._specs import enter as enter
+from pmod._specs import from_dtensors as from_dtensors
+from pmod._specs import global_norm as global_norm
+from pmod._specs import local_slice as local_slice
+from pmod._specs import to_dtensors as to_dtensors
 from pmod._topology import Topology as Topology
 from pmod._trace import trace as trace

@@ -31,6 +31,7 @@ import torch.autograd.profiler as profiler
 from torch import Tensor
 from torch._library import simple_registry
 from torch._library.effects import EffectType
+from torch.overrides import handle_torch_function
 
 from pmod._ambient import Watcher, ambient, under, watchers
 from pmod._errors import ArgumentError, PmodError, call_site, explain
@@ -348,6 +349,8 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
     """
     if call.axis.size == 1 and call.row.alone:
         return xs
+    if torch._C._len_torch_function_stack() > 0:  # a mode (shard_map's) sees this as one operation
+        return handle_torch_function(bind, xs, call, xs, forward)
     if torch.compiler.is_compiling():
         return _operator(xs, encode(call.row.name, call.axis.key, call.params))
     if watchers():

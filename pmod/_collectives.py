@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from pmod import _groups
 from pmod._ambient import resolve
@@ -482,6 +483,8 @@ def axis_index(axis: AxisLike) -> int:
     >>> pmod.simulate(lambda: pmod.axis_index(("data", "model")), data=2, model=2)
     [0, 1, 2, 3]
     """
+    if torch._C._len_torch_function_stack() > 0:  # shard_map follows who knows where it is
+        return handle_torch_function(axis_index, (), axis)
     return resolve(axis, "axis_index").index
 
 

@@ -345,9 +345,14 @@ def varying(leaf: T, axis: AxisLike) -> T:
     return leaf
 
 
+def is_marked_varying(leaf: Tensor, axis: Axis) -> bool:
+    """Whether `varying` marked it."""
+    return axis.group_key in _varying.get(leaf, ())
+
+
 def _check_lineage(found: list[Found], axis: Axis, origin: Origin) -> None:
     """What goes into a sum over the axis must be V: made from no I of the axis but through pvary or shard."""
-    leaves = [entry for f in found for entry in f.leaves if axis.group_key not in _varying.get(entry[0], ())]
+    leaves = [entry for f in found for entry in f.leaves if not is_marked_varying(entry[0], axis)]
     invariant = [entry for f in found for entry in f.invariant]
     alone = all(not f.varying for f in found)  # nothing in it is V: it is one value itself
     rows = _gathered([len(leaves), len(invariant)], axis, origin)

@@ -27,7 +27,7 @@ def flatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
     if tree is None:
         return
     if isinstance(tree, dict):
-        for key in _sorted_keys(tree, function, axis):
+        for key in sorted_keys(tree, function, axis):
             flatten(tree[key], function, axis, leaves)
     elif isinstance(tree, list | tuple):
         for branch in tree:
@@ -41,7 +41,7 @@ def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
     if tree is None:
         return None
     if isinstance(tree, dict):
-        filled = {key: unflatten(tree[key], function, axis, leaves) for key in _sorted_keys(tree, function, axis)}
+        filled = {key: unflatten(tree[key], function, axis, leaves) for key in sorted_keys(tree, function, axis)}
         if type(tree) is dict:
             return {key: filled[key] for key in tree}
         out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
@@ -64,7 +64,8 @@ def map_leaves(f: Callable[[list[Any]], list[Any]], tree: Tree, function: str, a
     return unflatten(tree, function, axis, list(f(leaves)))
 
 
-def _sorted_keys(tree: dict[Any, Any], function: str, axis: Axis) -> list[Any]:
+def sorted_keys(tree: dict[Any, Any], function: str, axis: Axis) -> list[Any]:
+    """The order in which a dict is walked."""
     try:
         return sorted(tree)
     except TypeError:

@@ -112,12 +112,17 @@ def _sizes_of_leaves(
             right = f"Pass sizes={fitting}, or leave sizes out to exchange them."
             check_own_size(x, at, given, function, axis, right)
         return iter([(at, given) for _, at in leaves])
+    return zip([at for _, at in leaves], held_lengths(leaves, function, axis), strict=True)
+
+
+def held_lengths(leaves: Sequence[tuple[Tensor, int]], function: str, axis: Axis) -> list[Sizes]:
+    """For each (tensor, dim from the end) what the ranks hold: told by all to all, in one message."""
     if not leaves:
-        return iter(())
+        return []
     lengths = [int(x.shape[at]) for x, at in leaves]
     fits = ", ".join(_others(x, at) for x, at in leaves)
     held = _swapped_alike([lengths] * axis.size, fits, leaves[0][0].device, function, axis)
-    return zip([at for _, at in leaves], zip(*held, strict=True), strict=True)
+    return list(zip(*held, strict=True))
 
 
 # --- all_gather_v <-> psum_scatter_v --------------------------------------------------------------

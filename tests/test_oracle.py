@@ -233,7 +233,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         [("untouched", "broadcast")],
     ),
     "dicts are walked as they were filled": (
-        lambda patch: patch.setattr(pmod._pytree, "_sorted_keys", lambda tree, *_: list(tree)),
+        lambda patch: patch.setattr(pmod._pytree, "sorted_keys", lambda tree, *_: list(tree)),
         [("trees", "psum"), ("trees", "all_gather")],
     ),
     "backward sends what all ranks hold": (sends_in_backward, [("messages", "psum"), ("messages", "pmean")]),

@@ -1,0 +1,169 @@
+"""`shard_map`: a function of shards as a function of whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmod._ambient import current_mesh, resolve, under
+from pmod._arguments import check_tensor
+from pmod._errors import ArgumentError, AxisError, explain
+from pmod._kinds import NONE, Axes, Kinds, kinds_here
+from pmod._mesh import Mesh
+from pmod._pytree import unflatten
+from pmod._slices import shard, unshard
+from pmod._specs import Entry, P, Specs, as_dtensor, check_spec, sizes_of, unfit, whole_shapes, with_specs
+
+
+def shard_map(
+    f: Callable[..., Any], *, mesh: Mesh | None = None, in_specs: Specs, out_specs: Specs
+) -> Callable[..., Any]:
+    """A function of whole tensors that runs f on each rank's shards.
+
+    Every rank passes the same whole tensors (I). f gets its shards of those, as in_specs say, and what it returns are
+    shards of whole tensors, as out_specs say; along an axis that a spec leaves out the tensor is whole. Specs are a `P`
+    for all arguments, or a tuple with one for each; each may be a `P` for a whole tree. What is no tensor passes as it
+    is.
+
+    Inside, kinds are followed as JAX follows them: where an unsharded argument, or a parameter that f refers to, meets
+    varying data, it goes through `pvary`, so that its gradient is summed, once. An explicit pvary is right as well.
+    What f knows of its own rank it asks with `axis_index`; other tensors that f refers to count as varying. In the body
+    of a shard_map another one may cut along the axes that are left.
+
+    Shapes: any length, cut as `split_sizes` says unless a spec has sizes. Outputs may have any lengths: the ranks
+    exchange them, one small message for each entry of out_specs; under torch.compile an output is cut as an input of
+    its length was, or as its spec's sizes say.
+    Cost: in forward the outputs are joined on every rank, in backward the gradients of the inputs. DTensors go in by
+    their shards, redistributed where the spec says otherwise, and then DTensors come out.
+    Raises: ShapeError, AxisError with spec, shape and mesh, where they do not fit; AxisError where an output varies
+    along an axis that its spec leaves out. JAX: jax.shard_map.
+
+    >>> P, shard_map = pmod.P, pmod.shard_map
+    >>> def scaled():
+    ...     w = torch.tensor(2.0, requires_grad=True)
+    ...     y = shard_map(lambda x, w: x * w, in_specs=(P("data"), P()), out_specs=P("data"))(torch.arange(3.0), w)
+    ...     y.sum().backward()
+    ...     return y.detach(), w.grad
+    >>> pmod.simulate(scaled, data=2)[0]
+    (tensor([0., 2., 4.]), tensor(3.))
+    """
+    if not callable(f):  # pyright: ignore[reportUnnecessaryComparison]
+        raise ArgumentError(explain("shard_map", f"f is a {type(f).__name__}", "Pass a function of the shards."))
+
+    @wraps(f, updated=())
+    def mapped(*args: Any) -> Any:
+        over = current_mesh() if mesh is None else mesh
+        call = _Mapped(over, kinds_here())
+        with under(over) if mesh is not None else nullcontext(), nullcontext() if call.nested else call.kinds:
+            shards = call.enter(args, in_specs)
+            return call.leave(f(*shards), out_specs)
+
+    return mapped
+
+
+class _Mapped:
+    """One call."""
+
+    def __init__(self, mesh: Mesh, around: Kinds | None) -> None:
+        self.mesh = mesh
+        self.axis = resolve(mesh, "shard_map")
+        self.nested = around is not None and set(mesh.axis_names) <= set(around.mesh.axis_names)
+        self.kinds = around if around is not None and self.nested else Kinds(mesh)
+        self.outer: Axes = NONE  # along which the arguments vary already
+        self.device_mesh: Any = None  # of the DTensors that went in
+        self.cut: dict[tuple[int, str], tuple[Entry, tuple[int, ...], int]] = {}  # entry, sizes, and this rank's
+
+    def enter(self, args: tuple[Any, ...], specs: Specs) -> tuple[Any, ...]:
+        """The shards of the arguments."""
+        found = with_specs(args, specs, "shard_map", "in_specs", self.axis)
+        for x, spec, where in found:
+            self._check(x, spec, where)
+        shards = [self._shard(x, spec, where) if isinstance(x, Tensor) else x for x, spec, where in found]
+        return unflatten(args, "shard_map", self.axis, shards)
+
+    def _check(self, x: Any, spec: P, where: str) -> None:
+        if isinstance(x, Tensor):
+            if not hasattr(x, "to_local"):
+                check_tensor(x, "shard_map", self.axis, name=where)
+            check_spec(spec, x.shape, self.mesh, "shard_map", where)
+        elif spec.axes:
+            what, right = f"the spec cuts a {type(x).__name__}", "Give what is no tensor the spec P()."
+            raise unfit(ArgumentError, "shard_map", where, what, spec, (), self.mesh, right)
+
+    def _shard(self, x: Tensor, spec: P, where: str) -> Tensor:
+        for dim, entry in enumerate(spec.entries):
+            if entry is not None:
+                axis = resolve(self.mesh[entry], "shard_map")
+                sizes = sizes_of(spec, dim, axis, x.shape, self.mesh, "shard_map", where)
+                self.cut[dim, where] = entry, sizes, sizes[axis.index]
+        if hasattr(x, "to_local"):
+            return self._local(x, spec)
+        outer = self.kinds.of(x) if self.nested else NONE
+        self.outer |= outer
+        self.kinds.note(x, outer)
+        y = x
+        for dim, entry in enumerate(spec.entries):
+            if entry is not None:
+                y = shard(y, self.mesh[entry], dim=dim, sizes=self.cut[dim, where][1])
+        return y
+
+    def _local(self, x: Any, spec: P) -> Tensor:
+        """The shard that a DTensor holds of itself."""
+        placements = spec.placements(self.mesh)
+        if not torch.equal(x.device_mesh.mesh, torch.from_numpy(self.mesh.ranks.copy())):
+            given = f"a DTensor is on {x.device_mesh}, and the mesh is {self.mesh!r} over other ranks"
+            raise AxisError(explain("shard_map", given, "Pass mesh=pmod.Mesh.from_device_mesh(x.device_mesh)."))
+        self.device_mesh = x.device_mesh
+        y = (x if tuple(x.placements) == placements else x.redistribute(placements=placements)).to_local()
+        self.kinds.note(y, self.kinds.everywhere & frozenset(spec.axes))
+        return y
+
+    def leave(self, result: Any, specs: Specs) -> Any:
+        """The whole tensors of the results."""
+        found = with_specs(result, specs, "shard_map", "out_specs", self.axis)
+        for y, spec, where in found:
+            self._check(y, spec, where)
+        tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
+        for y, spec, where in tensors:
+            self._check_whole(y, spec, where)
+        sizes = iter(self._sizes(tensors))
+        wholes = [self._whole(y, spec, next(sizes), where) if isinstance(y, Tensor) else y for y, spec, where in found]
+        return unflatten(result, "shard_map", self.axis, wholes)
+
+    def _check_whole(self, y: Tensor, spec: P, where: str) -> None:
+        own = [name for name in self.mesh.axis_names if name in self.kinds.of(y) - frozenset(spec.axes) - self.outer]
+        if own:
+            what = f"the result varies along {', '.join(map(repr, own))}, which the spec leaves out"
+            right = "Return one value along it (pmod.psum, pmod.pmean, pmod.pick), or name it in out_specs."
+            raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+
+    def _sizes(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[dict[int, tuple[int, ...]]]:
+        if not torch.compiler.is_compiling():
+            return whole_shapes(tensors, self.mesh, "shard_map")
+        out: list[dict[int, tuple[int, ...]]] = []
+        for y, spec, where in tensors:
+            told = dict(spec.sizes)
+            for dim, entry in enumerate(spec.entries):
+                if entry is None or dim in told:
+                    continue
+                known = [sizes for of, sizes, own in self.cut.values() if (of, own) == (entry, int(y.shape[dim]))]
+                if not known:
+                    what = f"no argument has length {y.shape[dim]} along {entry!r}, so how dim {dim} is cut is unknown"
+                    right = f"Under torch.compile pass the lengths that the ranks hold, P(..., sizes={{{dim}: ...}})."
+                    raise unfit(ArgumentError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+                told[dim] = known[0]
+            out.append(told)
+        return out
+
+    def _whole(self, y: Tensor, spec: P, sizes: dict[int, tuple[int, ...]], where: str) -> Tensor:
+        if self.device_mesh is not None:
+            return as_dtensor(y, spec, sizes, self.device_mesh, self.mesh, "shard_map", where)
+        for dim, entry in enumerate(spec.entries):
+            if entry is not None:
+                y = unshard(y, self.mesh[entry], dim=dim, sizes=sizes[dim])
+        return y
