@@ -129,7 +129,7 @@ class P:
             if type(placement) is Shard:
                 cut.setdefault(placement.dim, []).append(name)
             elif type(placement) is not Replicate:
-                given, right = f"{placement} along {name!r} is no spec", "Redistribute to Shard and Replicate first."
+                given, right = f"{placement!r} along {name!r} is no spec", "Redistribute to Shard and Replicate first."
                 raise ShapeError(explain("P.from_placements", given, right))
         entries = [cut.get(dim, [None]) for dim in range(max(cut, default=-1) + 1)]
         return P(*[entry[0] if len(entry) == 1 else tuple(name for name in entry if name) for entry in entries])

@@ -21,8 +21,8 @@ SOURCE = Path(pmod.__file__).parent
 ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_waiting", "_wire", "_inductor", "_autodiff",
     "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_parallel",
-    "_random", "_data", "_sampler", "_lineage", "_debug", "_trace", "_launch", "_simulate", "_estimate", "_explain",
-    "__init__", "notebook", "demo", "bench", "doctor", "__main__",
+    "_random", "_data", "_sampler", "_specs", "_lineage", "_debug", "_kinds", "_shard_map", "_trace", "_launch",
+    "_simulate", "_estimate", "_explain", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 
@@ -208,6 +208,7 @@ PUBLIC = """
     halo_exchange halo_reduce exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
     debug checked varying assert_invariant trace estimate explain start Pending launch simulate
     replicate share_parameters SharedParameters data_parallel fold_in rng is_first first sampler
+    P shard_map enter global_norm to_dtensors from_dtensors local_slice
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """
 
