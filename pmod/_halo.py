@@ -198,15 +198,20 @@ def window_plan(index: int, sizes: tuple[int, ...], windows: Windows, boundary: 
     return Plan(tuple(takes), exchange.permutes, tuple(places), own, high - low)
 
 
-def _plan(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
+@lru_cache(maxsize=256)
+def _around_plan(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
     return window_plan(index, sizes, _around(sizes, width), boundary)
 
 
+def _plan(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
+    return _around_plan(index, sizes, width, boundary)
+
+
 def _plan_back(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
-    return _plan(index, sizes, width, boundary).T
+    return _around_plan(index, sizes, width, boundary).T
 
 
-for _constant in (window_plan, _plan, _plan_back):  # numbers in, numbers out: compiled code need not see how
+for _constant in (_plan, _plan_back):  # numbers in, numbers out: compiled code need not see how
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 # --- carrying a plan out --------------------------------------------------------------------------

@@ -374,10 +374,15 @@ def compiled_on_rank() -> None:
     def of_any_length(x: Tensor) -> Tensor:
         return sharded.conv1d(x, weight, padding=1, axis="x", sizes=(x.shape[-1], x.shape[-1]))
 
-    compiled = torch.compile(of_any_length, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(of_any_length, fullgraph=True, backend="eager")
     for n in (2, 5, 4):  # from the second on torch takes lengths for variables
         x = torch.rand(1, n)
         same(compiled(x), of_any_length(x), f"of length {n}")
+
+    def inside(x: Tensor) -> Tensor:
+        return jvp(grad(lambda x: of_any_length(x).sin().sum()), (x,), (x.cos(),))[1]
+
+    same(torch.compile(inside, fullgraph=True, backend="eager")(x), inside(x), "forward over reverse")
     with pytest.raises(Exception, match=r"functional.conv1d\(axis='x'\).*sizes are left out under torch.compile"):
         torch.compile(lambda x: sharded.conv1d(x, weight, axis="x"), fullgraph=True, backend="eager")(x)
 
@@ -429,6 +434,8 @@ def test_nothing_is_copied_where_nothing_moves(monkeypatch: pytest.MonkeyPatch) 
             assert torch.equal(y, F.conv2d(x, weight, stride=stride))
 
     pmod.simulate(run, x=2)
+    with pmod.set_mesh(pmod.make_mesh(x=1)):
+        sharded.conv2d(torch.rand(1, 4, 4), torch.rand(1, 1, 3, 3), padding=1, axis="x")
 
 
 def test_one_rank_is_torch() -> None:
@@ -509,6 +516,18 @@ def test_elements_sent_of_blocks() -> None:
         return t.total_bytes()
 
     assert pmod.simulate(run, x=2, y=2) == [3 * (5 + 6) * 4] * 4
+
+
+def test_rows_sent_on_many_ranks() -> None:
+    """The first of 1024 ranks sends its last row, forward, and the gradient of its neighbour's first, backward."""
+
+    def run() -> None:
+        x = torch.empty(8, 64, 32, 4096, device="meta", requires_grad=True)
+        weight = torch.empty(64, 1, 3, 3, device="meta")
+        sharded.conv2d(x, weight, padding="same", groups=64, axis="x", sizes=[32] * 1024).sum().backward()
+
+    events = pmod.estimate(run, mesh={"x": 1024}).events
+    assert [event.nbytes for event in events if event.nbytes] == [8 * 64 * 4096 * 4] * 2
 
 
 def test_only_neighbours_talk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -607,6 +626,9 @@ WRONG: dict[str, tuple[Callable[[], Any], type[pmod.PmodError], str]] = {
     "a window too long for a dim that is not cut": (
         lambda: conv(weight=torch.ones(2, 2, 1, 4), dilation=2, padding=(0, 0), sizes=None), pmod.ShapeError,
         f"the whole has 5 rows along dim -1, 5 with padding, and a window 7.\n{LONGER}"),
+    "a window too long where other sizes are not told": (
+        lambda: conv(weight=torch.ones(2, 2, 9, 1), axis={2: "model", 3: "data"}, sizes={2: (4, 4), 3: None}),
+        pmod.ShapeError, f"the whole has 8 rows along dim -2, 8 with padding, and a window 9.\n{LONGER}"),
     "nothing": (
         lambda: conv(X[:, :, :0], padding=3, sizes=(0, 0)), pmod.ShapeError,
         "the whole has 0 rows along dim -2, 6 with padding, and a window 3.\nPass an input with rows."),
@@ -660,6 +682,15 @@ def test_refused_after_sizes_are_told(messages: list[Any]) -> None:
               f"pmod.nn.functional.conv2d(axis='model') at {place}: the whole has 8 rows along dim -2, 8 with padding, "
               f"and a window 9.\n{LONGER}")  # fmt: skip
     assert len(messages) == len(results), "the sizes, once"
+
+
+def test_devices_that_differ() -> None:
+    """Each of a kind that the rank sends from."""
+    with pytest.raises(pmod.ArgumentError) as raised:
+        pmod.estimate(lambda: conv(weight=W.to("meta")), mesh={"model": 2})
+    check(raised.value, pmod.ArgumentError,
+          "pmod.nn.functional.conv2d(axis='model') at (model=0): weight is on meta and input on cpu.\n"
+          "Pass weight.to('cpu').")  # fmt: skip
 
 
 SIZES: dict[str, tuple[Callable[[], Any], str]] = {

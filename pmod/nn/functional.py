@@ -15,11 +15,14 @@ Names, arguments and defaults are torch's. These follow, by keyword:
 - sizes: the length of each rank's shard along dim; {dim: sizes} where axis is a mapping. Without them the ranks
   exchange them: one small message more per dim, and on cuda a wait for it; under torch.compile they must be given.
 
-Row j of the result is where row j * stride of x is, and rows past the end of x are on the last rank: where no stride is
-given shards keep their lengths, with a stride they start at theirs divided by it, rounded up, and only the last one
-feels the padding. So a rank never holds much more of the result than of x, neighbours alone talk where shards are as
-long as a window, and patches (a stride as long as the window, that divides the shards) need no message. `conv_sizes`
-says what the lengths are, without a message, for the next layer's `sizes`.
+Which rank has which row of the result: row j is where row j * stride of x is; rows past the end of x are on the last
+rank. So without a stride shards keep their lengths, but that the last ones are shorter where the result is, and longer
+where it is longer; a stride divides where they start, rounded up. A rank has as much of the result as of x, neighbours
+alone talk where shards are as long as a window with its padding, and patches (a stride as long as the window, that
+divides the shards) need no message. `conv_sizes` says what the lengths are, for the next layer's `sizes`: nothing is
+sent for that.
+
+`pmod.start(conv2d, ...)` sends the rows of the first dim that is cut and returns; `wait` convolves.
 
 x, weight and bias are V. A weight that every rank holds (I) goes through `pvary` once, as everywhere: then its gradient
 arrives already summed, and without it each rank has the part of its own rows.
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -38,7 +42,7 @@ from torch import Tensor
 
 from pmod._arguments import _as_int, check_sizes, check_tensor, wrong
 from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss
-from pmod._halo import Cut, axes_by_dim, by_dim, carry_out, places_of, settled, too_wide, window_plan
+from pmod._halo import Cut, Plan, axes_by_dim, by_dim, carry_out, places_of, settled, too_wide, window_plan
 from pmod._mesh import Axis, AxisLike
 
 Ints = int | Sequence[int]
@@ -79,6 +83,18 @@ class _Dim(NamedTuple):
             for first, end in pairwise(self.starts(sizes))
         )
 
+
+@lru_cache(maxsize=256)
+def _plan_of(index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str) -> Plan:
+    return window_plan(index, sizes, _Dim(*of).windows(sizes), boundary)
+
+
+def _plan(index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str) -> Plan:
+    """How a rank comes by its window; of: a `_Dim` as a plain tuple, for compiled code."""
+    return _plan_of(index, sizes, of, boundary)
+
+
+_plan._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 Wrong = Callable[[str, str], PmodError]
 """The error for what is given, and what would be right."""
@@ -235,11 +251,24 @@ def _held(function: str, dims: dict[int, _Dim], cuts: list[Cut], x: Tensor, mode
     return dict(zip(held, known, strict=True))
 
 
-def _window(x: Tensor, at: int, of: _Dim, cut: Cut, boundary: str) -> Tensor:
-    """What this rank's rows of the result are made of."""
-    assert cut.sizes is not None
-    plan = window_plan(cut.axis.index, cut.sizes, of.windows(cut.sizes), boundary)
-    return carry_out(plan, [x], [at], cut.axis)[0] if plan.moves else x
+def _window(
+    x: Tensor, dims: dict[int, _Dim], held: dict[int, Cut], boundary: str, axis: Axis
+) -> tuple[Tensor, list[int]]:
+    """What this rank's part of the result is made of, and the padding that is left to torch."""
+    left = dict.fromkeys(dims, 0)
+    for at in sorted(dims, key=lambda at: at not in held):  # what is padded here need not travel
+        of, cut = dims[at], held.get(at)
+        if cut is not None and cut.axis.size > 1:
+            assert cut.sizes is not None
+            plan = _plan(cut.axis.index, cut.sizes, (*of,), boundary)
+        elif boundary == "zeros" and of.padding[0] == of.padding[1]:
+            left[at] = of.padding[0]
+            continue
+        else:
+            plan = _plan(0, (operator.index(x.shape[at]),), (*of,), boundary)
+        if plan.moves:
+            (x,) = carry_out(plan, [x], [at], axis if cut is None else cut.axis)
+    return x, list(left.values())
 
 
 def _conv(
@@ -249,30 +278,20 @@ def _conv(
     """torch's convolution of the whole tensor whose shard is x."""
     function = f"nn.functional.conv{count}d"
     cuts = _parse(spread, count, x, weight, bias, groups)
+    axis = cuts[0].axis
 
     def error(given: str, right: str) -> PmodError:
-        return wrong(ShapeError, function, cuts[0].axis, given, right)
+        return wrong(ShapeError, function, axis, given, right)
 
     parsed = _dims([operator.index(k) for k in weight.shape[2:]], stride, padding, dilation, error)
     dims = dict(zip(range(-count, 0), parsed, strict=True))
     held = _held(function, dims, cuts, x, spread.padding_mode)
-    boundary = BOUNDARIES[spread.padding_mode]
-    left = dict.fromkeys(dims, 0)  # what torch pads
-    for at in sorted(dims, key=lambda at: at not in held):  # what is padded here need not travel
-        of = dims[at]
-        if at in held and held[at].axis.size > 1:
-            x = _window(x, at, of, held[at], boundary)
-        elif boundary == "zeros" and of.padding[0] == of.padding[1]:
-            left[at] = of.padding[0]
-        else:
-            rows = operator.index(x.shape[at])
-            plan = window_plan(0, (rows,), ((-of.padding[0], rows + of.padding[1]),), boundary)
-            (x,) = carry_out(plan, [x], [at], cuts[0].axis)
+    x, left = _window(x, dims, held, BOUNDARIES[spread.padding_mode], axis)
     empty = [at for at in held if x.shape[at] == 0]
     for at in empty:  # torch gives no empty result: a window of zeros is convolved, and the row dropped
         x = F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent])
     strides, dilations = [of.stride for of in parsed], [of.dilation for of in parsed]
-    y = getattr(F, f"conv{count}d")(x, weight, bias, strides, list(left.values()), dilations, int(groups))
+    y = getattr(F, f"conv{count}d")(x, weight, bias, strides, left, dilations, operator.index(groups))
     for at in empty:
         y = y.narrow(at, 0, 0)
     return y
