@@ -9,6 +9,7 @@ Start with the README, then `Mesh` and the table of collectives in `pmod._collec
 
 from pmod import fft as fft
 from pmod import nn as nn
+from pmod import testing as testing
 from pmod._ambient import current_mesh as current_mesh
 from pmod._ambient import keep_mesh as keep_mesh
 from pmod._ambient import set_mesh as set_mesh

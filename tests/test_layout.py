@@ -22,7 +22,7 @@ ORDER = [
     "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_waiting", "_wire", "_inductor", "_autodiff",
     "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_parallel",
     "_random", "_data", "_sampler", "_specs", "_lineage", "_debug", "_kinds", "_shard_map", "_trace", "_launch",
-    "_simulate", "_estimate", "_explain", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
+    "_simulate", "_estimate", "_explain", "testing", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 
