@@ -85,3 +85,4 @@ from pmod._specs import local_slice as local_slice
 from pmod._specs import to_dtensors as to_dtensors
 from pmod._topology import Topology as Topology
 from pmod._trace import trace as trace
+from pmod._version import __version__ as __version__

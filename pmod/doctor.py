@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import os
 import platform
 import socket
@@ -265,7 +264,7 @@ def pmod_version() -> str:
     digest = hashlib.sha1()
     for path in sorted(Path(pmod.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    return f"{importlib.metadata.version('pmod')} ({digest.hexdigest()[:8]})"
+    return f"{pmod.__version__} ({digest.hexdigest()[:8]})"
 
 
 def _header(place: pmod.Topology | None) -> str:

@@ -44,7 +44,7 @@ def test_one_process_is_all_right(capsys, secrets):
     said = capsys.readouterr().out
     check_report(said, secrets)
     lines = said.splitlines()
-    assert lines[0].startswith("pmod      0.1.0 (") and lines[1] == f"torch     {torch.__version__}"
+    assert lines[0].startswith(f"pmod      {pmod.__version__} (") and lines[1] == f"torch     {torch.__version__}"
     assert "variables none of a launcher" in lines and "launcher  single" in lines
     assert "topology  1 rank on 1 node, 1 on this one; backend gloo; restarts 0" in lines
     assert re.fullmatch(r" *0 +\S+ +cpu +\(data=0\) +[0-9.]+ us +yes", lines[-3])
