@@ -37,6 +37,8 @@ from pmod._debug import assert_invariant as assert_invariant
 from pmod._debug import checked as checked
 from pmod._debug import debug as debug
 from pmod._debug import varying as varying
+from pmod._draw_collective import draw_collective as draw_collective
+from pmod._draw_tensor import draw as draw
 from pmod._errors import ArgumentError as ArgumentError
 from pmod._errors import AxisError as AxisError
 from pmod._errors import CollectiveTimeout as CollectiveTimeout

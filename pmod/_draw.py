@@ -58,7 +58,7 @@ def mesh_text(
     short = [_clip(name, max(6, 48 // len(names))) for name in names]
     lines: list[str] = []
     for columns in range(_COLUMNS, 2, -1):
-        shown = _shown(sizes[-1], columns, coords[-1] if coords else None)
+        shown = shown_of(sizes[-1], columns, coords[-1] if coords else None)
         lines = _table(short, shown, list(_rows(sizes, shown, rank_at, coords, node_of)))
         if max(map(len, lines)) <= _WIDTH:
             break
@@ -74,20 +74,23 @@ def mesh_html(
     node_of: NodeOf | None = None,
     inside: bool = True,
 ) -> str:
-    """The table of `mesh_text` for notebooks: one colour a node, a frame around this rank, the rest under the mouse."""
+    """The table of `mesh_text` for notebooks: a colour a node and a paler one an axis, this rank in a frame."""
     title = f"<div>{escape(_title(names, sizes, coords, inside))}</div>"
     if not names:
         return f"<div>{title}</div>"
-    shown = _shown(sizes[-1], _COLUMNS, coords[-1] if coords else None)
+    shown = shown_of(sizes[-1], _COLUMNS, coords[-1] if coords else None)
     rows = list(_rows(sizes, shown, rank_at, coords, node_of))
-    heads = [*map(escape, names[:-1]), *(_head(names[-1], index) for index in shown)]
-    body = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
+    heads = [_head(place, escape(name)) for place, name in enumerate(names[:-1])]
+    last = [f"{escape(names[-1])}&#160;{index}" if index is not None else "&#8230;" for index in shown]
+    heads += [_head(len(names) - 1, text) for text in last]
+    body = [f"<tr>{''.join(heads)}</tr>"]
     for row in rows:
         if row is None:
             body.append(f"<tr>{'<td>&#8942;</td>' * len(heads)}</tr>")
             continue
         cells = "".join("<td>&#8230;</td>" if cell is None else _html_cell(names, cell) for cell in row.cells)
-        body.append(f"<tr>{''.join(f'<th>{index}</th>' for index in row.place)}{cells}</tr>")
+        indices = "".join(_head(axis, str(index)) for axis, index in enumerate(row.place))
+        body.append(f"<tr>{indices}{cells}</tr>")
     table = f'<table style="border-collapse: collapse">{"".join(body)}</table>'
     return f"<div>{title}{table}{_legend(rows)}</div>"
 
@@ -106,7 +109,7 @@ def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _shown(size: int, most: int, keep: int | None) -> list[int | None]:
+def shown_of(size: int, most: int, keep: int | None = None) -> list[int | None]:
     """Which of `size` indices to draw, None for a gap: all, or both ends and `keep`."""
     if size <= most:
         return list(range(size))
@@ -131,7 +134,7 @@ def _rows(
     outer = tuple(sizes[:-1])
     here = None if coords is None else tuple(coords)
     keep = None if here is None else _count(outer, here[:-1])
-    for number in _shown(math.prod(outer), _ROWS, keep):
+    for number in shown_of(math.prod(outer), _ROWS, keep):
         if number is None:
             yield None
             continue
@@ -209,8 +212,10 @@ def _nodes(row: _Row) -> str:
     return f"nodes {nodes[0]} to {nodes[-1]}"
 
 
-def _head(name: str, index: int | None) -> str:
-    return "&#8230;" if index is None else f"{escape(name)}&#160;{index}"
+def _head(axis: int, text: str) -> str:
+    """A name or an index of an axis, on the colour of that axis."""
+    background = f"hsl({(45 + 110 * axis) % 360}, 45%, 91%)"
+    return f'<th style="color: #111; background: {background}; padding: 2px 8px">{text}</th>'
 
 
 def _colours(node: int | None) -> str:

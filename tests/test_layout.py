@@ -19,11 +19,11 @@ SOURCE = Path(pmod.__file__).parent
 
 # Reading order is import order: a module imports only what stands above it.
 ORDER = [
-    "_version",
-    "_errors", "_topology", "_groups", "_draw", "_mesh", "_ambient", "_waiting", "_wire", "_inductor", "_autodiff",
-    "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_parallel",
-    "_random", "_data", "_sampler", "_specs", "_lineage", "_debug", "_kinds", "_shard_map", "_trace", "_launch",
-    "_simulate", "_estimate", "_explain", "testing", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
+    "_version", "_errors", "_topology", "_groups", "_draw", "_svg", "_mesh", "_ambient", "_waiting", "_wire",
+    "_inductor", "_autodiff", "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft",
+    "_halo", "nn", "_parallel", "_random", "_data", "_sampler", "_specs", "_lineage", "_debug", "_kinds", "_shard_map",
+    "_trace", "_launch", "_simulate", "_estimate", "_explain", "_draw_tensor", "_draw_collective", "testing",
+    "__init__", "notebook", "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 
@@ -123,7 +123,8 @@ def collectives() -> dict[str, Callable[..., Any]]:
 
 # they take an axis, and move no tensor along it, or move it as collectives that have a case do
 OTHERS = {"axis_index", "axis_size", "barrier", "exchange_plan", "replicate", "share_parameters", "data_parallel",
-          "assert_invariant", "varying", "fold_in", "rng", "is_first", "halo_exchange", "halo_reduce"}  # fmt: skip
+          "assert_invariant", "varying", "fold_in", "rng", "is_first", "halo_exchange", "halo_reduce",
+          "draw_collective"}  # fmt: skip
 
 
 def test_every_collective_has_a_case() -> None:
@@ -207,7 +208,7 @@ PUBLIC = """
     psum pmean pmax pmin pick place pvary all_gather psum_scatter shard unshard all_to_all ppermute pshuffle pshift
     broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
     halo_exchange halo_reduce exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
-    debug checked varying assert_invariant trace estimate explain start Pending launch simulate
+    draw draw_collective debug checked varying assert_invariant trace estimate explain start Pending launch simulate
     replicate share_parameters SharedParameters data_parallel fold_in rng is_first first sampler
     P shard_map enter global_norm to_dtensors from_dtensors local_slice
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout

@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -191,6 +192,16 @@ def test_values_are_pulled_and_pushed(two: InteractiveShell) -> None:
         nb.pull("x", axis="data")
     with pytest.raises(pmod.ArgumentError, match="word is a str"):
         nb.pull("word", dim=0)
+
+
+def test_the_cells_of_the_readme(two: InteractiveShell) -> None:
+    text = (Path(pmod.__file__).parents[1] / "README.rst").read_text()
+    block = re.split(r"\n(?=\S)", text.split(":name: notebook\n\n")[1])[0]
+    first, second, third = (Cell(two, cell) for cell in textwrap.dedent(block).split("\n\n")[:3])
+    assert first.ok and second.ok and third.ok
+    assert second.text == "data=0 │ this is rank 0\ndata=1 │ this is rank 1\n"
+    assert second.results == ["tensor([1., 1.])"]
+    assert third.value.tolist() == [0, 0, 1, 1]
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------
