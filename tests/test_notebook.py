@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import stat
+import subprocess
 import sys
 import textwrap
 import threading
@@ -255,6 +256,18 @@ def test_the_stop_button_ends_a_hung_collective(two: InteractiveShell) -> None:
     assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
 
 
+def test_the_stop_button_twice(two: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits any longer; the next cell sees to what still runs."""
+    def again(cell: cells.Cell, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells.Cell, "_ask_how", again)
+        run = Cell(two, "%%spmd\nif me: time.sleep(60)\npmod.psum(x, 'data')", stop_after=0.3)
+    assert isinstance(run.error, KeyboardInterrupt)
+    assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
+
+
 def test_a_rank_that_hears_no_interrupt_is_replaced(two: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "_PATIENCE", 0.5)
     block = "import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n    time.sleep(60)"
@@ -265,6 +278,7 @@ def test_a_rank_that_hears_no_interrupt_is_replaced(two: InteractiveShell, monke
     assert "The next cell waits a little for it, and then starts a new engine there" in run.text
     run = Cell(two, "%%spmd\nimport torch, pmod\npmod.psum(torch.ones(1), 'data')")
     assert run.results == ["tensor([2.])"]
+    assert run.text == "(data=1) gets a new engine, without variables: the last cell did not stop there.\n"
     assert pids()[0] == before[0] and pids()[1] != before[1] and not is_there(before[1])
 
 
@@ -287,7 +301,8 @@ def test_an_engine_that_is_killed_is_replaced(two: InteractiveShell) -> None:
     assert first.startswith(f"at (data=1): its engine, process {before[1]}, was killed by SIGKILL")
     assert second.startswith("at (data=0): CollectiveTimeout: pmod.psum(axis='data') at (data=0): some ranks come no ")
     assert third == "The next cell starts a new engine there, without variables: run the cells that set them again."
-    assert Cell(two, "%mesh data=3").ok  # one in its place, and one more
+    run = Cell(two, "%mesh data=3")  # one in its place, and one more
+    assert run.ok and run.text.startswith("(data=1) gets a new engine, without variables: its engine, process ")
     run = Cell(two, "%%spmd\nimport pmod, torch\nprint('me' in globals())\npmod.psum(torch.ones(1), 'data')")
     assert run.text.splitlines() == ["data=0   │ True", "data=1,2 │ False"] and run.results == ["tensor([3.])"]
     assert len(pids()) == 3 and pids()[0] == before[0] and pids()[1] != before[1]
@@ -341,13 +356,16 @@ def test_a_kernel_shows_a_bar_is_stopped_and_takes_its_engines_along(kernel: Ker
     (failed,) = [message for message in shown if "traceback" in message]
     assert failed["ename"] == "CellStopped" and "at (data=0): waited in pmod.psum" in "\n".join(failed["traceback"])
     assert kernel.run("%%spmd\npmod.psum(torch.ones(1), 'data')")[-1]["data"]["text/plain"] == "tensor([2.])"
-    assert kernel.manager.provisioner is not None
+    (said,) = kernel.run("from pmod.notebook import magics; print(magics._session.engines._folder)")
+    folder = said["text"].strip()
+    assert Path(folder).is_dir() and kernel.manager.provisioner is not None
     process = psutil.Process(kernel.manager.provisioner.pid)  # type: ignore[attr-defined]
     started = process.children(recursive=True)
     assert len(started) >= 3
     process.kill()
     _, alive = psutil.wait_procs(started, timeout=10)
     assert not [child for child in alive if is_there(child.pid)]
+    assert not Path(folder).exists(), "the key to the engines goes with them"
 
 
 # --- without engines ------------------------------------------------------------------------------------------------
@@ -441,6 +459,21 @@ def test_no_bar_where_nobody_looks(capsys: pytest.CaptureFixture[str], monkeypat
     line = capsys.readouterr().err
     assert line.startswith("\r▮▯▯▯ running: 1 of 4 ranks, 0.0 s  data=0 waits") and line.endswith("\r\x1b[K")
     assert "more" not in line
+
+
+def test_a_line_that_was_written_over_is_shown_once() -> None:
+    text = shown.prefixed({0: "\r 0%\r50%\r100%\ndone\n", 1: ""}, Places({"x": 2}))
+    assert text == "x=0 │ 100%\nx=0 │ done\n"
+
+
+def test_the_extra_is_named_where_it_is_missing(shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(magics, "_session", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    Cell(shell, "%load_ext pmod.notebook")
+    run = Cell(shell, "%mesh data=2")
+    assert isinstance(run.error, pmod.PmodError) and 'pip install "pmod[notebook]"' in str(run.error)
+    loaded = "import sys; sys.modules['ipyparallel'] = None; import pmod.notebook"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
 
 
 def test_names_of_cells_are_lines() -> None:

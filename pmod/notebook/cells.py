@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Any
 
 from attrs import define, field
-from ipyparallel.error import RemoteError
 
 from pmod._waiting import WAITS, Board, Post
 from pmod.notebook import rank as on_rank
@@ -92,10 +91,8 @@ class Cell:
         outcome.how, outcome.finished = "done", monotonic()
         outcome.stdout, outcome.stderr = told["stdout"], told["stderr"]
         outcome.shown = [*told["outputs"], *([told["execute_result"]] if told["execute_result"] else [])]
-        try:
-            call.get()
-        except RemoteError as raised:
-            error: Any = raised
+        error: Any = call.exception(0)
+        if error is not None:
             outcome.how, outcome.traceback = "raised", on_rank.in_cell(error.traceback)
             outcome.error = on_rank.in_cell(f"{error.ename}: {error.evalue}" if error.evalue else error.ename)
 
@@ -137,12 +134,14 @@ class Cell:
             if call.wait(max(0.0, until - monotonic())):
                 self.outcomes[rank].failure = call.get()
 
-    def clear(self) -> None:
-        """Give the ranks that were stuck some more time, and end the engines of those that still are."""
+    def clear(self) -> list[int]:
+        """Give the ranks that were stuck some more time, and end the engines of those that still are: these ranks."""
         until = monotonic() + _PATIENCE
-        for rank, outcome in self.outcomes.items():
-            if outcome.how in ("stuck", "runs") and not self._calls[rank].wait(max(0.0, until - monotonic())):
-                self._engines[rank].kill()
+        stuck = [rank for rank, outcome in self.outcomes.items() if outcome.how in ("stuck", "runs")]
+        ended = [rank for rank in stuck if not self._calls[rank].wait(max(0.0, until - monotonic()))]
+        for rank in ended:
+            self._engines[rank].kill()
+        return ended
 
     def out_of_step(self) -> bool:
         """Whether the ranks cannot go on as they are connected: one was cut off, or sent what another did not."""

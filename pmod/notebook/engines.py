@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-import ipyparallel
 from attrs import frozen
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -32,19 +32,31 @@ _OBEY = 2.0  # seconds that a process has to end when asked to
 # Both programs run the files of this name in their profile folder when they start. Their parent is the notebook: where
 # it is killed they get another, and leave, with the processes that they have started.
 _WITH_PARENT = """
-import os, signal, threading, time
+import os, shutil, signal, threading, time
 
-def _end_with(parent):
+def _end_with(parent, folder):
     while os.getppid() == parent:
         time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
-threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+threading.Thread(target=_end_with, args=(os.getppid(), os.path.dirname(__file__)), daemon=True).start()
 """
 _CONFIGURATION = {
     "ipcontroller_config.py": _WITH_PARENT,
     "ipengine_config.py": f"{_WITH_PARENT}\nimport pmod.notebook\n",  # before it says that it is there
 }
+
+
+def _client(file: Path) -> Any:
+    return importlib.import_module("ipyparallel").Client(str(file))
+
+
+def check_installed() -> None:
+    """Raises: PmodError that names the extra."""
+    if importlib.util.find_spec("ipyparallel") is None:
+        right = 'Install the extra: pip install "pmod[notebook]". Without %mesh, cells run in this process.'
+        raise PmodError(explain("notebook", "%mesh needs ipyparallel, which is not installed", right))
 
 
 @frozen
@@ -78,6 +90,7 @@ class Engines:
     """The controller, the engines in the order of the ranks (perhaps more than there are), and where the ranks meet."""
 
     def __init__(self) -> None:
+        check_installed()
         self.ranks: list[Engine] = []
         self._stores: list[TCPStore] = []  # the ranks may hold on to an earlier one
         self._count = 0
@@ -91,7 +104,7 @@ class Engines:
             self._controller = self._spawn("controller", f"--ip={_LOOPBACK}", f"--location={_LOOPBACK}", *options)
             files = [self._folder / "security" / f"ipcontroller-{whose}.json" for whose in ("client", "engine")]
             self._until(lambda: all(map(_is_written, files)), [self._controller], "its controller did not start")
-            self._client: Any = ipyparallel.Client(str(files[0]))
+            self._client: Any = _client(files[0])
         except BaseException:
             self.end()
             raise

@@ -60,11 +60,14 @@ class Session:
     def ready(self) -> None:
         """Before each cell: an engine a rank, and the ranks connected."""
         size, ranks = self.places.size, self.engines.ranks
-        if self._last is not None:
-            self._last.clear()
-            self._last = None
+        ended = self._last.clear() if self._last is not None else []
+        self._last = None
         lacking = [rank for rank in range(size) if rank >= len(ranks) or not ranks[rank].is_alive]
         if lacking:
+            for rank in lacking:
+                if rank < len(ranks):
+                    why = "the last cell did not stop there" if rank in ended else ranks[rank].death()
+                    print(f"({self.places.label([rank])}) gets a new engine, without variables: {why}.")
             bar = Bar(self.shell, "starting engines", len(lacking))
             self.engines.start(lacking, bar.draw)
             bar.end()
@@ -82,6 +85,7 @@ class Session:
         """Run a cell, show what it shows, and raise where a rank did not finish it."""
         self.ready()
         cell = Cell(code, self.chosen(chosen), self._board)
+        self._last, self._in_step = cell, False  # until more is known: the stop button may be pressed twice
         bar = Bar(self.shell, "running", len(cell.outcomes))
         try:
             cell.run(lambda cell: bar.draw(len(cell.outcomes) - len(cell.left), lambda: so_far(cell, self.places)))

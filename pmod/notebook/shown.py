@@ -70,8 +70,9 @@ def prefixed(texts: Mapping[int, str], places: Places) -> str:
     """What the ranks have printed, each line behind its ranks; ranks that printed nothing are left out."""
     folded = {places.label(ranks): str(text) for text, ranks in fold(texts).items() if text}
     width = max(map(len, folded), default=0)
-    lines = [f"{label:{width}} │ {line}\n" for label, text in folded.items() for line in text.splitlines()]
-    return "".join(lines)
+    lines = ((label, line) for label, text in folded.items() for line in text.removesuffix("\n").split("\n"))
+    # of a line that was written over, as a progress bar's, the last state
+    return "".join(f"{label:{width}} │ {line.rstrip(chr(13)).rpartition(chr(13))[2]}\n" for label, line in lines)
 
 
 # --- what is left of a cell ---------------------------------------------------------------------------------------
