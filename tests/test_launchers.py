@@ -241,6 +241,22 @@ def test_the_same_loss_in_a_kernel_of_jupyter_distributed(alone: float, tmp_path
     assert loss(printed[0], "env", 2) == pytest.approx(alone, rel=1e-10)
 
 
+CELLS = ["%load_ext pmod.notebook", "%mesh data=2", "%%spmd data=1\nimport pmod\nprint('one', pmod.axis_index('data'))",
+         "%%spmd\nimport pmod, torch\nprint(pmod.psum(torch.ones(1), 'data'))"]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*:RuntimeWarning:zmq")
+def test_the_cells_of_a_notebook_in_a_kernel_of_jupyter_distributed(tmp_path: Path) -> None:
+    """Its processes are the ranks: nothing is started, and each cell runs in all of them, or on those that it names."""
+    code = "\n".join(f"assert get_ipython().run_cell({cell!r}).success" for cell in CELLS)
+    engines = "import psutil\nprint([c.cmdline() for c in psutil.Process().children(recursive=True)])"
+    shown = asyncio.run(run_in_kernel(f"{code}\n{engines}", 2, tmp_path))
+    assert shown["status"] == "ok", shown
+    printed = ["".join(output["content"].get("text", "") for output in rank["outputs"]) for rank in shown["ranks"]]
+    assert ["one 1" in text for text in printed] == [False, True], printed
+    assert all("tensor([2.])" in text and "ipyparallel" not in text for text in printed), printed
+
+
 # --- where the ranks meet ---------------------------------------------------------------------------------------------
 
 Said = tuple[str, int, int, str, str]  # launcher, rank, size, port, sum
