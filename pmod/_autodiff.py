@@ -475,7 +475,12 @@ def once(ask: Callable[[], T]) -> T:
 
 
 class Pending(Generic[T]):
-    """A collective under way, made by `start`; `wait` gives its result."""
+    """A collective under way, made by `start`; `wait` gives its result.
+
+    >>> pending = pmod.start(pmod.psum, torch.ones(2), mesh["model"])
+    >>> pending.wait() is pending.wait()
+    True
+    """
 
     def __init__(self, finish: Callable[[], T], name: str) -> None:
         self._finish: Callable[[], T] | None = finish
@@ -483,7 +488,10 @@ class Pending(Generic[T]):
         self._result: list[T] = []
 
     def wait(self) -> T:
-        """The result, with its derivative; the same object however often it is asked for."""
+        """The result, with its derivative; the same object however often it is asked for.
+
+        Raises: ArgumentError where a tensor was changed in place after `start`; what the started function raises.
+        """
         finish, self._finish = self._finish, None
         if finish is not None:
             self._result.append(finish())

@@ -1,12 +1,4 @@
-"""`Mesh`: named axes over ranks; `Axis`: one axis bound to this rank's place; `make_mesh`.
-
-A mesh is held as arithmetic, not as an array: axis i is a list of factors (size, stride), slowest first, and
-
-    rank(coords) = offset + sum of the strides times the digits of the coords
-
-so that 131,072 ranks cost as much as four. Flattening joins lists of factors, splitting cuts them. Only a mesh over
-ranks in no such order (``ranks=[3, 0, 2]``) holds them, as `base`, and the arithmetic then gives places in `base`.
-"""
+"""`Mesh`: named axes over ranks; `Axis`: one axis bound to this rank's place; `make_mesh`."""
 
 from __future__ import annotations
 
@@ -26,16 +18,13 @@ import torch
 from pmod import _groups
 from pmod._draw import mesh_html, mesh_text
 from pmod._errors import AxisError, explain, near_miss
+from pmod._factors import Factors, all_places, layout, merged, place_of, take_fastest
 from pmod._groups import DEFAULT_TIMEOUT
 from pmod._topology import Topology
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-Factors: TypeAlias = tuple[tuple[int, int], ...]
-"""(size, stride) pairs, slowest first."""
-
 
 @attrs.frozen(eq=False)
 class Axis:
@@ -64,7 +53,7 @@ class Axis:
     @property
     def ranks(self) -> list[int]:
         """The ranks in the order of the axis."""
-        places = _places(self.offset, (self.factors,)).reshape(-1).tolist()
+        places = all_places(self.offset, (self.factors,)).reshape(-1).tolist()
         return places if self.base is None else [self.base[place] for place in places]
 
     @cached_property
@@ -102,39 +91,6 @@ def named(label: str | tuple[str, ...]) -> str:
 _axes: dict[str, Axis] = {}
 
 
-def _places(offset: int, axes: Iterable[Factors]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """rank(coords) for all coords: an array with one dimension per axis."""
-    place = np.array(offset, dtype=np.int64)
-    shape: list[int] = []
-    for factors in axes:
-        shape.append(math.prod(size for size, _ in factors))
-        for size, stride in factors:
-            place = np.add.outer(place, np.arange(size, dtype=np.int64) * stride)
-    return place.reshape(shape)
-
-
-def _merged(factors: Factors) -> Factors:
-    """The shortest list of factors for the same ranks, so that equal axes compare equal."""
-    out: list[tuple[int, int]] = []
-    for size, stride in factors:
-        if size == 1:
-            continue
-        if out and out[-1][1] == size * stride:
-            out[-1] = (out[-1][0] * size, stride)
-        else:
-            out.append((size, stride))
-    return tuple(out)
-
-
-def _digits(factors: Factors, index: int) -> int:
-    """What index along an axis adds to the rank."""
-    place = 0
-    for size, stride in reversed(factors):
-        index, digit = divmod(index, size)
-        place += digit * stride
-    return place
-
-
 @attrs.frozen(eq=False, repr=False)
 class Mesh:
     """Ordered axis names over an array of ranks: the immutable value that gives axis names their meaning.
@@ -148,6 +104,8 @@ class Mesh:
     {'data': 2, 'model': 2}
     >>> mesh.coords
     {'data': 0, 'model': 1}
+    >>> mesh.axis_names, mesh.size, mesh.device, mesh.topology.rank
+    (('data', 'model'), 4, device(type='cpu'), 1)
     >>> mesh["model"].ranks
     array([0, 1])
     """
@@ -167,7 +125,7 @@ class Mesh:
 
     def __attrs_post_init__(self) -> None:
         set_once = object.__setattr__
-        set_once(self, "_axes", tuple(_merged(factors) for factors in self._axes))
+        set_once(self, "_axes", tuple(merged(factors) for factors in self._axes))
         set_once(self, "_sizes", tuple(math.prod(size for size, _ in factors) for factors in self._axes))
         set_once(self, "_coords", self._coords_of(self.topology.rank))
         base = None if self._base is None else hashlib.sha1(repr(self._base).encode()).hexdigest()
@@ -189,7 +147,7 @@ class Mesh:
     @property
     def ranks(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The ranks, one dimension per axis; read-only, int64."""
-        ranks = _places(self._offset, self._axes)
+        ranks = all_places(self._offset, self._axes)
         if self._base is not None:
             ranks = np.asarray(self._base, dtype=np.int64)[ranks]
         ranks.flags.writeable = False
@@ -206,7 +164,12 @@ class Mesh:
         return None if self._coords is None else dict(zip(self.axis_names, self._coords, strict=True))
 
     def coords_of(self, rank: int) -> dict[str, int] | None:
-        """Axis name -> the index of `rank`; None where it is outside the mesh."""
+        """Axis name -> the index of `rank`; None where it is outside the mesh.
+
+        >>> mesh = pmod.make_mesh(data=2, model=2, topology=pmod.Topology(rank=1, world_size=4))
+        >>> mesh.coords_of(2)
+        {'data': 1, 'model': 0}
+        """
         coords = self._coords_of(rank)
         return None if coords is None else dict(zip(self.axis_names, coords, strict=True))
 
@@ -256,8 +219,8 @@ class Mesh:
         offset = self._offset
         for number, (factors, index) in enumerate(zip(self._axes, self._coords, strict=True)):
             if number not in numbers:
-                offset += _digits(factors, index)
-        factors = _merged(tuple(factor for number in numbers for factor in self._axes[number]))
+                offset += place_of(factors, index)
+        factors = merged(tuple(factor for number in numbers for factor in self._axes[number]))
         index = 0
         for number in numbers:
             index = index * self._sizes[number] + self._coords[number]
@@ -301,11 +264,25 @@ class Mesh:
         return self.axis_names[-1] if self.axis_names else "model"
 
     def axis_index(self, axis: AxisLike) -> int:
-        """This rank's index along the axis; of a tuple, in the flattened group (first name slowest)."""
+        """This rank's index along the axis; of a tuple, in the flattened group (first name slowest).
+
+        Raises: AxisError for an axis that the mesh lacks, and on a rank outside the mesh.
+
+        >>> mesh = pmod.make_mesh(data=2, model=2, topology=pmod.Topology(rank=1, world_size=4))
+        >>> mesh.axis_index("model"), mesh.axis_index(("model", "data"))
+        (1, 2)
+        """
         return self.bind(axis, "Mesh.axis_index").index
 
     def axis_size(self, axis: AxisLike) -> int:
-        """The number of ranks along the axis; of a tuple, the product."""
+        """The number of ranks along the axis; of a tuple, the product.
+
+        Raises: AxisError for an axis that the mesh lacks.
+
+        >>> mesh = pmod.make_mesh(data=2, model=2, topology=pmod.Topology(rank=1, world_size=4))
+        >>> mesh.axis_size("model"), mesh.axis_size(("data", "model"))
+        (2, 4)
+        """
         if isinstance(axis, Mesh):
             return axis.size
         return math.prod(self._sizes[number] for number in self._numbers(axis, "Mesh.axis_size")[1])
@@ -314,6 +291,10 @@ class Mesh:
         """The process group of the axis through this rank, for DDP and all else that takes one.
 
         Made on first use by its own members only; the ranks are in the order of the axis. At size 1 a one-rank group.
+        Raises: AxisError for an axis that the mesh lacks, and on a rank outside the mesh.
+
+        >>> pmod.make_mesh(data=1).group("data").size()
+        1
         """
         return self.bind(axis, "Mesh.group").group
 
@@ -331,6 +312,8 @@ class Mesh:
 
     def flatten(self, axes: tuple[str, ...], name: str) -> Mesh:
         """Join axes into one called `name`, first of `axes` slowest, at the place of the first of them in the mesh.
+
+        Raises: AxisError where the mesh has no such axes, or another of that name.
 
         >>> mesh = pmod.make_mesh(data=2, model=2, topology=pmod.Topology(rank=0, world_size=4))
         >>> mesh.flatten(("model", "data"), "all").ranks
@@ -351,6 +334,8 @@ class Mesh:
     def split(self, axis: str, **sizes: int) -> Mesh:
         """Cut one axis into several, first slowest; one size may be -1.
 
+        Raises: AxisError where the sizes do not multiply to the axis's.
+
         >>> mesh = pmod.make_mesh(data=4, topology=pmod.Topology(rank=0, world_size=4))
         >>> mesh.split("data", node=2, local=-1).shape
         {'node': 2, 'local': 2}
@@ -363,13 +348,19 @@ class Mesh:
         parts: list[tuple[str, Factors]] = []
         rest = self._axes[number]
         for name, size in reversed(cut.items()):
-            taken, rest = _take_fastest(rest, size)
+            taken, rest = take_fastest(rest, size)
             parts.insert(0, (name, taken))
         old = list(zip(self.axis_names, self._axes, strict=True))
         return self._with("Mesh.split", [*old[:number], *parts, *old[number + 1 :]])
 
     def rename(self, **old_new: str) -> Mesh:
-        """The same mesh under other axis names: ``mesh.rename(data="batch")``."""
+        """The same mesh under other axis names.
+
+        Raises: AxisError for an axis that the mesh lacks, or a name that another axis has.
+
+        >>> pmod.make_mesh(data=1, model=1).rename(data="batch").axis_names
+        ('batch', 'model')
+        """
         self._numbers(tuple(old_new), "Mesh.rename")
         names = (old_new.get(name, name) for name in self.axis_names)
         return self._with("Mesh.rename", zip(names, self._axes, strict=True))
@@ -381,6 +372,10 @@ class Mesh:
         """A torch ``DeviceMesh`` over the same process groups, for DTensor, FSDP2 and DCP.
 
         Makes the groups of all axes through this rank.
+        Raises: AxisError where the mesh has no axis.
+
+        >>> pmod.make_mesh(data=1, model=1).device_mesh.mesh_dim_names
+        ('data', 'model')
         """
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -396,7 +391,12 @@ class Mesh:
 
     @staticmethod
     def from_device_mesh(device_mesh: DeviceMesh) -> Mesh:
-        """The mesh with the axes, ranks and process groups of a torch ``DeviceMesh``; unnamed axes are dim0, dim1."""
+        """The mesh with the axes, ranks and process groups of a torch ``DeviceMesh``; unnamed axes are dim0, dim1.
+
+        >>> mesh = pmod.make_mesh(data=1, model=1)
+        >>> pmod.Mesh.from_device_mesh(mesh.device_mesh) == mesh
+        True
+        """
         ranks = device_mesh.mesh
         names = device_mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(ranks.ndim))
         sizes = dict(zip(names, ranks.shape, strict=True))
@@ -413,7 +413,7 @@ class Mesh:
     def _ends(self) -> tuple[int, int]:
         """The first and the last rank, without listing the others."""
         last = self._offset + sum(
-            _digits(factors, size - 1) for factors, size in zip(self._axes, self._sizes, strict=True)
+            place_of(factors, size - 1) for factors, size in zip(self._axes, self._sizes, strict=True)
         )
         return (self._offset, last) if self._base is None else (self._base[self._offset], self._base[last])
 
@@ -446,7 +446,7 @@ class Mesh:
         return f"Mesh({sizes}) at ({place})"
 
     def _rank_at(self, coords: tuple[int, ...]) -> int:
-        place = self._offset + sum(_digits(factors, index) for factors, index in zip(self._axes, coords, strict=True))
+        place = self._offset + sum(place_of(factors, index) for factors, index in zip(self._axes, coords, strict=True))
         return place if self._base is None else self._base[place]
 
     def _node_of(self, rank: int) -> int:
@@ -479,27 +479,6 @@ _sub_mesh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _load_mesh(names: tuple[str, ...], axes: tuple[Factors, ...], offset: int, base: tuple[int, ...] | None) -> Mesh:
     return Mesh(names, axes, offset, base, _groups.here(), _groups.deadline(None))
-
-
-def _take_fastest(factors: Factors, size: int) -> tuple[Factors, Factors]:
-    """Cut `size` ranks off the fast end: (the factors taken, the factors left)."""
-    taken: list[tuple[int, int]] = []
-    left = list(factors)
-    need = size
-    while need > 1:
-        count, stride = left.pop()
-        part = math.gcd(count, need)
-        if part == 1 or (part < count and part != need):
-            # the digits of the flattened axes do not line up with the cut
-            raise AxisError(
-                explain("Mesh.split", f"a size of {size} cuts across the axes that were flattened into this one",
-                        "Split it by the sizes that it was flattened from.")
-            )  # fmt: skip
-        taken.insert(0, (part, stride))
-        if part < count:
-            left.append((count // part, stride * part))
-        need //= part
-    return tuple(taken), tuple(left)
 
 
 def _few(ranks: np.ndarray[Any, Any]) -> str:
@@ -574,7 +553,7 @@ def make_mesh(
     seconds = _groups.deadline(timeout)
     by_hand = topology is not None
     place = topology if topology is not None else _world_topology()
-    offset, stride, base, count = _layout(ranks, place.world_size)
+    offset, stride, base, count = layout(ranks, place.world_size)
     have = f"the world has {count}" if ranks is None else f"ranks lists {count}"
     sizes = _fill_in(sizes or {"data": -1}, count, "make_mesh", have)
     factors: list[Factors] = []
@@ -605,34 +584,6 @@ def _world_topology() -> Topology:
     if (known.rank, known.world_size) == (rank, world_size):
         return known
     return Topology(rank=rank, world_size=world_size, device=known.device)
-
-
-def _layout(ranks: Sequence[int] | None, world_size: int) -> tuple[int, int, tuple[int, ...] | None, int]:
-    """(offset, stride, base, number of ranks) of the ranks that a mesh covers."""
-    if ranks is None:
-        return 0, 1, None, world_size
-    listed = _listed(ranks)
-    for rank in listed:
-        if not 0 <= rank < world_size:
-            raise AxisError(explain("make_mesh", f"ranks holds {rank}", f"The world has ranks 0 to {world_size - 1}."))
-    if not listed or len(set(listed)) != len(listed):
-        what = "ranks is empty" if not listed else "ranks holds a rank twice"
-        raise AxisError(explain("make_mesh", what, "List each rank that the mesh covers once."))
-    step = listed[1] - listed[0] if len(listed) > 1 else 1
-    if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
-        return listed[0], step, None, len(listed)
-    return 0, 1, tuple(listed), len(listed)
-
-
-def _listed(ranks: Sequence[int]) -> list[int]:
-    """The ranks as ints, from nested sequences or an array."""
-    try:
-        array = np.asarray(ranks)
-    except ValueError:  # ragged
-        array = np.asarray("")
-    if array.ndim == 0 or (array.size > 0 and array.dtype.kind not in "iu"):
-        raise AxisError(explain("make_mesh", f"ranks is {ranks!r}", "List the ranks that the mesh covers, as ints."))
-    return [int(rank) for rank in array.reshape(-1)]
 
 
 def _warn_of_straddling(mesh: Mesh) -> None:

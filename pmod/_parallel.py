@@ -84,7 +84,13 @@ def _leaf_like(like: Tensor, y: Tensor) -> Tensor:
 
 
 class SharedParameters:
-    """What `share_parameters` attached to a module; `remove` takes it off again."""
+    """What `share_parameters` attached to a module; `remove` takes it off again.
+
+    >>> shared = pmod.share_parameters(torch.nn.Linear(2, 1), mesh["data"])
+    >>> shared.axis
+    'data'
+    >>> shared.remove()
+    """
 
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
         self._axis = axis

@@ -293,7 +293,17 @@ def _received(
 
 @attrs.frozen(eq=False)
 class ExchangePlan:
-    """Which rows go to which rank, made by `exchange_plan` and used every step in place of the indices."""
+    """Which rows go to which rank, made by `exchange_plan` and used every step in place of the indices.
+
+    `send_sizes` and `recv_sizes` count the rows per rank; `rows`, `bounds` and `place` are what is checked and sent.
+
+    >>> def lengths():
+    ...     first, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
+    ...     plan = pmod.exchange_plan([none, first], "graph")  # row 0 for rank 1
+    ...     return plan.send_sizes, plan.recv_sizes
+    >>> pmod.simulate(lengths, graph=2)
+    [((0, 1), (0, 0)), ((0, 1), (1, 1))]
+    """
 
     send_sizes: Sizes
     recv_sizes: Sizes

@@ -78,7 +78,11 @@ class sampler:  # lower case: it reads as the function it is called as
 
     @property
     def epoch(self) -> int:
-        """The epoch whose order it gives."""
+        """The epoch whose order it gives.
+
+        >>> pmod.sampler(range(8), mesh["data"]).epoch
+        0
+        """
         return self._epoch
 
     @property
@@ -86,7 +90,15 @@ class sampler:  # lower case: it reads as the function it is called as
         return self._batch_size * self._axis.size
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the order of this epoch; of the one that was loaded, what is left of it."""
+        """Give the order of this epoch; of the one that was loaded, what is left of it.
+
+        Raises: ShapeError where it is no int of 0 or more.
+
+        >>> batches = pmod.sampler(range(8), mesh["data"])
+        >>> batches.set_epoch(3)
+        >>> batches.epoch
+        3
+        """
         epoch = _count(epoch, "sampler.set_epoch", self._axis, name="epoch", least=0)
         if epoch != self._epoch:
             self._begin(epoch=epoch, start=0)
@@ -126,6 +138,9 @@ class sampler:  # lower case: it reads as the function it is called as
 
         done: how many the loop has had. The sampler does not know: the DataLoader's workers fetch ahead of the loop.
         Raises: ShapeError where there are not so many batches.
+
+        >>> pmod.sampler(range(8), mesh["data"], batch_size=2).state_dict(done=3)
+        {'epoch': 0, 'start': 6, 'length': 8, 'seed': 0, 'shuffle': 1}
         """
         done = _count(done, "sampler.state_dict", self._axis, name="done", least=0)
         if done > len(self):
@@ -140,6 +155,11 @@ class sampler:  # lower case: it reads as the function it is called as
         """Go on from there: the next iteration gives what is left of that epoch, in that order (its seed, its shuffle).
 
         Raises: ShapeError where the dataset has another length.
+
+        >>> batches = pmod.sampler(range(8), mesh["data"], batch_size=2, shuffle=False)
+        >>> batches.load_state_dict(batches.state_dict(done=3))
+        >>> list(batches)
+        [[6, 7]]
         """
         if state["length"] != self._length:
             given = f"the state is of a dataset of {state['length']} samples, and this one has {self._length}"

@@ -52,6 +52,9 @@ class P:
 
     >>> pmod.P("data", None, ("node", "model"))
     P('data', None, ('node', 'model'))
+    >>> spec = pmod.P(None, "model", sizes={1: (3, 5)})
+    >>> spec.axes, spec.entries, spec.sizes
+    (('model',), (None, 'model'), ((1, (3, 5)),))
     """
 
     entries: tuple[Entry, ...]
@@ -101,6 +104,9 @@ class P:
 
         Raises: ShapeError where the spec has sizes of its own, or flattens axes in another order than the mesh has:
         DTensor knows neither.
+
+        >>> pmod.P("model").placements(pmod.make_mesh(data=1, model=1))
+        (Replicate(), Shard(dim=0))
         """
         from torch.distributed.tensor import Replicate, Shard
 
@@ -121,6 +127,10 @@ class P:
         """The spec that DTensor calls so on this mesh, one placement for each of its axes.
 
         Raises: ShapeError for Partial, which is no way to hold a tensor but a sum to be taken.
+
+        >>> from torch.distributed.tensor import Replicate, Shard
+        >>> pmod.P.from_placements((Replicate(), Shard(1)), pmod.make_mesh(data=1, model=1))
+        P(None, 'model')
         """
         from torch.distributed.tensor import Replicate, Shard
 
@@ -366,6 +376,9 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
 
         state = pmod.to_dtensors(dict(model.named_parameters()), specs)
         torch.distributed.checkpoint.save(state, checkpoint_id="step_100")
+
+    >>> pmod.to_dtensors(torch.ones(2), pmod.P("model"), mesh=mesh).placements
+    (Replicate(), Shard(dim=0))
     """
     mesh, everywhere, found = _checked(tree, specs, mesh, "to_dtensors")
     sizes, device_mesh = whole_shapes(found, mesh, "to_dtensors"), mesh.device_mesh
@@ -377,7 +390,11 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
 
 
 def from_dtensors(tree: Any) -> Any:
-    """The local shards of the DTensors in a tree, which share their storage; all else as it is. Nothing is sent."""
+    """The local shards of the DTensors in a tree, which share their storage; all else as it is. Nothing is sent.
+
+    >>> pmod.from_dtensors({"w": pmod.to_dtensors(torch.ones(2), pmod.P("model"), mesh=mesh)})
+    {'w': tensor([1., 1.])}
+    """
     from torch.distributed.tensor import DTensor
 
     return map_tensors(lambda x: x.to_local() if isinstance(x, DTensor) else x, tree)

@@ -33,6 +33,7 @@ class Topology:
     `local_world_size` says otherwise, and ranks fill one node after the other; `backend` follows `device`.
     `master_addr` and `master_port` are where the ranks meet, None where the launcher does not say; `job` is what the
     launcher calls this job, so that the ranks of another that come to the same port by mistake stay strangers.
+    `launcher` says which one it is, "single" by hand, and `restart_count` how often torchrun has restarted the ranks.
     Nothing here touches the network.
 
     Raises: TopologyError when the numbers contradict each other.

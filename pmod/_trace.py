@@ -184,7 +184,15 @@ class trace:  # lower case: it reads as the function it is called as
     # --- what is shown ----------------------------------------------------------------------------
 
     def total_bytes(self, axis: str | tuple[str, ...] | None = None) -> int:
-        """Bytes that this rank sent, along an axis or along all."""
+        """Bytes that this rank sent, along an axis or along all.
+
+        >>> def sent():
+        ...     with pmod.trace() as t:
+        ...         pmod.all_gather(torch.ones(4), "model")
+        ...     return t.total_bytes("model")
+        >>> pmod.simulate(sent, model=2)
+        [16, 16]
+        """
         return sum(event.nbytes for event in self.events if axis is None or event.axis == axis)
 
     def by_axis(self) -> dict[str | tuple[str, ...], dict[str, Any]]:
@@ -213,7 +221,11 @@ class trace:  # lower case: it reads as the function it is called as
         return [*rows, ("all", "", str(len(self.events)), in_bytes(self.total_bytes()), f"{1e3 * seconds:.2f}", "", "")]
 
     def table(self) -> str:
-        """What was called where, how often, with how many bytes and milliseconds."""
+        """What was called where, how often, with how many bytes and milliseconds.
+
+        >>> print(pmod.trace().table().splitlines()[0])
+        function  axis   calls  sent    ms  module  line
+        """
         lines = [_TITLES, *self._rows()]
         widths = [max(len(line[i]) for line in lines) for i in range(len(_TITLES) - 1)]
         return "\n".join(
@@ -232,7 +244,17 @@ class trace:  # lower case: it reads as the function it is called as
         return f"<table>{row(_TITLES, 'th')}{body}</table>"
 
     def plot(self) -> Any:
-        """A matplotlib figure: each axis a lane, each call a bar from its start to its end. Needs matplotlib."""
+        """A matplotlib figure: each axis a lane, each call a bar from its start to its end. Needs matplotlib.
+
+        Raises: ArgumentError where matplotlib is not installed.
+
+        >>> def drawn():
+        ...     with pmod.trace() as t:
+        ...         pmod.psum(torch.ones(4), "model")
+        ...     return t.plot()
+        >>> pmod.simulate(drawn, model=2)[0]
+        <Figure size 1000x160 with 1 Axes>
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -260,6 +282,10 @@ class trace:  # lower case: it reads as the function it is called as
         """Write the events of all ranks of the current mesh, on one clock, for Perfetto or chrome://tracing.
 
         All ranks call it; the first one writes. Without a mesh, this process's own; so those of `estimate`.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, pmod.trace() as t:
+        ...     t.chrome(f"{folder}/trace.json")
         """
         mesh = ambient()
         if mesh is None or mesh.size == 1 or mesh.coords is None or self._estimated:

@@ -15,7 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import docutils.core
 import docutils.nodes
@@ -193,11 +196,72 @@ def test_docstring_examples(name: str) -> None:
     assert result.failed == 0
 
 
-def test_every_public_function_has_an_example() -> None:
-    for name in dir(pmod):
-        thing = getattr(pmod, name)
-        if name.startswith("_") or not callable(thing) or (isinstance(thing, type) and issubclass(thing, Exception)):
+# --- every public name has an example ---------------------------------------------------------------------------------
+
+_TOLD = "called by whatever tells a trace what happens, not by users"
+_OURS = "for pmod's own functions, which give their names to its errors"
+_IPYTHON = "called by IPython at %load_ext"
+_ENGINES = "shows what it gives in a notebook with engines, which tests/test_notebook.py starts"
+# what is public and shows nothing, and why
+WITHOUT = {
+    "Mesh.bind": _OURS, "Mesh.label": _OURS,
+    "trace.before": _TOLD, "trace.after": _TOLD, "trace.waited": _TOLD, "trace.compiled": _TOLD,
+    "trace.retime": "called by estimate",
+    "load_ipython_extension": _IPYTHON, "unload_ipython_extension": _IPYTHON, "pull": _ENGINES, "push": _ENGINES,
+}  # fmt: skip
+
+
+# what users import; demo, bench and doctor are commands
+MODULES = {"fft", "nn", "notebook", "testing"}
+
+
+def _api() -> dict[str, object]:
+    """Where each public function and class is defined -> what it is."""
+    found: dict[str, object] = {}
+    for name in ("pmod", "pmod.nn.functional", *(f"pmod.{module}" for module in MODULES)):
+        for thing in vars(importlib.import_module(name)).values():
+            home = getattr(thing, "__module__", None) or ""
+            if callable(thing) and home.startswith(name) and not thing.__name__.startswith("_"):
+                found[f"{home}.{thing.__qualname__}"] = thing
+    return found
+
+
+API = {home: thing for home, thing in _api().items() if not (isinstance(thing, type) and issubclass(thing, Exception))}
+
+
+def _members() -> Iterator[tuple[str, str, Any]]:
+    """(class, name, what it is) of the methods, properties and fields of public classes that are pmod's own."""
+    for home, thing in API.items():
+        for owner in thing.__mro__ if isinstance(thing, type) else ():
+            if owner.__module__.startswith("pmod."):
+                yield from ((home, name, member) for name, member in vars(owner).items() if not name.startswith("_"))
+
+
+@functools.cache
+def _examples() -> dict[str, str]:
+    """The code of the examples that `test_docstring_examples` runs, by where they stand."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    tests = [test for name in _modules() for test in finder.find(importlib.import_module(name))]
+    return {test.name: "".join(example.source for example in test.examples) for test in tests}
+
+
+def test_every_public_function_and_class_has_an_example() -> None:
+    assert len(API) > 80
+    top = {info.name for info in pkgutil.iter_modules(pmod.__path__) if not info.name.startswith("_")}
+    assert top == MODULES | {"demo", "bench", "doctor"}
+    left = {thing.__qualname__ for home, thing in API.items() if not _examples().get(home)}
+    assert left == {name for name in WITHOUT if "." not in name}
+
+
+def test_every_public_member_is_shown() -> None:
+    """By an example of its own, or one of its class."""
+    left: set[str] = set()
+    for home, name, member in _members():
+        if isinstance(member, types.MemberDescriptorType):  # a field
+            assert re.search(rf"\b{name}\b", API[home].__doc__), f"{home}: {name}"
             continue
-        if name in ("Pending", "ExchangePlan", "SharedParameters"):  # shown by the functions that make them
-            continue
-        assert ">>>" in (thing.__doc__ or ""), f"pmod.{name} shows no example"
+        assert inspect.getdoc(member), f"{home}.{name}"
+        shown = _examples().get(f"{home}.{name}") or re.search(rf"\.{name}\b", _examples()[home])
+        if not shown:
+            left.add(f"{home.rsplit('.')[-1]}.{name}")
+    assert left == {name for name in WITHOUT if "." in name}
