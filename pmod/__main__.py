@@ -1,11 +1,44 @@
 """`python -m pmod`: the list of commands."""
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from pmod._errors import near_miss
+
 COMMANDS = {
     "demo": "train a Fourier neural operator over a mesh; with the words graph and wind other jobs",
     "bench": "measure what pmod costs beside the raw calls of torch.distributed",
     "doctor": "say what is detected here, and whether the ranks reach one another; for bug reports",
 }
+_LIST = "".join(f"python -m pmod.{name:<6} {what}\n" for name, what in COMMANDS.items())
+_EXAMPLES = """examples:
+  python -m pmod.demo --mesh data=2,space=2
+  python -m pmod.bench --only latency --ranks 4
+  torchrun --standalone --nproc-per-node 4 -m pmod.doctor
+  python -m pmod.demo --help                         each has a --help of its own, with more examples
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the list; a command that is given as an argument is an error, which says how to call it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pmod",
+        description=_LIST,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    given, more = parser.parse_known_args(arguments)
+    if given.command in COMMANDS:
+        parser.error(f"the commands are modules of their own: python -m pmod.{given.command}")
+    if given.command is not None:
+        parser.error(f"no command {given.command!r} among {', '.join(COMMANDS)}{near_miss(given.command, COMMANDS)}")
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    print(_LIST, end="")
+
 
 if __name__ == "__main__":
-    for name, what in COMMANDS.items():
-        print(f"python -m pmod.{name:<6} {what}")
+    main()
