@@ -67,23 +67,26 @@ def _is_call(node: Any) -> bool:
 
 def _nodes(x: Tensor, axis: Axis | None = None) -> list[tuple[Any, str]]:
     """The nodes behind x with the line that used each, ended by the collectives over the axis."""
-    found: list[tuple[Any, str]] = []
-    left: list[tuple[Any, str]] = [] if x.grad_fn is None else [(x.grad_fn, "")]
-    seen: set[Any] = set()
+    found: dict[Any, str] = {}
+    left: list[tuple[Any, int, str]] = [] if x.grad_fn is None else [(x.grad_fn, x.output_nr, "")]
+    seen: set[tuple[Any, int]] = set()
     while left:
-        node, line = left.pop()
-        if node in seen:
+        node, result, line = left.pop()
+        # of leaves that one call took together (a tree of parameters), each result was made from its own leaf only
+        one = axis is not None and _is_call(node)
+        if (node, one and result) in seen:
             continue
-        seen.add(node)
-        found.append((node, line))
+        seen.add((node, one and result))
+        found.setdefault(node, line)
         if axis is not None and _is_call(node) and _overlap(node.call.axis, axis):
             continue
         here = _line(node) or line
-        left += [(before, here) for before, _ in reversed(node.next_functions) if before is not None]
+        before = node.next_functions[result : result + 1] if one else node.next_functions
+        left += [(earlier, which, here) for earlier, which in reversed(before) if earlier is not None]
     if axis is None:
-        return found
+        return list(found.items())
     # one that overlaps without being the same says nothing certain
-    return [(n, line) for n, line in found if not _is_call(n) or n.call.axis.group_key == axis.group_key]
+    return [(n, line) for n, line in found.items() if not _is_call(n) or n.call.axis.group_key == axis.group_key]
 
 
 def _overlap(a: Axis, b: Axis) -> bool:

@@ -659,6 +659,20 @@ def test_what_only_starts_equal_is_remarked_on_once_or_marked() -> None:
     assert spmd.launch(biased, False, x=2) == [1, 1]
 
 
+def test_leaves_that_one_call_took_together_are_told_apart() -> None:
+    def run(right: bool) -> None:  # parameters of which some are cut over "model", in one message over "data"
+        cut, whole = pmod.pick(data(3), "data").requires_grad_(), torch.ones(3, requires_grad=True)
+        with pmod.debug():
+            held = pmod.pvary({"cut": cut, "whole": whole}, "data")
+            here = held["cut"] * (1.0 if right else held["whole"])
+            pmod.psum((pmod.psum(here, "model") + held["whole"]).sum(), "data").backward()
+
+    with strict():
+        pmod.simulate(run, True, data=2, model=2)
+    with pytest.warns(RuntimeWarning, match=r"a leaf of shape \(3,\) is the same on all ranks"):
+        pmod.simulate(run, False, data=2, model=2)
+
+
 def test_a_varying_loss_that_is_the_same_everywhere() -> None:
     def run(gather: Callable[..., Tensor]) -> None:
         x = data(2).requires_grad_()
