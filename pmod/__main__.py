@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pmod._errors import near_miss
 
 COMMANDS = {
-    "demo": "train a Fourier neural operator over a mesh; with the words graph and wind other jobs",
+    "demo": "train a Fourier neural operator over a mesh; with the words graph, wind and pinn other jobs",
     "bench": "measure what pmod costs beside the raw calls of torch.distributed",
     "doctor": "say what is detected here, and whether the ranks reach one another; for bug reports",
 }

@@ -29,6 +29,7 @@ import pmod
 from pmod import _ambient
 from pmod.demo import fno
 from pmod.demo.graph import net
+from pmod.demo.pinn import net as pinn
 from pmod.demo.wind import stencil
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +177,7 @@ def test_readme_shows_the_demo_as_it_is() -> None:
         assert inspect.getsource(thing).rstrip() in shown
     assert inspect.getsource(net.Round).rstrip() in BLOCKS["graph"][1]
     assert inspect.getsource(stencil.derivatives).rstrip() in BLOCKS["wind"][1]
+    assert all(inspect.getsource(thing).rstrip() in BLOCKS["pinn"][1] for thing in (pinn.Pair, pinn.loss))
 
 
 def _modules() -> list[str]:

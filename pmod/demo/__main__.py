@@ -12,10 +12,11 @@ from pmod.demo.console import check_extra, paint, say
 from pmod.demo.darcy import Fields, read
 from pmod.demo.graph import command as graph
 from pmod.demo.options import Options, check_fit, counts, local_sizes, parse
+from pmod.demo.pinn import command as pinn
 from pmod.demo.training import heading
 from pmod.demo.wind import command as wind
 
-JOBS = {"graph": graph.main, "wind": wind.main}
+JOBS = {"graph": graph.main, "wind": wind.main, "pinn": pinn.main}
 """The jobs that have a word of their own, and what runs each."""
 
 

@@ -70,7 +70,7 @@ def relative_errors(prediction: Tensor, truth: Tensor) -> Tensor:
     return (wrong / whole).sqrt()
 
 
-def loss(model: FNO, a: Tensor, y: Tensor, height: int) -> Tensor:
+def loss(model: nn.Module, a: Tensor, y: Tensor, height: int) -> Tensor:
     """The mean relative error over the batches of all ranks. V -> I: backward() gives each rank the whole gradient."""
     held: dict[str, Tensor] = dict(model.named_parameters())
     parameters = pmod.pvary(held, ("data", "space"))

@@ -27,6 +27,7 @@ examples:
   torchrun --standalone --max-restarts 3 --nproc-per-node 2 -m pmod.demo --checkpoint kept
   python -m pmod.demo graph --help                  another job: message passing on an unstructured mesh
   python -m pmod.demo wind --help                   another: vorticity of winds around the globe, by halos
+  python -m pmod.demo pinn --help                   another: Burgers' equation by a network that knows it
 
 The exit status is 1 where the two trainings differ by more than the bounds that it prints, and 2 where the command
 line cannot be followed.
@@ -97,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "in one process, and compare. Without a launcher it starts its own ranks on this machine.\n\n"
         "Other jobs, each with its --help:\n"
         "  graph  a message-passing network on an unstructured triangle mesh\n"
-        "  wind   vorticity and divergence of winds around the globe, by halos",
+        "  wind   vorticity and divergence of winds around the globe, by halos\n"
+        "  pinn   Burgers' equation by a network that knows it, data- and tensor-parallel",
         _EXAMPLES, AXES, usual.output,
     )  # fmt: skip
     data = parser.add_argument_group("data")

@@ -112,16 +112,18 @@ def fit(
             if step % tested == 0 or step == steps:
                 errors[step] = test_error()
                 if not quiet:
-                    _report(step, curve[-tested:], errors[step], time.perf_counter() - begun)
+                    recent = torch.stack(curve[-tested:]).mean().item()
+                    report(step, recent, errors[step], time.perf_counter() - begun)
             if checkpoints is not None and (step % checkpoints.every == 0 or step == steps):
                 checkpoints.save(model, optimizer, curve, errors)
     return torch.stack(curve).cpu(), errors, time.perf_counter() - begun
 
 
-def _report(step: int, recent: list[Tensor], error: float, seconds: float) -> None:
-    say(f"{step:7}  {torch.stack(recent).mean().item():9.4f}  {error:10.2%}  {seconds:7.1f}")
+def report(step: int, loss: float, error: float, seconds: float) -> None:
+    """Print a row."""
+    say(f"{step:7}  {loss:9.4g}  {error:10.2%}  {seconds:7.1f}")
 
 
 def heading() -> str:
-    """The names of the columns that `fit` prints: the loss is the mean since the last row."""
+    """The names of the columns that `report` prints; the loss that `fit` prints is the mean since the last row."""
     return f"{'step':>7}  {'loss':>9}  {'test error':>10}  {'seconds':>7}"
