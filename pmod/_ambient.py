@@ -167,7 +167,8 @@ def resolve(axis: AxisLike, function: str) -> Axis:
     try:
         return mesh._bound[label]
     except (KeyError, TypeError):  # not looked up yet, or not hashable (a list of names, a mistake)
-        return mesh.bind(axis, function)
+        bind = mesh.bind
+    return bind(axis, function)  # not in the handler: its error would be shown as a consequence of this one
 
 
 def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Axis:

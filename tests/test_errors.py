@@ -133,6 +133,8 @@ def check(error: BaseException | None, kind: type[BaseException], text: str) -> 
     assert error is not None, "nothing was raised"
     assert type(error) is kind, repr(error)
     assert str(error) == text
+    hidden = error.__context__ is None or error.__suppress_context__
+    assert hidden, "shown as a consequence of an error inside pmod"
 
 
 # --- axes: every function -------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from pmod.notebook import rank as on_rank
 
 _LOOPBACK = "127.0.0.1"
 _START = 300.0  # seconds: 64 engines that import torch on a slow file system
-_OBEY = 2.0  # seconds that a process has to end when asked to
+_OBEY = 1.0  # seconds that processes have to end when asked to: Jupyter gives the notebook itself little more
 
 # Both programs run the files of this name in their profile folder when they start. Their parent is the notebook: where
 # it is killed they get another, and leave, with the processes that they have started.
@@ -191,9 +191,8 @@ class Engines:
         atexit.unregister(self.end)
         if hasattr(self, "_client"):
             self._client.close(linger=0)
-        _end([engine.process for engine in self.ranks])
-        if hasattr(self, "_controller"):
-            _end([self._controller])
+        controller = [self._controller] if hasattr(self, "_controller") else []
+        _end([engine.process for engine in self.ranks] + controller)
         self.ranks = []
         shutil.rmtree(self._folder, ignore_errors=True)
 
