@@ -479,6 +479,7 @@ def axis_index(axis: AxisLike) -> int:
     """This rank's index along the axis; of a tuple, in the flattened group (first name slowest).
 
     A Python int, also in compiled code. JAX: lax.axis_index, which is traced.
+    Raises: AxisError for an axis that the mesh lacks; NoMeshError where a name is given and no mesh is set.
 
     >>> pmod.simulate(lambda: pmod.axis_index(("data", "model")), data=2, model=2)
     [0, 1, 2, 3]
@@ -490,6 +491,8 @@ def axis_index(axis: AxisLike) -> int:
 
 def axis_size(axis: AxisLike) -> int:
     """The number of ranks along the axis; of a tuple, the product. JAX: lax.axis_size.
+
+    Raises: as `axis_index`.
 
     >>> pmod.axis_size(mesh["model"])
     1

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -25,6 +25,9 @@ from pmod._errors import ArgumentError, explain
 from pmod._mesh import Mesh, named
 from pmod._ragged import all_gather_v
 from pmod._wire import Meter, Traffic, meters
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @attrs.frozen
@@ -99,7 +102,7 @@ class trace:  # lower case: it reads as the function it is called as
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.began = perf_counter()
+        self.began: float = perf_counter()
         self._meter = Meter()
         self._open: list[_Open] = []
         self._modules = _Modules()
@@ -243,7 +246,7 @@ class trace:  # lower case: it reads as the function it is called as
         body = "".join(row(cells, "td") for cells in self._rows())
         return f"<table>{row(_TITLES, 'th')}{body}</table>"
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """A matplotlib figure: each axis a lane, each call a bar from its start to its end. Needs matplotlib.
 
         Raises: ArgumentError where matplotlib is not installed.

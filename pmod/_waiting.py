@@ -68,9 +68,9 @@ class Board:
 
     def __init__(self, store: Any) -> None:
         self.of = store
-        self.reachable = True
+        self.reachable: bool = True
         try:
-            self.store = store.clone()  # a connection of its own: a wait locks it
+            self.store: Any = store.clone()  # a connection of its own: a wait locks it
         except RuntimeError:  # its server is gone, or it holds nothing (torch's fake one)
             self.store, self.reachable = store, False
         self._places: dict[int, tuple[str, int]] = {}
