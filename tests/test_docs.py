@@ -31,6 +31,7 @@ from pmod.demo import fno
 from pmod.demo.graph import net
 from pmod.demo.pinn import net as pinn
 from pmod.demo.wind import stencil
+from tests import readme_picture
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.rst"
@@ -125,12 +126,12 @@ def test_training_recipe_under_mpirun() -> None:
     assert abs(_loss("train-pure", *MPIRUN) - alone) < 1e-5 * alone
 
 
-def _translations() -> list[str]:
-    """What the second column of the README's translation table says to run."""
+def _translations(name: str, column: int) -> list[str]:
+    """What a column of a translation table of the README says to run."""
     tree = docutils.core.publish_doctree(README.read_text(), settings_overrides={"halt_level": 2, "report_level": 2})
-    (table,) = tree.findall(lambda node: "translation" in node.get("names", []) if hasattr(node, "get") else False)
+    (table,) = tree.findall(lambda node: name in node.get("names", []) if hasattr(node, "get") else False)
     rows = list(table.findall(docutils.nodes.row))[1:]
-    return [next(iter(row[1].findall(docutils.nodes.literal))).astext() for row in rows]
+    return [next(iter(row[column].findall(docutils.nodes.literal))).astext() for row in rows]
 
 
 # what its users call
@@ -146,7 +147,7 @@ TRANSLATED = """
 
 
 def test_every_function_is_translated() -> None:
-    section = README.read_text().split("Every function\n")[1].split("A Fourier neural operator")[0]
+    section = README.read_text().split("Every function\n")[1].split("From JAX, torch.distributed")[0]
     left = " ".join(re.findall(r"^   \* - (.*)$", section, re.MULTILINE))
     assert [name for name in TRANSLATED.split() if not re.search(rf"\b{name}\b", left)] == []
 
@@ -154,8 +155,9 @@ def test_every_function_is_translated() -> None:
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["python", "torchrun"])
 def test_every_translation_runs(launcher: tuple[str, ...]) -> None:
     transform = "torch.testing.assert_close(modes, torch.fft.rfft2(whole).split(pmod.split_sizes(4, n), 1)[index])"
-    lines = [BLOCKS["translation-setup"][1], *_translations(), transform, "print('ran')"]
-    assert len(lines) > 30
+    modulus, others = _translations("translation", 1), _translations("translation-others", 0)
+    assert len(modulus) > 30 and len(others) > 20
+    lines = [BLOCKS["translation-setup"][1], *modulus, transform, *others, "print('ran')"]
     assert set(_printed("\n".join(lines), launcher).split()) == {"ran"}
 
 
@@ -267,3 +269,8 @@ def test_every_public_member_is_shown() -> None:
         if not shown:
             left.add(f"{home.rsplit('.')[-1]}.{name}")
     assert left == {name for name in WITHOUT if "." in name}
+
+
+def test_the_picture_is_what_is_drawn() -> None:
+    assert readme_picture.PATH.read_text() == readme_picture.picture()
+    assert f".. image:: {readme_picture.PATH.relative_to(ROOT).as_posix()}" in README.read_text()
