@@ -416,6 +416,12 @@ def test_what_does_not_fit_together_is_refused(changes, sizes, message):
     assert str(caught.value).startswith(f"pmod.demo: {message}")
 
 
+def test_a_job_that_is_none_is_named(capsys):
+    assert main(["winds", "--mesh", "lat=2"]) == 2
+    said = "pmod.demo: no job 'winds'; did you mean 'wind'?\nPass graph, wind, pinn, or none for Darcy flow.\n"
+    assert capsys.readouterr().err == said
+
+
 def test_the_missing_extra_is_named(monkeypatch, capsys):
     find = console.importlib.util.find_spec
     monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None if name == "tqdm" else find(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pmod._errors import PmodError
+from pmod._errors import PmodError, explain, near_miss
 from pmod.demo import parallel, picture, ranks, serial
 from pmod.demo.compare import compare, curve_bound, report
 from pmod.demo.console import check_extra, paint, say
@@ -23,8 +23,8 @@ JOBS = {"graph": graph.main, "wind": wind.main, "pinn": pinn.main}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where it cannot be run as asked."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in JOBS:
-        return JOBS[given[0]](given[1:])
+    if given and not given[0].startswith("-"):
+        return _other(given[0], given[1:])
     options = parse(given)
     try:
         check_extra("matplotlib", "tqdm")
@@ -42,6 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     outcome = ranks.run(mesh, sizes, parallel.train, options, published)
     return 0 if outcome is None else conclude(outcome, options)
+
+
+def _other(job: str, arguments: Sequence[str]) -> int:
+    """Run the job of that name."""
+    if job in JOBS:
+        return JOBS[job](arguments)
+    given, right = f"no job {job!r}{near_miss(job, JOBS)}", f"Pass {', '.join(JOBS)}, or none for Darcy flow."
+    print(explain("demo", given, right), file=sys.stderr)
+    return 2
 
 
 def _published(options: Options) -> tuple[Fields, Fields] | None:

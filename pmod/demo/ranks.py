@@ -36,6 +36,11 @@ def run(mesh: pmod.Mesh | None, sizes: Mapping[str, int], f: Callable[..., T], *
         return f(*args)
 
 
+def device_of_one() -> torch.device:
+    """Where one process computes what the ranks' results are compared with."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def threads(most: int) -> Generator[None]:
     """Compute with no more threads than that."""

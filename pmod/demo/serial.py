@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from pmod.demo import ranks
 from pmod.demo.darcy import Fields
 from pmod.demo.options import Options
 from pmod.demo.training import Run, Scale, fit
@@ -60,7 +61,7 @@ def relative_errors(prediction: Tensor, truth: Tensor) -> Tensor:
 
 def train(options: Options, train: Fields, test: Fields, weights: dict[str, Tensor]) -> Run:
     """Train in this process, from the given weights."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device_of_one()
     model = SerialFNO(options.channels, options.modes, options.layers).to(device, options.dtype)
     model.load_state_dict(weights)
     train, test = train.to(device), test.to(device)

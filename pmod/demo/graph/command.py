@@ -106,7 +106,7 @@ def compare(outcome: Outcome, options: Options) -> list[Check]:
 
 def _differences(step: Step, outcome: Outcome, options: Options) -> tuple[Tensor, Tensor]:
     """Of the loss, and of the gradient in each weight, at the entry where it is largest."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device_of_one()
     weights = {name: value.to(device) for name, value in step.weights.items()}
     problems = outcome.train[step.batch].to(options.dtype).to(device)
     loss, gradients = whole.loss_and_gradients(weights, outcome.surface, problems.x, problems.u / outcome.scale)

@@ -56,7 +56,7 @@ def conclude(outcome: Outcome, options: Options) -> int:
 
 def compare(outcome: Outcome) -> list[Check]:
     """The losses of each step of the trials, and the parameters after the last, beside those of one process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device_of_one()
     losses: list[Tensor] = []
     parameters: list[Tensor] = []
     for trial in outcome.trials:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pmod.demo import ranks
 from pmod.demo.compare import Check
 from pmod.demo.wind import whole
 from pmod.demo.wind.parallel import Outcome
@@ -20,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 
 def with_one_process(outcome: Outcome, winds: Winds) -> Check:
     """How many values have another bit somewhere."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device_of_one()
     plain = whole.derivatives(Winds(winds.u.to(device), winds.v.to(device)))
     pairs = zip((outcome.vorticity, outcome.divergence), plain, strict=True)
     unlike = sum(int((a.view(torch.int64) != b.cpu().view(torch.int64)).sum()) for a, b in pairs)
