@@ -205,6 +205,16 @@ def test_the_cells_of_the_readme(two: InteractiveShell) -> None:
     assert third.value.tolist() == [0, 0, 1, 1]
 
 
+def test_nothing_is_kept_of_what_was_brought(two: InteractiveShell) -> None:
+    assert magics._session is not None
+    client = magics._session.engines._client
+    before = len(client.results), len(client.metadata)
+    Cell(two, "%%spmd\nx")
+    assert [x.tolist() for x in nb.pull("x")] == [[0, 0], [1, 1]]
+    nb.push({"z": 1})
+    assert (len(client.results), len(client.metadata)) == before
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -237,11 +247,11 @@ def test_who_waits_for_a_rank_that_is_through_is_stopped(two: InteractiveShell) 
 
 
 def test_a_message_that_one_rank_alone_has_sent_is_not_taken_for_the_next(two: InteractiveShell) -> None:
-    """A broadcast's source does not wait: the other rank would read its old value in the next cell."""
-    run = Cell(two, "%%spmd\nif me == 1:\n    raise ValueError('no')\npmod.broadcast(torch.full((1,), 7.), 'data')")
-    assert "raised at (data=1)" in run.text
-    run = Cell(two, "%%spmd\npmod.broadcast(torch.full((1,), 8.), 'data')")
-    assert run.results == ["tensor([8.])"]
+    """One that was started does not wait: the other rank would add its old value in the next cell."""
+    begin = "pending = pmod.start(pmod.psum, torch.full((1,), 7.), 'data')"
+    run = Cell(two, f"%%spmd\nif me == 1:\n    raise ValueError('no')\n{begin}")
+    assert "raised at (data=1)\nat (data=0): had finished the cell" in run.text
+    assert Cell(two, "%%spmd\npmod.psum(torch.full((1,), 8.), 'data')").results == ["tensor([16.])"]
 
 
 def test_the_stop_button_ends_a_hung_collective(two: InteractiveShell) -> None:
@@ -266,6 +276,13 @@ def test_the_stop_button_twice(two: InteractiveShell, monkeypatch: pytest.Monkey
         run = Cell(two, "%%spmd\nif me: time.sleep(60)\npmod.psum(x, 'data')", stop_after=0.3)
     assert isinstance(run.error, KeyboardInterrupt)
     assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
+
+
+def test_an_interrupt_between_messages_leaves_the_ranks_connected(two: InteractiveShell) -> None:
+    Cell(two, "%%spmd\ngroup = pmod.current_mesh().group('data')")
+    run = Cell(two, "%%spmd\npmod.psum(x, 'data')\ntime.sleep(60)", stop_after=0.5)
+    assert run.text.splitlines()[1:] == ["on all ranks: was at line 2: time.sleep(60)"]
+    assert Cell(two, "%%spmd\npmod.psum(x, 'data')\ngroup is pmod.current_mesh().group('data')").results == ["True"]
 
 
 def test_a_rank_that_hears_no_interrupt_is_replaced(two: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,7 @@ class Cell:
 
     def __init__(self, code: str, engines: Mapping[int, Engine], board: Board) -> None:
         self._engines, self._board = engines, board
-        self._calls = {rank: engine.view.execute(code, silent=False, block=False) for rank, engine in engines.items()}
+        self.calls = {rank: engine.view.execute(code, silent=False, block=False) for rank, engine in engines.items()}
         self._looked, self._posts = monotonic(), dict[int, Post]()
         self.outcomes = {rank: Outcome() for rank in engines}
         self.interrupted = False
@@ -60,7 +59,7 @@ class Cell:
 
     def printed(self, rank: int) -> str:
         """What it has printed so far."""
-        return self._calls[rank].metadata["stdout"]
+        return self.calls[rank].metadata["stdout"]
 
     def run(self, tell: Callable[[Cell], None]) -> None:
         """Wait until all ranks are through, telling how it stands; Ctrl-C, which is the stop button, stops them."""
@@ -76,9 +75,9 @@ class Cell:
 
     def _wait(self, ranks: Sequence[int], seconds: float) -> None:
         """Take in who is through; returns after so long, or when the first of these ranks is."""
-        self._calls[ranks[0]].wait(seconds)
+        self.calls[ranks[0]].wait(seconds)
         for rank in self.left:
-            call, engine = self._calls[rank], self._engines[rank]
+            call, engine = self.calls[rank], self._engines[rank]
             alive = engine.is_alive  # asked first: its answer may be here although it has died since
             if call.ready():
                 self._take(rank, call)
@@ -118,7 +117,7 @@ class Cell:
     def _stop(self, ranks: Sequence[int], seconds: float) -> None:
         for rank in ranks:
             self.outcomes[rank].stopped = True
-            os.kill(self._engines[rank].process.pid, signal.SIGINT)
+            self._engines[rank].process.send_signal(signal.SIGINT)
         until = monotonic() + seconds
         while set(ranks) & set(self.left) and monotonic() < until:
             self._wait(self.left, _POLL)
@@ -131,14 +130,15 @@ class Cell:
         raised = [rank for rank, outcome in self.outcomes.items() if outcome.how == "raised"]
         calls = {rank: self._engines[rank].call(on_rank.failure) for rank in raised}
         for rank, call in calls.items():
-            if call.wait(max(0.0, until - monotonic())):
+            # an interrupt that came late may have hit the question
+            if call.wait(max(0.0, until - monotonic())) and call.exception(0) is None:
                 self.outcomes[rank].failure = call.get()
 
     def clear(self) -> list[int]:
         """Give the ranks that were stuck some more time, and end the engines of those that still are: these ranks."""
         until = monotonic() + _PATIENCE
         stuck = [rank for rank, outcome in self.outcomes.items() if outcome.how in ("stuck", "runs")]
-        ended = [rank for rank in stuck if not self._calls[rank].wait(max(0.0, until - monotonic()))]
+        ended = [rank for rank in stuck if not self.calls[rank].wait(max(0.0, until - monotonic()))]
         for rank in ended:
             self._engines[rank].kill()
         return ended
@@ -146,7 +146,7 @@ class Cell:
     def out_of_step(self) -> bool:
         """Whether the ranks cannot go on as they are connected: one was cut off, or sent what another did not."""
         outcomes = self.outcomes.values()
-        if self.interrupted or any(outcome.stopped or outcome.how in ("died", "stuck") for outcome in outcomes):
+        if any(outcome.how in ("died", "stuck") for outcome in outcomes):
             return True
         failures = [outcome.failure for outcome in outcomes if outcome.how == "raised"]
         if any(failure is None or failure.waited for failure in failures):

@@ -184,7 +184,13 @@ class Engines:
             while not call.wait(0.05):
                 if not engine.is_alive:
                     raise PmodError(explain("notebook", engine.death(), "Run the cell again: a new one is started."))
-        return [call.get() for call in calls]
+        results = [call.get() for call in calls]
+        self.forget(calls)
+        return results
+
+    def forget(self, calls: Sequence[Any]) -> None:
+        """Let go of what these calls brought: ipyparallel's client keeps every result for ever."""
+        self._client.purge_local_results(list(calls))
 
     def end(self) -> None:
         """End all processes, and remove what they wrote."""

@@ -94,6 +94,8 @@ class Session:
         self._in_step = not cell.out_of_step()
         self._last = cell if any(outcome.how in ("stuck", "runs") for outcome in cell.outcomes.values()) else None
         show(cell.outcomes, self.places)
+        if self._last is None and all(call.ready() for call in cell.calls.values()):  # of the dead none is
+            self.engines.forget(list(cell.calls.values()))
         text = report(cell, self.places, bar.seconds)
         if text:
             text = plain(text) if str(self.shell.colors).lower() == "nocolor" else text
