@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -171,15 +172,25 @@ def test_trees_that_do_not_fit() -> None:
 # --- slices of files ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [{"data": 3}, {"data": 2, "model": 3}], ids=str)
-def test_slices_of_a_file(mesh: dict[str, int], tmp_path: Path) -> None:
+def as_memmap(whole: np.ndarray[Any, Any], folder: Path) -> Any:
+    np.save(folder / "x.npy", whole)
+    return np.load(folder / "x.npy", mmap_mode="r")
+
+
+def as_h5py(whole: np.ndarray[Any, Any], folder: Path) -> Any:
+    file = h5py.File(folder / "x.h5", "w")
+    return file.create_dataset("x", data=whole, chunks=(2, 2))
+
+
+@pytest.mark.parametrize("stored", [as_memmap, as_h5py])
+@pytest.mark.parametrize("mesh", [{"data": 3}, {"data": 2, "model": 3}, {"data": 8}], ids=str)
+def test_slices_of_a_file(mesh: dict[str, int], stored: Any, tmp_path: Path) -> None:
     """What the ranks read is the whole, each element as often as it is held."""
     whole = np.arange(5 * 7).reshape(5, 7)
-    np.save(tmp_path / "x.npy", whole)
+    array = stored(whole, tmp_path)
     spec = P("data", "model") if "model" in mesh else P(None, "data")
 
     def read() -> tuple[tuple[slice, ...], np.ndarray[Any, Any]]:
-        array = np.load(tmp_path / "x.npy", mmap_mode="r")
         own = pmod.local_slice(array.shape, spec)
         shard = torch.from_numpy(whole)
         for dim, name in enumerate(spec):
