@@ -171,6 +171,13 @@ def resolve(axis: AxisLike, function: str) -> Axis:
     return bind(axis, function)  # not in the handler: its error would be shown as a consequence of this one
 
 
+def resolve_each(mesh: Mesh, function: str) -> tuple[Axis, ...]:
+    """Each axis of a mesh that was given as an axis."""
+    if torch.compiler.is_compiling():
+        return tuple([_constant(key, None, function) for key in mesh._axis_keys])
+    return tuple([resolve(mesh[name], function) for name in mesh.axis_names])
+
+
 def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Axis:
     """While torch.compile traces: the axis of a sub-mesh (its key), or of the ambient mesh (the token, and a name).
 

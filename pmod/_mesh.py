@@ -120,6 +120,7 @@ class Mesh:
     _coords: tuple[int, ...] | None = attrs.field(init=False)
     _key: str = attrs.field(init=False)  # says which mesh and which place in it
     _axis_key: str = attrs.field(init=False)  # all axes flattened, as Axis.parse reads it; "" outside
+    _axis_keys: tuple[str, ...] = attrs.field(init=False)  # each axis by itself, likewise
     # what was looked up once: a memo, no state (it changes no answer), and left out of pickles
     _bound: dict[object, Axis] = attrs.field(init=False, factory=dict)
 
@@ -130,7 +131,10 @@ class Mesh:
         set_once(self, "_coords", self._coords_of(self.topology.rank))
         base = None if self._base is None else hashlib.sha1(repr(self._base).encode()).hexdigest()
         set_once(self, "_key", repr((self.axis_names, self._axes, self._offset, base, self._coords)))
-        set_once(self, "_axis_key", "" if self._coords is None else self.bind(self.label, "make_mesh").key)
+        inside = self._coords is not None
+        set_once(self, "_axis_key", self.bind(self.label, "make_mesh").key if inside else "")
+        keys = tuple(self.bind(name, "make_mesh").key if inside else "" for name in self.axis_names)
+        set_once(self, "_axis_keys", keys)
 
     # --- what it is -------------------------------------------------------------------------------
 

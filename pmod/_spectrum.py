@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._ambient import resolve
+from pmod._ambient import resolve, resolve_each
 from pmod._arguments import _as_int, check_tensor, dim_from_end, split_sizes, wrong
 from pmod._autodiff import Call, bind
 from pmod._errors import ArgumentError, PmodError, ShapeError
@@ -64,7 +64,7 @@ def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
     if not many:
         return (resolve(axis, name),)
     if isinstance(axis, Mesh):
-        return tuple(resolve(axis[one], name) for one in axis.axis_names)
+        return resolve_each(axis, name)
     return tuple(resolve(one, name) for one in (axis if isinstance(axis, tuple) else (axis,)))
 
 

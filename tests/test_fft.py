@@ -326,6 +326,30 @@ def test_compiled() -> None:
     spmd.launch(compiled_on_rank, [prepared(name) for name in ("rfft", "irfft2")], timeout=200, model=2)
 
 
+def compiled_pencils_on_rank(x: Tensor) -> tuple[Tensor, Tensor]:
+    torch._dynamo.reset()
+    mesh = pmod.current_mesh()
+    sizes = pmod.split_sizes(x.shape[0], 2), pmod.split_sizes(x.shape[1], 2)
+
+    def energy(x: Tensor) -> Tensor:
+        pencil = pmod.shard(pmod.shard(x, "x", dim=0), "y", dim=1)
+        modes = pmod.fft.rfftn(pencil, axis=mesh["x", "y"], in_dim=(0, 1), sizes=sizes)
+        return pmod.psum(modes.abs().pow(3).sum(), ("x", "y"))
+
+    value = torch.compile(energy, fullgraph=True, backend="aot_eager")(x.requires_grad_())
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+def test_compiled_pencils() -> None:
+    x = torch.randn(5, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = x.clone().requires_grad_()
+    energy = torch.fft.rfftn(whole).abs().pow(3).sum()
+    (gradient,) = torch.autograd.grad(energy, whole)
+    for value, got in spmd.launch(compiled_pencils_on_rank, x, timeout=200, x=2, y=2):
+        same(value, energy.detach(), "value")
+        same(got, gradient, "gradient")
+
+
 # --- what is sent -------------------------------------------------------------------------------------------------
 
 
