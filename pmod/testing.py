@@ -44,8 +44,9 @@ def assert_matches_serial(
     With axis sizes (``data=2, model=2``) the ranks are made here: run is `pmod.simulate`, or `pmod.launch` for
     processes. Without them all ranks of the ambient mesh call it.
     Differentiated are the arguments that require a gradient; where none does, all of floating or complex dtype. order:
-    2, or 1 to leave out second derivatives, or 0 for values only. rtol: the largest difference allowed, relative to
-    the largest element; by default 1e-9 in 64 bits, 1e-4 in 32, 2e-2 in 16.
+    2, or 1 to leave out second derivatives, or 0 for values only, for which no argument is made to require a gradient:
+    of a function that computes its own. rtol: the largest difference allowed, relative to the largest element; by
+    default 1e-9 in 64 bits, 1e-4 in 32, 2e-2 in 16.
     Raises: AssertionError on all ranks, with which output or gradient is wrong, on which ranks, and by how much.
 
     >>> w, x = torch.tensor([2.0, 3.0]), torch.arange(6.0).reshape(3, 2)
@@ -83,7 +84,7 @@ class _Check:
         for x, spec, where in whole:
             if isinstance(x, Tensor):
                 check_spec(spec, x.shape, mesh, _NAME, where)
-        chosen = _differentiated([x for x, _, _ in whole])
+        chosen = _differentiated([x for x, _, _ in whole], self.order)
         wholes = [_leaf(x, i in chosen) for i, (x, _, _) in enumerate(whole)]
         shards = [_leaf(_shard(x, spec, mesh), i in chosen) for i, (x, spec, _) in enumerate(whole)]
         for x, (_, spec, _) in zip(shards, whole, strict=True):
@@ -204,10 +205,10 @@ def _off(got: Tensor, want: Tensor) -> Tensor:
     return (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0)
 
 
-def _differentiated(leaves: list[Any]) -> list[int]:
-    """Those that require a gradient; where none does, all that could."""
+def _differentiated(leaves: list[Any], order: int) -> list[int]:
+    """Those that require a gradient; where none does, and something is differentiated, all that could."""
     smooth = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
-    return [i for i in smooth if leaves[i].requires_grad] or smooth
+    return [i for i in smooth if leaves[i].requires_grad] or (smooth if order else [])
 
 
 def _leaf(x: Any, differentiated: bool) -> Any:

@@ -145,6 +145,17 @@ def test_only_what_requires_a_gradient() -> None:
     )
 
 
+def test_values_only_need_no_gradient() -> None:
+    """One rank sends what depends on w, another does not: for values only that is no difference between them."""
+
+    def from_first(w: Tensor, x: Tensor) -> Tensor:
+        assert not w.requires_grad and not x.requires_grad
+        return pmod.psum(w if pmod.axis_index("data") == 0 else torch.zeros_like(w), "data")
+
+    with pmod.debug():
+        check(from_first, lambda w, x: w, order=0, data=2)
+
+
 def test_nan_infinity_and_tolerance() -> None:
     special = torch.tensor([float("nan"), float("inf"), 1.0], dtype=torch.float64)
     check(lambda w, x: special * 1, lambda w, x: special * 1, order=0, data=2)
