@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+
+from tests.test_docs import BLOCKS
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -15,11 +18,27 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_short_and_clean(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert len(notebook.cells) < 15
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
+    assert any("assert" in cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("name", ["data", "tensor", "fsdp", "context", "pipeline", "domain"])
+def test_cookbook_is_the_readme_s(name: str) -> None:
+    """Word for word but for the imports, so that a recipe is mended in both places."""
+    recipe = re.split(r"from pmod import P\n+", BLOCKS[f"cookbook-{name}"][1])[1]
+    cells = nbformat.read(NOTEBOOKS[0].parent / "03_parallelism_cookbook.ipynb", as_version=4).cells
+    assert any(recipe.strip() in cell.source for cell in cells)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*:RuntimeWarning:zmq")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("debug", ["0", "1"], ids=["as it is", "under debug"])
 def test_notebook_runs(path: Path, debug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMOD_DEBUG", debug)
     notebook = nbformat.read(path, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
