@@ -129,7 +129,8 @@ def pmean(
 
     V -> I. Transpose: pvary / n.
     Shapes: x (...) -> (...). weight: a number or a tensor per rank that broadcasts to x; then psum(w x) / psum(w),
-    which is the mean over all samples where ranks hold different numbers of them. Both sums travel in one message.
+    which is the mean over all samples where ranks hold different numbers of them. Both sums travel in one message. What
+    has weight 0 counts for nothing, NaN included: the mean over a rank that has no samples.
     Cost and dtypes: as psum; 16-bit means are divided in float32.
     Raises: ArgumentError for bool and integer tensors. JAX: lax.pmean.
 
@@ -156,10 +157,16 @@ def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str 
         if (x.dtype, x.device) not in weights:
             weights[x.dtype, x.device] = _weight_like(weight, x, axis)
         _check_broadcasts(weights[x.dtype, x.device], x, axis)
-    sums = together(PSUM, [x * weights[x.dtype, x.device] for x in wide] + list(weights.values()), axis, (1, asked))
+    parts = [_counted(x, weights[x.dtype, x.device]) for x in wide]
+    sums = together(PSUM, parts + list(weights.values()), axis, (1, asked))
     totals = dict(zip(weights, sums[len(wide) :], strict=True))
     ys = [(y / totals[y.dtype, y.device]).to(x.dtype) for x, y in zip(xs, sums, strict=False)]
     return [y if isinstance(x, Tensor) else y.item() for x, y in zip(leaves, ys, strict=True)]
+
+
+def _counted(x: Tensor, weight: Tensor) -> Tensor:
+    """x times its weight; of weight 0 also where x is not finite: torch's mean of no samples is NaN."""
+    return torch.where((weight == 0) & ~x.isfinite(), 0, x) * weight
 
 
 def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:

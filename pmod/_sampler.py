@@ -30,8 +30,8 @@ class sampler:  # lower case: it reads as the function it is called as
     takes its slice of every batch, along all other axes the same. So each sample is read once in an epoch, all ranks
     get the same number of batches (their collectives meet), and batch k holds the same samples on any number of ranks,
     if n * batch_size is the same. The last batch is spread as evenly as can be, and may be shorter or empty; with
-    drop_last it is left out. For the mean over all its samples: ``pmean(loss, axis, weight=len(x))``, where
-    ``loss = errors.sum() / max(len(x), 1)``, because torch's mean of nothing is nan.
+    drop_last it is left out. For the mean over all its samples: ``pmean(loss, axis, weight=len(x))``, of the mean loss
+    of each rank.
 
     batch_size: on each rank. shuffle: an order for each (seed, epoch); call `set_epoch` before each epoch.
     `collate`, a collate_fn, also makes a batch of no samples. `state_dict` and `load_state_dict` go on in the middle of

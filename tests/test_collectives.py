@@ -701,6 +701,26 @@ def test_weight(run: Any) -> None:
     run(weight_on_rank, x=4)
 
 
+def mean_of_no_samples_on_rank() -> None:
+    """Rank 0 has none: its mean is NaN, which counts for nothing, in the gradient neither."""
+    i = pmod.axis_index("x")
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    errors = torch.arange(1.0, 1.0 + i, dtype=torch.float64) * pmod.pvary(w, "x")
+    y = pmod.pmean(errors.mean(), "x", weight=len(errors))
+    (g,) = torch.autograd.grad(y, w)
+    assert (y.item(), g.item()) == (2 * (1 + 1 + 2) / 3, (1 + 1 + 2) / 3)
+    # a NaN that counts comes through, and so does the derivative by a weight that is 0
+    assert pmod.pmean(torch.tensor(float("nan")), "x", weight=i).isnan()
+    weight = torch.tensor(float(i), requires_grad=True)
+    z = pmod.pmean(torch.tensor(1.0 + i), "x", weight=weight)
+    (d,) = torch.autograd.grad(z, weight)
+    torch.testing.assert_close(d, (1.0 + i - z.detach()) / 3)
+
+
+def test_mean_of_no_samples(run: Any) -> None:
+    run(mean_of_no_samples_on_rank, x=3)
+
+
 def fused_on_rank() -> list[Any]:
     i, n = pmod.axis_index("x"), pmod.axis_size("x")
     double, single, half = torch.float64, torch.float32, torch.bfloat16

@@ -235,7 +235,7 @@ def trained(steps: int, state: dict[str, Any] | None) -> dict[str, Any]:
         for done, (x, y) in enumerate(loader, 1):
             params = pmod.pvary(dict(model.named_parameters()), "data")
             errors = (torch.func.functional_call(model, params, (x,)) - y).square()
-            loss = pmod.pmean(errors.sum() / max(len(x), 1), "data", weight=len(x))
+            loss = pmod.pmean(errors.mean(), "data", weight=len(x))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
