@@ -274,3 +274,13 @@ def test_every_public_member_is_shown() -> None:
 def test_the_picture_is_what_is_drawn() -> None:
     assert readme_picture.PATH.read_text() == readme_picture.picture()
     assert f".. image:: {readme_picture.PATH.relative_to(ROOT).as_posix()}" in README.read_text()
+
+
+def test_docstrings_of_what_is_composed_of_collectives() -> None:
+    """They have the form of a collective's (for those, see test_layout.py)."""
+    for home, thing in API.items():
+        moves = inspect.isfunction(thing) and {"x", "input"} & {*inspect.signature(thing).parameters}
+        if moves and home.startswith(("pmod.fft.", "pmod.nn.", "pmod._halo.")):
+            doc = inspect.getdoc(thing) or ""
+            assert re.search(r"^[VI] -> [VI]\. ", doc, re.MULTILINE), f"{home}: V -> V opens a line"
+            assert [word for word in ("Shapes", "Cost", "Raises") if word not in doc] == [], home
