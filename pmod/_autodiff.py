@@ -200,7 +200,7 @@ class _Linear(torch.autograd.Function):
         if below is None and call.row.local:
             return tuple(_run(call, xs))
         # what arrives is private: where it is a view of a message, autograd need not know, and the user may change it
-        with torch._C._AutoDispatchBelowADInplaceOrView():  # type: ignore[attr-defined]
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return tuple(_run(call, xs) if below is None else below(xs))
 
     @staticmethod
@@ -209,7 +209,7 @@ class _Linear(torch.autograd.Function):
         ctx.origin = _watched.origin
 
     @staticmethod
-    def backward(ctx: Any, *gs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gs: Tensor) -> Any:
         needed = ctx.needs_input_grad[2:]
         wanted = bind(ctx.call.T, [g for g, need in zip(gs, needed, strict=True) if need], ctx.origin)
         # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
@@ -218,7 +218,7 @@ class _Linear(torch.autograd.Function):
         return (None, None, *(next(own) if need else None for need in needed))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         moving = iter(bind(ctx.call, [t for t in tangents[2:] if t is not None]))
         return tuple(None if t is None else next(moving) for t in tangents[2:])
 
@@ -263,10 +263,10 @@ def _operator_autograd(keyset: Any, xs: list[Tensor], call: str) -> list[Tensor]
         # outer transforms differentiate what is done here, so autograd stays on for the levels below this one
         with (
             torch.enable_grad(),
-            forward_ad._set_fwd_grad_enabled(True),  # type: ignore[attr-defined]
-            torch._C._AutoDispatchBelowAutograd(),  # type: ignore[attr-defined]
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
         ):
-            return _operator.redispatch(keyset & torch._C._after_autograd_keyset, list(xs), call)  # type: ignore[attr-defined]
+            return _operator.redispatch(keyset & torch._C._after_autograd_keyset, list(xs), call)
 
     allowed = torch._C._functorch.get_single_level_autograd_function_allowed()  # type: ignore[attr-defined]
     torch._C._functorch.set_single_level_autograd_function_allowed(True)  # type: ignore[attr-defined]
@@ -396,7 +396,7 @@ def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
         if _starts.sending:
             _starts.send([(call, xs)])
         below = _starts.take(call)
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):  # type: ignore[attr-defined]
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
         return _apply(call, below, *xs)
     return _run(call, xs) if below is None else below(xs)
 

@@ -275,7 +275,7 @@ def differentiated(x: Tensor) -> bool:
         (torch.is_grad_enabled() and x.requires_grad)
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+        or forward_ad._current_level >= 0
     )
 
 

@@ -84,7 +84,7 @@ def _transforms() -> Iterator[str]:
 @contextmanager
 def _outside_transforms() -> Generator[None]:
     """What is compared and sent here is no part of what the user differentiates."""
-    with torch._C._DisableFuncTorch(), torch.no_grad():  # type: ignore[attr-defined]
+    with torch._C._DisableFuncTorch(), torch.no_grad():
         yield
 
 

@@ -325,7 +325,7 @@ class _Reducer:
         running = torch._C._current_graph_task_id()
         if self._pass != running:  # one that raised may have left something behind
             self._reset(running)
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
         assert p.grad is not None

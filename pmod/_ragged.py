@@ -57,7 +57,7 @@ def _swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis)
 
     def send() -> list[list[int]]:
         counts = [width] * axis.size
-        with torch._C._DisableFuncTorch(), torch.no_grad():  # type: ignore[attr-defined] # plain numbers, in any transform
+        with torch._C._DisableFuncTorch(), torch.no_grad():  # plain numbers, in any transform
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
             with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
                 return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()

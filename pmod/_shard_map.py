@@ -52,7 +52,7 @@ def shard_map(
     >>> pmod.simulate(scaled, data=2)[0]
     (tensor([0., 2., 4.]), tensor(3.))
     """
-    if not callable(f):  # pyright: ignore[reportUnnecessaryComparison]
+    if not callable(f):
         raise ArgumentError(explain("shard_map", f"f is a {type(f).__name__}", "Pass a function of the shards."))
 
     @wraps(f, updated=())

@@ -251,7 +251,7 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
     if torch.compiler.is_compiling():
         raise PmodError(explain("simulate", "it is called in compiled code", "Simulate the eager function."))
     with _groups.instead_of_processes(threading.local()):  # the level that another simulation held open is gone now
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
             raise PmodError(explain("simulate", "it is called inside a transform, which its threads do not see", right))
         with _forward_mode_held_open():
