@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import linecache
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -82,6 +83,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 _JOBS = tuple(os.path.join(_HERE, name) for name in ("demo" + os.sep, "bench.py", "doctor.py"))  # users of pmod
 _STARTING = ("start", "finish", "wait")  # what runs the function that a user starts
+# Jupyter names a cell's file after the process and the cell's text: on all ranks it is the same cell
+_CELL = re.compile(r".*[/\\]ipykernel_\d+[/\\](\d+)\.py")
 
 
 def _outside() -> tuple[str, FrameType]:
@@ -104,7 +107,8 @@ def call_site() -> tuple[str, str]:
     """The public function that was called, and from where: the innermost line outside pmod and torch."""
     function, frame = _outside()
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    return function, f"{frame.f_code.co_filename}:{frame.f_lineno}" + (f": {line}" if line else "")
+    file = _CELL.sub(r"cell \1", frame.f_code.co_filename)
+    return function, f"{file}:{frame.f_lineno}" + (f": {line}" if line else "")
 
 
 def call_source() -> str:

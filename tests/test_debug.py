@@ -756,3 +756,21 @@ def test_a_rank_that_has_stopped_calling() -> None:
     _, text = spmd.launch(left_alone, x=2)
     assert text.startswith("pmod.psum(axis='x') at (x=1): not all ranks came within 3 s; absent: rank 0 (x=0).")
     assert "test_debug.py:" in text and 'pmod.psum(torch.ones(1), "x")' in text
+
+
+def from_cell(number: int, rank_of: Callable[[], int]) -> Any:
+    """A psum as a cell of Jupyter calls it, whose file is named after the process."""
+    code = compile("result = pmod.psum(1.0, 'data')", f"/tmp/ipykernel_{1000 + rank_of()}/{number}.py", "exec")
+    names: dict[str, Any] = {"pmod": pmod}
+    exec(code, names)
+    return names["result"]
+
+
+def test_a_cell_is_the_same_place_on_all_ranks() -> None:
+    def me() -> int:
+        return pmod.axis_index("data")
+
+    with pmod.debug():
+        assert pmod.simulate(lambda: from_cell(7, me), data=2) == [2.0, 2.0]
+        with pytest.raises(pmod.MismatchError, match="the ranks differ in called at:\n.* at cell 7:1\n.* at cell 8:1"):
+            pmod.simulate(lambda: from_cell(7 + me(), me), data=2)

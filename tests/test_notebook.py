@@ -495,6 +495,7 @@ def test_the_extra_is_named_where_it_is_missing(shell: InteractiveShell, monkeyp
 
 def test_names_of_cells_are_lines() -> None:
     assert rank.in_cell("psum at /tmp/ipykernel_12/345.py:3: f(x)") == "psum at line 3: f(x)"
+    assert rank.in_cell("psum at cell 345:3: f(x)") == "psum at line 3: f(x)"
     assert rank.in_cell("/home/me/model.py:3: f(x)") == "/home/me/model.py:3: f(x)"
 
 

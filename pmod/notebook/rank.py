@@ -82,7 +82,7 @@ def sent() -> dict[tuple[int, ...], int]:
 
 def in_cell(text: str) -> str:
     """`line 3` for the name of the file that IPython pretends to have written a cell to."""
-    return re.sub(r"\S*ipykernel_\d+/\d+\.py:(\d+)|<ipython-input-[^>]*>:(\d+)", r"line \1", text)
+    return re.sub(r"(?:\S*ipykernel_\d+/\d+\.py|<ipython-input-[^>]*>|\bcell \d+):(\d+)", r"line \1", text)
 
 
 def fetch(name: str) -> tuple[bool, object]:
