@@ -772,5 +772,5 @@ def test_a_cell_is_the_same_place_on_all_ranks() -> None:
 
     with pmod.debug():
         assert pmod.simulate(lambda: from_cell(7, me), data=2) == [2.0, 2.0]
-        with pytest.raises(pmod.MismatchError, match="the ranks differ in called at:\n.* at cell 7:1\n.* at cell 8:1"):
+        with pytest.raises(pmod.MismatchError, match=r"the ranks differ in called at:\n.* at cell 7:1\n.* at cell 8:1"):
             pmod.simulate(lambda: from_cell(7 + me(), me), data=2)
