@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -279,6 +281,8 @@ class trace:  # lower case: it reads as the function it is called as
         axes.set_xlabel("ms since the trace began (paler: backward)")
         if functions:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        shown: Any = figure
+        shown._repr_png_ = partial(_png, figure)  # IPython knows no Figure until pyplot has drawn one
         return figure
 
     def chrome(self, path: str | Path) -> None:
@@ -310,6 +314,12 @@ def gather_json(value: object, mesh: Mesh) -> list[Any]:
     sizes = all_gather_v(torch.tensor([len(text)], device=mine.device), axes, sizes=[1] * mesh.size).tolist()
     joined = all_gather_v(mine, axes, sizes=sizes).cpu()
     return [json.loads(bytes(part.tolist())) for part in joined.split(sizes)]
+
+
+def _png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 _TITLES = ("function", "axis", "calls", "sent", "ms", "module", "line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,8 @@ def test_by_axis() -> None:
 
 def test_plot() -> None:
     figure = pmod.simulate(trained, x=2)[0].plot()
+    for one in (figure, pickle.loads(pickle.dumps(figure))):  # what a notebook shows, also of a rank of `launch`
+        assert one._repr_png_().startswith(b"\x89PNG")
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["x"]
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"psum", "pvary"}
