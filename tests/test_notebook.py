@@ -278,6 +278,26 @@ def test_the_stop_button_twice(two: InteractiveShell, monkeypatch: pytest.Monkey
     assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
 
 
+def test_the_stop_button_while_a_cell_is_sent(two: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes when a rank has the cell, and when ipyparallel has not yet said that it has."""
+    assert magics._session is not None
+    for last in (0, 1):
+        view = magics._session.engines.ranks[last].view
+        execute = view.execute
+
+        def sent(*args: object, execute: Any = execute, **options: object) -> None:
+            execute(*args, **options)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(view, "execute", sent)
+            run = Cell(two, "%%spmd\nif me == 0:\n    pmod.psum(x, 'data')")
+        assert isinstance(run.error, KeyboardInterrupt) and run.seconds < 1.5
+        waited = "at (data=0): waited in pmod.psum(axis='data'), line 2: pmod.psum(x, 'data')"
+        assert run.text.splitlines()[1] == (waited if last else "on all ranks: was stopped before it began"), run.text
+        assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
+
+
 def test_an_interrupt_between_messages_leaves_the_ranks_connected(two: InteractiveShell) -> None:
     Cell(two, "%%spmd\ngroup = pmod.current_mesh().group('data')")
     run = Cell(two, "%%spmd\npmod.psum(x, 'data')\ntime.sleep(60)", stop_after=0.5)

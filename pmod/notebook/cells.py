@@ -25,7 +25,7 @@ _ANSWER = 10.0  # seconds that an idle rank may take to answer
 class Outcome:
     """What became of the cell on one rank."""
 
-    how: str = "runs"  # then: done, raised, died, or stuck: interrupted, and not back
+    how: str = "runs"  # then done, raised, died, stuck (interrupted, and not back) or unsent (interrupted before that)
     stdout: str = ""
     stderr: str = ""
     shown: list[dict[str, Any]] = field(factory=list)  # data and metadata of what it displayed, last its result
@@ -38,11 +38,11 @@ class Outcome:
 
 
 class Cell:
-    """A cell under way on some ranks."""
+    """A cell that runs on some ranks."""
 
     def __init__(self, code: str, engines: Mapping[int, Engine], board: Board) -> None:
-        self._engines, self._board = engines, board
-        self.calls = {rank: engine.view.execute(code, silent=False, block=False) for rank, engine in engines.items()}
+        self._code, self._engines, self._board = code, engines, board
+        self.calls: dict[int, Any] = {}
         self._looked, self._posts = monotonic(), dict[int, Post]()
         self.outcomes = {rank: Outcome() for rank in engines}
         self.interrupted = False
@@ -62,15 +62,22 @@ class Cell:
         return self.calls[rank].metadata["stdout"]
 
     def run(self, tell: Callable[[Cell], None]) -> None:
-        """Wait until all ranks are through, telling how it stands; Ctrl-C, which is the stop button, stops them."""
+        """Run it until all ranks are through, telling how it stands; Ctrl-C, which is the stop button, stops them."""
         try:
+            for rank, engine in self._engines.items():
+                self.calls[rank] = engine.view.execute(self._code, silent=False, block=False)
             while self.left:
                 self._wait(self.left, _POLL)
                 self._look()
                 tell(self)
         except KeyboardInterrupt:
             self.interrupted = True
+            unsent = set(self._engines) - set(self.calls)
+            for rank in unsent:  # or sent, who knows: this is answered after it
+                self.calls[rank] = self._engines[rank].call(on_rank.sent)
             self._stop(self.left, _AT_ONCE)
+            for rank in unsent & {rank for rank, outcome in self.outcomes.items() if outcome.how == "done"}:
+                self.outcomes[rank].how = "unsent"
         self._ask_how(_AT_ONCE / 3 if self.interrupted else _PATIENCE)
 
     def _wait(self, ranks: Sequence[int], seconds: float) -> None:
@@ -85,7 +92,7 @@ class Cell:
                 self.outcomes[rank] = Outcome("died", call.metadata["stdout"], death=engine.death())
 
     def _take(self, rank: int, call: Any) -> None:
-        call.wait_for_output(1.0)
+        call.wait_for_output(0.1 if self.interrupted else 1.0)
         told, outcome = call.metadata, self.outcomes[rank]
         outcome.how, outcome.finished = "done", monotonic()
         outcome.stdout, outcome.stderr = told["stdout"], told["stderr"]
@@ -117,12 +124,18 @@ class Cell:
     def _stop(self, ranks: Sequence[int], seconds: float) -> None:
         for rank in ranks:
             self.outcomes[rank].stopped = True
-            self._engines[rank].process.send_signal(signal.SIGINT)
-        until = monotonic() + seconds
+        until, again = monotonic() + seconds, 0.0
         while set(ranks) & set(self.left) and monotonic() < until:
+            if monotonic() > again:  # more than once: a rank that has not begun yet ignores it
+                again = monotonic() + _AT_ONCE / 2
+                self._interrupt([rank for rank in ranks if rank in self.left])
             self._wait(self.left, _POLL)
         for rank in set(ranks) & set(self.left):
             self.outcomes[rank].how = "stuck"
+
+    def _interrupt(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            self._engines[rank].process.send_signal(signal.SIGINT)
 
     def _ask_how(self, seconds: float) -> None:
         """Ask the ranks that raised where."""
@@ -138,6 +151,7 @@ class Cell:
         """Give the ranks that were stuck some more time, and end the engines of those that still are: these ranks."""
         until = monotonic() + _PATIENCE
         stuck = [rank for rank, outcome in self.outcomes.items() if outcome.how in ("stuck", "runs")]
+        self._interrupt([rank for rank in stuck if not self.calls[rank].ready()])
         ended = [rank for rank in stuck if not self.calls[rank].wait(max(0.0, until - monotonic()))]
         for rank in ended:
             self._engines[rank].kill()
@@ -146,7 +160,7 @@ class Cell:
     def out_of_step(self) -> bool:
         """Whether the ranks cannot go on as they are connected: one was cut off, or sent what another did not."""
         outcomes = self.outcomes.values()
-        if any(outcome.how in ("died", "stuck") for outcome in outcomes):
+        if any(outcome.how in ("died", "stuck", "unsent") for outcome in outcomes):
             return True
         failures = [outcome.failure for outcome in outcomes if outcome.how == "raised"]
         if any(failure is None or failure.waited for failure in failures):

@@ -184,7 +184,8 @@ def _state(outcome: Outcome) -> str:
         return f"waited in {failure.waited}, {failure.at}" if failure.waited else f"was at {failure.at}"
     return {
         "done": "had finished the cell",
-        "raised": f"raised {outcome.error}",
+        "raised": "was stopped" if outcome.stopped else f"raised {outcome.error}",
+        "unsent": "was stopped before it began",
         "died": outcome.death,
         "stuck": "has not stopped yet, in a call that is not Python's",
     }[outcome.how]
