@@ -237,3 +237,21 @@ def test_a_world_of_the_user_with_nccl_alone(x):
     finally:
         dist.destroy_process_group()
     assert not _groups._state.groups
+
+
+def test_shard_map_and_its_relatives(mesh, x):
+    w = torch.ones(3, dtype=x.dtype, device=x.device, requires_grad=True)
+    specs = {"in_specs": (pmod.P("data"), pmod.P()), "out_specs": pmod.P("data")}
+    y = pmod.shard_map(lambda x, w: x * w, **specs)(x, w)
+    y.sum().backward()
+    assert w.grad is not None and y.device == x.device
+    torch.testing.assert_close(w.grad, x.sum(0))
+    torch.testing.assert_close(pmod.global_norm([x], pmod.P("data")), x.norm())
+    torch.testing.assert_close(pmod.from_dtensors(pmod.to_dtensors([x], pmod.P("data"))), [x])
+    pmod.testing.assert_matches_serial(lambda x, w: x * pmod.pvary(w, "data"), lambda x, w: x * w, (x, w), **specs)
+
+
+def test_convolutions(mesh, x):
+    image, weight = torch.rand(1, 2, 5, 4, device="cuda:0"), torch.rand(3, 2, 3, 3, device="cuda:0")
+    ours = pmod.nn.functional.conv2d(image, weight, padding="same", axis="data")
+    torch.testing.assert_close(ours, torch.nn.functional.conv2d(image, weight, padding="same"))
