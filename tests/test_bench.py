@@ -171,7 +171,9 @@ def test_wrong_arguments(arguments, launched, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_list_of_commands(capsys):
+def test_list_of_commands(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pmod.__main__", raising=False)  # of another test in this process
+    monkeypatch.setattr(sys, "argv", ["pmod"])
     runpy.run_module("pmod", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines] == ["pmod.demo", "pmod.bench", "pmod.doctor"]

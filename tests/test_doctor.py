@@ -256,5 +256,6 @@ def test_a_rank_that_never_comes(rank, secrets):
     check_report(said, secrets)
     assert status == 1 and "Traceback" not in errors
     assert time.monotonic() - begun < 30  # importing torch included
-    reason = f"not right: rank {rank} of 2: the 2 ranks did not connect at 127.0.0.1:{port} within 2 s. Check that all"
-    assert said.splitlines()[-1].startswith(reason)
+    # whose 2 s are over first: those of the doctor, or on a busy machine those of the meeting itself
+    reason = rf"not right: rank {rank} of 2: (the 2 ranks did not connect at|pmod\.make_mesh: rank \d did not come to)"
+    assert re.match(rf"{reason} 127\.0\.0\.1:{port} within 2 s\. ", said.splitlines()[-1])

@@ -80,6 +80,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell
 @pytest.fixture(scope="module")
 def engines(shell: InteractiveShell) -> Iterator[InteractiveShell]:
     """Two engines; tests that hurt them leave two behind."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}  # the ranks of other tests
     assert Cell(shell, "%load_ext pmod.notebook").ok
     made = Cell(shell, "%mesh data=2")
     assert made.ok, made.text
@@ -87,8 +88,8 @@ def engines(shell: InteractiveShell) -> Iterator[InteractiveShell]:
     try:
         yield shell
     finally:
-        pids = [process.pid for process in psutil.Process().children(recursive=True)]
-        assert Cell(shell, "%unload_ext pmod.notebook").ok
+        pids = {process.pid for process in psutil.Process().children(recursive=True)} - before
+        assert len(pids) >= 3 and Cell(shell, "%unload_ext pmod.notebook").ok
         assert not [pid for pid in pids if is_there(pid)]
         collect_what_clients_left()
 
