@@ -9,13 +9,18 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.test_docs import BLOCKS
+from tests.test_docs import BLOCKS, README
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
+
+
+def test_the_readme_names_only_notebooks_that_are_there() -> None:
+    named = set(re.findall(r"``(\d\d_\w+)``", README.read_text()))
+    assert named and named <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
