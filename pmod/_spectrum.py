@@ -277,22 +277,29 @@ def _spread(x: Tensor, at: int, n: int) -> Tensor:
     return torch.cat([_padded(positive, at, n - few // 2), _padded(x, at, few // 2, few - few // 2)], at)
 
 
+def _one_by_one(dims: list[_Dim]) -> list[list[_Dim]]:
+    """Together; where modes are cut, a dim at a time, so that others have to do with the few that are kept."""
+    return [dims] if all(dim.modes is None for dim in dims) else [[dim] for dim in dims]
+
+
 def _forward(x: Tensor, dims: list[_Dim], kind: _Kind) -> Tensor:
-    half = dims[-1].half
-    y = _torch("rfft" if half and not x.is_complex() else "fft", x, dims, kind.norm)
-    for dim in dims:
-        whole = dim.n // 2 + 1 if dim.half else dim.n
-        y = lowest(y, dim.at, whole if dim.modes is None else dim.modes, dim.half)
-    return y
+    for some in reversed(_one_by_one(dims)):
+        x = _torch("rfft" if some[-1].half and not x.is_complex() else "fft", x, some, kind.norm)
+        for dim in some:
+            whole = dim.n // 2 + 1 if dim.half else dim.n
+            x = lowest(x, dim.at, whole if dim.modes is None else dim.modes, dim.half)
+    return x
 
 
 def _inverse(x: Tensor, dims: list[_Dim], kind: _Kind, in_order: bool) -> Tensor:
-    for dim in dims:
-        if dim.modes is not None and not dim.half:
-            x = _spread(x, dim.at, dim.n)
-        if dim.half and not in_order:
-            x = _one_sided(x, dim.at, dim.n)
-    return _torch("irfft" if dims[-1].half and in_order else "ifft", x, dims, kind.norm)
+    for some in _one_by_one(dims):
+        for dim in some:
+            if dim.modes is not None and not dim.half:
+                x = _spread(x, dim.at, dim.n)
+            if dim.half and not in_order:
+                x = _one_sided(x, dim.at, dim.n)
+        x = _torch("irfft" if some[-1].half and in_order else "ifft", x, some, kind.norm)
+    return x
 
 
 def _one_sided(x: Tensor, at: int, n: int) -> Tensor:
