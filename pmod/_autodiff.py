@@ -558,8 +558,10 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in dicts, lists and tuples."""
+    """The tensors in dicts, lists, tuples and slices."""
     if isinstance(tree, Tensor):
         return [tree]
+    if isinstance(tree, slice):
+        tree = (tree.start, tree.stop, tree.step)
     branches: Any = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
     return [x for branch in branches for x in tensors_in(branch)]

@@ -29,14 +29,23 @@ Axes: TypeAlias = frozenset[str]
 
 NONE: Axes = frozenset()
 
+functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+
 # of no tensor: each rank makes the same of the same numbers. What these make is I, until the rank asks for its index
-SAME = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "scalar_tensor"}
+SAME = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "asarray",
+        "scalar_tensor", "tril_indices", "triu_indices", "fft_fftfreq", "fft_rfftfreq"}  # fmt: skip
+# they take lengths of their results: one that is as long as an uneven shard is the rank's own
+LENGTHS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "narrow"}
 # each rank draws its own
-RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like",
-          "randn_like", "randint_like", "normal_", "uniform_", "bernoulli_", "random_", "exponential_"}  # fmt: skip
+RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
+          "rand_like", "randn_like", "randint_like", "normal_", "uniform_", "bernoulli_", "random_", "exponential_",
+          "cauchy_", "geometric_", "log_normal_", "kaiming_uniform_", "kaiming_normal_", "gumbel_softmax"}  # fmt: skip
 DROPOUT = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_"}
-# their result is a number: what a rank goes on to do with it is its own
-NUMBERS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__"}
+ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # where their dropout_p is
+STATISTICS = {"batch_norm", "instance_norm"}  # they change running ones, of which torch counts no version
+# their result is a number, or memory of others: what a rank goes on to do with it is its own
+NUMBERS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "numpy",
+           "__array__", "equal", "allclose", "is_nonzero"}  # fmt: skip
 
 
 class Kinds(TorchFunctionMode):
@@ -46,10 +55,18 @@ class Kinds(TorchFunctionMode):
         super().__init__()
         self.mesh = mesh
         self.everywhere: Axes = frozenset([name for name, size in mesh.shape.items() if size > 1])
-        # of a tensor its axes, and whether it had a derivative. A graph cannot hold weak references, and need not
-        self._known: MutableMapping[Any, tuple[Axes, bool]]
-        self._known = {} if torch.compiler.is_compiling() else WeakIdKeyDictionary()
+        # of a tensor its axes, those of them that are assumed to be on the safe side, and whether it had a derivative.
+        # A graph cannot hold weak references, and need not
+        self._known: MutableMapping[Any, tuple[Axes, Axes, bool]]
+        self._written: MutableMapping[Any, Axes]  # memory that was changed by what varies
+        self._known, self._written = {}, {}
+        self._began = 0
+        if not torch.compiler.is_compiling():
+            self._known, self._written = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+            self._began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._asked: Axes = NONE  # the axes along which this rank knows its own place: what it then makes is V
+        self.lengths: dict[int, Axes] = {}  # of uneven shards, those of all ranks: numbers that a rank has of its own
+        self._unsummed = False  # one value with a derivative met what varies while no graph was made
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -63,24 +80,31 @@ class Kinds(TorchFunctionMode):
             self._asked |= self._names(args[0])
             return func(*args, **kwargs)
         if func is torch.autograd.grad:
-            return self._gradients(func, args, kwargs)
+            return self._gradients(args, kwargs)
+        if func is Tensor.backward:
+            return self._backward(*args, **kwargs)
+        if _name(func) == "__get__":
+            return self._get(func, args)
+        if _name(func) == "__set__":
+            return self._set(func, args)
         return self._operation(func, args, kwargs)
 
     # --- what is known ----------------------------------------------------------------------------
 
     def of(self, x: Tensor) -> Axes:
         """The axes along which a tensor varies."""
-        found, had_derivative = self._known.get(x, (None, False))
+        found, assumed, had_derivative = self._known.get(x, (None, NONE, False))
         # what got its derivative later comes from an autograd.Function, whose forward runs without
-        if found is not None and (had_derivative or not x.requires_grad or x.is_leaf):
-            return found
-        if torch.compiler.is_compiling():
-            return self._while_compiling(x)
-        functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-        if functorch.is_functorch_wrapped_tensor(x):
-            return self.of(functorch.get_unwrapped(x))
-        found = self._from_outside(x) if x.requires_grad else self.everywhere
-        self.note(x, found)
+        if found is None or (x.requires_grad and not had_derivative and not x.is_leaf):
+            if torch.compiler.is_compiling():
+                return self._while_compiling(x)
+            if functorch.is_functorch_wrapped_tensor(x):
+                return self.of(functorch.get_unwrapped(x))
+            assumed = assumed if x.requires_grad else self.everywhere
+            found = self._from_outside(x, found) if x.requires_grad else self.everywhere
+            self.note(x, found, assumed & found)
+        if self._written and torch._C._has_storage(x):
+            return found | self._written.get(x.untyped_storage(), NONE)
         return found
 
     def _while_compiling(self, x: Tensor) -> Axes:
@@ -95,19 +119,42 @@ class Kinds(TorchFunctionMode):
         right = "Transform or checkpoint the function that shard_map gives, or run this one eagerly."
         return wrong(ArgumentError, "shard_map", resolve(self.mesh, "shard_map"), given, right)
 
-    def note(self, x: Tensor, axes: Axes) -> None:
-        """The axes along which a tensor varies are these."""
-        self._known[x] = axes, x.requires_grad
+    def assumed(self, x: Tensor) -> Axes:
+        """Those axes along which a tensor may as well be one value."""
+        return self._known[x][1] if x in self._known else NONE
 
-    def _from_outside(self, x: Tensor) -> Axes:
-        """Of a tensor that is no argument: a parameter is one value; else its graph says what it was made from."""
+    def note(self, x: Tensor, axes: Axes, assumed: Axes = NONE) -> None:
+        """The axes along which a tensor varies are these."""
+        self._known[x] = axes, assumed, x.requires_grad
+        # what leaves a transform is the tensor within
+        if not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+            self.note(functorch.get_unwrapped(x), axes, assumed)
+
+    def uneven(self, names: str | tuple[str, ...], sizes: Sequence[int]) -> None:
+        """Shards along these axes have these lengths."""
+        for n in set(sizes) if len(set(sizes)) > 1 else ():
+            self.lengths[n] = self.lengths.get(n, NONE) | self._names(names)
+
+    def _from_outside(self, x: Tensor, seen: Axes | None) -> Axes:
+        """Of a tensor that is no argument: a parameter is one value; else its graph says what it was made from.
+
+        A graph does not say what had no derivative: what an autograd.Function took of that was seen in its forward, and
+        of another function that runs here it can be anything.
+        """
         if x.is_leaf:
             return frozenset([name for name in self.everywhere if is_marked_varying(x, self._axis(name))])
+        node: Any = x.grad_fn
+        if self._unsummed and type(node).__name__ == "CheckpointFunctionBackward":
+            given = f"at {call_site()[1]} one value meets what varies inside a reentrant checkpoint, which runs again"
+            given += " in backward, where shard_map does not follow it"
+            raise ArgumentError(explain("shard_map", given, "Pass use_reentrant=False."))
+        if seen is None:
+            seen = self.everywhere if node._sequence_nr() >= self._began else NONE
         varying: set[str] = set()
         for name in self.everywhere:
             axis = self._axis(name)
             found = lineage(x, axis)
-            if not found.varying:
+            if not (found.varying or name in seen or any(name in self.of(leaf) for leaf, _ in found.leaves)):
                 continue
             varying.add(name)
             one_value = [leaf for leaf, _ in found.leaves if name not in self.of(leaf)]
@@ -130,6 +177,7 @@ class Kinds(TorchFunctionMode):
     def _vary(self, x: Tensor, axes: Axes) -> Tensor:
         """x, varying along these axes too."""
         missing = axes - self.of(x)
+        self._unsummed |= bool(missing) and x.requires_grad and not torch.is_grad_enabled()
         if not missing or not differentiated(x):
             return x
         return pvary(x, self.mesh[tuple([name for name in self.mesh.axis_names if name in missing])])
@@ -138,22 +186,37 @@ class Kinds(TorchFunctionMode):
         name = _name(func)
         if torch.compiler.is_compiling() and _is_higher_order(func):
             raise self._unseen()
-        before = [self.of(x) for x in tensors_in((args, kwargs))]
-        axes = NONE.union(*before) if name == "__get__" else self._asked.union(*before)
-        drawn = name in RANDOM or (name in DROPOUT and _drops(args, kwargs))
-        if drawn or not (before or name in SAME):
+        taken = tensors_in((args, kwargs))
+        before = [self.of(x) for x in taken]
+        axes = NONE.union(*before)
+        sure = NONE.union(*[of - self.assumed(x) for of, x in zip(before, taken, strict=True)])
+        axes |= self._asked | self._own_lengths(name, args, kwargs)
+        if not (before or name in SAME):
             axes = self.everywhere
-        changed = tensors_in(kwargs.get("out", args[:1])) if _in_place(name, kwargs) else []
+        if _draws(name, args, kwargs):
+            axes = sure = self.everywhere
+        changed = _changed(name, args, kwargs)
         if any(axes - of for of in before):
             for x in changed:
                 self._change(x, axes)
             args, kwargs = map_tensors(lambda x: self._vary(x, axes), (args, kwargs))
+        versions = _versions(taken)
         result = func(*args, **kwargs)
+        for x in [x for x, old, new in zip(taken, versions, _versions(taken), strict=True) if old != new]:
+            self._change(x, axes)  # by an operator of the user's, say
         for y in [*tensors_in(result), *changed]:  # compiled code has another tensor after a change in place
-            self.note(y, axes)
+            self.note(y, axes, axes - sure)
         if name in NUMBERS:
             self._asked |= axes
         return result
+
+    def _own_lengths(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:
+        """The axes of uneven shards with a length that is asked for here."""
+        if not self.lengths or not (name in LENGTHS or name == "__getitem__"):
+            return NONE
+        index = args[1] if isinstance(args[-1], tuple) else args[1:]
+        asked = [i for i in index if isinstance(i, slice)] if name == "__getitem__" else [args[1:], kwargs]
+        return NONE.union(*[self.lengths.get(n, NONE) for n in _numbers_in(asked)])
 
     def _change(self, x: Tensor, axes: Axes) -> None:
         """What is changed in place varies from now on; where it has a derivative already, that cannot be undone."""
@@ -164,19 +227,74 @@ class Kinds(TorchFunctionMode):
         self.note(x, axes)
         if x._base is not None:
             self.note(x._base, axes)
+        if not torch.compiler.is_compiling() and torch._C._has_storage(x):
+            memory = x.untyped_storage()  # other views of it, x.data and x.detach() vary too
+            self._written[memory] = axes | self._written.get(memory, NONE)
 
-    def _gradients(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _get(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """x.T and x.grad are what x is; other attributes are no tensors."""
+        y = func(*args)
+        if isinstance(y, Tensor) and y not in self._known:
+            self.note(y, self.of(args[0]), self.assumed(args[0]))
+        return y
+
+    def _set(self, func: Any, args: tuple[Any, ...]) -> None:
+        """x.data = y: x is what y is. x.grad and flags are as they were."""
+        func(*args)
+        if func.__self__ is Tensor.data:
+            self.note(args[0], self.of(args[1]), self.assumed(args[1]))
+
+    def _gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A gradient varies where its input does."""
-        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
-        gradients = func(*args, **kwargs)
+        given: dict[str, Any] = {**dict(zip(("outputs", "inputs", "grad_outputs"), args, strict=False)), **kwargs}
+        outputs, inputs, cotangents = given.pop("outputs"), given.pop("inputs"), given.pop("grad_outputs", None)
+        self._check_sure(tensors_in(outputs))
+        outputs, cotangents = self._alike(outputs, cotangents)
+        gradients = torch.autograd.grad(outputs, inputs, cotangents, *args[3:], **given)
         for x, gradient in zip(tensors_in(inputs), gradients, strict=True):
             if gradient is not None:
                 self.note(gradient, self.of(x))
         return gradients
 
+    def _backward(self, y: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        self._check_sure([y])
+        outputs, cotangents = self._alike([y], [gradient])
+        Tensor.backward(outputs[0], cotangents[0], *args, **kwargs)
+
+    def _check_sure(self, ys: list[Tensor]) -> None:
+        """Whether an output is one value or each rank's own decides its gradient, so it is not assumed."""
+        for y in ys:
+            assumed = self.assumed(y) if self.of(y) else NONE
+            if assumed:
+                given = f"at {call_site()[1]} what is differentiated {self.why(assumed)}"
+                right = "Pass that tensor as an argument, and ask for the place after the loss; or mark a loss of each"
+                right += " rank's own with pmod.pvary(loss, axis)."
+                raise ArgumentError(explain("shard_map", given, right))
+
+    def why(self, assumed: Axes) -> str:
+        """What it is that varies along these axes on the safe side only."""
+        names = ", ".join(map(repr, sorted(assumed)))
+        given = f"may vary along {names} or not: it was made from a tensor that f refers to and that is no argument"
+        return f"{given}, or after axis_index or a number of the rank's own"
+
+    def _alike(self, ys: Any, cotangents: Any) -> tuple[Any, Any]:
+        """Where what flows back into an output varies the output does, and the other way round."""
+        if cotangents is None:
+            return ys, None
+        ys, cotangents = [[x] if isinstance(x, Tensor) else list(x) for x in (ys, cotangents)]
+        if len(ys) != len(cotangents):
+            return ys, cotangents  # torch says so
+        with torch.enable_grad():
+            for i, (y, cotangent) in enumerate(zip(ys, cotangents, strict=True)):
+                pair = tensors_in([y, cotangent])
+                axes = NONE.union(*[self.of(x) for x in pair])
+                ys[i], cotangents[i] = map_tensors(lambda x, axes=axes: self._vary(x, axes), [y, cotangent])
+        return ys, cotangents
+
     def _bind(self, call: Call, xs: list[Tensor], forward: Any = None) -> Sequence[Tensor]:
         over = self._names(call.axis.label)
         before = [self.of(x) for x in xs]
+        assumed = [self.assumed(x) - over for x in xs]
         if call.row.takes == "V":
             xs = [self._vary(x, of | over) for x, of in zip(xs, before, strict=True)]
         elif call.row.name == "pvary":
@@ -186,8 +304,8 @@ class Kinds(TorchFunctionMode):
             right = f"{call.row.name} takes one value: pmod.pick or a sum of x, or leave {call.row.name} out."
             raise wrong(ArgumentError, call.row.name, call.axis, given, right)
         ys = bind(call, xs, forward)
-        for y, of in zip(ys, before, strict=True):
-            self.note(y, of - over if call.row.gives == "I" else of | over)
+        for y, of, guess in zip(ys, before, assumed, strict=True):
+            self.note(y, of - over if call.row.gives == "I" else of | over, guess)
         return ys
 
     def _pvary(self, call: Call, xs: list[Tensor], before: list[Axes], over: Axes) -> list[Tensor]:
@@ -198,8 +316,8 @@ class Kinds(TorchFunctionMode):
             for i, y in zip(new, bind(call, [xs[i] for i in new]), strict=True):
                 ys[i] = y
         ys = [self._vary(y, of | over) if of & over else y for y, of in zip(ys, before, strict=True)]
-        for y, of in zip(ys, before, strict=True):
-            self.note(y, of | over)
+        for x, y, of in zip(xs, ys, before, strict=True):
+            self.note(y, of | over, self.assumed(x) - over)
         return ys
 
 
@@ -221,10 +339,38 @@ for _constant in (_name, _is_higher_order):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 
-def _in_place(name: str, kwargs: dict[str, Any]) -> bool:
+def _changed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that it changes in place, going by its name."""
+    if name in STATISTICS:
+        return tensors_in([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
     changes = name.endswith("_") and not name.endswith("__")
-    return changes or name == "__setitem__" or (name.startswith("__i") and name != "__invert__") or "out" in kwargs
+    changes = changes or name == "__setitem__" or (name.startswith("__i") and name != "__invert__") or "out" in kwargs
+    return tensors_in(kwargs.get("out", args[:1])) if changes else []
 
 
-def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("training", args[2] if len(args) > 2 else True))
+def _draws(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it draws random numbers."""
+    if name in DROPOUT:
+        chance = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        return bool(chance > 0 and kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
+    if name in ATTENTION:
+        chance = kwargs.get("dropout_p", args[ATTENTION[name]] if len(args) > ATTENTION[name] else 0.0)
+        return bool(chance > 0 and kwargs.get("training", True))
+    return name in RANDOM or (name == "rrelu" and bool(kwargs.get("training", args[3] if len(args) > 3 else False)))
+
+
+def _versions(xs: list[Tensor]) -> list[int]:
+    """How often each was changed in place; a graph and an inference tensor do not count."""
+    if torch.compiler.is_compiling():
+        return [0] * len(xs)
+    return [0 if x.is_inference() else x._version for x in xs]
+
+
+def _numbers_in(tree: Any) -> list[int]:
+    """The ints in dicts, lists, tuples and slices."""
+    if isinstance(tree, int):
+        return [tree]
+    if isinstance(tree, slice):
+        tree = (tree.start, tree.stop)
+    branches: Any = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [n for branch in branches for n in _numbers_in(branch)]

@@ -57,7 +57,8 @@ def _swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis)
 
     def send() -> list[list[int]]:
         counts = [width] * axis.size
-        with torch._C._DisableFuncTorch(), torch.no_grad():  # plain numbers, in any transform
+        # plain numbers, in any transform and mode
+        with torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction(), torch.no_grad():
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
             with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
                 return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
@@ -421,7 +422,8 @@ def _rows(
 def _bounds(rows: Tensor) -> tuple[int, int]:
     if rows.numel() == 0:
         return 0, -1
-    low, high = torch.stack(rows.aminmax()).tolist()
+    with torch._C.DisableTorchFunction():
+        low, high = torch.stack(rows.aminmax()).tolist()
     return low, high
 
 

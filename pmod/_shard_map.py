@@ -101,6 +101,7 @@ class _Mapped:
                 axis = resolve(self.mesh[entry], "shard_map")
                 sizes = sizes_of(spec, dim, axis, x.shape, self.mesh, "shard_map", where)
                 self.cut[dim, where] = entry, sizes, sizes[axis.index]
+                self.kinds.uneven(entry, sizes)
         if hasattr(x, "to_local"):
             return self._local(x, spec)
         outer = self.kinds.of(x) if self.nested else NONE
@@ -115,7 +116,9 @@ class _Mapped:
     def _local(self, x: Any, spec: P) -> Tensor:
         """The shard that a DTensor holds of itself."""
         placements = spec.placements(self.mesh)
-        if not torch.equal(x.device_mesh.mesh, torch.from_numpy(self.mesh.ranks.copy())):
+        with torch._C.DisableTorchFunction():  # what is compared here is no number of the rank's own
+            same = torch.equal(x.device_mesh.mesh, torch.from_numpy(self.mesh.ranks.copy()))
+        if not same:
             given = f"a DTensor is on {x.device_mesh}, and the mesh is {self.mesh!r} over other ranks"
             raise AxisError(explain("shard_map", given, "Pass mesh=pmod.Mesh.from_device_mesh(x.device_mesh)."))
         self.device_mesh = x.device_mesh
@@ -140,6 +143,9 @@ class _Mapped:
         if own:
             what = f"the result varies along {', '.join(map(repr, own))}, which the spec leaves out"
             right = "Return one value along it (pmod.psum, pmod.pmean, pmod.pick), or name it in out_specs."
+            if set(own) <= self.kinds.assumed(y):
+                what = f"the result {self.kinds.why(frozenset(own))}, and the spec leaves it out"
+                right = "Pass that tensor as an argument, and ask for the place or the number after what is one value."
             raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
 
     def _sizes(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[dict[int, tuple[int, ...]]]:

@@ -1,0 +1,218 @@
+"""What `shard_map` follows through a body, and what it refuses to guess at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import pmod
+from pmod import P
+from tests.test_shard_map import DATA, Cube, draw, message
+
+X, W = draw(5, 3), draw(3, 2)
+FIXED = X.detach()  # data as it comes: without a derivative
+
+
+class Product(torch.autograd.Function):
+    """What shard_map cannot see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return torch.from_numpy(x.detach().numpy() @ w.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.T @ g
+
+
+def test_data_without_a_derivative_in_an_unseen_function() -> None:
+    for unseen, args in ((Cube, (FIXED, draw(1))), (Product, (FIXED, W))):
+        f = pmod.shard_map(lambda x, w, unseen=unseen: unseen.apply(x, w), in_specs=(DATA, P()), out_specs=DATA)
+        assert "a function that shard_map cannot see into" in message(lambda f=f, args=args: f(*args), data=2)
+
+
+def test_a_reentrant_checkpoint() -> None:
+    f = pmod.shard_map(
+        lambda x: pmod.psum(checkpoint(lambda x: (x @ W).sin(), x, use_reentrant=True).sum(), "data"),
+        in_specs=DATA, out_specs=P(),
+    )  # fmt: skip
+    assert "Pass use_reentrant=False." in message(lambda: f(X), data=2)
+
+
+def _by_alias(buffer: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The column sums of x, written into memory that was one value, times w."""
+
+    def local(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.zeros(3, dtype=x.dtype)
+        alias = buffer(y)
+        alias.copy_(x.sum(0))
+        return pmod.psum((w * y[:, None]).sum(), "data")
+
+    return local
+
+
+def _data_set(x: Tensor, w: Tensor) -> Tensor:
+    y = torch.zeros(3, dtype=x.dtype)
+    y.data = x.sum(0)
+    return pmod.psum((w * y[:, None]).sum(), "data")
+
+
+def _sibling(x: Tensor, w: Tensor) -> Tensor:
+    y = torch.zeros(3, dtype=x.dtype)
+    column = y.view(3, 1)
+    y += x.sum(0)
+    return pmod.psum((w * column).sum(), "data")
+
+
+def _running(x: Tensor, w: Tensor) -> Tensor:
+    mean, var = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
+    torch.nn.functional.batch_norm(x, mean, var, training=True, momentum=1.0)
+    return pmod.psum((w * mean[:, None]).sum(), "data")
+
+
+def _sums(x: Tensor, w: Tensor) -> Tensor:
+    return (w * x.sum(0)[:, None]).sum()
+
+
+def _means(x: Tensor, w: Tensor) -> Tensor:
+    return sum((w * part.mean(0)[:, None]).sum() for part in x.split([3, 2]))  # type: ignore[return-value]
+
+
+def _first(x: Tensor, w: Tensor, found: Callable[[Tensor], bool]) -> Tensor:
+    return pmod.psum(w.sum() * (2.0 if found(x) else 1.0), "data")
+
+
+FOLLOWED: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "data": (_by_alias(lambda y: y.data), _sums),
+    "detach": (_by_alias(lambda y: y.detach()), _sums),
+    "data set": (_data_set, _sums),
+    "another view": (_sibling, _sums),
+    "running statistics": (_running, _means),
+    "numpy": (lambda x, w: pmod.psum((w * torch.tensor(x.sum(0).numpy())[:, None]).sum(), "data"), _sums),
+    "equal": (
+        lambda x, w: _first(x, w, lambda x: torch.equal(x[0], FIXED[0])), lambda x, w: 3 * w.sum(),
+    ),
+    "in": (lambda x, w: _first(x, w, lambda x: FIXED[0, 0].item() in x), lambda x, w: 3 * w.sum()),
+    "a tensor in a slice": (
+        lambda x, w: pmod.psum(w[: (x[:, 0] == FIXED[0, 0]).sum()].sum(), "data"), lambda x, w: w[:1].sum(),
+    ),
+    "expand": (
+        lambda x, w: torch.cat([x, w[:1].expand(len(x), -1)], 1), lambda x, w: torch.cat([x, w[:1].expand(5, -1)], 1),
+    ),
+    "slice": (
+        lambda x, w: pmod.psum((x.T[:, :2] @ w[: len(x)]).sum() if len(x) == 2 else (x * w[: len(x), :1].T).sum(),
+                               "data"),
+        lambda x, w: (x[:3] * w[:, :1].T).sum() + (x[3:].T[:, :2] @ w[:2]).sum(),
+    ),
+    "dropped nothing": (
+        lambda x, w: torch.nn.functional.dropout(w, 0.0).sum() + pmod.psum(x.sum(), "data"),
+        lambda x, w: w.sum() + x.sum(),
+    ),
+    "lengths exchanged": (
+        lambda x, w: (pmod.all_gather_v(x, "data") @ w).sum()[None],
+        lambda x, w: torch.stack([(x @ w).sum()] * 2),
+    ),
+    "halo": (
+        lambda x, w: pmod.halo_exchange(x @ w, "data", dim=0, width=1)[2:],
+        lambda x, w: torch.nn.functional.pad(x @ w, (0, 0, 1, 1))[2:],
+    ),
+}  # fmt: skip
+
+
+def first_order_in_w(f: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    w = W.detach().clone().requires_grad_()
+    y = f(FIXED, w)
+    return y.detach(), torch.autograd.grad(y.square().sum(), w)[0]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"data": 2, "model": 2}], ids=str)
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_is_followed(name: str, mesh: dict[str, int]) -> None:
+    local, whole = FOLLOWED[name]
+    want = first_order_in_w(whole)
+    f = pmod.shard_map(local, in_specs=(DATA, P()), out_specs=DATA if want[0].dim() else P())
+    for got in pmod.simulate(first_order_in_w, f, **mesh):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+# --- derivatives in the body ----------------------------------------------------------------------
+
+
+def _descent(x: Tensor, w: Tensor) -> Tensor:
+    return w - 0.1 * torch.func.grad(lambda w: pmod.psum((x @ w).sin().sum(), "data"))(w)
+
+
+def _backward(x: Tensor, w: Tensor) -> Tensor:
+    w = w.detach().clone().requires_grad_()
+    pmod.psum((x @ w).sin().sum(), "data").backward(inputs=[w])
+    assert w.grad is not None
+    return w.grad
+
+
+def _weighed(x: Tensor, w: Tensor) -> Tensor:
+    """What flows back into one value varies."""
+    return torch.autograd.grad((w**2).sum(0), w, x.sum(0)[:2], create_graph=True)[0]
+
+
+def _along(x: Tensor, w: Tensor) -> Tensor:
+    """What flows back into what varies is one value."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad((x @ w).sin().sum(0), x, w[0] * 2, create_graph=True)[0]
+
+
+GRADIENTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "torch.func.grad": (_descent, lambda x, w: w - 0.1 * torch.func.grad(lambda w: (x @ w).sin().sum())(w)),
+    "vmap": (lambda x, w: torch.vmap(torch.sin)(w), lambda x, w: w.sin()),
+    "backward": (_backward, lambda x, w: x.T @ (x @ w).cos()),
+    "what varies into one value": (_weighed, _weighed),
+    "one value into what varies": (_along, _along),
+}
+
+
+@pytest.mark.parametrize("derivative", [False, True])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_derivatives_in_the_body(name: str, derivative: bool) -> None:
+    local, whole = GRADIENTS[name]
+    out = DATA if name.startswith("one value") else P()
+    f = pmod.shard_map(local, in_specs=(DATA, P()), out_specs=out)
+
+    def run(f: Callable[..., Tensor]) -> list[Tensor]:
+        w = W.detach().clone().requires_grad_(derivative or name.startswith(("what", "one")))
+        y = f(FIXED, w)
+        return [y.detach(), *(torch.autograd.grad(y.square().sum(), w) if derivative and y.requires_grad else ())]
+
+    want = run(whole if name != "backward" else lambda x, w: whole(x, w).detach())
+    for got in pmod.simulate(run, f, data=2):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_derivative_of_what_may_be_one_value_or_not() -> None:
+    scale = torch.tensor(0.5, dtype=X.dtype)
+
+    def gradient(x: Tensor, w: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.autograd.grad(loss(pmod.psum((x @ w).sum(), "data")), w, create_graph=True)[0]
+
+    def after_index(y: Tensor) -> Tensor:
+        return y / 2 if pmod.axis_index("data") >= 0 else y
+
+    for loss in (lambda y: y * scale, after_index):
+        f = pmod.shard_map(lambda x, w, loss=loss: gradient(x, w, loss), in_specs=(DATA, P()), out_specs=P())
+        assert "what is differentiated may vary along 'data' or not" in message(lambda f=f: f(X, W), data=2)
+    f = pmod.shard_map(lambda x, w: gradient(x, w, lambda y: pmod.pvary(y * scale, "data")), in_specs=(DATA, P()),
+                       out_specs=P())  # fmt: skip
+    for got in pmod.simulate(lambda: f(X, W).detach(), data=2):
+        torch.testing.assert_close(got, X.detach().sum(0)[:, None].expand(3, 2))  # of the losses of two ranks, 1/2 each
+
+
+def test_a_result_that_may_be_one_value_or_not() -> None:
+    f = pmod.shard_map(lambda x: x * torch.ones(2)[FIXED[:2, 0].argsort()], in_specs=P(), out_specs=P())
+    text = message(lambda: f(torch.ones(2)), data=2)
+    assert "the result may vary along 'data' or not: it was made from a tensor that f refers to" in text
+    assert "Pass that tensor as an argument" in text
