@@ -13,7 +13,7 @@ from pmod._collectives import psum
 from pmod._debug import varying
 from pmod._errors import ArgumentError, coordinates, explain
 from pmod._mesh import Mesh
-from pmod._pytree import flatten, unflatten
+from pmod._pytree import unflatten
 from pmod._ragged import all_gather_v
 from pmod._simulate import simulate
 from pmod._specs import P, Specs, check_spec, local_slice, whole_shapes, with_specs
@@ -94,8 +94,7 @@ class _Check:
         serial = self.serial(*unflatten(self.args, _NAME, everywhere, list(wholes)))
         compared = _Compared(mesh, [(shards[i], wholes[i], *whole[i][1:]) for i in chosen], self.rtol)
         found = with_specs(result, self.out_specs, _NAME, "output", everywhere)
-        expected: list[Any] = []
-        flatten(serial, _NAME, everywhere, expected)
+        expected = with_specs(serial, P(), _NAME, "output", everywhere)
         wrong = [f"{what}: {text}" for what, text in compared.outputs(found, expected, self.order)]
         said = _said("\n".join(wrong), mesh)
         if not any(said):
@@ -123,16 +122,19 @@ class _Compared:
         self.rtol = rtol
         self.first: list[tuple[Tensor, Tensor]] = []  # for each of them the gradient here, and the serial one's shard
 
-    def outputs(self, found: list[Leaf], expected: list[Any], order: int) -> Iterator[Wrong]:
+    def outputs(self, found: list[Leaf], expected: list[Leaf], order: int) -> Iterator[Wrong]:
         """What differs of the outputs, then of the derivatives; outputs of other shapes are not differentiated."""
         if len(found) != len(expected):
             yield "output", f"it has {len(found)} leaves and serial {len(expected)}"
             return
-        for (y, _, where), z in zip(found, expected, strict=True):
+        for (y, _, where), (z, _, path) in zip(found, expected, strict=True):
+            if where != path or isinstance(y, Tensor) != isinstance(z, Tensor):
+                yield where, f"it is a {type(y).__name__}, and serial has a {type(z).__name__} at {path}"
+                return
             if not isinstance(y, Tensor) and y != z:
                 yield where, f"it is {y!r} and serial {z!r}"
         leaves = [leaf for leaf in found if isinstance(leaf[0], Tensor)]
-        wholes = [z for (y, _, _), z in zip(found, expected, strict=True) if isinstance(y, Tensor)]
+        wholes = [z for z, _, _ in expected if isinstance(z, Tensor)]
         specs: list[P] = []
         for (y, spec, where), z, held in zip(leaves, wholes, whole_shapes(leaves, self.mesh, _NAME), strict=True):
             specs.append(P(*spec.entries, sizes=held))
@@ -141,13 +143,17 @@ class _Compared:
                 yield where, f"the shards make up shape {tuple(shape)} and serial has {tuple(z.shape)}"
                 return
             yield from self._differ(where, y, _shard(z, specs[-1], self.mesh), z)
+            ranks = psum(int(y.requires_grad), self.mesh)
+            if ranks not in (0, self.mesh.size):
+                yield where, f"it requires a gradient on {ranks} of {self.mesh.size} ranks"
+                return  # its backward would wait for the others
         yield from self._derivatives([y for y, _, _ in leaves], wholes, specs, order)
 
     def _derivatives(self, ys: list[Tensor], zs: list[Tensor], specs: list[P], order: int) -> Iterator[Wrong]:
         """The gradients of the sum of all elements, each times a number of its own; then the same of those."""
         shards, wholes = [x for x, _, _, _ in self.arguments], [x for _, x, _, _ in self.arguments]
         for kind in ("gradient", "second derivative")[:order]:
-            kept = [i for i, z in enumerate(zs) if z.requires_grad]
+            kept = [i for i, (y, z) in enumerate(zip(ys, zs, strict=True)) if y.requires_grad or z.requires_grad]
             if not kept:
                 return
             numbers = [_numbers(zs[i], i) for i in kept]

@@ -116,6 +116,20 @@ def test_other_shapes_leaves_and_dtypes() -> None:
     assert failure(lambda w, x: (w, 2), lambda w, x: (w, 3))[0].startswith("  output[1]: it is 2 and serial 3")
 
 
+def test_other_structures_and_kinds_of_leaves() -> None:
+    (line,) = failure(lambda w, x: {"a": w}, lambda w, x: {"b": w}, out_specs=P())
+    assert "output['a']: it is a Tensor, and serial has a Tensor at output['b']" in line
+    assert "output: it is a float, and serial has a Tensor at output" in failure(lambda w, x: 3.0, lambda w, x: W[0])[0]
+    assert "output: it is a Tensor, and serial has a float at output" in failure(lambda w, x: W[0], lambda w, x: 3.0)[0]
+
+
+def test_a_derivative_that_serial_or_a_rank_lacks() -> None:
+    lines = failure(loss, lambda w, x: serial(w, x).detach(), order=1)
+    assert lines[0].startswith("  gradient of args[0]: off by ")
+    (line,) = failure(lambda w, x: loss(w, x).detach() if pmod.axis_index("data") else loss(w, x))
+    assert "output: it requires a gradient on 1 of 2 ranks" in line
+
+
 class Doubled(torch.autograd.Function):
     """A value whose gradient is right once and not twice."""
 
