@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from typing import Any, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -57,12 +58,12 @@ class Kinds(TorchFunctionMode):
         self.everywhere: Axes = frozenset([name for name, size in mesh.shape.items() if size > 1])
         # of a tensor its axes, those of them that are assumed to be on the safe side, and whether it had a derivative.
         # A graph cannot hold weak references, and need not
-        self._known: MutableMapping[Any, tuple[Axes, Axes, bool]]
+        self._known: dict[Any, tuple[Axes, Axes, bool]] | _Noted
         self._written: MutableMapping[Any, Axes]  # memory that was changed by what varies
         self._known, self._written = {}, {}
         self._began = 0
         if not torch.compiler.is_compiling():
-            self._known, self._written = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+            self._known, self._written = _Noted(), WeakIdKeyDictionary()
             self._began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._asked: Axes = NONE  # the axes along which this rank knows its own place: what it then makes is V
         self.lengths: dict[int, Axes] = {}  # of uneven shards, those of all ranks: numbers that a rank has of its own
@@ -72,6 +73,12 @@ class Kinds(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        usual = None if torch.compiler.is_compiling() else self._one_kind(func, args, kwargs)
+        if usual is not None:
+            result = func(*args, **kwargs)
+            for y in [result] if isinstance(result, Tensor) else tensors_in(result):
+                self._known[y] = usual, NONE, y.requires_grad
+            return result
         if func is bind:
             return self._bind(*args, **kwargs)
         if func is kinds_here:
@@ -88,6 +95,24 @@ class Kinds(TorchFunctionMode):
         if _name(func) == "__set__":
             return self._set(func, args)
         return self._operation(func, args, kwargs)
+
+    def _one_kind(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
+        """Of a plain operation on tensors of one kind, about which nothing is in doubt: the kind. The usual case."""
+        doubtful = self._asked or self._written or self.lengths or torch._C._are_functorch_transforms_active()
+        if doubtful or "out" in kwargs or not (_plain[func] if func in _plain else _is_plain(func)):
+            return None
+        kind: Axes | None = None
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(x, Tensor):
+                axes, assumed, had_derivative = self._known.get(x, (None, NONE, False))
+                if axes is None or assumed or axes != (axes if kind is None else kind):
+                    return None
+                if not had_derivative and x.requires_grad and not x.is_leaf:
+                    return None
+                kind = axes
+            elif isinstance(x, list | tuple | dict) and tensors_in(x):
+                return None
+        return kind
 
     # --- what is known ----------------------------------------------------------------------------
 
@@ -321,6 +346,26 @@ class Kinds(TorchFunctionMode):
         return ys
 
 
+class _Noted:
+    """What is known of tensors, by identity, while they live: an entry of a dead one stays until its id comes again."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[ref[Tensor], tuple[Axes, Axes, bool]]] = {}
+
+    def get(self, x: Tensor, default: Any) -> Any:
+        entry = self._entries.get(id(x))
+        return entry[1] if entry is not None and entry[0]() is x else default
+
+    def __contains__(self, x: Tensor) -> bool:
+        return self.get(x, None) is not None
+
+    def __getitem__(self, x: Tensor) -> tuple[Axes, Axes, bool]:
+        return self.get(x, None)
+
+    def __setitem__(self, x: Tensor, known: tuple[Axes, Axes, bool]) -> None:
+        self._entries[id(x)] = ref(x), known
+
+
 def kinds_here() -> Kinds | None:
     """Those of the innermost shard_map whose body runs, or None."""
     return handle_torch_function(kinds_here, ()) if torch._C._len_torch_function_stack() > 0 else None
@@ -335,6 +380,20 @@ def _is_higher_order(func: Any) -> bool:
     return isinstance(func, torch._ops.HigherOrderOperator)
 
 
+_plain: dict[Any, bool] = {}  # a memo of `_is_plain`, which asks for names
+
+
+def _is_plain(func: Any) -> bool:
+    """Whether it is a function of torch's whose result varies where its tensors do, and that changes none of them."""
+    name = _name(func)
+    special = SAME | LENGTHS | RANDOM | DROPOUT | ATTENTION.keys() | STATISTICS | NUMBERS
+    special |= {"grad", "backward", "rrelu", "__getitem__", "__get__", "__set__"}
+    ours = not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator)
+    torchs = (getattr(func, "__module__", None) or "torch").split(".")[0] == "torch"  # a method has no module
+    _plain[func] = ours and torchs and name not in special and not _is_in_place(name)
+    return _plain[func]
+
+
 for _constant in (_name, _is_higher_order):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
@@ -343,9 +402,12 @@ def _changed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     """The tensors that it changes in place, going by its name."""
     if name in STATISTICS:
         return tensors_in([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
+    return tensors_in(kwargs.get("out", args[:1])) if "out" in kwargs or _is_in_place(name) else []
+
+
+def _is_in_place(name: str) -> bool:
     changes = name.endswith("_") and not name.endswith("__")
-    changes = changes or name == "__setitem__" or (name.startswith("__i") and name != "__invert__") or "out" in kwargs
-    return tensors_in(kwargs.get("out", args[:1])) if changes else []
+    return changes or name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
 
 
 def _draws(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -59,7 +59,8 @@ def shard_map(
     def mapped(*args: Any) -> Any:
         over = current_mesh() if mesh is None else mesh
         call = _Mapped(over, kinds_here())
-        with under(over) if mesh is not None else nullcontext(), nullcontext() if call.nested else call.kinds:
+        follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
+        with under(over) if mesh is not None else nullcontext(), follow:
             shards = call.enter(args, in_specs)
             return call.leave(f(*shards), out_specs)
 

@@ -197,6 +197,7 @@ def test_docstring_examples(name: str) -> None:
         result = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     finally:
         _ambient._put(before)
+        pmod.shutdown()
     assert result.failed == 0
 
 
