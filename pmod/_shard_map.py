@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pmod._ambient import current_mesh, resolve, under
 from pmod._arguments import check_tensor
@@ -32,8 +32,8 @@ def shard_map(
 
     Inside, kinds are followed as JAX follows them: where an unsharded argument, or a parameter that f refers to, meets
     varying data, it goes through `pvary`, so that its gradient is summed, once. An explicit pvary is right as well.
-    What f knows of its own rank it asks with `axis_index`; other tensors that f refers to count as varying. In the body
-    of a shard_map another one may cut along the axes that are left.
+    What f knows of its own rank it asks with `axis_index`; other tensors that f refers to count as varying, but for the
+    buffers of a module that is f itself. In the body of a shard_map another one may cut along the axes that are left.
 
     Shapes: any length, cut as `split_sizes` says unless a spec has sizes. Outputs may have any lengths: the ranks
     exchange them, one small message for each entry of out_specs; under torch.compile an output is cut as an input of
@@ -61,6 +61,8 @@ def shard_map(
         call = _Mapped(over, kinds_here())
         follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
         with under(over) if mesh is not None else nullcontext(), follow:
+            for buffer in f.buffers() if isinstance(f, nn.Module) else ():
+                call.kinds.note(buffer, NONE)
             shards = call.enter(args, in_specs)
             return call.leave(f(*shards), out_specs)
 

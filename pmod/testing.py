@@ -12,7 +12,7 @@ from pmod._ambient import current_mesh, resolve
 from pmod._collectives import psum
 from pmod._debug import varying
 from pmod._errors import ArgumentError, coordinates, explain
-from pmod._mesh import Mesh
+from pmod._mesh import Mesh, named
 from pmod._pytree import unflatten
 from pmod._ragged import all_gather_v
 from pmod._simulate import simulate
@@ -197,9 +197,9 @@ class _Compared:
                 if self._distance(got, want) <= allowed or got.shape != want.shape:
                     continue
                 if self._distance(total, want) <= allowed:
-                    out.append(f"The ranks' gradients of {where} add up to it over {along}: a pvary is missing.")
+                    out.append(f"The ranks' gradients of {where} add up to it over {named(along)}: a pvary is missing.")
                 elif self._distance(got / n, want) <= allowed:
-                    out.append(f"The gradient of {where} is {n} times the serial one: summed twice over {along}.")
+                    out.append(f"The gradient of {where} is {n} times the serial one: summed twice over {named(along)}.")
         return out
 
 

@@ -216,3 +216,27 @@ def test_a_result_that_may_be_one_value_or_not() -> None:
     text = message(lambda: f(torch.ones(2)), data=2)
     assert "the result may vary along 'data' or not: it was made from a tensor that f refers to" in text
     assert "Pass that tensor as an argument" in text
+
+
+class Scaled(torch.nn.Module):
+    """A parameter, a buffer that all ranks hold, and running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * self.scale
+
+
+def module_with_a_buffer() -> None:
+    module, x = Scaled(), torch.arange(15.0, dtype=torch.float64).reshape(5, 3)
+    y = pmod.shard_map(module, in_specs=P("data"), out_specs=P("data"))(x)
+    torch.testing.assert_close(y, module(x))
+    y.sum().backward()
+    torch.testing.assert_close(module.weight.grad, x.sum(0) * module.scale)
+
+
+def test_the_buffers_of_a_module_are_one_value() -> None:
+    pmod.simulate(module_with_a_buffer, data=2, model=2)

@@ -63,12 +63,12 @@ def test_a_missing_pvary() -> None:
     lines = failure(lambda w, x: pmod.psum(torch.tanh(x @ w).square().sum(), "data"))
     assert lines[0].startswith("  gradient of args[0]: off by ") and lines[0].endswith(", on rank 0 (data=0)")
     assert lines[1].startswith("  second derivative of args[0]: off by ")
-    assert lines[-1] == "The ranks' gradients of args[0] add up to it over ('data',): a pvary is missing."
+    assert lines[-1] == "The ranks' gradients of args[0] add up to it over data: a pvary is missing."
 
 
 def test_one_sum_too_many() -> None:
     lines = failure(lambda w, x: loss(pmod.pvary(w, "data"), x))
-    assert lines[-1] == "The gradient of args[0] is 2 times the serial one: summed twice over ('data',)."
+    assert lines[-1] == "The gradient of args[0] is 2 times the serial one: summed twice over data."
 
 
 def test_the_axis_that_lacks_it() -> None:
@@ -82,7 +82,7 @@ def test_the_axis_that_lacks_it() -> None:
 
     check(pvaried, data=2, model=2)
     lines = failure(lambda w, x: half(w, pmod.pvary(x, "model")), data=2, model=2)
-    assert lines[-1] == "The ranks' gradients of args[0] add up to it over ('data',): a pvary is missing."
+    assert lines[-1] == "The ranks' gradients of args[0] add up to it over data: a pvary is missing."
     assert not any("args[1]" in line for line in lines)
 
 
