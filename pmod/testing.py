@@ -192,14 +192,14 @@ class _Compared:
             names = tuple(name for name, n in self.mesh.shape.items() if name not in spec.axes and n > 1)
             candidates = [names, *[(name,) for name in names]] if len(names) > 1 else [names] if names else []
             for along in candidates:
-                n, total = self.mesh.axis_size(along), psum(got.detach(), self.mesh[along])
+                n, total, over = self.mesh.axis_size(along), psum(got.detach(), self.mesh[along]), named(along)
                 allowed = self._allowed(whole) + 1e-6 * self._distance(want, torch.zeros_like(want))
                 if self._distance(got, want) <= allowed or got.shape != want.shape:
                     continue
                 if self._distance(total, want) <= allowed:
-                    out.append(f"The ranks' gradients of {where} add up to it over {named(along)}: a pvary is missing.")
+                    out.append(f"The ranks' gradients of {where} add up to it over {over}: a pvary is missing.")
                 elif self._distance(got / n, want) <= allowed:
-                    out.append(f"The gradient of {where} is {n} times the serial one: summed twice over {named(along)}.")
+                    out.append(f"The gradient of {where} is {n} times the serial one: summed twice over {over}.")
         return out
 
 
