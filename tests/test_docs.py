@@ -158,7 +158,7 @@ def test_every_translation_runs(launcher: tuple[str, ...]) -> None:
     modulus, others = _translations("translation", 1), _translations("translation-others", 0)
     assert len(modulus) > 30 and len(others) > 20
     lines = [BLOCKS["translation-setup"][1], *modulus, transform, *others, "print('ran')"]
-    assert set(_printed("\n".join(lines), launcher).split()) == {"ran"}
+    assert re.fullmatch(r"(\s*ran\s*)+", _printed("\n".join(lines), launcher))  # ranks share a line, now and then
 
 
 def test_shell_blocks_are_what_the_tests_run() -> None:

@@ -279,6 +279,9 @@ def test_the_stop_button_twice(two: InteractiveShell, monkeypatch: pytest.Monkey
     assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
 
 
+SUM = "pmod.psum(torch.ones(1), 'data')"
+
+
 def test_the_stop_button_while_a_cell_is_sent(two: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interrupt comes when a rank has the cell, and when ipyparallel has not yet said that it has."""
     assert magics._session is not None
@@ -292,11 +295,13 @@ def test_the_stop_button_while_a_cell_is_sent(two: InteractiveShell, monkeypatch
 
         with monkeypatch.context() as patch:
             patch.setattr(view, "execute", sent)
-            run = Cell(two, "%%spmd\nif me == 0:\n    pmod.psum(x, 'data')")
+            run = Cell(two, f"%%spmd\nimport torch, pmod\nif pmod.axis_index('data') == 0:\n    {SUM}")
         assert isinstance(run.error, KeyboardInterrupt) and run.seconds < 1.5
-        waited = "at (data=0): waited in pmod.psum(axis='data'), line 2: pmod.psum(x, 'data')"
-        assert run.text.splitlines()[1] == (waited if last else "on all ranks: was stopped before it began"), run.text
-        assert Cell(two, "%%spmd\npmod.psum(x, 'data')").results == ["tensor([1., 1.])"]
+        # on a busy machine the interrupt may come between the messages of a kernel, which lets it fall
+        waited = f"at (data=0): waited in pmod.psum(axis='data'), line 3: {SUM}"
+        said = (waited, "at (data=0): has not stopped yet, in a call that is not Python's")
+        assert run.text.splitlines()[1] in (said if last else ("on all ranks: was stopped before it began",)), run.text
+        assert Cell(two, f"%%spmd\nimport torch, pmod\n{SUM}").results == ["tensor([2.])"]
 
 
 def test_an_interrupt_between_messages_leaves_the_ranks_connected(two: InteractiveShell) -> None:
