@@ -131,10 +131,10 @@ class Mesh:
         set_once(self, "_coords", self._coords_of(self.topology.rank))
         base = None if self._base is None else hashlib.sha1(repr(self._base).encode()).hexdigest()
         set_once(self, "_key", repr((self.axis_names, self._axes, self._offset, base, self._coords)))
-        inside = self._coords is not None
-        set_once(self, "_axis_key", self.bind(self.label, "make_mesh").key if inside else "")
-        keys = tuple(self.bind(name, "make_mesh").key if inside else "" for name in self.axis_names)
-        set_once(self, "_axis_keys", keys)
+        whole = "" if self._coords is None else self.bind(self.label, "make_mesh").key
+        several = self.axis_names if len(self.axis_names) > 1 and whole else ()
+        set_once(self, "_axis_key", whole)
+        set_once(self, "_axis_keys", tuple(self.bind(name, "make_mesh").key for name in several) or (whole,))
 
     # --- what it is -------------------------------------------------------------------------------
 

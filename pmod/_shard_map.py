@@ -79,7 +79,7 @@ class _Mapped:
         self.kinds = around if around is not None and self.nested else Kinds(mesh)
         self.outer: Axes = NONE  # along which the arguments vary already
         self.device_mesh: Any = None  # of the DTensors that went in
-        self.cut: dict[tuple[int, str], tuple[Entry, tuple[int, ...], int]] = {}  # entry, sizes, and this rank's
+        self.cut: list[tuple[Entry, tuple[int, ...], int]] = []  # of the arguments: entry, sizes, and this rank's
 
     def enter(self, args: tuple[Any, ...], specs: Specs) -> tuple[Any, ...]:
         """The shards of the arguments."""
@@ -99,11 +99,14 @@ class _Mapped:
             raise unfit(ArgumentError, "shard_map", where, what, spec, (), self.mesh, right)
 
     def _shard(self, x: Tensor, spec: P, where: str) -> Tensor:
+        cuts: list[tuple[int, Mesh, tuple[int, ...]]] = []
         for dim, entry in enumerate(spec.entries):
             if entry is not None:
-                axis = resolve(self.mesh[entry], "shard_map")
+                along = self.mesh[entry]
+                axis = resolve(along, "shard_map")
                 sizes = sizes_of(spec, dim, axis, x.shape, self.mesh, "shard_map", where)
-                self.cut[dim, where] = entry, sizes, sizes[axis.index]
+                cuts.append((dim, along, sizes))
+                self.cut.append((entry, sizes, sizes[axis.index]))
                 self.kinds.uneven(entry, sizes)
         if hasattr(x, "to_local"):
             return self._local(x, spec)
@@ -111,9 +114,8 @@ class _Mapped:
         self.outer |= outer
         self.kinds.note(x, outer)
         y = x
-        for dim, entry in enumerate(spec.entries):
-            if entry is not None:
-                y = shard(y, self.mesh[entry], dim=dim, sizes=self.cut[dim, where][1])
+        for dim, along, sizes in cuts:
+            y = shard(y, along, dim=dim, sizes=sizes)
         return y
 
     def _local(self, x: Any, spec: P) -> Tensor:
@@ -160,7 +162,7 @@ class _Mapped:
             for dim, entry in enumerate(spec.entries):
                 if entry is None or dim in told:
                     continue
-                known = [sizes for of, sizes, own in self.cut.values() if (of, own) == (entry, int(y.shape[dim]))]
+                known = [sizes for of, sizes, own in self.cut if (of, own) == (entry, int(y.shape[dim]))]
                 if not known:
                     what = f"no argument has length {y.shape[dim]} along {entry!r}, so how dim {dim} is cut is unknown"
                     right = f"Under torch.compile pass the lengths that the ranks hold, P(..., sizes={{{dim}: ...}})."

@@ -296,7 +296,8 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     [tensor(10.), tensor(10.)]
     """
     mesh, _, found = _checked(tree, specs, mesh, "global_norm")
-    squares = [x.abs().to(accumulator(x.abs().dtype, None)).square().sum() for x, _, _ in found]
+    sizes = [x.abs() for x, _, _ in found]
+    squares = [size.to(accumulator(size.dtype, None)).square().sum() for size in sizes]
     cut_along = [tuple(name for name in mesh.axis_names if name in spec.axes) for _, spec, _ in found]
     total = torch.zeros(())
     for names, members in sorted(_in_groups(cut_along).items()):

@@ -14,9 +14,9 @@ from pmod._debug import varying
 from pmod._errors import ArgumentError, coordinates, explain
 from pmod._mesh import Mesh, named
 from pmod._pytree import unflatten
-from pmod._ragged import all_gather_v
 from pmod._simulate import simulate
 from pmod._specs import P, Specs, check_spec, local_slice, whole_shapes, with_specs
+from pmod._trace import gather_json
 
 Leaf: TypeAlias = tuple[Any, P, str]
 
@@ -96,12 +96,12 @@ class _Check:
         found = with_specs(result, self.out_specs, _NAME, "output", everywhere)
         expected = with_specs(serial, P(), _NAME, "output", everywhere)
         wrong = [f"{what}: {text}" for what, text in compared.outputs(found, expected, self.order)]
-        said = _said("\n".join(wrong), mesh)
+        said = gather_json(wrong, mesh)
         if not any(said):
             return
         alike: dict[str, list[str]] = {}
-        for rank, text in zip(everywhere.ranks, said, strict=True):
-            for line in filter(None, text.split("\n")):
+        for rank, lines_of_rank in zip(everywhere.ranks, said, strict=True):
+            for line in lines_of_rank:
                 alike.setdefault(line, []).append(f"rank {rank} {coordinates(mesh.coords_of(rank))}")
         lines = [f"  {line}, on {', '.join(ranks)}" for line, ranks in alike.items()]
         raise AssertionError("\n".join(["the function of shards is not the serial one:", *lines, *compared.hints()]))
@@ -240,10 +240,3 @@ def _gradients(ys: list[Tensor], xs: list[Tensor], numbers: list[Tensor]) -> lis
     outputs, cotangents = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outputs, xs, cotangents, create_graph=True, materialize_grads=True))
 
-
-def _said(mine: str, mesh: Mesh) -> list[str]:
-    """What each rank says."""
-    text = torch.tensor(list(mine.encode()), dtype=torch.uint8, device=mesh.device)
-    sizes = [int(n) for n in all_gather_v(torch.tensor([len(text)], device=mesh.device), mesh)]
-    parts = all_gather_v(text, mesh, sizes=sizes).split(sizes)
-    return [bytes(part.tolist()).decode() for part in parts]
