@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from pmod._simulate import _MemoryWire
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -13,3 +19,26 @@ def nothing_stays_connected() -> Iterator[None]:
     """Files share a process, and the next one may count on being alone."""
     yield
     assert not dist.is_initialized(), "a test of this file left a process group: pmod.shutdown()"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors, and a machine that others use too: threads would wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def talks(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
+    """(from, to) of simulated ranks -> how many messages of elements went."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    all_to_all = _MemoryWire.all_to_all
+
+    def noted(self: Any, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Any:
+        pairs.update((self.index, to) for to, count in enumerate(send) if count)
+        return all_to_all(self, x, send, recv)
+
+    monkeypatch.setattr(_MemoryWire, "all_to_all", noted)
+    return pairs

@@ -26,15 +26,7 @@ from pmod.demo.options import Options, check_fit, local_sizes, parse
 from pmod.demo.training import Run, Scale, batches
 
 ROOT = Path(pmod.__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors, and a machine that others use too: threads would wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rough(count: int, n: int, seed: int = 0) -> torch.Tensor:

@@ -31,15 +31,7 @@ from pmod.demo.graph.surface import Surface, areas, clean, depth, plate
 from tests.test_demo import check_refused
 
 ROOT = Path(pmod.__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors, and a machine that others use too: threads would wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def square(n: int, seed: int = 0) -> Surface:
