@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import psutil
 import pytest
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
@@ -207,11 +209,11 @@ def test_the_same_loss_on_two_hosts(alone: float, hosts: list[namespaces.Host]) 
     assert loss(printed[0], "env", 2) == pytest.approx(alone, rel=1e-10)
 
 
-async def run_in_kernel(code: str, ranks: int, folder: Path) -> dict[str, Any]:
-    """What the ranks of a jupyter-distributed kernel show, started as its server extension does."""
+async def run_in_kernel(cells: list[str], ranks: int, folder: Path) -> list[list[str]]:
+    """What each cell prints on the ranks of a jupyter-distributed kernel, started as its server extension does."""
     from jupyter_distributed.coordinator import DistributedKernelCoordinator
 
-    kernels, shown = AsyncMultiKernelManager(), []
+    kernels, printed = AsyncMultiKernelManager(), list[list[str]]()
     coordinator = DistributedKernelCoordinator(kernels, registry_dir=folder)
     try:
         name = await kernels.start_kernel(kernel_name="python3", env=environment())
@@ -220,41 +222,65 @@ async def run_in_kernel(code: str, ranks: int, folder: Path) -> dict[str, Any]:
         client.start_channels()
         try:
             await client.wait_for_ready(timeout=60)
-            await client.execute_interactive(code, timeout=60, output_hook=shown.append)
+            for cell in cells:
+                shown: list[dict[str, Any]] = []
+                reply = await client.execute_interactive(cell, timeout=90, output_hook=shown.append)
+                data = [message["content"]["data"] for message in shown if "data" in message["content"]]
+                last = data[-1]["application/vnd.jupyter-distributed.rank+json"]["ranks"] if data else []
+                assert reply["content"]["status"] == "ok", (cell, last, reply)
+                printed.append(["".join(part["content"].get("text", "") for part in rank["outputs"]) for rank in last])
         finally:
             client.stop_channels()
     finally:
         await kernels.shutdown_all()
         await coordinator.reaper.reap()  # of a kernel that did not end its ranks
-    data = [message["content"]["data"] for message in shown if "data" in message["content"]]
-    return data[-1]["application/vnd.jupyter-distributed.rank+json"]
+    return printed
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*:RuntimeWarning:zmq")
-def test_the_same_loss_in_a_kernel_of_jupyter_distributed(alone: float, tmp_path: Path) -> None:
+def printed_in_kernel(cells: list[str], folder: Path) -> list[list[str]]:
+    """What each cell prints on each of two ranks (nothing at all is an empty list); none fails."""
     if importlib.util.find_spec("jupyter_distributed") is None:
         absent("pip install jupyter-distributed")
-    shown = asyncio.run(run_in_kernel(f"%run {TRAIN}", 2, tmp_path))
-    assert shown["status"] == "ok", shown
-    printed = ["".join(output["content"]["text"] for output in rank["outputs"]) for rank in shown["ranks"]]
+    return asyncio.run(run_in_kernel(cells, 2, folder))
+
+
+in_kernel = pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*:RuntimeWarning:zmq")
+
+
+@in_kernel
+def test_the_same_loss_in_a_kernel_of_jupyter_distributed(alone: float, tmp_path: Path) -> None:
+    (printed,) = printed_in_kernel([f"%run {TRAIN}"], tmp_path)
     assert printed[1] == ""
     assert loss(printed[0], "env", 2) == pytest.approx(alone, rel=1e-10)
 
 
-CELLS = ["%load_ext pmod.notebook", "%mesh data=2", "%%spmd data=1\nimport pmod\nprint('one', pmod.axis_index('data'))",
-         "%%spmd\nimport pmod, torch\nprint(pmod.psum(torch.ones(1), 'data'))"]  # fmt: skip
+CELLS = ["%load_ext pmod.notebook\nfrom pmod import notebook\nimport pmod, torch", "%mesh data=2",
+         "%%spmd data=1\nprint('one', pmod.axis_index('data'))",
+         "%%spmd\nprint(pmod.psum(torch.ones(1), 'data'))\nx = torch.arange(1 + pmod.axis_index('data'))",
+         "print(notebook.pull('x'), notebook.pull('x', dim=0))",
+         "%%spmd data=1\ny = 5",
+         "try:\n    notebook.pull('y')\nexcept NameError as error:\n    print(error)",
+         # the ranks' own values differ: those of the first count
+         "me = pmod.axis_index('data')\nnotebook.push({'z': torch.arange(3) + 10 * me}, dim=0)\nprint(z)",
+         "import psutil\nprint([c.cmdline() for c in psutil.Process().children(recursive=True)])"]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*:RuntimeWarning:zmq")
+@in_kernel
 def test_the_cells_of_a_notebook_in_a_kernel_of_jupyter_distributed(tmp_path: Path) -> None:
     """Its processes are the ranks: nothing is started, and each cell runs in all of them, or on those that it names."""
-    code = "\n".join(f"assert get_ipython().run_cell({cell!r}).success" for cell in CELLS)
-    engines = "import psutil\nprint([c.cmdline() for c in psutil.Process().children(recursive=True)])"
-    shown = asyncio.run(run_in_kernel(f"{code}\n{engines}", 2, tmp_path))
-    assert shown["status"] == "ok", shown
-    printed = ["".join(output["content"].get("text", "") for output in rank["outputs"]) for rank in shown["ranks"]]
-    assert ["one 1" in text for text in printed] == [False, True], printed
-    assert all("tensor([2.])" in text and "ipyparallel" not in text for text in printed), printed
+    one, sums, pulled, lacking, pushed, engines = itemgetter(2, 3, 4, 6, 7, 8)(printed_in_kernel(CELLS, tmp_path))
+    assert one == ["", "one 1\n"]
+    assert sums == ["tensor([2.])\n"] * 2
+    assert pulled == ["[tensor([0]), tensor([0, 1])] tensor([0, 0, 1])\n"] * 2
+    assert lacking == ["pmod.notebook.pull: 'y' is not defined on data=0.\n"] * 2
+    assert pushed == ["tensor([0, 1])\n", "tensor([2])\n"]
+    assert not any("ipyparallel" in text for text in engines), engines
+
+
+@in_kernel
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_as_it_is_in_a_kernel_of_jupyter_distributed(path: Path, tmp_path: Path) -> None:
+    printed_in_kernel([cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"], tmp_path)
 
 
 # --- where the ranks meet ---------------------------------------------------------------------------------------------

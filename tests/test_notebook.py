@@ -297,9 +297,10 @@ def test_the_stop_button_while_a_cell_is_sent(two: InteractiveShell, monkeypatch
             patch.setattr(view, "execute", sent)
             run = Cell(two, f"%%spmd\nimport torch, pmod\nif pmod.axis_index('data') == 0:\n    {SUM}")
         assert isinstance(run.error, KeyboardInterrupt) and run.seconds < 1.5
-        # on a busy machine the interrupt may come between the messages of a kernel, which lets it fall
+        # on a busy machine the interrupt may come between the messages of a kernel, which lets it fall, or before it begins
         waited = f"at (data=0): waited in pmod.psum(axis='data'), line 3: {SUM}"
-        said = (waited, "at (data=0): has not stopped yet, in a call that is not Python's")
+        fallen = "at (data=0): has not stopped yet, in a call that is not Python's"
+        said = (waited, fallen, "at (data=0): was at no line of the cell")
         assert run.text.splitlines()[1] in (said if last else ("on all ranks: was stopped before it began",)), run.text
         assert Cell(two, f"%%spmd\nimport torch, pmod\n{SUM}").results == ["tensor([2.])"]
 
@@ -535,3 +536,9 @@ def test_shortened_tracebacks_keep_what_is_the_users() -> None:
     assert shown._shortened(outcome) == text, "a mistake of pmod's is shown whole"
 
 
+def test_an_interrupt_before_the_cell_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        monkeypatch.setattr(sys, "last_value", error, raising=False)
+    assert shown._state(cells.Outcome("raised", failure=rank.failure(), stopped=True)) == "was at no line of the cell"

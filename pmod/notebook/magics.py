@@ -12,9 +12,11 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from pmod import _groups
 from pmod._ambient import ambient, current_mesh, set_mesh
 from pmod._arguments import split_sizes
+from pmod._data import is_first
 from pmod._draw import mesh_html, mesh_text
 from pmod._errors import ArgumentError, AxisError, PmodError, explain, near_miss
 from pmod._mesh import Mesh, make_mesh
+from pmod.notebook import peers
 from pmod.notebook import rank as on_rank
 from pmod.notebook.cells import Cell, plain
 from pmod.notebook.engines import Engine, Engines
@@ -206,10 +208,11 @@ def pull(name: str, *, axis: Any = None, dim: int | None = None) -> Any:
     """The value of a name on every rank: a list in the order of the ranks, tensors on the CPU and without history.
 
     dim: join them along it into one value, in the order of the ranks; axis: only along this axis (or these, first name
-    slowest), and of the ranks that differ elsewhere the first; axis may also be a mapping {dim: axis}. Without `%mesh`
-    there is one rank, this process.
+    slowest), and of the ranks that differ elsewhere the first; axis may also be a mapping {dim: axis}. Where this
+    process is a rank itself (jupyter-distributed) all of them call it, and all get the values.
 
-    Raises: NameError where a rank has no such name.
+    Raises: NameError where a rank has no such name; between processes that are the ranks, ArgumentError for what is no
+    tensor, array, number, text or container of these.
 
     Where `%%spmd` has set ``x = torch.full((1,), pmod.axis_index("data"))`` on a mesh of ``data=2``::
 
@@ -240,14 +243,18 @@ def push(values: Mapping[str, Any], *, axis: Any = None, dim: int | None = None)
     """Set names on every rank, tensors on its device: the same values everywhere.
 
     dim: cut tensors along it, in the order of the ranks and into the sizes of `pmod.split_sizes`, a part a rank; axis:
-    only along this axis, and the same on ranks that differ elsewhere; a mapping {dim: axis} as in `pull`::
+    only along this axis, and the same on ranks that differ elsewhere; a mapping {dim: axis} as in `pull`. Where this
+    process is a rank itself all of them call it, and what counts are the values of the first::
 
         push({"x": torch.arange(5)}, dim=0)    # of two ranks the first gets x = tensor([0, 1, 2])
     """
     axes = _dims(axis, dim, "push")
     places = _places()
     if _session is None:
-        on_rank.keep(dict(values))
+        mesh = _own_mesh()
+        sent = peers.gathered(dict(values) if is_first(mesh) else {}, mesh, "push")[0]
+        (rank,) = places.select(mesh.coords or {})
+        on_rank.keep({name: _part(value, axes, places, rank) for name, value in sent.items()})
         return
     _session.ready()
     engines = _session.chosen({})
@@ -266,10 +273,13 @@ def _part(value: Any, axes: Mapping[int, tuple[str, ...]], places: Places, rank:
 
 
 def _places() -> Places:
-    if _session is not None:
-        return _session.places
+    return _session.places if _session is not None else Places(_own_mesh().shape)
+
+
+def _own_mesh() -> Mesh:
+    """The mesh where this process is a rank of it: what is set, else all ranks."""
     mesh = ambient()
-    return Places({"data": 1} if mesh is None else mesh.shape)
+    return make_mesh() if mesh is None else mesh
 
 
 def _dims(axis: Any, dim: int | None, function: str) -> dict[int, tuple[str, ...]]:
@@ -296,7 +306,7 @@ def _dims(axis: Any, dim: int | None, function: str) -> dict[int, tuple[str, ...
 
 def _fetched(name: str, places: Places) -> list[Any]:
     if _session is None:
-        found = [on_rank.fetch(name)]
+        found = peers.gathered(on_rank.fetch(name), _own_mesh(), "pull")
     else:
         _session.ready()
         engines = list(_session.chosen({}).values())

@@ -45,7 +45,7 @@ class Failure:
     """How a cell ended on a rank that did not finish it."""
 
     lines: tuple[str, ...]  # file and number of each line of the traceback: the same where ranks failed alike
-    at: str  # the innermost line that is the user's
+    at: str  # the innermost line that is the user's, "" where the cell had not begun
     waited: str  # in which collective, "" where it did not wait
     ours: bool  # raised by pmod on purpose: what is inside it explains nothing
 
@@ -57,7 +57,8 @@ def failure() -> Failure:
     lines = tuple(in_cell(f"{frame.f_code.co_filename}:{number}") for frame, number in frames)
     inside = (_HERE, os.path.dirname(str(torch.__file__)) + os.sep)
     last = max((i for i, line in enumerate(lines) if not line.startswith(inside)), default=-1)
-    at = f"{lines[last]}: {linecache.getline(*_place(frames[last])).strip()}" if frames else ""
+    began = any(line.startswith("line ") for line in lines)
+    at = f"{lines[last]}: {linecache.getline(*_place(frames[last])).strip()}" if began else ""
     waits = [frame for frame, _ in frames if frame.f_code is _waiting.Wait.until_done.__code__]
     return Failure(lines, at, _waited(frames[last + 1 :]) if waits else "", isinstance(error, PmodError))
 

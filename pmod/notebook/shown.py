@@ -180,8 +180,10 @@ def _state(outcome: Outcome) -> str:
     failure = outcome.failure
     if outcome.how == "raised" and failure is not None:
         if not outcome.stopped:
-            return f"{outcome.error.splitlines()[0]} [{failure.at}]"
-        return f"waited in {failure.waited}, {failure.at}" if failure.waited else f"was at {failure.at}"
+            return outcome.error.splitlines()[0] + (f" [{failure.at}]" if failure.at else "")
+        if failure.waited:
+            return f"waited in {failure.waited}, {failure.at}"
+        return f"was at {failure.at}" if failure.at else "was at no line of the cell"
     return {
         "done": "had finished the cell",
         "raised": "was stopped" if outcome.stopped else f"raised {outcome.error}",
