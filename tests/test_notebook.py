@@ -297,7 +297,7 @@ def test_the_stop_button_while_a_cell_is_sent(two: InteractiveShell, monkeypatch
             patch.setattr(view, "execute", sent)
             run = Cell(two, f"%%spmd\nimport torch, pmod\nif pmod.axis_index('data') == 0:\n    {SUM}")
         assert isinstance(run.error, KeyboardInterrupt) and run.seconds < 1.5
-        # on a busy machine the interrupt may come between the messages of a kernel, which lets it fall, or before it begins
+        # on a busy machine it may come before the cell, or between the messages of a kernel, which lets it fall
         waited = f"at (data=0): waited in pmod.psum(axis='data'), line 3: {SUM}"
         fallen = "at (data=0): has not stopped yet, in a call that is not Python's"
         said = (waited, fallen, "at (data=0): was at no line of the cell")
