@@ -180,6 +180,11 @@ def leave_behind(group: dist.ProcessGroup) -> None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # beyond the end of Python, too
 
 
+def is_left_behind(group: dist.ProcessGroup) -> bool:
+    """Whether a message of this group was left waiting: what is sent now may be taken for it elsewhere."""
+    return group in _left_behind
+
+
 def _join(topology: Topology) -> None:
     """The user (or an earlier mesh) initialized torch.distributed: use it, and check that it is the same world."""
     actual = (dist.get_rank(), dist.get_world_size())
@@ -213,6 +218,8 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
         store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout)
     elif store is None:
         store = _meet(address, port, topology, timeout)
+    else:
+        store.set_timeout(timeout)  # it had that of the mesh before
     _stores[address, port] = store, number + 1
     # neither another job nor an earlier connection of this one may be read
     store = PrefixStore(f"pmod/{topology.job}/{number}", store)

@@ -16,13 +16,13 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 
 from pmod import _groups
 from pmod._ambient import ambient
-from pmod._errors import CollectiveTimeout, call_site, coordinates, explain
+from pmod._errors import CollectiveTimeout, MismatchError, call_site, coordinates, explain
 from pmod._mesh import Axis
 
 LOOK = 1.0  # seconds between looks at what the others say; less where the deadline is near
@@ -226,6 +226,15 @@ class Wait:
     def device(self) -> torch.device:
         """That of the mesh."""
         return self._axis.topology.device
+
+    def refuse(self) -> NoReturn:
+        """Raise, because an earlier wait along these ranks was cut off; and say so to those that wait for this rank."""
+        self._write(LEFT)
+        function, _ = self._origin()
+        given = "an earlier call along these ranks was cut off while it waited, so messages no longer pair up"
+        right = "Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh; in a notebook, %mesh."
+        axis = self._axis
+        raise MismatchError(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
 
     def until_done(self, work: Work) -> None:
         """Return when the work is done.

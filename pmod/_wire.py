@@ -436,4 +436,7 @@ def wire_of(axis: Axis, row: str = "") -> Wire:
         return Alone(1, 0)
     if _groups.simulated is not None and hasattr(_groups.simulated, "wire"):
         return _groups.simulated.wire(axis)
-    return GroupWire(axis.size, axis.index, axis.group, Wait(axis, row))
+    group, wait = axis.group, Wait(axis, row)
+    if _groups.is_left_behind(group):
+        wait.refuse()
+    return GroupWire(axis.size, axis.index, group, wait)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pmod._simulate import _MemoryWire
+
+# torch asks the name server about each process that connects to a store. Where an answer is lost, ask again soon: a
+# deadline that a test gives is shorter than the 5 s of the resolver.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 @pytest.fixture(autouse=True, scope="module")

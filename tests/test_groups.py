@@ -481,6 +481,23 @@ def test_the_timeout_belongs_to_the_mesh_that_was_given_it():
     assert spmd.launch(timeouts, timeout=DEADLINE, ring=3)[:2] == [[7.0], [7.0]]
 
 
+def patience_of_the_store() -> list[float]:
+    """Of the store of the world, after one connection with a short deadline and another with a long one."""
+    place, found = here(), []
+    pmod.barrier(over(0, 1, 2))  # connected on all ranks, or on none
+    for seconds in (3.0, 20.0):
+        pmod.shutdown()
+        pmod.barrier(pmod.make_mesh(x=3, topology=place, timeout=seconds))
+        ((store, _),) = _groups._stores.values()
+        found.append(store.timeout.total_seconds())
+    pmod.shutdown()
+    return found
+
+
+def test_the_store_waits_as_long_as_the_mesh_that_was_connected_last():
+    assert spmd.launch(patience_of_the_store, timeout=DEADLINE, ring=3) == [[3.0, 20.0]] * 3
+
+
 @pytest.fixture
 def alone() -> Iterator[None]:
     """This process connects to nobody, before and after."""

@@ -262,15 +262,19 @@ CELLS = ["%load_ext pmod.notebook\nfrom pmod import notebook\nimport pmod, torch
          "try:\n    notebook.pull('y')\nexcept NameError as error:\n    print(error)",
          # the ranks' own values differ: those of the first count
          "me = pmod.axis_index('data')\nnotebook.push({'z': torch.arange(3) + 10 * me}, dim=0)\nprint(z)",
+         "import os, signal, threading\nstop = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))",
+         "%%spmd data=0\nstop.start()\ntry:\n    pmod.psum(1, 'data')\nexcept KeyboardInterrupt:\n    print('stopped')",
+         "%mesh data=2", "%%spmd\nprint(pmod.psum(torch.ones(1), 'data'))",
          "import psutil\nprint([c.cmdline() for c in psutil.Process().children(recursive=True)])"]  # fmt: skip
 
 
 @in_kernel
 def test_the_cells_of_a_notebook_in_a_kernel_of_jupyter_distributed(tmp_path: Path) -> None:
     """Its processes are the ranks: nothing is started, and each cell runs in all of them, or on those that it names."""
-    one, sums, pulled, lacking, pushed, engines = itemgetter(2, 3, 4, 6, 7, 8)(printed_in_kernel(CELLS, tmp_path))
+    printed = printed_in_kernel(CELLS, tmp_path)
+    one, sums, pulled, lacking, pushed, stopped, anew, engines = itemgetter(2, 3, 4, 6, 7, 9, 11, 12)(printed)
     assert one == ["", "one 1\n"]
-    assert sums == ["tensor([2.])\n"] * 2
+    assert sums == anew == ["tensor([2.])\n"] * 2 and stopped == ["stopped\n", ""]
     assert pulled == ["[tensor([0]), tensor([0, 1])] tensor([0, 0, 1])\n"] * 2
     assert lacking == ["pmod.notebook.pull: 'y' is not defined on data=0.\n"] * 2
     assert pushed == ["tensor([0, 1])\n", "tensor([2])\n"]

@@ -161,7 +161,8 @@ def test_each_wait_of_a_call_is_told() -> None:
 
 
 def interrupted(name: str) -> float:
-    """Rank 0 is interrupted while it waits; its message is on its way all the same, and the others complete."""
+    """Rank 0 is interrupted while it waits, and sends no more along these ranks: whether the others complete with what
+    is on its way, as here, or take a later message for it, it cannot know. Then all begin anew."""
     with pmod.set_mesh(pmod.make_mesh(data=pmod.current_mesh().size, timeout=20.0)):
         CALLS[name]()
         if me() != 0:
@@ -184,7 +185,10 @@ def interrupted(name: str) -> float:
             finally:
                 signal.signal(signal.SIGINT, before)
             time.sleep(1.0)
+            with pytest.raises(pmod.MismatchError, match="an earlier call along these ranks was cut off"):
+                CALLS[name]()
     pmod.shutdown()
+    assert pmod.psum(1, pmod.make_mesh(data=pmod.current_mesh().size)["data"]) == pmod.current_mesh().size
     return seconds
 
 

@@ -15,6 +15,7 @@ from pmod._arguments import split_sizes
 from pmod._data import is_first
 from pmod._draw import mesh_html, mesh_text
 from pmod._errors import ArgumentError, AxisError, PmodError, explain, near_miss
+from pmod._groups import shutdown
 from pmod._mesh import Mesh, make_mesh
 from pmod.notebook import peers
 from pmod.notebook import rank as on_rank
@@ -160,6 +161,7 @@ class PmodMagics(Magics):
         if not sizes:
             return current_mesh() if _session is None else _Picture(_session.places.sizes)
         if _session is None and _groups.here().world_size > 1:  # this process is a rank already
+            shutdown()  # begins anew, also where a wait was cut off
             set_mesh(make_mesh(sizes))
             return current_mesh()
         for name, size in sizes.items():
