@@ -219,13 +219,13 @@ for _constant in (_plan, _plan_back):  # numbers in, numbers out: compiled code 
 
 def _rows(copy: Copy, xs: Sequence[Tensor], dim: int) -> Tensor:
     """What a copy brings."""
-    (buffer, start, count), (_, _, length), reverse = copy
-    y = xs[buffer].narrow(dim, start, count)
-    if reverse:
+    length = copy.to.rows
+    y = xs[copy.of.buffer].narrow(dim, copy.of.start, copy.of.rows)
+    if copy.reverse:
         y = y.flip(dim)
-    if count == length:
+    if copy.of.rows == length:
         return y
-    if count > 1:
+    if copy.of.rows > 1:
         return y.sum(dim, keepdim=True, dtype=y.dtype)
     shape = [-1] * y.dim()
     shape[dim] = length

@@ -34,6 +34,6 @@ def keep_order(operator: Any) -> None:
         if before is not None:
             for operation in graph.operations[first:]:
                 graph.additional_star_deps[operation.get_operation_name()].add(before.get_name())
-        return _pytree.tree_map_only(ir.IRNode, ir.IRNode.wrap_for_lowering, result)
+        return _pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, result)
 
     lowering.register_lowering(operator, type_promotion_kind=None)(lower)

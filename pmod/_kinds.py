@@ -84,7 +84,7 @@ class Kinds(TorchFunctionMode):
         if func is kinds_here:
             return self
         if func is axis_index:
-            self._asked |= self._names(args[0])
+            self._asked = self._asked | self._names(args[0])
             return func(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._gradients(args, kwargs)
@@ -215,7 +215,7 @@ class Kinds(TorchFunctionMode):
         before = [self.of(x) for x in taken]
         axes = NONE.union(*before)
         sure = NONE.union(*[of - self.assumed(x) for of, x in zip(before, taken, strict=True)])
-        axes |= self._asked | self._own_lengths(name, args, kwargs)
+        axes = axes | self._asked | self._own_lengths(name, args, kwargs)
         if not (before or name in SAME):
             axes = self.everywhere
         if _draws(name, args, kwargs):
@@ -232,7 +232,7 @@ class Kinds(TorchFunctionMode):
         for y in [*tensors_in(result), *changed]:  # compiled code has another tensor after a change in place
             self.note(y, axes, axes - sure)
         if name in NUMBERS:
-            self._asked |= axes
+            self._asked = self._asked | axes
         return result
 
     def _own_lengths(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:

@@ -17,7 +17,7 @@ import torch
 
 from pmod import _groups
 from pmod._draw import mesh_html, mesh_text
-from pmod._errors import AxisError, explain, near_miss
+from pmod._errors import AxisError, PmodError, explain, near_miss
 from pmod._factors import Factors, all_places, layout, merged, place_of, take_fastest
 from pmod._groups import DEFAULT_TIMEOUT
 from pmod._topology import Topology
@@ -87,8 +87,10 @@ def named(label: str | tuple[str, ...]) -> str:
     return label if isinstance(label, str) else ", ".join(label)
 
 
-# The axes that were bound in this process, by key: a memo for compiled code, whose calls name an axis by its key.
+# The axes that were bound and the meshes that are there in this process, by key: memos for compiled code, whose calls
+# name them by their keys.
 _axes: dict[str, Axis] = {}
+_meshes: dict[str, Mesh] = {}
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -135,6 +137,8 @@ class Mesh:
         several = self.axis_names if len(self.axis_names) > 1 and whole else ()
         set_once(self, "_axis_key", whole)
         set_once(self, "_axis_keys", tuple(self.bind(name, "make_mesh").key for name in several) or (whole,))
+        if self.topology.launcher != "simulate":
+            _meshes[self._key] = self
 
     # --- what it is -------------------------------------------------------------------------------
 
@@ -303,7 +307,15 @@ class Mesh:
         return self.bind(axis, "Mesh.group").group
 
     def __getitem__(self, axis: str | tuple[str, ...]) -> Mesh:
-        return _sub_mesh(self, axis)
+        if isinstance(axis, Mesh):
+            return axis
+        return _constant_part(self._key, axis) if torch.compiler.is_compiling() else self._part(axis)
+
+    def _part(self, axis: str | tuple[str, ...]) -> Mesh:
+        _, numbers = self._numbers(axis, "Mesh.__getitem__")
+        bound = self.bind(axis, "Mesh.__getitem__")
+        kept = [(self.axis_names[number], self._axes[number]) for number in numbers]
+        return self._with("Mesh.__getitem__", kept, bound.offset)
 
     # --- new meshes from this one -----------------------------------------------------------------
 
@@ -467,18 +479,17 @@ AxisLike: TypeAlias = str | tuple[str, ...] | Mesh
 """What every ``axis`` argument takes: a name, a tuple of names (the flattened group), or a sub-mesh."""
 
 
-def _sub_mesh(mesh: Mesh, axis: object) -> Mesh:
-    if isinstance(axis, Mesh):
-        return axis
-    _, numbers = mesh._numbers(axis, "Mesh.__getitem__")
-    bound = mesh.bind(axis, "Mesh.__getitem__")
-    kept = [(mesh.axis_names[number], mesh._axes[number]) for number in numbers]
-    return mesh._with("Mesh.__getitem__", kept, bound.offset)
+def _constant_part(key: str, axis: str | tuple[str, ...]) -> Mesh:
+    """While torch.compile traces: the sub-mesh, a constant of the code, which is guarded on both arguments."""
+    if key not in _meshes:
+        right = "Simulate the eager function."
+        raise PmodError(explain("Mesh.__getitem__", "a simulated rank runs compiled code", right, axis=axis))
+    return _meshes[key]._part(axis)
 
 
-# a plain attribute, read by Dynamo: inside compiled code the sub-mesh is a constant of the (guarded) mesh.
-# torch.compiler.assume_constant_result sets the same one, and imports torch._dynamo (2 s) to do so.
-_sub_mesh._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# a plain attribute, read by Dynamo. torch.compiler.assume_constant_result sets the same one, and imports torch._dynamo
+# (2 s) to do so.
+_constant_part._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_mesh(names: tuple[str, ...], axes: tuple[Factors, ...], offset: int, base: tuple[int, ...] | None) -> Mesh:

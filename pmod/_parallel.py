@@ -190,6 +190,8 @@ def map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """f on the tensors of what a function takes or returns, whatever else is in it."""
     if isinstance(tree, Tensor):
         return f(tree)
+    if tree is None:
+        return None
     if type(tree) is dict:
         return {key: map_tensors(f, value) for key, value in tree.items()}
     if isinstance(tree, dict):

@@ -111,7 +111,7 @@ class _Mapped:
         if hasattr(x, "to_local"):
             return self._local(x, spec)
         outer = self.kinds.of(x) if self.nested else NONE
-        self.outer |= outer
+        self.outer = self.outer | outer
         self.kinds.note(x, outer)
         y = x
         for dim, along, sizes in cuts:

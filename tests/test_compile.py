@@ -261,3 +261,10 @@ def other_lengths_on_rank() -> None:
 
 def test_shares_of_other_lengths() -> None:
     spmd.launch(other_lengths_on_rank, timeout=200, x=2)
+
+
+@pytest.mark.parametrize("axis", [lambda: "a", lambda: pmod.current_mesh()["a"]], ids=["name", "sub-mesh"])
+def test_a_simulated_rank_says_that_it_cannot(axis: Any) -> None:
+    f = torch.compile(lambda x: pmod.psum(x, axis()), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="a simulated rank runs compiled code"):
+        pmod.simulate(f, torch.ones(2), a=2)

@@ -470,6 +470,7 @@ def test_dtensors(mesh: dict[str, int]) -> None:
 
 
 def dtensors_of_another_mesh() -> None:
+    pmod.barrier(("data", "model"))  # connected, whatever ran before
     other = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (4,)), [Shard(0)])
     with pytest.raises(pmod.AxisError, match=r"Mesh\.from_device_mesh"):
         pmod.shard_map(lambda x: x, in_specs=DATA, out_specs=DATA)(other)

@@ -266,7 +266,7 @@ def test_alone() -> None:
 
 def profiled() -> list[str]:
     x = torch.ones(4, requires_grad=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         pmod.all_gather(x, "x").sum().backward()
         pmod.start(pmod.psum, x.detach(), ("x",)).wait()
     return sorted(entry.key for entry in profile.key_averages() if entry.key.startswith("pmod."))
