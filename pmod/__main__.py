@@ -1,8 +1,10 @@
-"""`python -m pmod`: the list of commands."""
+"""`python -m pmod`: the list of commands; `python -m pmod demo` is `python -m pmod.demo`."""
 
 from __future__ import annotations
 
 import argparse
+import runpy
+import sys
 from collections.abc import Sequence
 
 from pmod._errors import near_miss
@@ -17,12 +19,16 @@ _EXAMPLES = """examples:
   python -m pmod.demo --mesh data=2,space=2
   python -m pmod.bench --only latency --ranks 4
   torchrun --standalone --nproc-per-node 4 -m pmod.doctor
-  python -m pmod.demo --help                         each has a --help of its own, with more examples
+  python -m pmod demo --help                         each has a --help of its own, with more examples
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the list; a command that is given as an argument is an error, which says how to call it."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command that comes first, with what is left; with none, print the list."""
+    if arguments and arguments[0] in COMMANDS:
+        sys.argv[1:] = arguments[1:]
+        runpy.run_module(f"pmod.{arguments[0]}", run_name="__main__", alter_sys=True)
+        return
     parser = argparse.ArgumentParser(
         prog="python -m pmod",
         description=_LIST,
@@ -31,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     given, more = parser.parse_known_args(arguments)
-    if given.command in COMMANDS:
-        parser.error(f"the commands are modules of their own: python -m pmod.{given.command}")
     if given.command is not None:
         parser.error(f"no command {given.command!r} among {', '.join(COMMANDS)}{near_miss(given.command, COMMANDS)}")
     if more:
@@ -41,4 +45,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -56,7 +56,11 @@ def shard_map(
         raise ArgumentError(explain("shard_map", f"f is a {type(f).__name__}", "Pass a function of the shards."))
 
     @wraps(f, updated=())
-    def mapped(*args: Any) -> Any:
+    def mapped(*args: Any, **by_name: Any) -> Any:
+        if by_name:
+            given = f"{', '.join(by_name)} came by name"
+            right = "Pass arguments by position, which is what in_specs goes by; functools.partial binds the others."
+            raise ArgumentError(explain("shard_map", given, right))
         over = current_mesh() if mesh is None else mesh
         call = _Mapped(over, kinds_here())
         follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()

@@ -50,7 +50,6 @@ def test_every_help_has_examples(words: list[str], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo"], "the commands are modules of their own: python -m pmod.demo"),
         (["dmo"], "no command 'dmo' among demo, bench, doctor; did you mean 'demo'?"),
         (["--frob"], "unrecognized arguments: --frob"),
     ],
@@ -59,3 +58,12 @@ def test_what_is_no_command(arguments: list[str], message: str, capsys: pytest.C
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 2 and capsys.readouterr().err.endswith(f"error: {message}\n")
+
+
+def test_a_command_by_its_name() -> None:
+    calls = [["pmod", "doctor"], ["pmod.doctor"]]
+    printed = [
+        subprocess.run([sys.executable, "-m", *call, "--help"], capture_output=True, text=True, check=True, timeout=60)
+        for call in calls
+    ]
+    assert printed[0].stdout == printed[1].stdout and "--timeout" in printed[0].stdout

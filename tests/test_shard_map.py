@@ -372,6 +372,12 @@ def test_a_slice_of_what_varies() -> None:
     )
 
 
+def test_an_argument_by_name() -> None:
+    mapped = pmod.shard_map(lambda x, w: x * w, in_specs=(DATA, P()), out_specs=DATA)
+    with pytest.raises(pmod.ArgumentError, match="w came by name"):
+        mapped(torch.ones(2), w=2)
+
+
 def test_no_mesh() -> None:
     with pytest.raises(pmod.NoMeshError):
         pmod.shard_map(lambda x: x, in_specs=DATA, out_specs=DATA)(torch.ones(2))

@@ -251,6 +251,10 @@ def push(values: Mapping[str, Any], *, axis: Any = None, dim: int | None = None)
         push({"x": torch.arange(5)}, dim=0)    # of two ranks the first gets x = tensor([0, 1, 2])
     """
     axes = _dims(axis, dim, "push")
+    for name, value in values.items():
+        if axes and not isinstance(value, torch.Tensor):
+            given = f"{name} is a {type(value).__name__}, which has no dims to cut along"
+            raise ArgumentError(explain("notebook.push", given, "Push it by itself, without dim and axis."))
     places = _places()
     if _session is None:
         mesh = _own_mesh()
