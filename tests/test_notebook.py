@@ -171,6 +171,14 @@ def test_a_cell_on_some_ranks(two: InteractiveShell) -> None:
         assert isinstance(refused.error, pmod.AxisError) and str(refused.error) == wrong.replace("?.", "?")
 
 
+def test_a_cell_that_awaits(two: InteractiveShell) -> None:
+    start = "import asyncio\ntask = asyncio.create_task(asyncio.sleep(0.3, 7))"
+    assert Cell(two, f"%%spmd\n{start}\nawait asyncio.sleep(0.1, 1)").results == ["1"]
+    assert Cell(two, "%%spmd\nawait task").results == ["7"], "a loop that stays, as a notebook's does"
+    run = Cell(two, "%%spmd\nawait asyncio.sleep(60)", stop_after=0.5)
+    assert run.seconds < 1.5 and run.text.splitlines()[1:] == ["on all ranks: was at line 1: await asyncio.sleep(60)"]
+
+
 def test_px_works_too(two: InteractiveShell) -> None:
     run = Cell(two, "%%px\nprint(pmod.psum(x, 'data'))")
     assert run.ok and run.text.count("tensor([1., 1.])") == 2, run.text

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import linecache
 import os
 import re
 import sys
 import traceback
+from collections.abc import Coroutine
 from types import FrameType
 from typing import Any
 
@@ -33,11 +36,26 @@ def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
     set_mesh(make_mesh(axes))
     # IPython takes a second to show a traceback that leads through many files, and somebody has pressed the stop button
     _shell().set_custom_exc((KeyboardInterrupt,), _interrupted)
+    _shell().loop_runner = _awaited
 
 
 def _interrupted(shell: Any, kind: type[BaseException], error: Any, trace: Any, tb_offset: Any = None) -> None:
     error._render_traceback_ = lambda: [kind.__name__]  # IPython shows, and stores, this instead
     shell.showtraceback((kind, error, trace))
+
+
+_runner = asyncio.Runner()  # its loop stays, and with it the tasks that a cell has started
+
+
+def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a cell that awaits to its end, which the engine's loop cannot: such a cell's reply is lost by ipyparallel."""
+    outer = asyncio.get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+        return _runner.run(coroutine, context=contextvars.copy_context())  # which names the cell for its outputs
+    finally:
+        asyncio._set_running_loop(outer)
+        asyncio.set_event_loop(outer)
 
 
 @frozen
@@ -55,7 +73,7 @@ def failure() -> Failure:
     error: BaseException = sys.last_value  # pyright: ignore[reportAssignmentType]  # a rank is asked where it raised
     frames = list(traceback.walk_tb(error.__traceback__))
     lines = tuple(in_cell(f"{frame.f_code.co_filename}:{number}") for frame, number in frames)
-    inside = (_HERE, os.path.dirname(str(torch.__file__)) + os.sep)
+    inside = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (pmod, torch, os))
     last = max((i for i, line in enumerate(lines) if not line.startswith(inside)), default=-1)
     began = any(line.startswith("line ") for line in lines)
     at = f"{lines[last]}: {linecache.getline(*_place(frames[last])).strip()}" if began else ""
