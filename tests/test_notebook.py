@@ -202,8 +202,10 @@ def test_values_are_pulled_and_pushed(two: InteractiveShell) -> None:
         nb.pull("x", axis="data")
     with pytest.raises(pmod.ArgumentError, match="word is a str"):
         nb.pull("word", dim=0)
-    with pytest.raises(pmod.ArgumentError, match="word is a str, which has no dims to cut"):
+    with pytest.raises(pmod.ArgumentError, match="word is a str"):
         nb.push({"word": "no"}, dim=0)
+    with pytest.raises(pmod.ArgumentError, match=r"x has no dim 1, its shape is \(2,\)"):
+        nb.pull("x", dim=1)
 
 
 def test_the_cells_of_the_readme(two: InteractiveShell) -> None:

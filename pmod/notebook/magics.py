@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -227,10 +227,19 @@ def pull(name: str, *, axis: Any = None, dim: int | None = None) -> Any:
     if not axes:
         return values
     for value in values:
-        if not isinstance(value, torch.Tensor):
-            given = f"{name} is a {type(value).__name__}, which has no dims to join along"
-            raise ArgumentError(explain("notebook.pull", given, "Leave dim and axis out: one value per rank."))
+        _check_dims(name, value, axes, "pull")
     return _joined(values, list(axes.items()), {}, places)
+
+
+def _check_dims(name: str, value: Any, dims: Iterable[int], function: str) -> None:
+    for dim in dims:
+        if not isinstance(value, torch.Tensor):
+            given = f"{name} is a {type(value).__name__}, which has no dims"
+        elif not -value.dim() <= dim < value.dim():
+            given = f"{name} has no dim {dim}, its shape is {tuple(value.shape)}"
+        else:
+            continue
+        raise ArgumentError(explain(f"notebook.{function}", given, "Leave dim and axis out: one value per rank."))
 
 
 def _joined(values: list[Any], axes: list[tuple[int, tuple[str, ...]]], at: dict[str, int], places: Places) -> Any:
@@ -252,9 +261,7 @@ def push(values: Mapping[str, Any], *, axis: Any = None, dim: int | None = None)
     """
     axes = _dims(axis, dim, "push")
     for name, value in values.items():
-        if axes and not isinstance(value, torch.Tensor):
-            given = f"{name} is a {type(value).__name__}, which has no dims to cut along"
-            raise ArgumentError(explain("notebook.push", given, "Push it by itself, without dim and axis."))
+        _check_dims(name, value, axes, "push")
     places = _places()
     if _session is None:
         mesh = _own_mesh()
