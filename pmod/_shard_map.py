@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ def shard_map(
     Inside, kinds are followed as JAX follows them: where an unsharded argument, or a parameter that f refers to, meets
     varying data, it goes through `pvary`, so that its gradient is summed, once. An explicit pvary is right as well.
     What f knows of its own rank it asks with `axis_index`; other tensors that f refers to count as varying, but for the
-    buffers of a module that is f itself. In the body of a shard_map another one may cut along the axes that are left.
+    buffers of a module that f is, or is a method of. In the body of a shard_map another one may cut along the axes that
+    are left.
 
     Shapes: any length, cut as `split_sizes` says unless a spec has sizes. Outputs may have any lengths: the ranks
     exchange them, one small message for each entry of out_specs; under torch.compile an output is cut as an input of
@@ -54,6 +55,7 @@ def shard_map(
     """
     if not callable(f):
         raise ArgumentError(explain("shard_map", f"f is a {type(f).__name__}", "Pass a function of the shards."))
+    module = _module(f)
 
     @wraps(f, updated=())
     def mapped(*args: Any, **by_name: Any) -> Any:
@@ -65,12 +67,20 @@ def shard_map(
         call = _Mapped(over, kinds_here())
         follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
         with under(over) if mesh is not None else nullcontext(), follow:
-            for buffer in f.buffers() if isinstance(f, nn.Module) else ():
+            for buffer in module.buffers() if module is not None else ():
                 call.kinds.note(buffer, NONE)
             shards = call.enter(args, in_specs)
             return call.leave(f(*shards), out_specs)
 
     return mapped
+
+
+def _module(f: Any) -> nn.Module | None:
+    """The module that f is, or is a method of."""
+    while isinstance(f, partial):
+        f = f.func
+    f = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
+    return f if isinstance(f, nn.Module) else None
 
 
 class _Mapped:

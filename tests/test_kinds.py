@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -236,6 +237,8 @@ def module_with_a_buffer() -> None:
     torch.testing.assert_close(y, module(x))
     y.sum().backward()
     torch.testing.assert_close(module.weight.grad, x.sum(0) * module.scale)
+    for f in (module.forward, partial(module), partial(module.forward)):
+        torch.testing.assert_close(pmod.shard_map(f, in_specs=P(), out_specs=P())(x), module(x))
 
 
 def test_the_buffers_of_a_module_are_one_value() -> None:
