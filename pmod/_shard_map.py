@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pmod._ambient import current_mesh, resolve, under
-from pmod._arguments import check_tensor
+from pmod._arguments import check_tensor, wrong
 from pmod._errors import ArgumentError, AxisError, explain
 from pmod._kinds import NONE, Axes, Kinds, kinds_here
 from pmod._mesh import Mesh
@@ -89,6 +89,7 @@ class _Mapped:
     def __init__(self, mesh: Mesh, around: Kinds | None) -> None:
         self.mesh = mesh
         self.axis = resolve(mesh, "shard_map")
+        self.around = around
         self.nested = around is not None and set(mesh.axis_names) <= set(around.mesh.axis_names)
         self.kinds = around if around is not None and self.nested else Kinds(mesh)
         self.outer: Axes = NONE  # along which the arguments vary already
@@ -100,6 +101,8 @@ class _Mapped:
         found = with_specs(args, specs, "shard_map", "in_specs", self.axis)
         for x, spec, where in found:
             self._check(x, spec, where)
+            if isinstance(x, Tensor) and self.around is not None and not self.nested:
+                self._check_around(x, self.around, where)
         shards = [self._shard(x, spec, where) if isinstance(x, Tensor) else x for x, spec, where in found]
         return unflatten(args, "shard_map", self.axis, shards)
 
@@ -111,6 +114,16 @@ class _Mapped:
         elif spec.axes:
             what, right = f"the spec cuts a {type(x).__name__}", "Give what is no tensor the spec P()."
             raise unfit(ArgumentError, "shard_map", where, what, spec, (), self.mesh, right)
+
+    def _check_around(self, x: Tensor, around: Kinds, where: str) -> None:
+        """Within the body of another mesh x is one value on the ranks of this one."""
+        varies = around.of(x) - around.assumed(x)
+        places = [around.mesh.coords_of(int(rank)) for rank in self.mesh.ranks.flat]
+        apart = [name for name in sorted(varies) if len({at[name] for at in places if at is not None}) > 1]
+        if apart:
+            given = f"{where} varies along {apart} of the mesh around, and this mesh joins such ranks"
+            right = "Cut it along the axes that are left of the mesh around, pmod.current_mesh()."
+            raise wrong(ArgumentError, "shard_map", self.axis, given, right)
 
     def _shard(self, x: Tensor, spec: P, where: str) -> Tensor:
         cuts: list[tuple[int, Mesh, tuple[int, ...]]] = []

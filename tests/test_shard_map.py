@@ -372,6 +372,23 @@ def test_a_slice_of_what_varies() -> None:
     )
 
 
+def _along_all(x: Tensor) -> Tensor:
+    mesh = pmod.current_mesh().flatten(("data", "model"), "all")
+    return pmod.shard_map(torch.sin, mesh=mesh, in_specs=P("all"), out_specs=P("all"))(x)
+
+
+def test_what_varies_within_another_mesh() -> None:
+    f = pmod.shard_map(_along_all, in_specs=DATA, out_specs=DATA)
+    assert message(lambda: f(torch.ones(8)), data=2, model=2) == (
+        "pmod.shard_map(axis='all') at (all=0): in_specs[0] varies along ['data'] of the mesh around, and this mesh "
+        "joins such ranks.\n"
+        "Cut it along the axes that are left of the mesh around, pmod.current_mesh()."
+    )
+    f = pmod.shard_map(_along_all, in_specs=P(), out_specs=P())
+    for y in pmod.simulate(f, torch.arange(8.0), data=2, model=2):
+        torch.testing.assert_close(y, torch.arange(8.0).sin())
+
+
 def test_an_argument_by_name() -> None:
     mapped = pmod.shard_map(lambda x, w: x * w, in_specs=(DATA, P()), out_specs=DATA)
     with pytest.raises(pmod.ArgumentError, match="w came by name"):
