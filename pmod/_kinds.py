@@ -61,11 +61,17 @@ class Kinds(TorchFunctionMode):
         self._known: dict[Any, tuple[Axes, Axes, bool]] | _Noted
         self._written: MutableMapping[Any, Axes]  # memory that was changed by what varies
         self._known, self._written = {}, {}
-        self._began = 0
+        self._began, self._level = 0, None
         if not torch.compiler.is_compiling():
             self._known, self._written = _Noted(), WeakIdKeyDictionary()
             self._began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+            self._level = functorch.maybe_current_level()
+        self._differentiates = torch.is_grad_enabled()
+        self._modules: list[torch.nn.Module] = []
+        # of tensors from outside the body their pvary copies: along what, of which version
+        self._copies: dict[Tensor, dict[Axes, tuple[int, Tensor]]] = {}
         self._asked: Axes = NONE  # the axes along which this rank knows its own place: what it then makes is V
+        self._ways: list[Axes] = []  # the same, in the order in which it asked
         self.lengths: dict[int, Axes] = {}  # of uneven shards, those of all ranks: numbers that a rank has of its own
         self._unsummed = False  # one value with a derivative met what varies while no graph was made
 
@@ -84,7 +90,7 @@ class Kinds(TorchFunctionMode):
         if func is kinds_here:
             return self
         if func is axis_index:
-            self._asked = self._asked | self._names(args[0])
+            self._ask(self._names(args[0]))
             return func(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._gradients(args, kwargs)
@@ -155,6 +161,17 @@ class Kinds(TorchFunctionMode):
         if not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
             self.note(functorch.get_unwrapped(x), axes, assumed)
 
+    def comes_in(self, x: Tensor) -> None:
+        """A tensor is from outside the body."""
+        if x.requires_grad and not torch.compiler.is_compiling():
+            self._copies.setdefault(x, {})
+
+    def of_module(self, module: torch.nn.Module) -> None:
+        """The body is a module's: its buffers are one value, as its parameters are."""
+        self._modules.append(module)
+        for buffer in module.buffers():
+            self.note(buffer, NONE)
+
     def uneven(self, names: str | tuple[str, ...], sizes: Sequence[int]) -> None:
         """Shards along these axes have these lengths."""
         for n in set(sizes) if len(set(sizes)) > 1 else ():
@@ -167,6 +184,7 @@ class Kinds(TorchFunctionMode):
         of another function that runs here it can be anything.
         """
         if x.is_leaf:
+            self.comes_in(x)
             return frozenset([name for name in self.everywhere if is_marked_varying(x, self._axis(name))])
         node: Any = x.grad_fn
         if self._unsummed and type(node).__name__ == "CheckpointFunctionBackward":
@@ -205,7 +223,42 @@ class Kinds(TorchFunctionMode):
         self._unsummed |= bool(missing) and x.requires_grad and not torch.is_grad_enabled()
         if not missing or not differentiated(x):
             return x
-        return pvary(x, self.mesh[tuple([name for name in self.mesh.axis_names if name in missing])])
+        if torch.compiler.is_compiling() or x not in self._copies or not self._keeps(x):
+            return self._copy(x, missing)
+        y, along = x, NONE
+        for step in (*self._ways, missing):
+            new = (step & missing) - along
+            along = along | new
+            if new:
+                version, kept = self._copies[x].get(along, (None, y))
+                y = kept if version == x._version else self._copy(y, new)
+                self._copies[x][along] = x._version, y
+        return y
+
+    def _keeps(self, x: Tensor) -> bool:
+        """Whether a copy that is made here serves elsewhere in the body."""
+        graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return graph and x.requires_grad and functorch.maybe_current_level() == self._level
+
+    def _copy(self, x: Tensor, axes: Axes) -> Tensor:
+        return pvary(x, self.mesh[tuple([name for name in self.mesh.axis_names if name in axes])])
+
+    def _ask(self, axes: Axes) -> None:
+        """The rank learns what is its own along these axes, and may go its own way.
+
+        Before, what comes from outside the body becomes V: all ranks then sum its gradients in the same order, whatever
+        the order in which each uses it.
+        """
+        new = axes - self._asked
+        self._asked = self._asked | axes
+        if not new or torch.compiler.is_compiling():
+            return
+        self._ways.append(new)
+        for x in [x for module in self._modules for x in module.parameters()]:
+            self.of(x)
+        with torch.set_grad_enabled(self._differentiates):
+            for x in [x for x in self._copies if self._keeps(x)]:
+                self._vary(x, self._asked)
 
     def _operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = _name(func)
@@ -232,7 +285,7 @@ class Kinds(TorchFunctionMode):
         for y in [*tensors_in(result), *changed]:  # compiled code has another tensor after a change in place
             self.note(y, axes, axes - sure)
         if name in NUMBERS:
-            self._asked = self._asked | axes
+            self._ask(axes)
         return result
 
     def _own_lengths(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:
@@ -267,6 +320,7 @@ class Kinds(TorchFunctionMode):
         """x.data = y: x is what y is. x.grad and flags are as they were."""
         func(*args)
         if func.__self__ is Tensor.data:
+            self._copies.get(args[0], {}).clear()
             self.note(args[0], self.of(args[1]), self.assumed(args[1]))
 
     def _gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -67,8 +67,8 @@ def shard_map(
         call = _Mapped(over, kinds_here())
         follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
         with under(over) if mesh is not None else nullcontext(), follow:
-            for buffer in module.buffers() if module is not None else ():
-                call.kinds.note(buffer, NONE)
+            if module is not None:
+                call.kinds.of_module(module)
             shards = call.enter(args, in_specs)
             return call.leave(f(*shards), out_specs)
 
@@ -143,6 +143,8 @@ class _Mapped:
         y = x
         for dim, along, sizes in cuts:
             y = shard(y, along, dim=dim, sizes=sizes)
+        if not self.nested:
+            self.kinds.comes_in(y)
         return y
 
     def _local(self, x: Any, spec: P) -> Tensor:
@@ -156,6 +158,7 @@ class _Mapped:
         self.device_mesh = x.device_mesh
         y = (x if tuple(x.placements) == placements else x.redistribute(placements=placements)).to_local()
         self.kinds.note(y, self.kinds.everywhere & frozenset(spec.axes))
+        self.kinds.comes_in(y)
         return y
 
     def leave(self, result: Any, specs: Specs) -> Any:

@@ -86,6 +86,13 @@ def _means(x: Tensor, w: Tensor) -> Tensor:
     return sum((w * part.mean(0)[:, None]).sum() for part in x.split([3, 2]))  # type: ignore[return-value]
 
 
+def _other_data(x: Tensor, w: Tensor, sums: Callable[[Tensor], Tensor]) -> Tensor:
+    v = torch.nn.Parameter(w.detach().clone())
+    y = (x @ v).sum()
+    v.data = v.data * 2
+    return sums(y + (x @ v).sin().sum()) + 0 * w.sum()
+
+
 def _first(x: Tensor, w: Tensor, found: Callable[[Tensor], bool]) -> Tensor:
     return pmod.psum(w.sum() * (2.0 if found(x) else 1.0), "data")
 
@@ -107,6 +114,8 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "expand": (
         lambda x, w: torch.cat([x, w[:1].expand(len(x), -1)], 1), lambda x, w: torch.cat([x, w[:1].expand(5, -1)], 1),
     ),
+    "other data": (lambda x, w: _other_data(x, w, lambda y: pmod.psum(y, "data")),
+                   lambda x, w: _other_data(x, w, lambda y: y)),
     "slice": (
         lambda x, w: pmod.psum((x.T[:, :2] @ w[: len(x)]).sum() if len(x) == 2 else (x * w[: len(x), :1].T).sum(),
                                "data"),
@@ -141,6 +150,61 @@ def test_what_is_followed(name: str, mesh: dict[str, int]) -> None:
     f = pmod.shard_map(local, in_specs=(DATA, P()), out_specs=DATA if want[0].dim() else P())
     for got in pmod.simulate(first_order_in_w, f, **mesh):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def _either(x: Tensor, a: Tensor, b: Tensor, sums: Callable[[Tensor], Tensor]) -> Tensor:
+    """The ranks use a and b in another order, and a not equally often."""
+    with torch.no_grad():
+        first = bool((x @ a).sum() > 0)
+    y = (x @ a).sin() @ b if first else ((x @ b).sin() @ a).cos() @ a
+    return sums(y.sum())
+
+
+class Either(torch.nn.Module):
+    def __init__(self, a: Tensor, b: Tensor, sums: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.sums = torch.nn.Parameter(a), torch.nn.Parameter(b), sums
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _either(x, self.a, self.b, self.sums)
+
+
+def gradients_of_either(module: bool) -> list[Tensor]:
+    x, a, b = torch.tensor([[0.5, 0.6], [-0.5, -0.6]]).double(), draw(2, 2).detach(), draw(2, 3).detach()[:, :2]
+    if module:
+        f = Either(a, b, lambda y: pmod.psum(y, "data"))
+        return list(torch.autograd.grad(pmod.shard_map(f, in_specs=DATA, out_specs=P())(x), (f.a, f.b)))
+    args = x, a.requires_grad_(), b.requires_grad_()
+    f = pmod.shard_map(lambda x, a, b: _either(x, a, b, lambda y: pmod.psum(y, "data")), in_specs=(DATA, P(), P()),
+                       out_specs=P())  # fmt: skip
+    got = torch.autograd.grad(f(*args), args[1:])
+    want = torch.autograd.grad(sum(_either(row[None], *args[1:], lambda y: y) for row in x), args[1:])
+    torch.testing.assert_close(got, want)
+    return list(got)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"data": 2, "model": 2}], ids=str)
+def test_ranks_that_go_their_own_ways(mesh: dict[str, int]) -> None:
+    by_argument, by_parameter = (pmod.simulate(gradients_of_either, module, **mesh) for module in (False, True))
+    torch.testing.assert_close(by_argument, by_parameter)
+
+
+def messages_of_a_loop() -> list[str]:
+    cell, x = torch.nn.GRUCell(2, 3), torch.ones(4, 5, 2)
+
+    def local(x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 3)
+        for step in x.unbind(1):
+            h = cell(step, h)
+        return pmod.psum(h.sum(), "data")
+
+    with pmod.trace() as t:
+        pmod.shard_map(local, in_specs=DATA, out_specs=P())(x).backward()
+    return [event.row for event in t.events if event.nbytes]
+
+
+def test_a_gradient_is_summed_once() -> None:
+    assert pmod.simulate(messages_of_a_loop, data=2) == [["psum"] * 5] * 2  # the loss, and of the cell four gradients
 
 
 # --- derivatives in the body ----------------------------------------------------------------------
