@@ -43,7 +43,8 @@ RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multin
           "cauchy_", "geometric_", "log_normal_", "kaiming_uniform_", "kaiming_normal_", "gumbel_softmax"}  # fmt: skip
 DROPOUT = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_"}
 ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # where their dropout_p is
-STATISTICS = {"batch_norm", "instance_norm"}  # they change running ones, of which torch counts no version
+# they change running ones, of which torch counts no version: how, and whether where nothing is said
+STATISTICS = {"batch_norm": ("training", False), "instance_norm": ("use_input_stats", True)}
 # their result is a number, or memory of others: what a rank goes on to do with it is its own
 NUMBERS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "numpy",
            "__array__", "equal", "allclose", "is_nonzero"}  # fmt: skip
@@ -297,11 +298,19 @@ class Kinds(TorchFunctionMode):
         return NONE.union(*[self.lengths.get(n, NONE) for n in _numbers_in(asked)])
 
     def _change(self, x: Tensor, axes: Axes) -> None:
-        """What is changed in place varies from now on; where it has a derivative already, that cannot be undone."""
+        """What is changed in place varies from now on; where it has a derivative already, that cannot be undone.
+
+        A module's buffers are one value in its next call, too.
+        """
         if axes - self.of(x) and x.requires_grad and differentiated(x):
-            given = f"at {call_site()[1]} what is one value along {sorted(axes - self.of(x))} is changed in place by"
-            given += " what varies"
-            raise ArgumentError(explain("shard_map", given, "Change its pvary copy, pmod.pvary(x, axis).clone()."))
+            given = f"what is one value along {sorted(axes - self.of(x))} is changed in place by what varies"
+            right = "Change its pvary copy, pmod.pvary(x, axis).clone()."
+            raise ArgumentError(explain("shard_map", _here() + given, right))
+        if axes - self.of(x) and any(x is y or x._base is y for module in self._modules for y in module.buffers()):
+            given = f"a buffer of the module, one value along {sorted(axes - self.of(x))}, is changed by what varies"
+            right = "Change it by what is one value (pmod.pmean). A norm keeps no statistics of its shards in eval(), "
+            right += "or with track_running_stats=False."
+            raise ArgumentError(explain("shard_map", _here() + given, right))
         self.note(x, axes)
         if x._base is not None:
             self.note(x._base, axes)
@@ -425,6 +434,10 @@ def kinds_here() -> Kinds | None:
     return handle_torch_function(kinds_here, ()) if torch._C._len_torch_function_stack() > 0 else None
 
 
+def _here() -> str:
+    return "" if torch.compiler.is_compiling() else f"at {call_site()[1]} "
+
+
 def _name(func: Any) -> str:
     return getattr(func, "__name__", "")
 
@@ -440,7 +453,7 @@ _plain: dict[Any, bool] = {}  # a memo of `_is_plain`, which asks for names
 def _is_plain(func: Any) -> bool:
     """Whether it is a function of torch's whose result varies where its tensors do, and that changes none of them."""
     name = _name(func)
-    special = SAME | LENGTHS | RANDOM | DROPOUT | ATTENTION.keys() | STATISTICS | NUMBERS
+    special = SAME | LENGTHS | RANDOM | DROPOUT | ATTENTION.keys() | STATISTICS.keys() | NUMBERS
     special |= {"grad", "backward", "rrelu", "__getitem__", "__get__", "__set__"}
     ours = not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator)
     torchs = (getattr(func, "__module__", None) or "torch").split(".")[0] == "torch"  # a method has no module
@@ -455,7 +468,9 @@ for _constant in (_name, _is_higher_order):
 def _changed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that it changes in place, going by its name."""
     if name in STATISTICS:
-        return tensors_in([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")])
+        training, usual = STATISTICS[name]
+        changes = kwargs.get(training, args[5] if len(args) > 5 else usual)
+        return tensors_in([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]) if changes else []
     return tensors_in(kwargs.get("out", args[:1])) if "out" in kwargs or _is_in_place(name) else []
 
 

@@ -307,3 +307,22 @@ def module_with_a_buffer() -> None:
 
 def test_the_buffers_of_a_module_are_one_value() -> None:
     pmod.simulate(module_with_a_buffer, data=2, model=2)
+
+
+class Counting(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("scale").add_(x.mean(0))
+        return x
+
+
+def test_a_buffer_is_not_changed_by_what_varies() -> None:
+    x = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    norm = torch.nn.BatchNorm1d(3, dtype=torch.float64)
+    for module in (norm, Counting()):
+        f = pmod.shard_map(module, in_specs=DATA, out_specs=DATA)
+        text = message(lambda f=f: f(x), data=2)
+        assert "a buffer of the module, one value along ['data'], is changed by what varies" in text
+        assert "track_running_stats=False" in text
+    assert norm.running_mean is not None and norm.running_mean.tolist() == [0, 0, 0]
+    torch.testing.assert_close(pmod.simulate(pmod.shard_map(norm.eval(), in_specs=DATA, out_specs=DATA), x, data=2)[0],
+                               norm(x))  # fmt: skip
