@@ -180,8 +180,13 @@ def _cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 def _run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
     if profiler._is_profiler_enabled:
         with profiler.record_function(_profiled_as(call)):
-            return _begin(call, xs, wire_of(call.axis, call.row.name)).wait()
-    return _begin(call, xs, wire_of(call.axis, call.row.name)).wait()
+            return _begin(call, xs, _wire_for(call, xs)).wait()
+    return _begin(call, xs, _wire_for(call, xs)).wait()
+
+
+def _wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
+    """The wire along the axis of a call."""
+    return wire_of(call.axis, call.row.name)
 
 
 def _profiled_as(call: Call) -> str:
@@ -192,8 +197,13 @@ def _profiled_as(call: Call) -> str:
 # --- the one autograd.Function --------------------------------------------------------------------
 
 
-class _Linear(torch.autograd.Function):
-    """Any row, on tensors of one dtype. `below` computes the value where it is not a matter of running the call."""
+class _Linear(torch.autograd.function._SingleLevelFunction):
+    """Any row, on tensors of one dtype. `below` computes the value where it is not a matter of running the call.
+
+    The base is what torch makes for each level of torch.func: a Function of one level. `torch.autograd.Function` adds
+    the levels, and since torch 2.14 it does so even in an operator's kernel, where they are taken care of; it also
+    inspects its signature at each call (20 to 50 us).
+    """
 
     @staticmethod
     def forward(call: Call, below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None, *xs: Tensor) -> Any:
@@ -222,10 +232,11 @@ class _Linear(torch.autograd.Function):
         moving = iter(bind(ctx.call, [t for t in tangents[2:] if t is not None]))
         return tuple(None if t is None else next(moving) for t in tangents[2:])
 
+    # asked for by compiled autograd
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
-# Function.apply in Python calls inspect.signature each time (50 us); the C++ apply below it does not. What the Python
-# one adds, torch.func's transforms, goes through the library operator here.
-_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Linear).apply  # type: ignore[misc]
+
+_apply: Callable[..., tuple[Tensor, ...]] = _Linear.apply
 
 
 # --- the one library operator: torch.func and torch.compile ---------------------------------------
@@ -284,11 +295,26 @@ def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tupl
     return _operator(moved, call), [0] * len(xs)
 
 
+def _operator_batched(xs: list[Tensor], call: str) -> list[Tensor]:
+    """autograd's own vmap, older than torch.func's: is_grads_batched, functional.jacobian(vectorize=True)."""
+    innermost = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    for level in range(innermost, 0, -1):
+        # a tensor that is not mapped at this level gets a dim of the size that is asked for
+        one, two = ([torch._remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2))
+        sizes = [a.shape[0] for a, b in zip(one, two, strict=True) if a.shape[0] == b.shape[0]]
+        if sizes:
+            moved = [x.expand(sizes[0], *x.shape[1:]) for x in one]
+            return [torch._add_batch_dim(y, 0, level) for y in _operator(moved, call)]
+    raise AssertionError("no tensor is mapped")
+
+
 # A compiler must neither drop a call whose result one rank happens not to need (the others would wait for it), nor
 # change the order of calls, which ranks with other shapes would change otherwise.
 simple_registry.singleton.find("pmod::linear").effect.register(EffectType.ORDERED)
 _library.impl("linear", _operator_value, "CompositeExplicitAutograd")
 _library.impl("linear", _operator_autograd, "Autograd", with_keyset=True)
+_library.impl("linear", _operator_batched, "Batched")
 torch.library.register_fake("pmod::linear", _operator_shapes, lib=_library)
 torch.library.register_vmap("pmod::linear", _operator_vmap, lib=_library)
 
@@ -388,8 +414,17 @@ def told(call: Call, xs: list[Tensor], of: Origin) -> Generator[None]:
             watcher.after(call)
 
 
+_is_key_included: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_included
+_OLDER_VMAP: Any = torch._C._dispatch_key_parse("VmapMode")
+
+
 def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0 or not _plain(xs):
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _is_key_included(_OLDER_VMAP)
+        or not _plain(xs)
+    ):
         return _operator(xs, encode(call.row.name, call.axis.key, call.params))
     below = None
     if _starts.active:
@@ -445,7 +480,7 @@ class _Starts(threading.local):
                 if not call.row.local and call.axis.size > 1:
                     of = origin() if watchers() else ("", "")
                     with told(call, xs, of):
-                        wire = wire_of(call.axis, call.row.name)
+                        wire = _wire_for(call, xs)
                         wire.ahead = True
                         with profiler.record_function(_profiled_as(call)):
                             self.ahead.append(_Ahead(call, _begin(call, xs, wire), of))

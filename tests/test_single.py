@@ -238,8 +238,8 @@ def process() -> subprocess.CompletedProcess[str]:
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "OMPI_", "PMI_", "PMIX_", "SLURM_", "PMOD_", "MPI_")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     code = "from tests import test_single; test_single.main()"
-    # torch.func.jvp meets a deprecation inside torch
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", code]
+    ignored = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")  # torch.func.jvp meets one in torch
+    command = [sys.executable, "-W", "error", *ignored, "-c", code]
     return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
