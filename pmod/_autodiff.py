@@ -16,6 +16,7 @@ I; the transpose does the reverse, with respect to the inner product that counts
 from __future__ import annotations
 
 import ast
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -258,7 +259,31 @@ def _fresh(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
-    return _fresh(_run(decode(call), xs), xs)
+    decoded = decode(call)
+    if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        _refuse_second_derivative(decoded)
+    return _fresh(_run(decoded, xs), xs)
+
+
+def _refuse_second_derivative(call: Call) -> None:
+    """Raise where a compiled region runs backward with create_graph=True.
+
+    torch gives the region's gradients a node that raises when it is reached, but no edge from it to what the region was
+    given: autograd.grad with respect to that never reaches the node, and leaves out the second derivative silently.
+    Nothing tells an operator of create_graph. The stack does, because that node stands in it.
+    """
+    frame = sys._getframe()
+    while frame is not None and not frame.f_code.co_qualname.endswith(_COMPILED_TWICE):
+        frame = frame.f_back
+    if frame is not None:
+        given = f"a compiled function that calls {call.row.T.name} runs backward with create_graph=True"
+        given += ", and what torch compiles has no second derivative"
+        right = "Take both derivatives inside the compiled function, with torch.func.grad, or leave the function eager."
+        raise PmodError(explain("torch.compile", given, right, axis=call.axis.label, coords=dict(call.axis.coords)))
+
+
+_COMPILED_TWICE = "CompiledFunctionBackward.forward"
+"""In torch's _functorch/_aot_autograd/runtime_wrappers.py, in 2.11 to 2.14; tests/test_compile.py tells when it moves."""
 
 
 def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:

@@ -268,3 +268,37 @@ def test_a_simulated_rank_says_that_it_cannot(axis: Any) -> None:
     f = torch.compile(lambda x: pmod.psum(x, axis()), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="a simulated rank runs compiled code"):
         pmod.simulate(f, torch.ones(2), a=2)
+
+
+# --- what torch cannot do -----------------------------------------------------------------------------------------
+
+
+def penalized(x: Tensor, w: Tensor) -> Tensor:
+    return pmod.psum(torch.tanh(x @ pmod.pvary(w, "x")).sum(), "x")
+
+
+def moved_only(x: Tensor, w: Tensor) -> Tensor:
+    return (pmod.pshift(x.sin(), "x") @ w).cos().sum()
+
+
+def second_on_rank(backend: str) -> None:
+    torch._dynamo.reset()
+    w = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3).requires_grad_()
+    x = torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(2, 4).requires_grad_()
+    for f in (penalized, moved_only):
+        y = compiled(f, backend)(x, w)
+        with pytest.raises(pmod.PmodError, match="create_graph=True, and what torch compiles has no second derivative"):
+            torch.autograd.grad(y, x, create_graph=True)
+        # a graph that is only kept is right, and so are both derivatives inside
+        for _ in range(2):
+            same(torch.autograd.grad(y, w, retain_graph=True)[0], torch.autograd.grad(f(x, w), w)[0], "first")
+        penalty = compiled(lambda w, f=f: grad(f)(x.detach(), w).square().sum(), backend)(w)
+        (slope,) = torch.autograd.grad(f(x, w), x, create_graph=True)
+        expected = torch.autograd.grad(slope.square().sum(), w)
+        same(torch.autograd.grad(penalty, w)[0], expected[0], "second")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_second_derivative_of_compiled_code_is_refused(backend: str) -> None:
+    """torch drops it silently, where what is differentiated is not what the compiled function returned."""
+    spmd.launch(second_on_rank, backend, timeout=400, x=2)
