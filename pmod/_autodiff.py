@@ -259,31 +259,7 @@ def _fresh(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
-    decoded = decode(call)
-    if torch._C._current_graph_task_id() != -1:  # in a backward pass
-        _refuse_second_derivative(decoded)
-    return _fresh(_run(decoded, xs), xs)
-
-
-def _refuse_second_derivative(call: Call) -> None:
-    """Raise where a compiled region runs backward with create_graph=True.
-
-    torch gives the region's gradients a node that raises when it is reached, but no edge from it to what the region was
-    given: autograd.grad with respect to that never reaches the node, and leaves out the second derivative silently.
-    Nothing tells an operator of create_graph. The stack does, because that node stands in it.
-    """
-    frame = sys._getframe()
-    while frame is not None and not frame.f_code.co_qualname.endswith(_COMPILED_TWICE):
-        frame = frame.f_back
-    if frame is not None:
-        given = f"a compiled function that calls {call.row.T.name} runs backward with create_graph=True"
-        given += ", and what torch compiles has no second derivative"
-        right = "Take both derivatives inside the compiled function, with torch.func.grad, or leave the function eager."
-        raise PmodError(explain("torch.compile", given, right, axis=call.axis.label, coords=dict(call.axis.coords)))
-
-
-_COMPILED_TWICE = "CompiledFunctionBackward.forward"
-"""In torch's _functorch/_aot_autograd/runtime_wrappers.py, in 2.11 to 2.14; tests/test_compile.py tells when it moves."""
+    return _fresh(_run(decode(call), xs), xs)
 
 
 def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
@@ -294,7 +270,29 @@ def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
     return _fresh(_begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs)
 
 
+def _refuse_second_derivative(call: Call) -> None:
+    """Raise where a compiled region runs backward with create_graph=True.
+
+    torch cuts the region's gradients off from what it was given: autograd.grad with respect to that leaves out the
+    second derivative, silently. Nothing tells an operator of create_graph; the stack does.
+    """
+    frame, grad = sys._getframe(), torch.is_grad_enabled()
+    while frame is not None:
+        # torch 2.13 and later end the gradients in a node that raises where it is reached, as torch 2.11 and 2.12 do
+        # where a gradient that comes in has a derivative; else these run the region as it is, in the caller's grad mode
+        name = frame.f_code.co_qualname
+        if name.endswith("CompiledFunctionBackward.forward") or (grad and name.endswith("CompiledFunction.backward")):
+            given = f"a compiled function that calls {call.row.T.name} runs backward with create_graph=True"
+            given += ", and what torch compiles has no second derivative"
+            right = "Take both derivatives inside the compiled function, with torch.func.grad, or leave it eager."
+            raise PmodError(explain("torch.compile", given, right, axis=call.axis.label, coords=dict(call.axis.coords)))
+        frame = frame.f_back
+
+
 def _operator_autograd(keyset: Any, xs: list[Tensor], call: str) -> list[Tensor]:
+    if torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack() == 0:  # in a backward that runs
+        _refuse_second_derivative(decode(call))
+
     def below(xs: Sequence[Tensor]) -> list[Tensor]:
         # outer transforms differentiate what is done here, so autograd stays on for the levels below this one
         with (

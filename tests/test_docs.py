@@ -170,7 +170,8 @@ def test_shell_blocks_are_what_the_tests_run() -> None:
     # .ci/run takes its test command from the README; the demo's differs in its last step only
     test, demo = BLOCKS["test"][1], BLOCKS["demo"][1]
     assert test.replace("[test]", "[demo]").replace("pytest", "pmod.demo") == demo
-    assert 'awk \'/:name: test$/' in (ROOT / ".ci/run").read_text()
+    for name in ("test", "test-launchers", "test-newest"):
+        assert f"awk '/:name: {name}$/" in (ROOT / ".ci/run").read_text()
 
 
 def test_readme_shows_the_demo_as_it_is() -> None:
