@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from time import perf_counter
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import attrs
 import torch
@@ -38,6 +38,7 @@ from pmod._ambient import Watcher, ambient, under, watchers
 from pmod._errors import ArgumentError, PmodError, call_site, explain
 from pmod._inductor import keep_order
 from pmod._mesh import Axis, named
+from pmod._waiting import Said, code_of
 from pmod._wire import Sent, ShapesOnly, Wire, wire_of
 
 Kind: TypeAlias = Literal["V", "I"]
@@ -186,8 +187,20 @@ def _run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
-    """The wire along the axis of a call."""
-    return wire_of(call.axis, call.row.name)
+    """The wire along the axis of a call, which takes no message for one of an unlike call."""
+    row, axis, params = call
+    if row.local:  # ranks may make it unlike often
+        return Wire(axis.size, axis.index)
+    return wire_of(axis, row.name, _said(row, params, xs))
+
+
+def _said(row: Row, params: Params, xs: Sequence[Tensor]) -> Said:
+    """What must be the same on all ranks, and what an error shows."""
+    shapes, dtype = [x.shape for x in xs], xs[0].dtype
+    if row.agreed is None:
+        return Said(row.name, code_of((row.name, params, dtype, *shapes)), shapes, dtype, params)
+    alike, shape = row.agreed(params, shapes[0])  # such a row takes one tensor
+    return Said(row.name, code_of((row.name, alike, dtype, shape)), shapes, dtype, params)
 
 
 def _profiled_as(call: Call) -> str:
@@ -237,7 +250,7 @@ class _Linear(torch.autograd.function._SingleLevelFunction):
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
-_apply: Callable[..., tuple[Tensor, ...]] = _Linear.apply
+_apply: Callable[..., tuple[Tensor, ...]] = cast(Any, _Linear).apply
 
 
 # --- the one library operator: torch.func and torch.compile ---------------------------------------
@@ -318,17 +331,20 @@ def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tupl
     return _operator(moved, call), [0] * len(xs)
 
 
+_functions: Any = torch  # which the stubs leave out
+
+
 def _operator_batched(xs: list[Tensor], call: str) -> list[Tensor]:
     """autograd's own vmap, older than torch.func's: is_grads_batched, functional.jacobian(vectorize=True)."""
     innermost = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     for level in range(innermost, 0, -1):
         # a tensor that is not mapped at this level gets a dim of the size that is asked for
-        one, two = ([torch._remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2))
+        one, two = ([_functions._remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2))
         sizes = [a.shape[0] for a, b in zip(one, two, strict=True) if a.shape[0] == b.shape[0]]
         if sizes:
             moved = [x.expand(sizes[0], *x.shape[1:]) for x in one]
-            return [torch._add_batch_dim(y, 0, level) for y in _operator(moved, call)]
+            return [_functions._add_batch_dim(y, 0, level) for y in _operator(moved, call)]
     raise AssertionError("no tensor is mapped")
 
 
@@ -504,7 +520,6 @@ class _Starts(threading.local):
                     of = origin() if watchers() else ("", "")
                     with told(call, xs, of):
                         wire = _wire_for(call, xs)
-                        wire.ahead = True
                         with profiler.record_function(_profiled_as(call)):
                             self.ahead.append(_Ahead(call, _begin(call, xs, wire), of))
         if self.ahead:

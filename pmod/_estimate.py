@@ -22,6 +22,7 @@ from pmod._mesh import Axis, Mesh, make_mesh
 from pmod._simulate import check_axis_sizes
 from pmod._topology import Topology
 from pmod._trace import Event, trace
+from pmod._waiting import Said
 from pmod._wire import GroupWire, Reduction, Sent, scaled
 
 Rate = float | Mapping[str | tuple[str, ...], float]
@@ -41,7 +42,7 @@ class _Nobody:
 class _Mirror(GroupWire):
     """Sends as a process group does, to nobody; what would arrive is what this rank has."""
 
-    def __init__(self, axis: Axis) -> None:
+    def __init__(self, axis: Axis, _: Said) -> None:
         super().__init__(axis.size, axis.index, _Nobody())
         self._on_gpus = axis.topology.device.type == "cuda"
 

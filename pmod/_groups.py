@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from datetime import timedelta
 from typing import Any
@@ -51,6 +51,7 @@ class _State:
         # how often each rank set was made in this world: a name may not come twice in one store
         self.made: Counter[str] = Counter()
         self.meetings: Counter[str] = Counter()  # how often each rank set was sent along
+        self.histories: dict[str, deque[tuple[int, Any]]] = {}  # the last calls along each rank set
 
 
 _state = _State()
@@ -167,6 +168,11 @@ def next_meeting(key: str) -> int:
     """The number of a message along these ranks, the same on all of them."""
     _state.meetings[key] += 1
     return _state.meetings[key]
+
+
+def history(key: str) -> deque[tuple[int, Any]]:
+    """The numbers of the last messages along these ranks, and what was said of them."""
+    return _state.histories.setdefault(key, deque(maxlen=16))
 
 
 _left_behind: set[dist.ProcessGroup] = set()

@@ -23,6 +23,7 @@ from pmod._autodiff import origin
 from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain
 from pmod._mesh import Axis, make_mesh
 from pmod._topology import Topology
+from pmod._waiting import ALIKE, WAITS, Post, Said, unlike
 from pmod._wire import Sent, Wire, count_bytes, count_parts
 
 T = TypeVar("T")
@@ -141,20 +142,31 @@ class _World:
 class _MemoryWire(Wire):
     """Tensors are handed over in memory, as copies: a rank may change its own afterwards."""
 
-    def __init__(self, world: _World, rank: int, axis: Axis) -> None:
+    def __init__(self, world: _World, rank: int, axis: Axis, said: Said) -> None:
         super().__init__(axis.size, axis.index)
         self._world = world
         self._rank = rank
         self._axis = axis
+        self._said = said
 
     def _exchange(self, what: Any) -> Callable[[], list[Any]]:
-        meeting = self._world.bring(self._rank, self._axis, what)
+        (function, site), said = origin(), self._said
+        post = Post(WAITS, "", (), f"{said.by(function)} at {site}", str(said.code), said.what, str(said.params))
+        meeting = self._world.bring(self._rank, self._axis, (post, what))
 
         def collect() -> list[Any]:
             self._world.wait(self._rank, meeting)
-            return [meeting.brought[rank] for rank in meeting.members]
+            for rank in meeting.members:  # as a real wire does, which never lets unlike calls meet
+                given = unlike(post, self._rank, meeting.brought[rank][0], rank)
+                if given is not None:
+                    raise self._mismatch(given)
+            return [meeting.brought[rank][1] for rank in meeting.members]
 
         return collect
+
+    def _mismatch(self, given: str) -> MismatchError:
+        function, axis = self._said.by(origin()[0]), self._axis
+        return MismatchError(explain(function, given, ALIKE, axis=axis.label, coords=dict(axis.coords)))
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
         count_parts(send, recv, self.index, x.element_size())
@@ -304,8 +316,8 @@ def _settle(world: _World, rank: int, axis_sizes: Mapping[str, int], watching: S
     here.watchers = list(watching)
     here.meters = []
 
-    def wire(axis: Axis) -> Wire:
-        return _MemoryWire(world, rank, axis)
+    def wire(axis: Axis, said: Said) -> Wire:
+        return _MemoryWire(world, rank, axis, said)
 
     here.wire = wire
     mesh = make_mesh(dict(axis_sizes), topology=here.topology)

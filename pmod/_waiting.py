@@ -1,19 +1,22 @@
 """Waiting for other ranks: Ctrl-C ends it, and so does a deadline, which then names the ranks that never came.
 
 gloo's own wait can do neither. A rank that waits longer than a second writes into the store of the world for what; who
-gives up reads there who waits elsewhere and who has left, and whether a process of its own host is dead.
+gives up reads there who waits elsewhere and who has left, and whether a process of its own host is dead. What it writes
+says which call it makes, too: ranks that make unlike calls have sent messages that never meet (`_wire`), and find out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
@@ -27,11 +30,18 @@ from pmod._mesh import Axis
 
 LOOK = 1.0  # seconds between looks at what the others say; less where the deadline is near
 MANY = 256  # of so many other ranks an error names those that are absent
+NEAR = 32  # with so many next ranks of the axis a rank compares its call: if any two differ, then so do two neighbours
 _ANSWER = timedelta(seconds=2)  # so long the store may take
 _CHUNK = timedelta(seconds=0.05)  # so long a signal waits for Python to handle it
 
 WAITS, LEFT = "waits", "left"
+ALIKE = "All ranks of an axis must make the same calls in the same order, with shapes that fit."
 _SOMEBODY_LEFT = "pmod/left"
+_FOUND = "pmod/unlike/{}"  # the ranks of an axis -> how their calls differ
+
+# Odd numbers, so that what they are multiplied with is told apart in a tag.
+_NUMBER, _STAGE, _LENGTH, _BITS = 0x9E3779B1, 0x0F1BBCDD, 0x2545F491, 0x3FFFFFFF
+_OURS = 0x40000000  # no small tag, which a user's own messages on the same group may have
 
 T = TypeVar("T")
 
@@ -46,6 +56,32 @@ class Work(Protocol):
 # --- the board ------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
+def code_of(what: Any) -> int:
+    """A number for numbers, texts, dtypes and tuples of them, the same in every process."""
+    return zlib.crc32(repr(what).encode())
+
+
+class Said(NamedTuple):
+    """What a rank says of the call that it makes: `code` must be the same on all ranks, the rest is for an error."""
+
+    row: str
+    code: int
+    shapes: Sequence[tuple[int, ...]] = ()
+    dtype: torch.dtype | None = None
+    params: Any = ()
+
+    def by(self, function: str) -> str:
+        """Of the function that a call site names, how an error names it."""
+        return f"{self.row} in backward" if function == "backward" else function or self.row
+
+    @property
+    def what(self) -> str:
+        """`(2, 3) float32`."""
+        shapes = ", ".join(str(tuple(shape)) for shape in self.shapes)
+        return f"{shapes} {str(self.dtype).removeprefix('torch.')}" if shapes else "numbers of its own"
+
+
 class Post(NamedTuple):
     """What a rank that waits says."""
 
@@ -53,14 +89,58 @@ class Post(NamedTuple):
     meeting: str  # the axis and the number of the call
     ranks: tuple[int, ...]  # for which it waits
     where: str
+    code: str = ""  # what must be the same on all ranks, as a number,
+    what: str = ""  # and in words: the shapes and the dtype,
+    params: str = ""  # and the parameters
+    parts: str = ""  # of an exchange of parts: its number, and for ranks nearby what is sent and expected, in bytes
+    before: str = ""  # its last calls along these ranks: an empty one is over at once, whatever the others do
 
     def text(self) -> str:
-        return "\x1f".join([self.state, self.meeting, ",".join(map(str, self.ranks)), self.where])
+        return "\x1f".join([self.state, self.meeting, ",".join(map(str, self.ranks)), *self[3:]])
 
     @staticmethod
     def of(text: str) -> Post:
-        state, meeting, ranks, where = text.split("\x1f", 3)
-        return Post(state, meeting, tuple(map(int, ranks.split(","))), where)
+        state, meeting, ranks, *rest = text.split("\x1f")
+        return Post(state, meeting, tuple(map(int, ranks.split(","))), *rest)
+
+
+def unlike(ours: Post, me: int, theirs: Post, other: int) -> str | None:
+    """What is wrong where this rank waits for a call, and another has made an unlike one in its place; else None."""
+    theirs = _at(ours.meeting, theirs)
+    rows = [f"  {place_of(rank)}: {post.what} in {post.where}" for rank, post in ((me, ours), (other, theirs))]
+    if theirs.code and ours.code != theirs.code:
+        if (ours.what, ours.where) == (theirs.what, theirs.where):
+            rows = [f"{row} with {post.params}" for row, post in zip(rows, (ours, theirs), strict=True)]
+        return "the ranks make unlike calls, so nothing was exchanged:\n" + "\n".join(rows)
+    if not theirs.parts or ours.parts.partition(" ")[0] != theirs.parts.partition(" ")[0]:
+        return None
+    sent, expected = _parts(ours).get(other, (0, 0)), _parts(theirs).get(me, (0, 0))
+    pairs = [(me, sent[0], other, expected[1]), (other, expected[0], me, sent[1])]
+    lines = [
+        f"  {place_of(a)} sends {here} bytes to {place_of(b)}, which expects {there}"
+        for a, here, b, there in pairs
+        if here != there
+    ]
+    if not lines:
+        return None
+    return "the ranks send what others do not expect, so nothing was exchanged:\n" + "\n".join([*lines, *rows])
+
+
+def _at(meeting: str, post: Post) -> Post:
+    """What a rank said at a meeting: now, or, where it waits in a later one, then; no code where that is unknown."""
+    if post.meeting == meeting:
+        return post
+    for row in post.before.split("\x1e"):
+        where, code, what, params = row.split("\x1d") if row else ("", "", "", "")
+        if where == meeting:
+            return Post(post.state, meeting, post.ranks, f"a call before {post.where}", code, what, params)
+    return Post(post.state, meeting, post.ranks, post.where)
+
+
+def _parts(post: Post) -> dict[int, tuple[int, int]]:
+    """By rank, what is sent to it and expected of it."""
+    rows = [row.split(":") for row in post.parts.split(" ")[1:]]
+    return {int(rank): (int(sent), int(expected)) for rank, sent, expected in rows}
 
 
 class Board:
@@ -86,6 +166,14 @@ class Board:
 
     def erase(self, rank: int) -> None:
         self.store.set(f"pmod/waits/{rank}", "")
+
+    def found(self, ranks: str, given: str) -> None:
+        """Tell all that wait along these ranks what is wrong with their calls."""
+        self.store.set(_FOUND.format(ranks), given)
+
+    def was_found(self, ranks: str) -> str:
+        """What `found` told; nothing where all is well."""
+        return self._get(_FOUND.format(ranks))
 
     def read(self, ranks: Sequence[int]) -> dict[int, Post]:
         """The posts of these ranks, where they have one."""
@@ -190,9 +278,13 @@ def not_here(
 class Wait:
     """The wait for one collective, which other ranks of the axis know by the same number."""
 
-    def __init__(self, axis: Axis, row: str) -> None:
-        self._axis, self._row = axis, row
+    def __init__(self, axis: Axis, said: Said) -> None:
+        self._axis, self._said = axis, said
         self._number = _groups.next_meeting(axis.group_key)
+        self._history = _groups.history(axis.group_key)
+        self._history.append((self._number, self._said))
+        self.exchange: tuple[int, Sequence[int], Sequence[int]] | None = None  # its number, bytes sent and expected
+        self._looks = 0
         self._written = False
         if self._number == 1:
             board()  # connected while the rank that serves it is there
@@ -221,6 +313,18 @@ class Wait:
         place = self._axis.topology
         first = place.rank - place.local_rank
         return [rank for rank in self._others if first <= rank < first + place.local_world_size]
+
+    @cached_property
+    def _near(self) -> dict[int, int]:
+        """Index along the axis -> rank, of those with whom this rank compares its call."""
+        ranks, size, here = list(self._axis.ranks), self._axis.size, self._axis.index
+        steps = range(1, min(size, NEAR + 1))
+        return {index % size: ranks[index % size] for step in steps for index in (here + step, here - step)}
+
+    def tag(self, stage: int, nbytes: int) -> int:
+        """Of a message of this call: messages of unlike calls, of other exchanges or lengths have other tags."""
+        mixed = self._said.code + _NUMBER * self._number + _STAGE * stage + _LENGTH * nbytes
+        return mixed & _BITS | _OURS
 
     @property
     def device(self) -> torch.device:
@@ -251,15 +355,25 @@ class Wait:
                 _groups.leave_behind(self._axis.group)
             raise
 
+    def _leave(self, work: Work) -> None:
+        """Never use this group again. What waits in it in a thread ends, which Python's own end would abort."""
+        _groups.leave_behind(self._axis.group)
+        if isinstance(work, InThread) and not work.is_completed():
+            with contextlib.suppress(RuntimeError):
+                InThread(work.cut).wait(_ANSWER)
+                work.wait(_ANSWER)
+
     def _wait_long(self, work: Work) -> None:
         started = looked = monotonic()
         while not _done_soon(work):
             now = monotonic()
             if now - started > self._axis.timeout:
                 self._give_up(work)
-            elif now - looked > self._pause:
+            # soon after the first look the others have written, too
+            elif now - looked > (self._pause / 4 if 0 < self._looks < 4 else self._pause):
                 looked = now
-                if self._come_no_more():
+                self._looks += 1
+                if self._come_no_more(work):
                     self._give_up(work)
         if self._written:
             self._written = False
@@ -279,24 +393,61 @@ class Wait:
         return answers[0] if answers else None
 
     def _write(self, state: str) -> None:
-        post = Post(state, self._meeting, tuple(self._axis.ranks[:MANY]), " at ".join(self._origin()))
+        post = self._post(state)
         self._tell(lambda told: told.write(self._rank, post))
         self._written = True
 
+    def _post(self, state: str) -> Post:
+        said, parts = self._said, ""
+        if self.exchange is not None:
+            number, sent, expected = self.exchange
+            rows = [f"{rank}:{sent[index]}:{expected[index]}" for index, rank in self._near.items()]
+            parts = " ".join([str(number), *rows])
+        where, ranks = " at ".join(self._origin()), tuple(self._axis.ranks[:MANY])
+        key = self._axis.group_key
+        calls = [(f"{key}#{n}", str(s.code), s.what, str(s.params)) for n, s in self._history if n != self._number]
+        before = "\x1e".join("\x1d".join(call) for call in calls)
+        return Post(state, self._meeting, ranks, where, str(said.code), said.what, str(said.params), parts, before)
+
     def _origin(self) -> tuple[str, str]:
         function, site = call_site()
-        return (f"{self._row} in backward" if function == "backward" else function or self._row), site
+        return self._said.by(function), site
 
-    def _come_no_more(self) -> bool:
+    def _come_no_more(self, work: Work) -> bool:
         """Say where this rank is; whether another is known to be gone."""
         if not self._written:
             self._write(WAITS)
+        # after 1, 2, 4, 8, ... looks: who comes last looks soon after, and finds the others' posts
+        self._hear(work)
+        if self._looks & (self._looks - 1) == 0:
+            self._compare(self._tell(lambda told: told.read(list(self._near.values()))), work)
         if self._dead():
             return True
         if not self._tell(Board.somebody_left):
             return False
         posts = self._tell(lambda told: told.read(self._others)) or {}
         return any(post.state == LEFT for post in posts.values())
+
+    def _hear(self, work: Work) -> None:
+        """Raise where another rank has found unlike calls."""
+        given = self._tell(lambda told: told.was_found(self._axis.group_key))
+        if given:
+            self._refuse_unlike(given, work)
+
+    def _compare(self, posts: dict[int, Post] | None, work: Work) -> None:
+        """Raise where a rank that waits in this meeting makes an unlike call there, and tell all others."""
+        for rank, post in (posts or {}).items():
+            given = unlike(self._post(WAITS), self._rank, post, rank)
+            if given is not None:
+                self._tell(lambda told, given=given: told.found(self._axis.group_key, given))
+                self._refuse_unlike(given, work)
+
+    def _refuse_unlike(self, given: str, work: Work) -> NoReturn:
+        self._write(LEFT)
+        self._leave(work)
+        function, _ = self._origin()
+        axis = self._axis
+        raise MismatchError(explain(function, given, ALIKE, axis=axis.label, coords=dict(axis.coords)))
 
     def _dead(self) -> dict[int, str]:
         self._tell(lambda told: told.learn(self._neighbours))
@@ -309,6 +460,8 @@ class Wait:
         self._write(LEFT)
         while True:
             posts, dead = self._tell(lambda told: told.read(self._others)), self._dead()
+            self._hear(work)
+            self._compare(posts, work)
             absent = [rank for rank in self._others if not self._is_here((posts or {}).get(rank))]
             if cause is None and work.is_completed():
                 return
@@ -316,7 +469,7 @@ class Wait:
                 break
             sleep(self._pause / 4)
         if not work.is_completed():
-            _groups.leave_behind(axis.group)
+            self._leave(work)
         broken = cause is not None and "imed out" not in str(cause)
         given = not_here(absent, posts or {}, dead, axis.timeout, broken)
         if posts is None and not dead:
@@ -353,8 +506,9 @@ def _done_soon(work: Work) -> bool:
 class InThread:
     """gloo's sends and receives block, for their connection and for their end, and cannot be looked at: in a thread."""
 
-    def __init__(self, f: Callable[[], None]) -> None:
+    def __init__(self, f: Callable[[], None], cut: Callable[[], None] = lambda: None) -> None:
         self._f = f
+        self.cut = cut  # ends what f waits for
         self._over = threading.Lock()
         self._over.acquire()
         self._error: BaseException | None = None

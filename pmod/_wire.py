@@ -10,7 +10,9 @@ floats add up in float32 (`accumulator`), and travel in 16 bits where that halve
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from pmod import _groups
 from pmod._mesh import Axis
-from pmod._waiting import InThread, Wait, Work
+from pmod._waiting import InThread, Said, Wait, Work, code_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -103,8 +105,6 @@ def _bytes(x: Tensor) -> Tensor:
 
 class Wire:
     """The ranks of one axis, as this rank sees them."""
-
-    ahead = False  # a message that nobody waits for yet (`start`)
 
     def __init__(self, size: int, index: int) -> None:
         self.size = size
@@ -220,6 +220,7 @@ class GroupWire(Wire):
         super().__init__(size, index)
         self.group: Any = _Metered(group, size, index) if meters() else group  # its C++ methods have no stubs
         self._wait = wait
+        self._exchanges = 0
 
     def _on_its_way(self, x: Tensor, work: Any, finish: Callable[[], Any]) -> Sent:
         """NCCL's wait does not block; gloo's does, and `Wait` does so in its stead."""
@@ -237,7 +238,16 @@ class GroupWire(Wire):
         carried_out, carried_x = out, x
         if x.dtype not in CARRIED:
             carried_out, carried_x, scale = _bytes(out), _bytes(x), x.element_size()
-        work = self.group.alltoall_base(carried_out, carried_x, [scale * n for n in recv], [scale * n for n in send])
+        recv, send = [scale * n for n in recv], [scale * n for n in send]
+        if self.by_nccl(x):
+            return self._on_its_way(x, self.group.alltoall_base(carried_out, carried_x, recv, send), lambda: out)
+        ins, outs = carried_x.split(send), carried_out.split(recv)
+        if self._wait is not None:
+            nbytes = carried_x.element_size()
+            self._wait.exchange = self._exchanges, [nbytes * n for n in send], [nbytes * n for n in recv]
+        arriving = [(outs[rank], rank) for rank in self._others() if recv[rank]]
+        work = self._peer_to_peer([(ins[rank], rank) for rank in self._others() if send[rank]], arriving)
+        outs[self.index].copy_(ins[self.index])
         return self._on_its_way(x, work, lambda: out)
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
@@ -246,34 +256,39 @@ class GroupWire(Wire):
             return self.all_gather(_bytes(x), [scale * n for n in counts]).then(lambda y: y.view(dtype))
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
-        if (self.by_nccl(x) or (self.ahead and self.size > 2)) and len(set(counts)) == 1:
+        if self.by_nccl(x) and len(set(counts)) == 1:
             return self._on_its_way(x, self.group._allgather_base(out, x), lambda: out)
         if self.by_nccl(x):
             return self._on_its_way(x, self.group.allgather([list(parts)], [x]), lambda: out)
-        # gloo's send and recv block for their first connection, its collectives do not: what is sent ahead must not
-        # wait for a rank that is about to wait for this one
-        if self.ahead and self.size > 2:
-            return super().all_gather(x, counts)
-        if self.size == 2:
-            # only what the other rank lacks travels
-            send, recv = [0, 0], [0, 0]
-            send[1 - self.index], recv[1 - self.index] = x.numel(), counts[1 - self.index]
-            work = self.group.alltoall_base(parts[1 - self.index], x, recv, send)
-        else:
-            others = self._others()
-            arriving = [(parts[rank], rank) for rank in others if counts[rank]]
-            work = self._from_peer_to_peer([(x, rank) for rank in others if x.numel()], arriving)
+        arriving = [(parts[rank], rank) for rank in self._others() if counts[rank]]
+        work = self._peer_to_peer([(x, rank) for rank in self._others() if x.numel()], arriving)
         parts[self.index].copy_(x)
         return self._on_its_way(x, work, lambda: out)
 
-    def _from_peer_to_peer(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> Work:
+    def _peer_to_peer(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> Work:
+        """Send and receive in a thread: gloo blocks there until the two ranks have connected."""
+        tag = self._tags()
+        count_bytes(sum(part.nbytes for part, _ in sent), sum(part.nbytes for part, _ in received), len(sent))
+
         def run() -> None:
-            works = [self.group.recv([part], rank, TAG) for part, rank in received]
-            works += [self.group.send([part], rank, TAG) for part, rank in sent]
+            works = [self.group.recv([part], rank, tag(part)) for part, rank in received]
+            works += [self.group.send([part], rank, tag(part)) for part, rank in sent]
             for work in works:
                 work.wait()
 
-        return InThread(run)
+        return InThread(run, lambda: self._cut([rank for _, rank in [*sent, *received]]))
+
+    def _cut(self, ranks: Sequence[int]) -> None:
+        """Close the connections to these ranks: gloo does so where a receive does not come in time."""
+        for rank in ranks:
+            with contextlib.suppress(RuntimeError):
+                self.group.recv([torch.empty(1)], rank, TAG).wait(timedelta(milliseconds=1))
+
+    def _tags(self) -> Callable[[Tensor], int]:
+        """The tags of one exchange. gloo gives a message to whoever asks for its tag, and trusts its length."""
+        wait, number = self._wait, self._exchanges
+        self._exchanges += 1
+        return (lambda part: TAG) if wait is None else (lambda part: wait.tag(number, part.nbytes))
 
     def _others(self) -> list[int]:
         """The other ranks, starting with the next, so that not all send to the same one first."""
@@ -287,23 +302,39 @@ class GroupWire(Wire):
 
     def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
         nbytes = x.numel() * x.element_size()
-        if how == "sum" and dtype in NATIVE_SUMS:
-            # gloo's own sum where latency rules; NCCL's always, but for large 16-bit sums, whose parts stay 16-bit
-            nccl = self.by_nccl(x)
-            native = (x.dtype == dtype or nbytes <= SMALL) if nccl else (nbytes <= SMALL and self.size > 2)
-            if native:
-                total = x.to(dtype, copy=True)
-                work = self.group.allreduce([total])
-                return self._on_its_way(x, work, lambda: scaled(total, divisor).to(x.dtype))
+        # NCCL's own, but for large 16-bit sums, whose parts stay 16-bit; gloo's own aborts at unlike lengths
+        native = self.by_nccl(x) and how == "sum" and dtype in NATIVE_SUMS
+        if native and (x.dtype == dtype or nbytes <= SMALL):
+            total = x.to(dtype, copy=True)
+            work = self.group.allreduce([total])
+            return self._on_its_way(x, work, lambda: scaled(total, divisor).to(x.dtype))
         return super().all_reduce(x, how, dtype, divisor)
 
     def broadcast(self, x: Tensor, root: int) -> Sent:
         out = x.clone() if self.index == root else torch.empty_like(x)
         carried = out if x.dtype in CARRIED else _bytes(out)
-        return self._on_its_way(x, _broadcast(self.group, carried, root), lambda: out)
+        work = _broadcast(self.group, carried, root) if self.by_nccl(x) else self._down_a_tree(carried, root)
+        return self._on_its_way(x, work, lambda: out)
+
+    def _down_a_tree(self, x: Tensor, root: int) -> Work:
+        """The root's x to all in ceil(log2 n) steps: a binomial tree, counted from the root."""
+        place, size = (self.index - root) % self.size, self.size
+        span = place & -place or 1 << (size - 1).bit_length()  # it serves the ranks place + 1 to place + span - 1
+        halves = [span >> step for step in range(1, span.bit_length())]
+        below = [(place + half + root) % size for half in halves if place + half < size]
+        tag = self._tags()(x)
+        count_bytes(len(below) * x.nbytes, x.nbytes if place else 0, (size - 1).bit_length())
+
+        def run() -> None:
+            if place:
+                self.group.recv([x], (place - span + root) % size, tag).wait()
+            for work in [self.group.send([x], rank, tag) for rank in below]:
+                work.wait()
+
+        return InThread(run, lambda: self._cut([*below, (place - span + root) % size]))
 
     def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
-        if self.by_nccl(x) or self.size == 2 or self.ahead:
+        if self.by_nccl(x):
             return super().permute(x, target, source)
         # gloo's all_to_all would trouble every rank with an empty message
         if x.dtype not in CARRIED:
@@ -313,7 +344,7 @@ class GroupWire(Wire):
             return arrived(x.clone())
         out = torch.zeros_like(x) if source is None else torch.empty_like(x)
         sent, received = ([] if other is None else [other] for other in (target, source))
-        work = self._from_peer_to_peer([(x, rank) for rank in sent], [(out, rank) for rank in received])
+        work = self._peer_to_peer([(x, rank) for rank in sent], [(out, rank) for rank in received])
         return self._on_its_way(x, work, lambda: out)
 
     def barrier(self) -> None:
@@ -408,11 +439,9 @@ class _Metered:
         return self._group.broadcast(xs, options)
 
     def send(self, xs: list[Tensor], to: int, tag: int) -> Any:
-        count_bytes(xs[0].nbytes, 0, 1)
-        return self._group.send(xs, to, tag)
+        return self._group.send(xs, to, tag)  # counted by who calls: it is called in a thread
 
     def recv(self, xs: list[Tensor], of: int, tag: int) -> Any:
-        count_bytes(0, xs[0].nbytes, 0)
         return self._group.recv(xs, of, tag)
 
     def barrier(self) -> Any:
@@ -420,7 +449,7 @@ class _Metered:
         return self._group.barrier()
 
 
-TAG = 0x706D  # ours, so that a user's own send on the same group is not taken for one
+TAG = 0x706D  # of what belongs to no call
 
 
 def _broadcast(group: Any, x: Tensor, root: int) -> Any:
@@ -430,13 +459,14 @@ def _broadcast(group: Any, x: Tensor, root: int) -> Any:
     return group.broadcast([x], options)
 
 
-def wire_of(axis: Axis, row: str = "") -> Wire:
-    """The wire that joins the ranks of an axis, for a message of this row."""
+def wire_of(axis: Axis, row: str = "", said: Said | None = None) -> Wire:
+    """The wire that joins the ranks of an axis, for a message of this row; `said` is what all ranks must say of it."""
     if axis.size == 1:
         return Alone(1, 0)
+    said = said or Said(row, code_of(row))
     if _groups.simulated is not None and hasattr(_groups.simulated, "wire"):
-        return _groups.simulated.wire(axis)
-    group, wait = axis.group, Wait(axis, row)
+        return _groups.simulated.wire(axis, said)
+    group, wait = axis.group, Wait(axis, said)
     if _groups.is_left_behind(group):
         wait.refuse()
     return GroupWire(axis.size, axis.index, group, wait)

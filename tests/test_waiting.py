@@ -23,7 +23,7 @@ import torch
 
 import pmod
 from pmod import _groups, _waiting
-from pmod._waiting import LEFT, WAITS, Post
+from pmod._waiting import LEFT, WAITS, Post, Said
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -138,7 +138,7 @@ def two_long_waits_of_one_call() -> list[list[int]]:
     """A large sum waits twice; each time the board says so, and nothing is left on it."""
     with pmod.set_mesh(pmod.make_mesh(data=2, timeout=2.0)):
         CALLS["barrier"]()
-        wait = _waiting.Wait(pmod.current_mesh().bind("data", "test"), "psum")
+        wait = _waiting.Wait(pmod.current_mesh().bind("data", "test"), Said("psum", 1))
         board, seen = _waiting.board(), list[list[int]]()
         assert board is not None
         for _ in range(2):
