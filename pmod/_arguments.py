@@ -76,7 +76,12 @@ def _as_int(x: object) -> int | None:
     """x as an int where it is one, of numpy too; None for anything else, bool included."""
     if type(x) is int:
         return x
-    return operator.index(x) if isinstance(x, SupportsIndex) and not isinstance(x, bool) else None
+    if isinstance(x, bool) or not isinstance(x, SupportsIndex):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:  # an array or a tensor of more than one number, or of no ints
+        return None
 
 
 def dim_from_end(

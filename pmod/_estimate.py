@@ -69,9 +69,10 @@ class _Mirror(GroupWire):
     def broadcast(self, x: Tensor, root: int) -> Sent:
         return super().broadcast(x, root).then(lambda _: x.clone())
 
-    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
-        arriving = torch.zeros_like(x) if source is None else x.clone()
-        return super().permute(x, target, source).then(lambda _: arriving)
+    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
+        count = x.numel() if count is None else count
+        arriving = x.new_zeros(count) if source is None else _fitted(x, count).clone()
+        return super().permute(x, target, source, count).then(lambda _: arriving)
 
     def words(self, mine: str) -> list[str]:
         """What each rank says (`assert_invariant`)."""

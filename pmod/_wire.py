@@ -164,12 +164,13 @@ class Wire:
         arriving = self.all_to_all(x, send, [x.numel()] * self.size)
         return arriving.then(lambda y: _reduce_parts(y.view(self.size, -1).unbind(), "sum", dtype, 1))
 
-    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
-        """x to the target; what the source sent, zeros where there is none."""
+    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
+        """x to the target; the `count` elements (as many as x has) that the source sent, zeros where there is none."""
+        count = x.numel() if count is None else count
         send = [x.numel() if rank == target else 0 for rank in range(self.size)]
-        recv = [x.numel() if rank == source else 0 for rank in range(self.size)]
+        recv = [count if rank == source else 0 for rank in range(self.size)]
         arriving = self.all_to_all(x if target is not None else x[:0], send, recv)
-        return arriving.then(lambda y: torch.zeros_like(x) if source is None else y)
+        return arriving.then(lambda y: x.new_zeros(count) if source is None else y)
 
 
 def even_counts(total: int, parts: int) -> list[int]:
@@ -302,17 +303,20 @@ class GroupWire(Wire):
         carried = out if x.dtype in CARRIED else _bytes(out)
         return self._on_its_way(x, _broadcast(self.group, carried, root), lambda: out)
 
-    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
+    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
         if self.by_nccl(x) or self.size == 2 or self.ahead:
-            return super().permute(x, target, source)
+            return super().permute(x, target, source, count)
+        count = x.numel() if count is None else count
         # gloo's all_to_all would trouble every rank with an empty message
         if x.dtype not in CARRIED:
-            dtype = x.dtype
-            return self.permute(_bytes(x), target, source).then(lambda y: y.view(dtype))
+            dtype, scale = x.dtype, x.element_size()
+            return self.permute(_bytes(x), target, source, scale * count).then(lambda y: y.view(dtype))
         if target == self.index:
             return arrived(x.clone())
-        out = torch.zeros_like(x) if source is None else torch.empty_like(x)
-        sent, received = ([] if other is None else [other] for other in (target, source))
+        out = x.new_zeros(count) if source is None else x.new_empty(count)
+        # what is empty is not sent, as both sides know
+        sent = [] if target is None or x.numel() == 0 else [target]
+        received = [] if source is None or count == 0 else [source]
         work = self._from_peer_to_peer([(x, rank) for rank in sent], [(out, rank) for rank in received])
         return self._on_its_way(x, work, lambda: out)
 

@@ -391,6 +391,9 @@ def size_cases() -> Iterator[Wrong]:
         ("indexed_all_to_all_v", "recv_sizes", CALLS["indexed_all_to_all_v"]),
         ("all_gather_v", "sizes", pmod.all_gather_v),
         ("gather_v", "sizes", pmod.gather_v),
+        ("ppermute", "sizes", lambda x, axis, **kwargs: pmod.ppermute(x, axis, [], **kwargs)),
+        ("pshuffle", "sizes", lambda x, axis, **kwargs: pmod.pshuffle(x, axis, range(pmod.axis_size(axis)), **kwargs)),
+        ("pshift", "sizes", pmod.pshift),
     ]
     for function, name, call in places:
 
@@ -410,6 +413,10 @@ def size_cases() -> Iterator[Wrong]:
         if name == "concat_sizes":
             held = "but this rank holds 2 along concat_dim.\nPass the length that each rank holds."
             yield wrong((3, 3), f"[<i>] is 3 {held}", (2,))
+        elif function in ("ppermute", "pshuffle", "pshift"):
+            right = "but x.shape[0] is 4.\nPass the length that each rank holds along dim."
+            yield wrong((3, 3), f"[<i>] is 3 {right}", (2,))
+            yield wrong((3,), f"[<i>] is 3 {right}", (1,))
         elif function == "unshard":
             right = "but x.shape[0] is 4.\nPass the sizes that the ranks hold, or the whole length that shard cut."
             yield wrong((3, 3), f"[<i>] is 3 {right}", (2,))
