@@ -14,10 +14,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from pmod import _groups
 from pmod._ambient import resolve
 from pmod._arguments import (
-    _as_int,
     accumulate_in,
     check_mean,
     check_order,
@@ -28,14 +26,18 @@ from pmod._arguments import (
     check_sum,
     check_tensor,
     dim_from_end,
+    from_number,
+    summand,
     targets_of,
+    total_of,
     wrong,
 )
 from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, without_derivative
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis, AxisLike
+from pmod._numbers import as_int, as_number
 from pmod._pytree import Tree, map_leaves, together
-from pmod._wire import Reduction, Sent, Wire, accumulator, real_sum, wire_of
+from pmod._wire import Reduction, Sent, Wire, accumulator, is_eight_bits, real_sum, wire_of
 
 Check = Callable[[Tensor, str, Axis], None]
 
@@ -50,7 +52,7 @@ def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 def _send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
     divisor, _ = params
-    return x if divisor == 1 else x / divisor
+    return x if divisor == 1 else (_computable(x) / divisor).to(x.dtype)
 
 
 # a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is rounded
@@ -78,27 +80,15 @@ def _fused(
 
     def run(leaves: list[Any]) -> list[Any]:
         tensors = [
-            x if isinstance(x, Tensor) or number is None else _from_number(x, number, function, axis) for x in leaves
+            x if isinstance(x, Tensor) or number is None else summand(x, number, function, axis) for x in leaves
         ]
         for x in tensors:
             check_tensor(x, function, axis)
             check(x, function, axis)
         ys = together(row, tensors, axis, params)
-        return [y if isinstance(x, Tensor) else y.item() for x, y in zip(leaves, ys, strict=True)]
+        return [y if isinstance(x, Tensor) else total_of(y) for x, y in zip(leaves, ys, strict=True)]
 
     return map_leaves(run, tree, function, axis)
-
-
-def _from_number(x: Any, least: type, function: str, axis: Axis) -> Any:
-    """A number as the 0-d tensor that travels for it; anything else unchanged."""
-    if not isinstance(x, int | float | complex):
-        return x
-    widest = type(x + least(0))
-    dtype = {int: torch.int64, float: torch.float64, complex: torch.complex128}[widest]
-    try:
-        return torch.tensor(x, dtype=dtype, device=_groups.number_device())
-    except (OverflowError, RuntimeError, ValueError):  # torch raises any of them
-        raise wrong(ArgumentError, function, axis, f"x is {x}, too large for {dtype}", "Pass a float.") from None
 
 
 def _anything(x: Tensor, function: str, axis: Axis) -> None:
@@ -112,9 +102,10 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     Shapes: x (...) -> (...).
     Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks, (n-1) x, in one round trip.
     16-bit floats add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
-    Trees travel as one message per dtype and device; Python numbers come back as numbers,
-    and have the same type on every rank (0.0, not 0, where others hold a float).
-    Raises: ArgumentError for bool. JAX: lax.psum.
+    Trees travel as one message per dtype and device. Numbers, numpy's scalars too, come back as Python numbers, and
+    have the same type on every rank (0.0, not 0, where others hold a float). Ints of up to 64 bits and bools (which are
+    counted) add up exactly, to an int of any size; integer tensors wrap around in their dtype, as torch's sums do.
+    Raises: ArgumentError for bool tensors, and for numbers of more than 64 bits. JAX: lax.psum.
 
     >>> pmod.simulate(lambda: pmod.psum(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
     [tensor([2., 1.]), tensor([2., 1.])]
@@ -136,6 +127,7 @@ def pmean(
     which is the mean over all samples where ranks hold different numbers of them. Both sums travel in one message. What
     has weight 0 counts for nothing, NaN included: the mean over a rank that has no samples.
     Cost and dtypes: as psum; 16-bit means are divided in float32.
+    The mean of numbers is a Python float (or complex): ints and bools are rounded to float64 first.
     Raises: ArgumentError for bool and integer tensors. JAX: lax.pmean.
 
     >>> pmod.simulate(lambda: pmod.pmean(torch.tensor([0.0, 4.0 * pmod.axis_index("data")]), "data"), data=2)
@@ -151,7 +143,7 @@ def pmean(
 
 
 def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str | None) -> list[Any]:
-    xs = [x if isinstance(x, Tensor) else _from_number(x, float, "pmean", axis) for x in leaves]
+    xs = [x if isinstance(x, Tensor) else from_number(x, float, "pmean", axis) for x in leaves]
     for x in xs:
         check_tensor(x, "pmean", axis)
         check_mean(x, "pmean", axis)
@@ -179,9 +171,13 @@ def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:
         if weight.is_complex() and not x.is_complex():
             raise wrong(ArgumentError, "pmean", axis, "weight is complex and x is real", "Pass a real weight.")
         return weight.to(x.dtype)
-    if not isinstance(weight, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+    number = as_number(weight)
+    if number is None or isinstance(number, complex):
         raise wrong(ArgumentError, "pmean", axis, f"weight is {weight!r}", "Pass a real number, or a tensor.")
-    return torch.tensor(weight, dtype=x.dtype, device=x.device)
+    try:
+        return torch.tensor(number, dtype=x.dtype, device=x.device)
+    except (OverflowError, RuntimeError):  # torch raises either
+        raise wrong(ArgumentError, "pmean", axis, f"weight is {weight}, too large for a float", "Divide all.") from None
 
 
 def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
@@ -221,7 +217,7 @@ def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -
 
 def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
     how: Reduction = params[0]
-    carried = x.to(torch.uint8) if x.dtype == torch.bool else x
+    carried = x.to(torch.uint8) if x.dtype == torch.bool else x.to(torch.bfloat16) if is_eight_bits(x) else x
     return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
 
 
@@ -233,7 +229,8 @@ def pmax(x: Tree, axis: AxisLike) -> Tree:
 
     V -> I. Derivative: to the ranks that attain it, shared equally among them; it exists where the maximum is NaN or
     infinite, too. Where one is wanted, a second message counts those ranks (2 x).
-    Shapes: x (...) -> (...). bool is any; Python numbers come back as numbers.
+    Shapes: x (...) -> (...). bool is any; numbers, numpy's scalars too, come back as Python numbers of x's type, ints
+    of up to 63 bits. Of zeros, +0.0 is larger than -0.0.
     Cost: as psum. Raises: ArgumentError for complex. JAX: lax.pmax, which has no derivative.
 
     >>> pmod.simulate(lambda: pmod.pmax(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
@@ -257,18 +254,19 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
     bound = resolve(axis, function)
 
     def run(leaves: list[Any]) -> list[Any]:
-        xs = [x if isinstance(x, Tensor) else _from_number(x, int, function, bound) for x in leaves]
+        xs = [x if isinstance(x, Tensor) else from_number(x, int, function, bound) for x in leaves]
         for x in xs:
             check_tensor(x, function, bound)
             check_order(x, function, bound)
         if bound.size == 1:
-            return leaves
+            return [x if isinstance(x, Tensor) else as_number(x) for x in leaves]
         values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
         smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)]
-        derived = _attach([xs[i] for i in smooth], [values[i] for i in smooth], bound)
+        derived = _attach([_computable(xs[i]) for i in smooth], [_computable(values[i]) for i in smooth], bound)
         for i, y in zip(smooth, derived, strict=True):
-            values[i] = y
-        return [y if isinstance(x, Tensor) else type(x)(y.item()) for x, y in zip(leaves, values, strict=True)]
+            values[i] = y.to(xs[i].dtype)
+        kinds: list[Any] = [None if isinstance(x, Tensor) else type(as_number(x)) for x in leaves]
+        return [y if kind is None else kind(y.item()) for kind, y in zip(kinds, values, strict=True)]
 
     return map_leaves(run, tree, function, bound)
 
@@ -281,6 +279,11 @@ def differentiated(x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def _computable(x: Tensor) -> Tensor:
+    """x in a dtype that torch computes in, which 8-bit floats are not."""
+    return x.float() if is_eight_bits(x) else x
 
 
 def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
@@ -300,7 +303,8 @@ def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
     out: list[Tensor] = []
     for y, s, count in zip(values, sums[: len(xs)], sums[len(xs) :], strict=True):
         scale = 2 * n / count.detach()  # a constant: a tangent of 0 times an infinite s would be NaN
-        out.append(torch.where(y.isfinite(), y + (s - s.detach()) * scale, s * scale))
+        # subtracted: -0.0 stays what it is
+        out.append(torch.where(y.isfinite(), y - (s.detach() - s) * scale, s * scale))
     return out
 
 
@@ -559,7 +563,7 @@ def pshift(
     [tensor([0, 1]), tensor([], dtype=torch.int64), tensor([0])]
     """
     bound = resolve(axis, "pshift")
-    steps = _as_int(offset)
+    steps = as_int(offset)
     if steps is None:
         raise wrong(AxisError, "pshift", bound, f"offset is {offset!r}", "Pass an int.")
     n = bound.size

@@ -73,15 +73,33 @@ def _reduce_parts(parts: Sequence[Tensor], how: Reduction, dtype: torch.dtype, d
     """Combine equal-shaped parts in rank order, adding up in `dtype`."""
     out_dtype = parts[0].dtype
     if how != "sum":
-        combine = torch.maximum if how == "max" else torch.minimum  # both let a NaN through
-        total = parts[0].clone() if len(parts) == 1 else combine(parts[0], parts[1])
+        total = parts[0].clone() if len(parts) == 1 else _extreme(parts[0], parts[1], how)
         for part in parts[2:]:
-            total = combine(total, part)
+            total = _extreme(total, part, how)
         return total
     total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
-        total += part
+        total += part.to(dtype) if is_eight_bits(part) else part
     return scaled(total, divisor).to(out_dtype)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _extreme(a: Tensor, b: Tensor, how: Reduction) -> Tensor:
+    """The elementwise extremum, which lets a NaN through; +0.0 is larger than -0.0."""
+    y = torch.maximum(a, b) if how == "max" else torch.minimum(a, b)
+    if not a.is_floating_point():
+        return y
+    # torch takes either of two zeros, by where they lie in memory; what is equal has equal bits, but for their sign
+    ints = _BITS[a.element_size()]
+    both = torch.bitwise_and if how == "max" else torch.bitwise_or
+    return torch.where(a == b, both(a.view(ints), b.view(ints)).view(a.dtype), y)
+
+
+def is_eight_bits(x: Tensor) -> bool:
+    """Whether x has a floating dtype that torch stores and does not compute in."""
+    return x.dtype.itemsize == 1 and x.is_floating_point()
 
 
 def scaled(total: Tensor, divisor: int) -> Tensor:
