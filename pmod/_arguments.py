@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pmod import _groups
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis
+from pmod._numbers import as_int, as_number, halves, joined
 
 
 def wrong(kind: type[PmodError], function: str, axis: Axis, given: str, right: str) -> PmodError:
@@ -30,7 +32,8 @@ def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> No
             function,
             axis,
             f"{name} is a {type(x).__name__}",
-            "Pass a tensor, or a dict, list or tuple of them.",
+            f"Pass a tensor, torch.from_numpy({name})." if isinstance(x, np.ndarray)
+            else "Pass a tensor, or a dict, list or tuple of them.",
         )
     if type(x) is not Tensor and hasattr(x, "to_local"):
         raise wrong(ArgumentError, function, axis, f"{name} is a DTensor", f"Pass its shard, {name}.to_local().")
@@ -72,13 +75,6 @@ def check_order(x: Tensor, function: str, axis: Axis) -> None:
         raise wrong(ArgumentError, function, axis, "x is complex, which has no order", "Compare x.abs() or x.real.")
 
 
-def _as_int(x: object) -> int | None:
-    """x as an int where it is one, of numpy too; None for anything else, bool included."""
-    if type(x) is int:
-        return x
-    return operator.index(x) if isinstance(x, SupportsIndex) and not isinstance(x, bool) else None
-
-
 def dim_from_end(
     dim: object,
     x: Tensor,
@@ -91,7 +87,7 @@ def dim_from_end(
 ) -> int:
     """A dim as a negative number; `extra` dims are about to be added; `no_dims` is the advice for a 0-d tensor."""
     ndim = x.dim() + extra
-    parsed = _as_int(dim)
+    parsed = as_int(dim)
     if parsed is None:
         raise wrong(ShapeError, function, axis, f"{name} is {dim!r}, a {type(dim).__name__}", "Pass an int.")
     if not -ndim <= parsed < ndim:
@@ -100,12 +96,48 @@ def dim_from_end(
     return parsed - ndim if parsed >= 0 else parsed
 
 
+def summand(x: Any, least: type, function: str, axis: Axis) -> Any:
+    """A number as the tensor that is added up for it: an int as two, so that no sum wraps."""
+    number = as_number(x)
+    if number is None or not isinstance(number + least(0), int):
+        return from_number(x, least, function, axis)
+    try:
+        return torch.tensor(halves(int(number.real)), dtype=torch.int64, device=_groups.number_device())
+    except OverflowError:
+        raise wrong(ArgumentError, function, axis, f"x is {x}, of more than 64 bits", "Pass a float.") from None
+
+
+def total_of(y: Tensor) -> Any:
+    """The number that summands add up to."""
+    return joined(*y.tolist()) if y.dim() else y.item()
+
+
+def from_number(x: Any, least: type, function: str, axis: Axis) -> Any:
+    """A number as the 0-d tensor that travels for it; anything else unchanged."""
+    number = as_number(x)
+    if number is None:
+        return x
+    widest = type(number + least(0))
+    dtype = {int: torch.int64, float: torch.float64, complex: torch.complex128}[widest]
+    try:
+        return torch.tensor(number, dtype=dtype, device=_groups.number_device())
+    except (OverflowError, RuntimeError, ValueError):  # torch raises any of them
+        raise wrong(ArgumentError, function, axis, f"x is {x}, too large for {dtype}", "Pass a float.") from None
+
+
+def _ints(xs: Any) -> tuple[int, ...] | None:
+    """The numbers of a sequence, None where it is none or one of them is no int."""
+    try:
+        parsed = [as_int(x) for x in xs]
+    except TypeError:  # not a sequence
+        return None
+    ints = [x for x in parsed if x is not None]
+    return tuple(ints) if len(ints) == len(parsed) else None
+
+
 def check_sizes(sizes: Sequence[int], function: str, axis: Axis, *, name: str = "sizes") -> tuple[int, ...]:
     """One length per rank of the axis."""
-    try:
-        parsed = tuple([operator.index(size) for size in sizes])
-    except TypeError:  # not a sequence, or not of ints
-        parsed = ()
+    parsed = _ints(sizes) or ()
     if len(parsed) != axis.size:
         raise wrong(
             ShapeError, function, axis, f"{name} is {sizes!r}", f"Pass {axis.size} ints, one per rank of the axis."
@@ -132,7 +164,7 @@ def check_own_size(x: Tensor, at: int, sizes: tuple[int, ...], function: str, ax
 
 def check_root(root: object, function: str, axis: Axis, *, name: str) -> int:
     """An index along the axis."""
-    parsed = _as_int(root)
+    parsed = as_int(root)
     if parsed is None or not 0 <= parsed < axis.size:
         raise wrong(
             AxisError, function, axis, f"{name} is {root!r}", f"Pass an index along the axis, 0 to {axis.size - 1}."
@@ -142,15 +174,15 @@ def check_root(root: object, function: str, axis: Axis, *, name: str) -> int:
 
 def targets_of(perm: Sequence[tuple[int, int]], function: str, axis: Axis) -> tuple[int, ...]:
     """(source, target) pairs as a table: where each rank's value goes, -1 for nowhere."""
-    if axis.size == 1 and perm == [(0, 0)]:  # a ring of one, which costs as little as it does
-        return (0,)
     targets = [-1] * axis.size
-    index = operator.index
     try:
-        pairs = [(index(source), index(target)) for source, target in perm]
-    except (TypeError, ValueError):
-        raise _wrong_perm(f"perm is {perm!r}", function, axis) from None
-    for source, target in pairs:
+        pairs = [_ints(pair) for pair in perm]
+    except TypeError:  # not a sequence
+        pairs = [None]
+    for pair in pairs:
+        if pair is None or len(pair) != 2:
+            raise _wrong_perm(f"perm is {perm!r}", function, axis)
+        source, target = pair
         if not (0 <= source < axis.size and 0 <= target < axis.size):
             raise _wrong_perm(f"perm holds {(source, target)}, outside the axis", function, axis)
         if targets[source] != -1:
@@ -168,12 +200,7 @@ def _wrong_perm(given: str, function: str, axis: Axis) -> PmodError:
 
 def check_permutation(perm: Sequence[int], function: str, axis: Axis) -> tuple[int, ...]:
     """Every index along the axis, once each."""
-    if axis.size == 1 and perm == [0]:
-        return (0,)
-    try:
-        parsed = [operator.index(source) for source in perm]
-    except TypeError:
-        parsed = []
+    parsed = _ints(perm) or ()
     if sorted(parsed) != list(range(axis.size)):
         raise wrong(
             AxisError,
@@ -182,7 +209,7 @@ def check_permutation(perm: Sequence[int], function: str, axis: Axis) -> tuple[i
             f"perm is {perm!r}, no permutation",
             f"Pass each index 0 to {axis.size - 1} once; perm[i] is where output i comes from.",
         )
-    return tuple(parsed)
+    return parsed
 
 
 def accumulate_in(reduce_dtype: torch.dtype | None, function: str, axis: Axis) -> str | None:
@@ -216,10 +243,10 @@ def split_sizes(n: int, parts: int) -> tuple[int, ...]:
     >>> pmod.split_sizes(5, 4)
     (2, 2, 1, 0)
     """
-    ints = all(isinstance(size, int) for size in (n, parts))  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not ints or n < 0 or parts < 1:
+    length, count = as_int(n), as_int(parts)
+    if length is None or count is None or length < 0 or count < 1:
         given = f"n is {n!r} and parts is {parts!r}"
         raise ShapeError(explain("split_sizes", given, "Pass a length of 0 or more and 1 or more parts."))
-    n = operator.index(n)  # plain: sizes go into the call, whose text torch.compile cannot write with symbols
-    step = -(-n // parts)
-    return tuple(max(0, min(step, n - step * i)) for i in range(parts))
+    length = operator.index(length)  # plain: sizes go into the call, whose text torch.compile cannot write with symbols
+    step = -(-length // count)
+    return tuple(max(0, min(step, length - step * i)) for i in range(count))

@@ -16,6 +16,7 @@ I; the transpose does the reverse, with respect to the inner product that counts
 from __future__ import annotations
 
 import ast
+import math
 import sys
 import threading
 import warnings
@@ -64,6 +65,9 @@ class Row:
     why: str = ""  # it is called in a backward, as the transpose of another
     # of parameters and shape, what is the same on all ranks, where that is not all of it
     agreed: Callable[[Params, tuple[int, ...]], tuple[Params, tuple[int, ...]]] | None = None
+    # of a fused row: the shapes of the results on the rank of this index, None where they are those of the inputs; of
+    # others `send` must know how many elements arrive, its last parameter
+    resized: Callable[[Params, Sequence[Tensor], int], list[list[int]] | None] | None = None
 
     @property
     def T(self) -> Row:
@@ -129,11 +133,14 @@ def _begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
         return Sent((), lambda: [result.wait() if isinstance(result, Sent) else result for result in results])
     whole = [_laid_out(x) for x in xs]
     flat = whole[0].reshape(-1) if len(xs) == 1 else torch.cat([x.reshape(-1) for x in whole])
-    if flat.numel() == 0:
+    shapes = None if row.resized is None else row.resized(params, xs, wire.index)
+    if shapes is not None:  # also where this rank holds nothing, others may
+        params = (*params, sum(math.prod(shape) for shape in shapes))
+    elif flat.numel() == 0:
         return Sent((), lambda: [torch.empty_like(x) for x in xs])
     sent = row.send(flat, wire, params)
     assert isinstance(sent, Sent)
-    return sent.then(lambda y: _cut(y, xs))
+    return sent.then(lambda y: _cut(y, xs, shapes))
 
 
 def _begin_one(row: Row, x: Tensor, wire: Wire, params: Params) -> Sent | Tensor:
@@ -168,12 +175,16 @@ def memory_format(x: Tensor) -> torch.memory_format | None:
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
 
 
-def _cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of a fused message in the shapes of `like`; no views in autograd's eyes, so each may be changed."""
-    parts = [flat] if len(like) == 1 else torch.unsafe_split_with_sizes(flat, [x.numel() for x in like])
+def _cut(flat: Tensor, like: Sequence[Tensor], shapes: Sequence[Sequence[int]] | None) -> list[Tensor]:
+    """The parts of a fused message, laid out as `like`; no views in autograd's eyes, so each may be changed.
+
+    shapes: theirs, where they are not those of `like`.
+    """
+    wanted = [x.shape for x in like] if shapes is None else shapes
+    parts = [flat] if len(like) == 1 else torch.unsafe_split_with_sizes(flat, [math.prod(shape) for shape in wanted])
     out: list[Tensor] = []
-    for part, x in zip(parts, like, strict=True):
-        y = part if x.dim() == 1 else _unsafe_view(part, x.shape)
+    for part, x, shape in zip(parts, like, wanted, strict=True):
+        y = part if x.dim() == 1 else _unsafe_view(part, shape)
         kept = memory_format(x)
         out.append(y if kept is None else y.contiguous(memory_format=kept))
     return out
@@ -199,8 +210,8 @@ def _said(row: Row, params: Params, xs: Sequence[Tensor]) -> Said:
     shapes, dtype = [x.shape for x in xs], xs[0].dtype
     if row.agreed is None:
         return Said(row.name, code_of((row.name, params, dtype, *shapes)), shapes, dtype, params)
-    alike, shape = row.agreed(params, shapes[0])  # such a row takes one tensor
-    return Said(row.name, code_of((row.name, alike, dtype, shape)), shapes, dtype, params)
+    alike = tuple([row.agreed(params, shape) for shape in shapes])
+    return Said(row.name, code_of((row.name, alike, dtype)), shapes, dtype, params)
 
 
 def _profiled_as(call: Call) -> str:

@@ -14,24 +14,30 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from pmod import _groups
 from pmod._ambient import resolve
 from pmod._arguments import (
     accumulate_in,
     check_mean,
     check_order,
+    check_own_size,
     check_permutation,
     check_root,
+    check_sizes,
     check_sum,
     check_tensor,
+    dim_from_end,
+    from_number,
+    summand,
     targets_of,
+    total_of,
     wrong,
 )
 from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, without_derivative
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis, AxisLike
+from pmod._numbers import as_int, as_number
 from pmod._pytree import Tree, map_leaves, together
-from pmod._wire import Reduction, Sent, Wire, accumulator, real_sum, wire_of
+from pmod._wire import Reduction, Sent, Wire, accumulator, is_eight_bits, real_sum, wire_of
 
 Check = Callable[[Tensor, str, Axis], None]
 
@@ -46,7 +52,7 @@ def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 def _send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
     divisor, _ = params
-    return x if divisor == 1 else x / divisor
+    return x if divisor == 1 else (_computable(x) / divisor).to(x.dtype)
 
 
 # a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is rounded
@@ -74,27 +80,15 @@ def _fused(
 
     def run(leaves: list[Any]) -> list[Any]:
         tensors = [
-            x if isinstance(x, Tensor) or number is None else _from_number(x, number, function, axis) for x in leaves
+            x if isinstance(x, Tensor) or number is None else summand(x, number, function, axis) for x in leaves
         ]
         for x in tensors:
             check_tensor(x, function, axis)
             check(x, function, axis)
         ys = together(row, tensors, axis, params)
-        return [y if isinstance(x, Tensor) else y.item() for x, y in zip(leaves, ys, strict=True)]
+        return [y if isinstance(x, Tensor) else total_of(y) for x, y in zip(leaves, ys, strict=True)]
 
     return map_leaves(run, tree, function, axis)
-
-
-def _from_number(x: Any, least: type, function: str, axis: Axis) -> Any:
-    """A number as the 0-d tensor that travels for it; anything else unchanged."""
-    if not isinstance(x, int | float | complex):
-        return x
-    widest = type(x + least(0))
-    dtype = {int: torch.int64, float: torch.float64, complex: torch.complex128}[widest]
-    try:
-        return torch.tensor(x, dtype=dtype, device=_groups.number_device())
-    except (OverflowError, RuntimeError, ValueError):  # torch raises any of them
-        raise wrong(ArgumentError, function, axis, f"x is {x}, too large for {dtype}", "Pass a float.") from None
 
 
 def _anything(x: Tensor, function: str, axis: Axis) -> None:
@@ -108,9 +102,10 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     Shapes: x (...) -> (...).
     Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks, (n-1) x, in one round trip.
     16-bit floats add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
-    Trees travel as one message per dtype and device; Python numbers come back as numbers,
-    and have the same type on every rank (0.0, not 0, where others hold a float).
-    Raises: ArgumentError for bool. JAX: lax.psum.
+    Trees travel as one message per dtype and device. Numbers, numpy's scalars too, come back as Python numbers, and
+    have the same type on every rank (0.0, not 0, where others hold a float). Ints of up to 64 bits and bools (which are
+    counted) add up exactly, to an int of any size; integer tensors wrap around in their dtype, as torch's sums do.
+    Raises: ArgumentError for bool tensors, and for numbers of more than 64 bits. JAX: lax.psum.
 
     >>> pmod.simulate(lambda: pmod.psum(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
     [tensor([2., 1.]), tensor([2., 1.])]
@@ -132,6 +127,7 @@ def pmean(
     which is the mean over all samples where ranks hold different numbers of them. Both sums travel in one message. What
     has weight 0 counts for nothing, NaN included: the mean over a rank that has no samples.
     Cost and dtypes: as psum; 16-bit means are divided in float32.
+    The mean of numbers is a Python float (or complex): ints and bools are rounded to float64 first.
     Raises: ArgumentError for bool and integer tensors. JAX: lax.pmean.
 
     >>> pmod.simulate(lambda: pmod.pmean(torch.tensor([0.0, 4.0 * pmod.axis_index("data")]), "data"), data=2)
@@ -147,7 +143,7 @@ def pmean(
 
 
 def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str | None) -> list[Any]:
-    xs = [x if isinstance(x, Tensor) else _from_number(x, float, "pmean", axis) for x in leaves]
+    xs = [x if isinstance(x, Tensor) else from_number(x, float, "pmean", axis) for x in leaves]
     for x in xs:
         check_tensor(x, "pmean", axis)
         check_mean(x, "pmean", axis)
@@ -175,9 +171,13 @@ def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:
         if weight.is_complex() and not x.is_complex():
             raise wrong(ArgumentError, "pmean", axis, "weight is complex and x is real", "Pass a real weight.")
         return weight.to(x.dtype)
-    if not isinstance(weight, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+    number = as_number(weight)
+    if number is None or isinstance(number, complex):
         raise wrong(ArgumentError, "pmean", axis, f"weight is {weight!r}", "Pass a real number, or a tensor.")
-    return torch.tensor(weight, dtype=x.dtype, device=x.device)
+    try:
+        return torch.tensor(number, dtype=x.dtype, device=x.device)
+    except (OverflowError, RuntimeError):  # torch raises either
+        raise wrong(ArgumentError, "pmean", axis, f"weight is {weight}, too large for a float", "Divide all.") from None
 
 
 def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
@@ -217,7 +217,7 @@ def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -
 
 def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
     how: Reduction = params[0]
-    carried = x.to(torch.uint8) if x.dtype == torch.bool else x
+    carried = x.to(torch.uint8) if x.dtype == torch.bool else x.to(torch.bfloat16) if is_eight_bits(x) else x
     return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
 
 
@@ -229,7 +229,8 @@ def pmax(x: Tree, axis: AxisLike) -> Tree:
 
     V -> I. Derivative: to the ranks that attain it, shared equally among them; it exists where the maximum is NaN or
     infinite, too. Where one is wanted, a second message counts those ranks (2 x).
-    Shapes: x (...) -> (...). bool is any; Python numbers come back as numbers.
+    Shapes: x (...) -> (...). bool is any; numbers, numpy's scalars too, come back as Python numbers of x's type, ints
+    of up to 63 bits. Of zeros, +0.0 is larger than -0.0.
     Cost: as psum. Raises: ArgumentError for complex. JAX: lax.pmax, which has no derivative.
 
     >>> pmod.simulate(lambda: pmod.pmax(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
@@ -253,18 +254,19 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
     bound = resolve(axis, function)
 
     def run(leaves: list[Any]) -> list[Any]:
-        xs = [x if isinstance(x, Tensor) else _from_number(x, int, function, bound) for x in leaves]
+        xs = [x if isinstance(x, Tensor) else from_number(x, int, function, bound) for x in leaves]
         for x in xs:
             check_tensor(x, function, bound)
             check_order(x, function, bound)
         if bound.size == 1:
-            return leaves
+            return [x if isinstance(x, Tensor) else as_number(x) for x in leaves]
         values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
         smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)]
-        derived = _attach([xs[i] for i in smooth], [values[i] for i in smooth], bound)
+        derived = _attach([_computable(xs[i]) for i in smooth], [_computable(values[i]) for i in smooth], bound)
         for i, y in zip(smooth, derived, strict=True):
-            values[i] = y
-        return [y if isinstance(x, Tensor) else type(x)(y.item()) for x, y in zip(leaves, values, strict=True)]
+            values[i] = y.to(xs[i].dtype)
+        kinds: list[Any] = [None if isinstance(x, Tensor) else type(as_number(x)) for x in leaves]
+        return [y if kind is None else kind(y.item()) for kind, y in zip(kinds, values, strict=True)]
 
     return map_leaves(run, tree, function, bound)
 
@@ -277,6 +279,11 @@ def differentiated(x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def _computable(x: Tensor) -> Tensor:
+    """x in a dtype that torch computes in, which 8-bit floats are not."""
+    return x.float() if is_eight_bits(x) else x
 
 
 def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
@@ -296,7 +303,8 @@ def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
     out: list[Tensor] = []
     for y, s, count in zip(values, sums[: len(xs)], sums[len(xs) :], strict=True):
         scale = 2 * n / count.detach()  # a constant: a tangent of 0 times an infinite s would be NaN
-        out.append(torch.where(y.isfinite(), y + (s - s.detach()) * scale, s * scale))
+        # subtracted: -0.0 stays what it is
+        out.append(torch.where(y.isfinite(), y - (s.detach() - s) * scale, s * scale))
     return out
 
 
@@ -404,25 +412,51 @@ def reduce(x: Tree, axis: AxisLike, *, dst: int = 0, reduce_dtype: torch.dtype |
 
 
 def _send_permute(x: Tensor, wire: Wire, params: Params) -> Sent:
-    (targets,) = params
+    targets, *uneven = params
     source = targets.index(wire.index) if wire.index in targets else None
     target = targets[wire.index] if targets[wire.index] >= 0 else None
-    return wire.permute(x, target, source)
+    return wire.permute(x, target, source, uneven[-1] if uneven else None)
 
 
 def _inverse(params: Params) -> Params:
-    (targets,) = params
-    return (tuple(targets.index(rank) if rank in targets else -1 for rank in range(len(targets))),)
+    targets, *uneven = params
+    inverse = tuple(targets.index(rank) if rank in targets else -1 for rank in range(len(targets)))
+    if not uneven:
+        return (inverse,)
+    dim, held, given = uneven
+    return inverse, dim, given, held
 
 
+def _given(params: Params, xs: Sequence[Tensor], index: int) -> list[list[int]] | None:
+    if len(params) == 1:
+        return None
+    _, dim, _, given = params
+    return [[*x.shape[:dim], given[index], *x.shape[x.dim() + dim + 1 :]] for x in xs]
+
+
+def _but_for_length(params: Params, shape: tuple[int, ...]) -> tuple[Params, tuple[int, ...]]:
+    """With sizes, the ranks hold different lengths along the dim."""
+    if len(params) == 1:
+        return params, shape
+    at = len(shape) + params[1]
+    return params, (*shape[:at], -1, *shape[at + 1 :])
+
+
+# targets: where each rank's value goes, -1 for nowhere. If the ranks hold different lengths along a dim: that dim, the
+# lengths that they hold, and those that they are given. A rank to which nobody sends keeps its own length (zeros), so
+# that equal sizes change nothing; in the transpose its length is that of what it held
 PERMUTE = Row(
-    "permute", V, V, _send_permute, flip=_inverse, fused=True, alone=False,
+    "permute", V, V, _send_permute, flip=_inverse, fused=True, alone=False, agreed=_but_for_length, resized=_given,
     why="each value's gradient goes back to the rank that it came from",
 )  # fmt: skip
 pair(PERMUTE, PERMUTE)
 
 
-def _permuted(function: str, x: Tree, axis: Axis, targets: tuple[int, ...]) -> Tree:
+def _permuted(
+    function: str, x: Tree, axis: Axis, targets: tuple[int, ...], sizes: Sequence[int] | None, dim: int
+) -> Tree:
+    if sizes is not None:
+        return _permuted_uneven(function, x, axis, targets, check_sizes(sizes, function, axis), dim)
     if targets == tuple(range(axis.size)):  # nothing moves
         if isinstance(x, Tensor):
             check_tensor(x, function, axis)
@@ -431,27 +465,70 @@ def _permuted(function: str, x: Tree, axis: Axis, targets: tuple[int, ...]) -> T
     return _fused(function, PERMUTE, x, axis, (targets,), _anything)
 
 
-def ppermute(x: Tree, axis: AxisLike, perm: Sequence[tuple[int, int]]) -> Tree:
+def _permuted_uneven(
+    function: str, tree: Tree, axis: Axis, targets: tuple[int, ...], sizes: tuple[int, ...], dim: int
+) -> Tree:
+    """Each rank gets the length of the rank that sends to it, or zeros of its own length."""
+    given = tuple([sizes[targets.index(rank) if rank in targets else rank] for rank in range(axis.size)])
+
+    def run(leaves: list[Any]) -> list[Any]:
+        at: list[int] = []
+        for x in leaves:
+            check_tensor(x, function, axis)
+            at.append(dim_from_end(dim, x, function, axis))
+            check_own_size(x, at[-1], sizes, function, axis, "Pass the length that each rank holds along dim.")
+        if targets == tuple(range(axis.size)):  # nothing moves
+            return leaves
+        if len(set(sizes)) == 1:
+            return together(PERMUTE, leaves, axis, (targets,))
+        # one message per dtype and device, where the dim is as far from the end
+        out: dict[int, Any] = {}
+        for end in sorted(set(at)):
+            some = [i for i, one in enumerate(at) if one == end]
+            ys = together(PERMUTE, [leaves[i] for i in some], axis, (targets, end, sizes, given))
+            out.update(zip(some, ys, strict=True))
+        return [out[i] for i in range(len(leaves))]
+
+    return map_leaves(run, tree, function, axis)
+
+
+def ppermute(
+    x: Tree, axis: AxisLike, perm: Sequence[tuple[int, int]], *, sizes: Sequence[int] | None = None, dim: int = 0
+) -> Tree:
     """Send along (source, target) pairs of indices; zeros where nothing arrives.
 
-    V -> V. Transpose: the inverse permutation. Shapes: x (...) -> (...), the same shape on all ranks.
+    V -> V. Transpose: the inverse permutation.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
+    x (..., sizes[i], ...) on rank i -> (..., sizes[s], ...), s being the rank that sends to it; where nothing arrives
+    zeros like x.
     Cost: x sent once; where nothing moves, the result is x itself.
-    Raises: AxisError where an index is outside the axis, or a source or a target comes twice.
+    Raises: AxisError where an index is outside the axis, or a source or a target comes twice; ShapeError where sizes[i]
+    is not this rank's length.
     JAX: lax.ppermute, which numbers the ranks of a tuple of axes in mesh order; here the first name is slowest.
 
     >>> pmod.simulate(lambda: pmod.ppermute(torch.tensor(1 + pmod.axis_index("model")), "model", [(0, 1)]), model=2)
     [tensor(0), tensor(1)]
+    >>> def swap():
+    ...     mine = torch.full((1 + pmod.axis_index("model"),), pmod.axis_index("model"))
+    ...     return pmod.ppermute(mine, "model", [(0, 1), (1, 0)], sizes=(1, 2))
+    >>> pmod.simulate(swap, model=2)
+    [tensor([1, 1]), tensor([0])]
     """
     bound = resolve(axis, "ppermute")
-    return _permuted("ppermute", x, bound, targets_of(perm, "ppermute", bound))
+    return _permuted("ppermute", x, bound, targets_of(perm, "ppermute", bound), sizes, dim)
 
 
-def pshuffle(x: Tree, axis: AxisLike, perm: Sequence[int]) -> Tree:
+def pshuffle(
+    x: Tree, axis: AxisLike, perm: Sequence[int], *, sizes: Sequence[int] | None = None, dim: int = 0
+) -> Tree:
     """Output i comes from input perm[i].
 
-    V -> V. Transpose: the inverse permutation. Shapes: x (...) -> (...), the same shape on all ranks.
+    V -> V. Transpose: the inverse permutation.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
+    x (..., sizes[i], ...) -> (..., sizes[perm[i]], ...) on rank i.
     Cost: x sent once; where nothing moves, the result is x itself.
-    Raises: AxisError where perm is no permutation. JAX: lax.pshuffle.
+    Raises: AxisError where perm is no permutation; ShapeError where sizes[i] is not this rank's length.
+    JAX: lax.pshuffle.
 
     >>> pmod.simulate(lambda: pmod.pshuffle(torch.tensor(pmod.axis_index("x")), "x", [2, 0, 1]), x=3)
     [tensor(2), tensor(0), tensor(1)]
@@ -459,24 +536,39 @@ def pshuffle(x: Tree, axis: AxisLike, perm: Sequence[int]) -> Tree:
     bound = resolve(axis, "pshuffle")
     sources = check_permutation(perm, "pshuffle", bound)
     targets = sources if bound.size == 1 else tuple([sources.index(rank) for rank in range(bound.size)])
-    return _permuted("pshuffle", x, bound, targets)
+    return _permuted("pshuffle", x, bound, targets, sizes, dim)
 
 
-def pshift(x: Tree, axis: AxisLike, offset: int = 1, *, wrap: bool = True) -> Tree:
+def pshift(
+    x: Tree,
+    axis: AxisLike,
+    offset: int = 1,
+    *,
+    wrap: bool = True,
+    sizes: Sequence[int] | None = None,
+    dim: int = 0,
+) -> Tree:
     """The value of the rank `offset` before: a step of a ring. Without wrap, zeros where nothing arrives.
 
-    V -> V. Transpose: the shift back. Shapes: x (...) -> (...), the same shape on all ranks. Cost: x sent once.
-    Raises: AxisError where offset is no int.
+    V -> V. Transpose: the shift back.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
+    x (..., sizes[i], ...) on rank i -> (..., sizes[i - offset], ...); where nothing arrives zeros like x. A ring's next
+    step has these lengths: `sizes` shifted as the shards were.
+    Cost: x sent once.
+    Raises: AxisError where offset is no int; ShapeError where sizes[i] is not this rank's length.
 
     >>> pmod.simulate(lambda: pmod.pshift(torch.tensor(pmod.axis_index("x")), "x"), x=3)
     [tensor(2), tensor(0), tensor(1)]
+    >>> pmod.simulate(lambda: pmod.pshift(torch.arange(pmod.axis_index("x")), "x", sizes=(0, 1, 2)), x=3)
+    [tensor([0, 1]), tensor([], dtype=torch.int64), tensor([0])]
     """
     bound = resolve(axis, "pshift")
-    if isinstance(offset, bool) or not isinstance(offset, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+    steps = as_int(offset)
+    if steps is None:
         raise wrong(AxisError, "pshift", bound, f"offset is {offset!r}", "Pass an int.")
     n = bound.size
-    targets = tuple([(rank + offset) % n if wrap or 0 <= rank + offset < n else -1 for rank in range(n)])
-    return _permuted("pshift", x, bound, targets)
+    targets = tuple([(rank + steps) % n if wrap or 0 <= rank + steps < n else -1 for rank in range(n)])
+    return _permuted("pshift", x, bound, targets, sizes, dim)
 
 
 # --- where this rank is ---------------------------------------------------------------------------

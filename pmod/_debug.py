@@ -49,9 +49,9 @@ FIELDS = ("function", "axis", "arguments", "shapes", "dtypes", "devices", "requi
 def _words(call: Call, xs: Sequence[Tensor], origin: Origin) -> list[str]:
     """One text per field: what must be the same on all ranks."""
     params, shapes = call.params, [tuple(x.shape) for x in xs]
-    if call.row.agreed is not None:  # such a row takes one tensor
-        params, shape = call.row.agreed(params, shapes[0])
-        shapes = [shape]
+    if call.row.agreed is not None:
+        alike = [call.row.agreed(params, shape) for shape in shapes]
+        params, shapes = alike[0][0], [shape for _, shape in alike]
     return [
         origin[0],
         f"{call.axis.label!r} of {call.axis.size}",

@@ -19,6 +19,7 @@ from pmod import _groups
 from pmod._ambient import set_mesh
 from pmod._errors import ArgumentError, AxisError, PmodError, explain, near_miss
 from pmod._mesh import Axis, Mesh, make_mesh
+from pmod._numbers import as_real
 from pmod._simulate import check_axis_sizes
 from pmod._topology import Topology
 from pmod._trace import Event, trace
@@ -70,9 +71,10 @@ class _Mirror(GroupWire):
     def broadcast(self, x: Tensor, root: int) -> Sent:
         return super().broadcast(x, root).then(lambda _: x.clone())
 
-    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
-        arriving = torch.zeros_like(x) if source is None else x.clone()
-        return super().permute(x, target, source).then(lambda _: arriving)
+    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
+        count = x.numel() if count is None else count
+        arriving = x.new_zeros(count) if source is None else _fitted(x, count).clone()
+        return super().permute(x, target, source, count).then(lambda _: arriving)
 
     def words(self, mine: str) -> list[str]:
         """What each rank says (`assert_invariant`)."""
@@ -95,7 +97,7 @@ def alone_on(mesh: Mesh | Mapping[str, int], function: str) -> Generator[Mesh]:
         if not isinstance(mesh, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             given, right = f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh, or sizes: mesh={'data': 64}."
             raise ArgumentError(explain(function, given, right))
-        check_axis_sizes(mesh, function, f"{function}(fn, ..., mesh={{'data': 64}})")
+        mesh = check_axis_sizes(mesh, function, f"{function}(fn, ..., mesh={{'data': 64}})")
         place = Topology(rank=0, world_size=math.prod(mesh.values()), device=_groups.here().device)
         mesh = make_mesh(mesh, topology=place)
     world = SimpleNamespace(topology=mesh.topology, mesh=None, wire=_Mirror, watchers=[], meters=[], alone=True)
@@ -146,8 +148,8 @@ def _checked_rate(rate: Rate, name: str, mesh: Mesh) -> Rate:
             if part not in mesh.axis_names:
                 given = f"{name} has no axis {part!r} to be for{near_miss(part, mesh.axis_names)}"
                 raise AxisError(explain("estimate", given, f"The mesh has {mesh.shape}."))
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not is_number or not (value > 0 if name == "bandwidth" else value >= 0):
+        number = as_real(value)
+        if number is None or not (number > 0 if name == "bandwidth" else number >= 0):
             right = "Pass bytes per second, above 0." if name == "bandwidth" else "Pass seconds, 0 or more."
             raise ArgumentError(explain("estimate", f"{name} is {value!r}", right, axis=axis))
     return rate

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
+from pmod._numbers import as_real
 from pmod._topology import Topology
 
 log = logging.getLogger("pmod")
@@ -102,9 +103,10 @@ def here() -> Topology:
 def deadline(timeout: object) -> float:
     """The seconds until a collective gives up: what was asked for, else PMOD_TIMEOUT, else 600."""
     if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < LONGEST:
+        seconds = as_real(timeout)
+        if seconds is None or not 0 < seconds < LONGEST:
             raise AxisError(explain("make_mesh", f"timeout is {timeout!r}", "Pass seconds, a number above 0."))
-        return timeout
+        return seconds
     text = os.environ.get("PMOD_TIMEOUT", str(DEFAULT_TIMEOUT))
     try:
         seconds = float(text)

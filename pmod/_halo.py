@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from pmod._ambient import resolve
-from pmod._arguments import _as_int, check_own_size, check_sizes, check_sum, check_tensor, dim_from_end, wrong
+from pmod._arguments import check_own_size, check_sizes, check_sum, check_tensor, dim_from_end, wrong
 from pmod._autodiff import Call, bind_all, memory_format
 from pmod._collectives import PERMUTE
 from pmod._errors import ArgumentError, AxisError, ShapeError, explain, near_miss
 from pmod._mesh import Axis, AxisLike
+from pmod._numbers import as_int
 from pmod._pytree import Tree, map_leaves
 from pmod._ragged import _others, _swapped_alike
 
@@ -305,8 +306,8 @@ class Cut(NamedTuple):
 
 
 def _parsed(function: str, axis: Axis, dim: object, width: object, boundary: object, sizes: Any) -> Cut:
-    pair = (width, width) if _as_int(width) is not None else width
-    parsed = [_as_int(rows) for rows in pair] if isinstance(pair, tuple | list) else []
+    pair = (width, width) if as_int(width) is not None else width
+    parsed = [as_int(rows) for rows in pair] if isinstance(pair, tuple | list) else []
     rows = [operator.index(number) for number in parsed if number is not None and number >= 0]  # a constant in a graph
     if len(rows) != 2 or len(parsed) != 2:
         right = "Pass an int of 0 or more, or two: the rows before and after."

@@ -20,6 +20,7 @@ from pmod._draw import mesh_html, mesh_text
 from pmod._errors import AxisError, PmodError, explain, near_miss
 from pmod._factors import Factors, all_places, layout, merged, place_of, take_fastest
 from pmod._groups import DEFAULT_TIMEOUT
+from pmod._numbers import as_int
 from pmod._topology import Topology
 
 if TYPE_CHECKING:
@@ -514,12 +515,15 @@ def _check_names(names: Iterable[object], function: str) -> None:
 def _fill_in(sizes: Mapping[str, int], total: int, function: str, have: str) -> dict[str, int]:
     """The sizes with -1 replaced; they must multiply to `total`."""
     _check_names(sizes, function)
-    for name, size in sizes.items():
-        is_int = isinstance(size, int) and not isinstance(size, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not is_int or (size < 1 and size != -1):
+    parsed: dict[str, int] = {}
+    for name, given in sizes.items():
+        size = as_int(given)
+        if size is None or (size < 1 and size != -1):
             raise AxisError(
-                explain(function, f"{name}={size!r} is no size", "Sizes are ints of 1 or more; one may be -1.")
+                explain(function, f"{name}={given!r} is no size", "Sizes are ints of 1 or more; one may be -1.")
             )
+        parsed[name] = size
+    sizes = parsed
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     known = math.prod(size for size in sizes.values() if size != -1)
     open_ = [name for name, size in sizes.items() if size == -1]

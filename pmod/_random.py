@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from pmod._ambient import resolve
 from pmod._arguments import wrong
 from pmod._errors import ArgumentError, PmodError, explain
 from pmod._mesh import Axis, AxisLike, named
+from pmod._numbers import as_int
 
 
 def hashed(text: str) -> int:
@@ -24,10 +24,10 @@ def hashed(text: str) -> int:
 
 def check_seed(seed: object, function: str, axis: Axis) -> int:
     """The seed as an int."""
-    try:
-        return operator.index(seed)  # type: ignore[arg-type]  (what is none raises)
-    except TypeError:
-        raise wrong(ArgumentError, function, axis, f"seed is a {type(seed).__name__}", "Pass an int.") from None
+    parsed = as_int(seed)
+    if parsed is None:
+        raise wrong(ArgumentError, function, axis, f"seed is a {type(seed).__name__}", "Pass an int.")
+    return parsed
 
 
 def _folded(seed: int, axis: AxisLike, function: str) -> tuple[int, Axis]:

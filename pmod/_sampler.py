@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from pmod._ambient import resolve
-from pmod._arguments import _as_int, wrong
+from pmod._arguments import wrong
 from pmod._errors import ArgumentError, PmodError, ShapeError
 from pmod._mesh import Axis, AxisLike
+from pmod._numbers import as_int
 from pmod._random import check_seed, hashed
 
 
 def _count(x: object, function: str, axis: Axis, *, name: str, least: int) -> int:
-    parsed = _as_int(x)
+    parsed = as_int(x)
     if parsed is None or parsed < least:
         raise wrong(ShapeError, function, axis, f"{name} is {x!r}", f"Pass an int of {least} or more.")
     return parsed

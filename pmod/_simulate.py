@@ -22,6 +22,7 @@ from pmod._ambient import Watcher, set_mesh, watchers
 from pmod._autodiff import origin
 from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain
 from pmod._mesh import Axis, make_mesh
+from pmod._numbers import as_int
 from pmod._topology import Topology
 from pmod._waiting import ALIKE, WAITS, Post, Said, unlike
 from pmod._wire import Sent, Wire, count_bytes, count_parts
@@ -234,13 +235,17 @@ def _forward_mode_held_open() -> Generator[None]:
             eager_transforms.JVP_NESTING = nesting
 
 
-def check_axis_sizes(sizes: Mapping[str, int], function: str, example: str) -> None:
-    """There are axes, and their sizes are known."""
+def check_axis_sizes(sizes: Mapping[str, int], function: str, example: str) -> dict[str, int]:
+    """The sizes; there are axes, and their sizes are known."""
     if not sizes:
         raise AxisError(explain(function, "no axis size is given", f"Name the axes: {example}."))
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise AxisError(explain(function, f"{name}={size!r} is no size", "Sizes are ints of 1 or more."))
+    parsed: dict[str, int] = {}
+    for name, given in sizes.items():
+        size = as_int(given)
+        if size is None or size < 1:
+            raise AxisError(explain(function, f"{name}={given!r} is no size", "Sizes are ints of 1 or more."))
+        parsed[name] = size
+    return parsed
 
 
 def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
@@ -257,7 +262,7 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
     >>> pmod.simulate(lambda x: x * pmod.axis_index("model"), 10, model=3)
     [0, 10, 20]
     """
-    check_axis_sizes(axis_sizes, "simulate", "simulate(fn, data=2, model=2)")
+    axis_sizes = check_axis_sizes(axis_sizes, "simulate", "simulate(fn, data=2, model=2)")
     if _groups.in_simulation():
         raise PmodError(explain("simulate", "this is a simulated rank already", "Call it from outside."))
     if torch.compiler.is_compiling():

@@ -27,6 +27,7 @@ from pmod._arguments import (
 from pmod._autodiff import I, Params, Row, V, pair
 from pmod._errors import ShapeError
 from pmod._mesh import Axis, AxisLike
+from pmod._numbers import as_int
 from pmod._pytree import Tree, each, map_leaves
 from pmod._wire import Sent, Wire, accumulator, real_sum
 
@@ -234,12 +235,12 @@ def unshard(
     bound = resolve(axis, "unshard")
     if sizes is not None and length is not None:
         raise wrong(ShapeError, "unshard", bound, "sizes and length are given", "Pass one of them.")
-    is_int = isinstance(length, int) and not isinstance(length, bool)
-    if length is not None and (not is_int or length < 0):
-        raise wrong(ShapeError, "unshard", bound, f"length is {length!r}", "Pass the whole length, 0 or more.")
     given = None if sizes is None else check_sizes(sizes, "unshard", bound)
     if length is not None:
-        given = split_sizes(length, bound.size)
+        whole = as_int(length)
+        if whole is None or whole < 0:
+            raise wrong(ShapeError, "unshard", bound, f"length is {length!r}", "Pass the whole length, 0 or more.")
+        given = split_sizes(whole, bound.size)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
         at = dim_from_end(dim, x, "unshard", bound)

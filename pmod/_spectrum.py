@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmod._ambient import resolve, resolve_each
-from pmod._arguments import _as_int, check_tensor, dim_from_end, split_sizes, wrong
+from pmod._arguments import check_tensor, dim_from_end, split_sizes, wrong
 from pmod._autodiff import Call, bind
 from pmod._errors import ArgumentError, PmodError, ShapeError
 from pmod._mesh import Axis, AxisLike, Mesh
+from pmod._numbers import as_int
 from pmod._ragged import _check_eager, _sizes_of_leaves
 from pmod._slices import ALL_TO_ALL, SHARD, UNSHARD
 
@@ -71,7 +72,7 @@ def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
 def _list(given: Any, what: str, kind: _Kind) -> list[int | None]:
     """An int, or several; None stays."""
     listed = list(given) if isinstance(given, Sequence) else [given]
-    parsed = [None if one is None else _as_int(one) for one in listed]
+    parsed = [None if one is None else as_int(one) for one in listed]
     for one, number in zip(listed, parsed, strict=True):
         if one is not None and number is None:
             raise kind.wrong(f"{what} holds {one!r}, a {type(one).__name__}", "Pass ints.")

@@ -75,15 +75,33 @@ def _reduce_parts(parts: Sequence[Tensor], how: Reduction, dtype: torch.dtype, d
     """Combine equal-shaped parts in rank order, adding up in `dtype`."""
     out_dtype = parts[0].dtype
     if how != "sum":
-        combine = torch.maximum if how == "max" else torch.minimum  # both let a NaN through
-        total = parts[0].clone() if len(parts) == 1 else combine(parts[0], parts[1])
+        total = parts[0].clone() if len(parts) == 1 else _extreme(parts[0], parts[1], how)
         for part in parts[2:]:
-            total = combine(total, part)
+            total = _extreme(total, part, how)
         return total
     total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
-        total += part
+        total += part.to(dtype) if is_eight_bits(part) else part
     return scaled(total, divisor).to(out_dtype)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _extreme(a: Tensor, b: Tensor, how: Reduction) -> Tensor:
+    """The elementwise extremum, which lets a NaN through; +0.0 is larger than -0.0."""
+    y = torch.maximum(a, b) if how == "max" else torch.minimum(a, b)
+    if not a.is_floating_point():
+        return y
+    # torch takes either of two zeros, by where they lie in memory; what is equal has equal bits, but for their sign
+    ints = _BITS[a.element_size()]
+    both = torch.bitwise_and if how == "max" else torch.bitwise_or
+    return torch.where(a == b, both(a.view(ints), b.view(ints)).view(a.dtype), y)
+
+
+def is_eight_bits(x: Tensor) -> bool:
+    """Whether x has a floating dtype that torch stores and does not compute in."""
+    return x.dtype.itemsize == 1 and x.is_floating_point()
 
 
 def scaled(total: Tensor, divisor: int) -> Tensor:
@@ -164,12 +182,13 @@ class Wire:
         arriving = self.all_to_all(x, send, [x.numel()] * self.size)
         return arriving.then(lambda y: _reduce_parts(y.view(self.size, -1).unbind(), "sum", dtype, 1))
 
-    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
-        """x to the target; what the source sent, zeros where there is none."""
+    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
+        """x to the target; the `count` elements (as many as x has) that the source sent, zeros where there is none."""
+        count = x.numel() if count is None else count
         send = [x.numel() if rank == target else 0 for rank in range(self.size)]
-        recv = [x.numel() if rank == source else 0 for rank in range(self.size)]
+        recv = [count if rank == source else 0 for rank in range(self.size)]
         arriving = self.all_to_all(x if target is not None else x[:0], send, recv)
-        return arriving.then(lambda y: torch.zeros_like(x) if source is None else y)
+        return arriving.then(lambda y: x.new_zeros(count) if source is None else y)
 
 
 def even_counts(total: int, parts: int) -> list[int]:
@@ -333,17 +352,20 @@ class GroupWire(Wire):
 
         return InThread(run, lambda: self._cut([*below, (place - span + root) % size]))
 
-    def permute(self, x: Tensor, target: int | None, source: int | None) -> Sent:
+    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
         if self.by_nccl(x):
-            return super().permute(x, target, source)
+            return super().permute(x, target, source, count)
+        count = x.numel() if count is None else count
         # gloo's all_to_all would trouble every rank with an empty message
         if x.dtype not in CARRIED:
-            dtype = x.dtype
-            return self.permute(_bytes(x), target, source).then(lambda y: y.view(dtype))
+            dtype, scale = x.dtype, x.element_size()
+            return self.permute(_bytes(x), target, source, scale * count).then(lambda y: y.view(dtype))
         if target == self.index:
             return arrived(x.clone())
-        out = torch.zeros_like(x) if source is None else torch.empty_like(x)
-        sent, received = ([] if other is None else [other] for other in (target, source))
+        out = x.new_zeros(count) if source is None else x.new_empty(count)
+        # what is empty is not sent, as both sides know
+        sent = [] if target is None or x.numel() == 0 else [target]
+        received = [] if source is None or count == 0 else [source]
         work = self._peer_to_peer([(x, rank) for rank in sent], [(out, rank) for rank in received])
         return self._on_its_way(x, work, lambda: out)
 

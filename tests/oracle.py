@@ -157,6 +157,7 @@ def indexed_all_to_all(xs: Arrays, dim: int, indices: Sequence[Sequence[Sequence
 
 
 def ppermute(xs: Arrays, perm: Sequence[tuple[int, int]]) -> Arrays:
+    """Of any shapes: who is sent nothing has zeros of the shape that it sends."""
     out = [np.zeros_like(x) for x in xs]
     for source, target in perm:
         out[target] = xs[source]
@@ -170,7 +171,7 @@ def pshuffle(xs: Arrays, perm: Sequence[int]) -> Arrays:
 def pshift(xs: Arrays, offset: int = 1, wrap: bool = True) -> Arrays:
     n = len(xs)
     sources = [rank - offset for rank in range(n)]
-    return [xs[s % n] if wrap or 0 <= s < n else np.zeros_like(xs[0]) for s in sources]
+    return [xs[s % n] if wrap or 0 <= s < n else np.zeros_like(x) for s, x in zip(sources, xs, strict=True)]
 
 
 # --- derivatives --------------------------------------------------------------------------------------------------

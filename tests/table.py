@@ -252,20 +252,34 @@ def _ring(c: Choices, n: int) -> list[tuple[int, int]]:
 
 def _ppermute(c: Choices, n: int) -> Drawn:
     pairs = _ring(c, n)
-    if c.way("ring", "any") == "any":
+    how = c.way("ring", "any", "uneven ring", "uneven")
+    if how in ("any", "uneven"):
         pairs = list(zip(c.permutation(n), c.permutation(n), strict=True))[: c.integer(0, n)]
-    return _alike(c.shape(), n, oracle.ppermute, perm=pairs)
+    return _moved(c, n, "uneven" in how, oracle.ppermute, perm=pairs)
 
 
 def _pshuffle(c: Choices, n: int) -> Drawn:
     perm = [source for _, source in sorted(_ring(c, n))]
-    if c.way("ring", "any") == "any":
+    how = c.way("ring", "any", "uneven")
+    if how == "any":
         perm = c.permutation(n)
-    return _alike(c.shape(), n, oracle.pshuffle, perm=perm)
+    return _moved(c, n, how == "uneven", oracle.pshuffle, perm=perm)
 
 
 def _pshift(c: Choices, n: int) -> Drawn:
-    return _alike(c.shape(), n, oracle.pshift, offset=c.integer(-n - 1, n + 1), wrap=c.way(True, False))
+    how = c.way("ring", "line", "uneven ring", "uneven line")
+    return _moved(c, n, "uneven" in how, oracle.pshift, offset=c.integer(-n - 1, n + 1), wrap="ring" in how)
+
+
+def _moved(c: Choices, n: int, uneven: bool, function: Callable[..., Arrays], **kwargs: Any) -> Drawn:
+    """The same shape on all ranks, or lengths of their own, which are told."""
+    if not uneven:
+        return _alike(c.shape(), n, function, **kwargs)
+    shapes, dim, lengths = _held(c, n)
+    if not any(lengths) and not c.empty:  # what all know to be empty is not sent
+        lengths[0] = shapes[0][dim] = 1
+    drawn = _call(shapes, function, **kwargs)
+    return attrs.evolve(drawn, kwargs=[k | {"sizes": lengths, "dim": dim} for k in drawn.kwargs])
 
 
 # --- the draws of the ragged forms --------------------------------------------------------------------------------
@@ -409,9 +423,9 @@ CASES = {
         Case("shard", "I", "V", ("shard",), _shard, ways=2),
         Case("unshard", "V", "I", ("unshard",), _unshard, ways=3),
         Case("all_to_all", "V", "V", ("all_to_all",), _all_to_all, ways=9),
-        Case("ppermute", "V", "V", ("permute",), _ppermute, ways=2),
-        Case("pshuffle", "V", "V", ("permute",), _pshuffle, ways=2),
-        Case("pshift", "V", "V", ("permute",), _pshift, ways=2),
+        Case("ppermute", "V", "V", ("permute",), _ppermute, ways=4),
+        Case("pshuffle", "V", "V", ("permute",), _pshuffle, ways=3),
+        Case("pshift", "V", "V", ("permute",), _pshift, ways=4),
         Case("broadcast", "V", "V", ("broadcast",), _rooted(oracle.broadcast, "src")),
         Case("reduce", "V", "V", ("reduce",), _rooted(oracle.reduce, "dst"), NO_BOOL),
         Case("gather", "V", "V", ("gather",), _gather),

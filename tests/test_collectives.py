@@ -14,6 +14,7 @@ A V counts once per rank and an I once, in S and in every product.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
@@ -638,6 +639,57 @@ def test_extrema(name: str, dtype: torch.dtype) -> None:
     pmod.simulate(extremum_on_rank, name, dtype, x=3)
 
 
+def zeros_on_rank() -> None:
+    i, n = pmod.axis_index("x"), pmod.axis_size("x")
+    held = [*itertools.product([0.0, -0.0], repeat=n), (-0.0, -1.0, -2.0)[:n], (0.0, -0.0, 1.0)[:n]]
+    for dtype in DTYPES["float"]:
+        for k in (1, 7):  # torch takes another zero where it computes several at once
+            x = torch.tensor([column[i] for column in held], dtype=dtype).repeat(k)
+            for f, extremum, any_or_all in ((pmod.pmax, max, all), (pmod.pmin, min, any)):
+                values = [extremum(column) for column in held] * k
+                minus = [any_or_all(math.copysign(1, y) < 0 for y in column) for column in held] * k
+                for grads in (False, True):
+                    y = f(x.clone().requires_grad_(grads), "x")
+                    assert y.tolist() == values
+                    at_zero = [m for m, v in zip(minus, values, strict=True) if v == 0]
+                    assert y.signbit()[y == 0].tolist() == at_zero, f"{f.__name__} {dtype} {grads}"
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_sign_of_zero(run: Any, n: int) -> None:
+    """Plus zero is the larger one, on threads and on processes."""
+    run(zeros_on_rank, x=n)
+
+
+def eight_bits_on_rank(dtype: torch.dtype, count: int) -> None:
+    i, n = pmod.axis_index("x"), pmod.axis_size("x")
+    x = torch.full((n * count,), float(2**i)).to(dtype)
+    total = {2: 3.0, 3: 7.0}[n]  # exact in these dtypes
+    sums = {
+        "psum": (pmod.psum(x, "x"), total), "psum_scatter": (pmod.psum_scatter(x, "x"), total),
+        "reduce": (pmod.pick(pmod.reduce(x, "x", dst=1), "x", src=1), total),
+        "pmax": (pmod.pmax(x, "x"), 2.0 ** (n - 1)), "pmin": (pmod.pmin(x, "x"), 1.0),
+        "pmean": (pmod.pmean(x, "x", weight=2), torch.tensor(total / n).to(dtype).item()),
+        "broadcast": (pmod.broadcast(x, "x", src=1), 2.0), "pshift": (pmod.pshift(x, "x"), 2.0 ** ((i - 1) % n)),
+        "all_gather": (pmod.all_gather(x, "x")[-1:], 2.0 ** (n - 1)),
+        "uneven": (pmod.pshift(x[: i + 1], "x", sizes=range(1, n + 1)), 2.0 ** ((i - 1) % n)),
+    }  # fmt: skip
+    for name, (y, expected) in sums.items():
+        assert y.dtype == dtype and set(y.float().tolist()) == {expected}, name
+    leaf = x.clone().requires_grad_()
+    for f, expected in ((pmod.psum, 1.0), (pmod.pmax, float(i == n - 1)), (pmod.pvary, float(n))):
+        (g,) = torch.autograd.grad(f(leaf, "x"), leaf, torch.ones(n * count).to(dtype))
+        assert set(g.float().tolist()) == {expected}, f.__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("n", [2, 3])
+def test_eight_bit_floats(run: Any, dtype: torch.dtype, n: int) -> None:
+    """They add up in float32, and compare, in a small message and in a large one."""
+    run(eight_bits_on_rank, dtype, 2, x=n)
+    run(eight_bits_on_rank, dtype, 12_000, x=n)
+
+
 SIXTEEN: dict[str, Callable[[Tensor, Any], Tensor]] = {
     # (v, reduce_dtype) -> the sum of all ranks' v, wherever it is taken
     "psum": lambda v, dtype: pmod.psum(v, "x", reduce_dtype=dtype),
@@ -760,6 +812,25 @@ def numbers_on_rank() -> None:
     i = pmod.axis_index("x")
     same_type = {
         "int": (pmod.psum(2**60 + i, "x"), 2**61 + 1),
+        "int of 64 bits": (pmod.psum(2**62, "x"), 2**63),
+        "unsigned": (pmod.psum(2**64 - 1, "x"), 2**65 - 2),
+        "negative": (pmod.psum(-(2**63) + i, "x"), -(2**64) + 1),
+        "of both signs": (pmod.psum((-1) ** i * (2**33 + i), "x"), -1),
+        "np.int64": (pmod.psum(np.int64(2**62), "x"), 2**63),
+        "np.uint8": (pmod.psum(np.uint8(200), "x"), 400),
+        "np.bool_": (pmod.psum(np.bool_(i == 0), "x"), 1),
+        "np.float64": (pmod.psum(np.mean([0.5, 0.0]), "x"), 0.5),
+        "np.float32, float": (pmod.psum(np.float32(0.5) if i else 0.25, "x"), 0.75),
+        "np.complex64": (pmod.psum(np.complex64(1j), "x"), 2j),
+        "mean of np.float64": (pmod.pmean(np.float64(i), "x"), 0.5),
+        "mean of np.int32": (pmod.pmean(np.int32(i), "x"), 0.5),
+        "mean of bool": (pmod.pmean(i == 0, "x"), 0.5),
+        "mean of large ints": (pmod.pmean(2**62, "x"), 2.0**62),
+        "weighted by numpy": (pmod.pmean(np.float32(1.0 + i), "x", weight=np.int64(3 * i)), 2.0),
+        "max of np.float32": (pmod.pmax(np.float32(i), "x"), 1.0),
+        "max of np.int64": (pmod.pmax(np.int64(2**62 + i), "x"), 2**62 + 1),
+        "any of np.bool_": (pmod.pmax(np.bool_(i == 1), "x"), True),
+        "min of np.float64": (pmod.pmin(np.float64(i - 0.5), "x"), -0.5),
         "float": (pmod.psum(0.5 + i, "x"), 2.0),
         "bool": (pmod.psum(i == 0, "x"), 1),
         "complex": (pmod.psum(1j + i, "x"), 1 + 2j),

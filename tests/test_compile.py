@@ -33,10 +33,10 @@ def compiled(f: Callable[..., Any], backend: Any = "aot_eager") -> Callable[...,
 BY_OTHERS = {"pmin", "pshuffle", "pshift", "pmean", "pvary", "psum_scatter", "shard", "place", "reduce", "scatter"}
 
 
-def case_on_rank(name: str) -> None:
+def case_on_rank(name: str, turn: int | None = None) -> None:
     """Forward, backward, and torch.func's transforms inside the compiled function, against the oracle."""
     torch._dynamo.reset()
-    h = Here(CASES[name], "x", 1, turn=0 if CASES[name].asks else None)  # with sizes: compiled code cannot ask
+    h = Here(CASES[name], "x", 1, turn=0 if CASES[name].asks else turn)  # with sizes: compiled code cannot ask
     function, axis = getattr(pmod, name), h.axis
     kwargs = {k: _as_tensors(v) for k, v in h.drawn.kwargs[h.index].items()}
     x, v, w = h.mine(h.xs), h.mine(h.vs), h.mine(h.ws)
@@ -83,6 +83,10 @@ def cases_on_rank(names: list[str]) -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_every_case(part: int) -> None:
     spmd.launch(cases_on_rank, list(CASES)[part::4], timeout=200, x=2)
+
+
+def test_a_permutation_of_uneven_shards() -> None:
+    spmd.launch(case_on_rank, "ppermute", 2, timeout=200, x=2)
 
 
 # --- programs, which Inductor may reorder and fuse ----------------------------------------------------------------

@@ -93,7 +93,7 @@ BROKEN = {
     "data": (r"pmod\.pvary\(w, \"data\"\)", "w"),
     "tensor": (r"pmod\.pvary\(x, \"model\"\) @ a", "x @ a"),
     "sequence": (r"pmod\.pvary\(scale, \"model\"\)", "scale"),
-    "context": (r"> \(t", ">= (t"),
+    "context": (r"> at\[me\]", ">= at[me]"),
     "pipeline": (r"2 \* \(y - ys\[j // 2\]\)", "(y - ys[j // 2])"),
     "fsdp": (r"pmod\.psum\(\(x - y\)\.square\(\)\.sum\(\), \"data\"\)", "(x - y).square().sum()"),
     "domain": (r"boundary=\"periodic\"", 'boundary="zeros"'),

@@ -141,6 +141,13 @@ def each_thinks_that_it_is_the_root(wrong: bool) -> None:
     pmod.broadcast(x, "x", src=me() if wrong else 0)
 
 
+@mistake(r"differ in arguments", "pmod.pshift(x, ")
+def other_sizes(wrong: bool) -> None:
+    n = pmod.axis_size("x")
+    x = torch.ones(1 + me())
+    pmod.pshift(x, "x", sizes=[rank + 1 + (wrong and rank != me()) for rank in range(n)])
+
+
 @mistake(r"differ in arguments", "pmod.ppermute(x, ")
 def a_ring_in_both_directions(wrong: bool) -> None:
     x, n = data(2), 3

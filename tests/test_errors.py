@@ -222,7 +222,7 @@ class Local(Tensor):
 
 NOT_TENSORS: list[tuple[Any, str]] = [
     ("x", "x is a str.\nPass a tensor, or a dict, list or tuple of them."),
-    (np.ones((4, 2)), "x is a ndarray.\nPass a tensor, or a dict, list or tuple of them."),
+    (np.ones((4, 2)), "x is a ndarray.\nPass a tensor, torch.from_numpy(x)."),
     (object, "x is a type.\nPass a tensor, or a dict, list or tuple of them."),
     ({1, 2}, "x is a set.\nPass a tensor, or a dict, list or tuple of them."),
     (X.to_sparse(), "x has layout torch.sparse_coo.\nPass a dense tensor, x.to_dense()."),
@@ -391,6 +391,9 @@ def size_cases() -> Iterator[Wrong]:
         ("indexed_all_to_all_v", "recv_sizes", CALLS["indexed_all_to_all_v"]),
         ("all_gather_v", "sizes", pmod.all_gather_v),
         ("gather_v", "sizes", pmod.gather_v),
+        ("ppermute", "sizes", lambda x, axis, **kwargs: pmod.ppermute(x, axis, [], **kwargs)),
+        ("pshuffle", "sizes", lambda x, axis, **kwargs: pmod.pshuffle(x, axis, range(pmod.axis_size(axis)), **kwargs)),
+        ("pshift", "sizes", pmod.pshift),
     ]
     for function, name, call in places:
 
@@ -410,6 +413,10 @@ def size_cases() -> Iterator[Wrong]:
         if name == "concat_sizes":
             held = "but this rank holds 2 along concat_dim.\nPass the length that each rank holds."
             yield wrong((3, 3), f"[<i>] is 3 {held}", (2,))
+        elif function in ("ppermute", "pshuffle", "pshift"):
+            right = "but x.shape[0] is 4.\nPass the length that each rank holds along dim."
+            yield wrong((3, 3), f"[<i>] is 3 {right}", (2,))
+            yield wrong((3,), f"[<i>] is 3 {right}", (1,))
         elif function == "unshard":
             right = "but x.shape[0] is 4.\nPass the sizes that the ranks hold, or the whole length that shard cut."
             yield wrong((3, 3), f"[<i>] is 3 {right}", (2,))
@@ -536,6 +543,16 @@ REFUSED: dict[str, tuple[type[pmod.PmodError], Callable[[], Any]]] = {
     "a weight that is text": (pmod.ArgumentError, lambda: pmod.pmean(X, "model", weight="2")),
     "a complex weight of a real tensor": (pmod.ArgumentError, lambda: pmod.pmean(X, "model", weight=torch.tensor(2j))),
     "a complex number as the weight": (pmod.ArgumentError, lambda: pmod.pmean(X, "model", weight=2j)),
+    "a numpy array": (pmod.ArgumentError, lambda: pmod.psum({"loss": np.ones(1)}, "model")),
+    "a long double": (pmod.ArgumentError, lambda: pmod.psum(np.longdouble(1), "model")),
+    "a time": (pmod.ArgumentError, lambda: pmod.psum(np.timedelta64(1, "s"), "model")),
+    "an int of more than 63 bits that is compared": (pmod.ArgumentError, lambda: pmod.pmax(2**63, "model")),
+    "a weight that no float holds": (pmod.ArgumentError, lambda: pmod.pmean(X, "model", weight=10**400)),
+    "a weight that is an array": (pmod.ArgumentError, lambda: pmod.pmean(X, "model", weight=np.ones(2))),
+    "a root that is true": (pmod.AxisError, lambda: pmod.pick(X, "model", src=np.bool_(True))),
+    "an offset that is an array": (pmod.AxisError, lambda: pmod.pshift(X, "model", np.ones(1))),
+    "a width that is an array": (pmod.ShapeError, lambda: pmod.halo_exchange(X, "model", dim=0, width=np.ones(2, int))),
+    "sizes that are true": (pmod.ShapeError, lambda: pmod.shard(X, "model", sizes=(3, True))),
     "a number that no dtype holds": (pmod.ArgumentError, lambda: pmod.psum(2**70, "model")),
 }
 
@@ -576,6 +593,32 @@ def test_sizes_are_whatever_counts_as_an_int(messages):
         lengths = pmod.simulate(lambda sizes=sizes: pmod.shard(X, "model", sizes=sizes).shape[0], model=2)
         assert lengths == [1, 3]
     assert not messages
+
+
+NUMPY: dict[str, Callable[[int], Any]] = {
+    "pick": lambda n: pmod.pick(X, "model", src=np.int64(0)),
+    "pshift": lambda n: pmod.pshift(X, "model", np.int32(1)),
+    "ppermute of an array": lambda n: pmod.ppermute(X, "model", np.array([[i, (i + 1) % n] for i in range(n)])),
+    "ppermute of arrays": lambda n: pmod.ppermute(X, "model", [np.array([i, i]) for i in range(n)]),
+    "pshuffle of an array": lambda n: pmod.pshuffle(X, "model", np.arange(n)),
+    "unshard": lambda n: pmod.unshard(X, "model", length=np.int64(4 * n)),
+    "shard": lambda n: pmod.shard(X, "model", sizes=np.array([4] + [0] * (n - 1))),
+    "split_sizes": lambda n: pmod.split_sizes(np.int64(4), np.int64(n)),
+    "make_mesh": lambda n: pmod.make_mesh(model=np.int64(n), timeout=np.float32(60)),
+    "halo_exchange": lambda n: pmod.halo_exchange(X, "model", dim=np.int64(0), width=np.int64(1)),
+    "fft": lambda n: pmod.fft.fft(X, np.int64(4 * n), dim=np.int64(0), axis="model"),
+    "sampler": lambda n: list(pmod.sampler(range(4), "model", batch_size=np.int64(2))),
+    "fold_in": lambda n: pmod.fold_in(np.int64(3), "model"),
+}
+
+
+@pytest.mark.parametrize("what", NUMPY)
+def test_numpy_s_ints_are_ints(what):
+    """On one rank as on two; what comes back is made of Python's."""
+    for n in (1, 2):
+        for found in pmod.simulate(NUMPY[what], n, model=np.int64(n)):
+            numbers = found if isinstance(found, list | tuple) else [found]
+            assert not any(isinstance(number, np.generic) for number in numbers)
 
 
 def test_split_sizes():

@@ -660,3 +660,85 @@ def mapped_rows() -> bool:
 
 def test_rows_below_a_vmap() -> None:
     assert pmod.simulate(mapped_rows, x=2) == [True, True]
+
+
+# --- permutes of uneven shards ------------------------------------------------------------------------------------
+
+HELD = (2, 0, 3)  # tokens of each rank
+
+
+def shards(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Keys and values of this rank: (heads, tokens, channels)."""
+    i = pmod.axis_index("x")
+    k = torch.arange(2 * HELD[i] * 2, dtype=dtype).view(2, HELD[i], 2) + 100 * i
+    return k, -k
+
+
+def uneven_ring_on_rank() -> None:
+    i, n = pmod.axis_index("x"), pmod.axis_size("x")
+    k, v = shards()
+    (a, b), sent = counted(lambda: pmod.pshift((k, v), "x", sizes=HELD, dim=1))
+    before = HELD[i - 1]
+    assert a.shape == (2, before, 2) and torch.equal(b, -a) and len(sent) == 1
+    assert torch.equal(a, torch.arange(4.0 * before, dtype=k.dtype).view(2, before, 2) + 100 * ((i - 1) % n))
+    # once round: the lengths go with the shards
+    for step in range(n):
+        k, v = pmod.pshift((k, v), "x", sizes=[HELD[rank - step] for rank in range(n)], dim=-2)
+    assert all(map(torch.equal, (k, v), shards()))
+    # started, and watched
+    pending = pmod.start(pmod.pshift, (k, v), "x", sizes=HELD, dim=1)
+    assert torch.equal(pending.wait()[0], a)
+    with pmod.debug(), pmod.trace() as t:
+        x = k.clone().requires_grad_()
+        y = pmod.pshift(x, "x", sizes=HELD, dim=1)
+        pmod.psum(y.sin().sum(), "x").backward()
+    assert torch.equal(y.detach(), a) and torch.equal(x.grad, x.detach().cos())
+    moved = [event for event in t.events if event.row == "permute"]
+    assert [event.nbytes for event in moved] == [8 * k.numel(), 8 * a.numel()]
+    # leaves whose dim is not as far from the end, and a dtype of its own
+    tree = {"a": torch.full((HELD[i],), i), "b": k[0], "c": k[0].float()}
+    shifted = pmod.pshift(tree, "x", -1, sizes=HELD)
+    after = HELD[(i + 1) % n]
+    assert shifted["a"].tolist() == [(i + 1) % n] * after
+    assert shifted["b"].shape == (after, 2) and torch.equal(shifted["b"].float(), shifted["c"])
+
+
+def test_a_ring_of_uneven_shards(run: Any) -> None:
+    run(uneven_ring_on_rank, x=3)
+
+
+def nothing_arrives_on_rank() -> None:
+    i = pmod.axis_index("x")
+    x = torch.full((HELD[i], 2), 1.0 + i, requires_grad=True)
+    y = pmod.pshift(x, "x", wrap=False, sizes=HELD)
+    expected = [torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(0, 2)][i]
+    assert torch.equal(y.detach(), expected)
+    (g,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(g, [torch.ones(2, 2), torch.zeros(0, 2), torch.zeros(3, 2)][i])
+    # with equal sizes it is what it is without
+    same_length = torch.full((2, 2), 1.0 + i)
+    for f in (lambda **kw: pmod.pshift(same_length, "x", 2, wrap=False, **kw),
+              lambda **kw: pmod.ppermute(same_length, "x", [(0, 2)], **kw)):  # fmt: skip
+        assert torch.equal(f(sizes=(2, 2, 2)), f())
+    # sixteen bits and bytes travel, and nobody has anything
+    for dtype in (torch.bfloat16, torch.int16, torch.bool, torch.complex64):
+        z = pmod.pshuffle(x.detach().to(dtype), "x", [2, 0, 1], sizes=HELD)
+        assert z.dtype == dtype and z.shape == (HELD[i - 1], 2)
+        assert torch.equal(z, torch.full_like(z, 1.0 + (i - 1) % 3))
+    assert pmod.pshift(x[:0], "x", sizes=(0, 0, 0)).shape == (0, 2)
+
+
+def test_zeros_are_as_long_as_what_the_rank_holds(run: Any) -> None:
+    run(nothing_arrives_on_rank, x=3)
+
+
+def test_a_ring_is_estimated_and_explained() -> None:
+    place = pmod.Topology(rank=2, world_size=3)
+    mesh = pmod.make_mesh(x=3, topology=place)
+    x = torch.ones(3, 2, requires_grad=True)
+    t = pmod.estimate(lambda: pmod.pshift(x, "x", sizes=HELD).sum().backward(), mesh=mesh)
+    assert [(e.function, e.nbytes, e.received) for e in t.events] == [
+        ("pshift", 24, 0), ("the backward of pshift", 0, 24)
+    ]  # fmt: skip
+    text = str(pmod.explain(lambda x: pmod.pshift(x, "x", sizes=HELD), x, mesh=mesh))
+    assert "x: pshift(x), 24 B -> backward: permute" in text

@@ -40,10 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._arguments import _as_int, check_sizes, check_tensor, wrong
+from pmod._arguments import check_sizes, check_tensor, wrong
 from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss
 from pmod._halo import Cut, Plan, axes_by_dim, by_dim, carry_out, places_of, settled, too_wide, window_plan
 from pmod._mesh import Axis, AxisLike
+from pmod._numbers import as_int
 
 Ints = int | Sequence[int]
 Sizes = Sequence[int] | Mapping[int, Sequence[int] | None]
@@ -103,7 +104,7 @@ Wrong = Callable[[str, str], PmodError]
 def _ints(given: Any, name: str, count: int, least: int, error: Wrong) -> list[int]:
     """One number for each spatial dim."""
     listed = list(given) if isinstance(given, tuple | list) else [given]
-    parsed = [number for number in map(_as_int, listed) if number is not None and number >= least]
+    parsed = [number for number in map(as_int, listed) if number is not None and number >= least]
     if len(parsed) != len(listed) or len(parsed) not in (1, count):
         of = f"an int of {least} or more" + (f", or {count} of them" if count > 1 else "")
         raise error(f"{name} is {given!r}", f"Pass {of}.")
@@ -154,7 +155,7 @@ def conv_sizes(
         return ShapeError(explain("nn.functional.conv_sizes", given, right))
 
     listed = list(sizes) if isinstance(sizes, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
-    held = tuple([size for size in map(_as_int, listed) if size is not None and size >= 0])
+    held = tuple([size for size in map(as_int, listed) if size is not None and size >= 0])
     if not held or len(held) != len(listed):
         raise error(f"sizes is {sizes!r}", "Pass ints of 0 or more, one per rank of the axis.")
     (of,) = _dims(_ints(kernel_size, "kernel_size", 1, 1, error), stride, padding, dilation, error)
@@ -184,7 +185,7 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Any, 
     if x.dim() not in (count + 1, count + 2) or weight.dim() != count + 2:
         right = f"Pass an input of {count + 1} or {count + 2} dims, and a weight of {count + 2}."
         raise wrong(ShapeError, function, of, shapes(), right)
-    number = _as_int(groups)
+    number = as_int(groups)
     if number is None or number < 1:
         raise wrong(ShapeError, function, of, f"groups is {groups!r}", "Pass an int of 1 or more.")
     made, taken, *kernel = weight.shape

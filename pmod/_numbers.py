@@ -1,0 +1,59 @@
+"""What counts as a number: Python's numbers and numpy's scalars, in the one place that says so.
+
+An array or a tensor is not a number, whatever its size; a bool is not an int.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+Number = bool | int | float | complex
+_KINDS: tuple[Any, ...] = (bool, int, float, complex)
+
+
+def as_int(x: object) -> int | None:
+    """Return x as an int if it is one, of numpy too; None for anything else, bool included."""
+    if type(x) is int:
+        return x
+    if isinstance(x, bool) or not isinstance(x, SupportsIndex):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:  # an array or a tensor of more than one number, or of no ints
+        return None
+
+
+def as_number(x: object) -> Number | None:
+    """Return x as the Python number that it equals; None for anything else, numpy's dates and long doubles included."""
+    value: Any = x
+    if isinstance(x, np.number | np.bool_) and not isinstance(x, np.timedelta64):
+        value = x.item()
+    for kind in _KINDS:
+        if isinstance(value, kind):
+            return value if type(value) is kind else kind(value)
+    return None
+
+
+def as_real(x: object) -> int | float | None:
+    """Return x as a real number that is not a bool; None for anything else."""
+    number = as_number(x)
+    return None if isinstance(number, bool | complex) else number
+
+
+# A sum of int64 numbers would wrap: an int travels as two numbers of 32 bits, with room for the sum over 2**30 ranks.
+BITS = 32
+
+
+def halves(x: int) -> list[int]:
+    """Cut an int of up to 64 bits in two: x is 2**32 times the first, plus the second, and so is a sum of several."""
+    if not -(2**63) <= x < 2**64:
+        raise OverflowError
+    return [x >> BITS, x & (2**BITS - 1)]
+
+
+def joined(high: int, low: int) -> int:
+    """Return the int whose halves these are, or the sum of those whose halves add up to these."""
+    return (high << BITS) + low
