@@ -35,6 +35,7 @@ class Axis:
     """
 
     label: str | tuple[str, ...]
+    parts: tuple[int, ...]  # the size of each axis that the label names: a dim is cut along one after the other
     offset: int
     factors: Factors
     base: tuple[int, ...] | None
@@ -47,7 +48,7 @@ class Axis:
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "size", math.prod(size for size, _ in self.factors))
-        fields = (self.label, self.offset, self.factors, self.base, self.index, self.coords)
+        fields = (self.label, self.parts, self.offset, self.factors, self.base, self.index, self.coords)
         object.__setattr__(self, "key", repr(fields))
 
     @property
@@ -76,9 +77,7 @@ class Axis:
         """The axis that `key` was written for, at this process's place."""
         found = _axes.get(key)
         if found is None:
-            label, offset, factors, base, index, coords = ast.literal_eval(key)
-            here, timeout = _groups.here(), _groups.deadline(None)
-            found = _axes[key] = Axis(label, offset, factors, base, index, coords, here, timeout)
+            found = _axes[key] = Axis(*ast.literal_eval(key), _groups.here(), _groups.deadline(None))
         return found
 
 
@@ -233,7 +232,8 @@ class Mesh:
         for number in numbers:
             index = index * self._sizes[number] + self._coords[number]
         coords = tuple(zip(self.axis_names, self._coords, strict=True))
-        bound = Axis(label, offset, factors, self._base, index, coords, self.topology, self._timeout)
+        parts = tuple(self._sizes[number] for number in numbers)
+        bound = Axis(label, parts, offset, factors, self._base, index, coords, self.topology, self._timeout)
         if self.topology.launcher != "simulate":
             _axes[bound.key] = bound
         self._bound[label] = bound

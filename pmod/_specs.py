@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pmod._ambient import current_mesh, resolve
-from pmod._arguments import check_tensor, split_sizes, wrong
+from pmod._arguments import check_tensor, shares, split_sizes, wrong
 from pmod._collectives import psum, pvary
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain, near_miss
 from pmod._mesh import Axis, Mesh
@@ -47,7 +47,8 @@ class P:
     """How a tensor is held: for each dim the axis that cuts it, a tuple of axes, or None; dims left out are whole.
 
     Along an axis that no entry names all ranks hold the same. A dim is cut as `split_sizes` says: ceil(length / n)
-    each, the last ones shorter or empty; `sizes` gives other lengths, {dim: one per rank of its axis}.
+    each, the last ones shorter or empty; over several axes along one after the other, as DTensor cuts. `sizes` gives
+    other lengths, {dim: one per rank of its axis}.
     Raises: AxisError where an axis is named twice. JAX: jax.sharding.PartitionSpec, where dims must divide.
 
     >>> pmod.P("data", None, ("node", "model"))
@@ -182,7 +183,7 @@ def sizes_of(
     """How a spec cuts a dim of a whole tensor."""
     told, length = dict(spec.sizes).get(dim), operator.index(shape[dim])
     if told is None:
-        return split_sizes(length, axis.size)
+        return shares(length, axis)
     if len(told) != axis.size or sum(told) != length or min(told) < 0:
         what = f"sizes {told} do not cut dim {dim}, of length {length}, for {axis.size} ranks"
         right = f"Pass {axis.size} sizes that add up to {length}."
@@ -309,14 +310,6 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
 # --- DTensors -------------------------------------------------------------------------------------
 
 
-def _chunked(length: int, parts: Sequence[int]) -> list[int]:
-    """How DTensor cuts a length along several axes: along the first, then each part along the next."""
-    lengths = [length]
-    for n in parts:
-        lengths = [part for whole in lengths for part in split_sizes(whole, n)]
-    return lengths
-
-
 def whole_shapes(
     leaves: Sequence[tuple[Tensor, P, str]], mesh: Mesh, function: str
 ) -> list[dict[int, tuple[int, ...]]]:
@@ -357,10 +350,11 @@ def as_dtensor(x: Tensor, spec: P, sizes: Mapping[int, tuple[int, ...]], device_
     shape = [sum(sizes[dim]) if dim in sizes else int(length) for dim, length in enumerate(x.shape)]
     for dim, held in sizes.items():
         entry = spec.entries[dim]
-        parts = [mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ())]
-        if list(held) != _chunked(shape[dim], parts):
-            what = f"dim {dim} is cut in {held}, and DTensor cuts {shape[dim]} in {tuple(_chunked(shape[dim], parts))}"
-            right = "Use shards of split_sizes' lengths."
+        parts = tuple([mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ())])
+        cut = split_sizes(shape[dim], parts)
+        if held != cut:
+            what = f"dim {dim} is cut in {held}, and DTensor cuts {shape[dim]} in {cut}"
+            right = f"Use shards of the lengths pmod.split_sizes({shape[dim]}, {parts if len(parts) > 1 else parts[0]})."
             raise unfit(ShapeError, function, where, what, spec, tuple(x.shape), mesh, right)
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     return DTensor.from_local(x, device_mesh, spec.placements(mesh), run_check=False, shape=torch.Size(shape),

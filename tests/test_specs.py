@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import pmod
 from pmod import P
@@ -69,14 +69,14 @@ def test_placements_and_back() -> None:
 # --- enter and global_norm ------------------------------------------------------------------------
 
 SPECS = {"whole": P(), "rows": P("model"), "columns": [P(None, "data"), P(("data", "model"))]}
-LENGTHS = {"whole": (3,), "rows": (5, 2), "columns": [(2, 3), (7,)]}
+LENGTHS = {"whole": (3,), "rows": (5, 2), "columns": [(2, 3), (9,)]}
 
 
 def whole_tree() -> dict[str, Any]:
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
-    return {"whole": draw((3,)), "rows": draw((5, 2)), "columns": [draw((2, 3)), draw((7,))]}
+    return {"whole": draw((3,)), "rows": draw((5, 2)), "columns": [draw((2, 3)), draw((9,))]}
 
 
 def cut(x: torch.Tensor, spec: P) -> torch.Tensor:
@@ -232,8 +232,56 @@ def as_dtensors_and_back() -> None:
 
 
 def test_dtensors() -> None:
-    # 7 elements on 2 x 2 ranks: DTensor cuts 4 + 3 and then 2, 2, 2, 1, as split_sizes does
+    # 9 elements on 2 x 2 ranks: 5 + 4 along the first axis, then 3, 2, 2, 2
     spmd.launch(as_dtensors_and_back, data=2, model=2)
+
+
+TWO_AXES = [P(("data", "model")), P(None, ("data", "model"))]
+
+
+def over_two_axes(length: int) -> None:
+    """shard, local_slice, shard_map and unshard cut as DTensor does: along one axis, then each part along the other."""
+    for spec in TWO_AXES:
+        dim = len(spec) - 1
+        shape = (2, length) if dim else (length, 2)
+        whole = torch.arange(2.0 * length).reshape(shape)
+        placements = (Shard(dim), Shard(dim))
+        mine = distribute_tensor(whole, pmod.current_mesh().device_mesh, placements).to_local()
+        axis = ("data", "model")
+        assert torch.equal(mine, pmod.shard(whole, axis, dim=dim)) and torch.equal(
+            mine, whole[pmod.local_slice(shape, spec)]
+        )
+        assert torch.equal(whole, pmod.unshard(mine, axis, dim=dim, length=length))
+        held = pmod.to_dtensors(mine, spec)
+        assert held.placements == placements and torch.equal(held.to_local(), mine)
+        seen: list[torch.Tensor] = []
+        y = pmod.shard_map(lambda x, seen=seen: seen.append(x) or 2 * x, in_specs=spec, out_specs=spec)(whole)
+        assert torch.equal(seen[0], mine) and torch.equal(y, 2 * whole)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "model": 2}, {"data": 1, "model": 3}, {"data": 3, "model": 1}], ids=str)
+def test_over_two_axes(sizes: dict[str, int]) -> None:
+    for length in (1, 2, 5, 6, 9, 13):
+        spmd.launch(over_two_axes, length, **sizes)
+
+
+def test_what_counts_as_two_axes() -> None:
+    """A tuple, and a sub-mesh of two axes, cut one axis after the other; an axis that was flattened cuts once."""
+
+    def lengths() -> list[int]:
+        mesh, whole = pmod.current_mesh(), torch.arange(9)
+        one = mesh.flatten(("x", "y"), "xy")
+        axes = [("x", "y"), ("y", "x"), mesh["x", "y"], mesh, one["xy"], one.split("xy", a=2, b=3)]
+        axes += [mesh.rename(x="y", y="x")["y", "x"]]
+        return [len(pmod.shard(whole, axis)) for axis in axes]
+
+    cuts = [pmod.split_sizes(9, cut) for cut in ((2, 3), (3, 2), (2, 3), (2, 3), 6, (2, 3), (2, 3))]
+    found = pmod.simulate(lengths, x=2, y=3)
+    assert cuts[0] == (2, 2, 1, 2, 2, 0) and cuts[1] == (2, 1, 2, 1, 2, 1) and cuts[4] == (2, 2, 2, 2, 1, 0)
+    for number, cut in enumerate(cuts):
+        held = sorted(lengths[number] for lengths in found)
+        assert held == sorted(cut) and sum(held) == 9
+    assert [lengths[0] for lengths in found] == list(cuts[0]) and [lengths[4] for lengths in found] == list(cuts[4])
 
 
 def save(folder: str, specs: dict[str, Any]) -> None:
