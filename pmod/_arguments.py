@@ -209,7 +209,7 @@ def shares(n: int, axis: Axis) -> tuple[int, ...]:
     return split_sizes(n, axis.parts)
 
 
-def split_sizes(n: int, parts: int | Sequence[int]) -> tuple[int, ...]:
+def split_sizes(n: int, parts: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
     """How `shard` cuts a dim of length n: ceil(n / parts) each, the last ones shorter or empty.
 
     The convention of torch.chunk and DTensor, so that a shard is the same thing to pmod, DTensor, FSDP2 and DCP. With

@@ -354,7 +354,7 @@ def as_dtensor(x: Tensor, spec: P, sizes: Mapping[int, tuple[int, ...]], device_
         cut = split_sizes(shape[dim], parts)
         if held != cut:
             what = f"dim {dim} is cut in {held}, and DTensor cuts {shape[dim]} in {cut}"
-            right = f"Use shards of the lengths pmod.split_sizes({shape[dim]}, {parts if len(parts) > 1 else parts[0]})."
+            right = f"Use shards of the lengths of split_sizes({shape[dim]}, {parts})."
             raise unfit(ShapeError, function, where, what, spec, tuple(x.shape), mesh, right)
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     return DTensor.from_local(x, device_mesh, spec.placements(mesh), run_check=False, shape=torch.Size(shape),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -424,3 +426,30 @@ def _port_of_proxy() -> int | None:
     except OSError:
         return None  # no Linux, or a container that hides the proxy
     return _port_of(f"pid {pid}")
+
+
+def warn_of_straddling(sizes: Mapping[str, int], place: Topology) -> None:
+    """Name an axis that crosses nodes although it and the larger axes after it would fit into one.
+
+    Larger axes have the better claim to a node, so ``data=2, model=4`` on nodes of 4 is as it should be, and
+    ``model=4, data=2`` is not.
+    """
+    node = place.local_world_size
+    if place.num_nodes == 1:
+        return
+    names, lengths = list(sizes), list(sizes.values())
+    inner = 1  # the stride of the axis at hand
+    for number in reversed(range(len(names))):
+        size = lengths[number]
+        later = math.prod(other for other in lengths[number + 1 :] if size <= other <= node)
+        if size > 1 and size * later <= node and node % (size * inner) != 0:
+            name = names[number]
+            warnings.warn(
+                explain(
+                    "make_mesh",
+                    f"axis {name!r} (size {size}) straddles nodes of {node} ranks, though it would fit into one",
+                    f"Name it last, with a size that divides {node}, or order the ranks with ranks=.",
+                ),
+                stacklevel=3,
+            )
+        inner *= size
