@@ -107,9 +107,9 @@ def _listed(ranks: Sequence[int]) -> list[int]:
 # --- names and sizes ------------------------------------------------------------------------------
 
 
-def few(ranks: np.ndarray[Any, Any]) -> str:
+def few(ranks: np.ndarray[Any, Any] | Sequence[int]) -> str:
     """Some ranks, for an error."""
-    flat = ranks.reshape(-1)
+    flat = np.asarray(ranks).reshape(-1)
     return str(flat.tolist()) if flat.size <= 8 else f"[{flat[0]}, {flat[1]}, ..., {flat[-1]}]"
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import attrs
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from pmod import _groups, _place
 from pmod._draw import mesh_html, mesh_text
-from pmod._errors import AxisError, PmodError, TopologyError, call_site, explain, near_miss
+from pmod._errors import ArgumentError, AxisError, PmodError, TopologyError, call_site, explain, near_miss
 from pmod._factors import (
     Factors,
     all_places,
@@ -203,7 +203,9 @@ class Mesh:
         >>> mesh.coords_of(2)
         {'data': 1, 'model': 0}
         """
-        coords = self._coords_of(rank)
+        if not isinstance(rank, SupportsIndex):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise AxisError(explain("Mesh.coords_of", f"rank is {rank!r}", "Pass the number of a rank, an int."))
+        coords = self._coords_of(rank.__index__())
         return None if coords is None else dict(zip(self.axis_names, coords, strict=True))
 
     def _coords_of(self, rank: int) -> tuple[int, ...] | None:
@@ -375,7 +377,7 @@ class Mesh:
         >>> mesh.flatten(("model", "data"), "all").ranks
         array([0, 2, 1, 3])
         """
-        _, numbers = self._numbers(tuple(axes), "Mesh.flatten")
+        _, numbers = self._numbers((axes,) if isinstance(axes, str) else axes, "Mesh.flatten")
         if not numbers:
             raise AxisError(explain("Mesh.flatten", "no axis is named", "Name one or more axes of the mesh."))
         joined = tuple(factor for number in numbers for factor in self._axes[number])
@@ -592,6 +594,9 @@ def make_mesh(
     >>> pmod.make_mesh()
     Mesh(data=1) at (data=0)
     """
+    if not isinstance(axes, Mapping | None) or not isinstance(topology, Topology | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"axes is {axes!r}" if not isinstance(axes, Mapping | None) else f"topology is {topology!r}"
+        raise ArgumentError(explain("make_mesh", given, "Pass {'data': 2} or data=2, and a pmod.Topology."))
     sizes = {**(axes or {}), **axis_sizes}
     twice = set(axes or {}) & set(axis_sizes)
     if twice:

@@ -24,7 +24,11 @@ _FILLED: Any = None  # the default of a field that _fill works out from the othe
 
 
 def _as_device(device: torch.device | str) -> torch.device:
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        right = "Pass a torch.device, or its name: 'cpu', 'cuda:0'."
+        raise TopologyError(explain("Topology", f"device is {device!r}", right)) from None
 
 
 @attrs.frozen
@@ -69,6 +73,10 @@ class Topology:
         _check(self, "node_rank", 0, "num_nodes")
         _check(self, "master_port", 1, high=65535, optional=True)
         _check(self, "restart_count", 0)
+        for name, optional in (("backend", False), ("launcher", False), ("master_addr", True), ("job", False)):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and optional):
+                raise TopologyError(explain("Topology", f"{name} is {value!r}", f"{name} is a text."))
         others, elsewhere = self.num_nodes - 1, self.world_size - self.local_world_size
         if others > elsewhere or (elsewhere and not others):
             sizes = f"local_world_size is {self.local_world_size}, and world_size is {self.world_size}"

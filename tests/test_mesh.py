@@ -553,6 +553,29 @@ def test_a_pickled_mesh_finds_its_own_place(monkeypatch):
     assert pickle.loads(pickle.dumps(row)).coords is None
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: pmod.make_mesh([("a", 2)]), pmod.ArgumentError, "make_mesh: axes is [('a', 2)]."),
+        (lambda: pmod.make_mesh(a=1, topology={}), pmod.ArgumentError, "make_mesh: topology is {}."),
+        (lambda: mesh_at(0, a=2, b=2).flatten(3, "c"), pmod.AxisError, "Mesh.flatten at (a=0, b=0): axis is 3, a int."),
+        (lambda: mesh_at(0, a=2).coords_of("a"), pmod.AxisError, "Mesh.coords_of: rank is 'a'."),
+        (lambda: mesh_at(0, a=2).coords_of(0.5), pmod.AxisError, "Mesh.coords_of: rank is 0.5."),
+        (lambda: at(0, 1, device="gpu"), pmod.TopologyError, "Topology: device is 'gpu'."),
+        (lambda: at(0, 1, launcher=3), pmod.TopologyError, "Topology: launcher is 3."),
+        (lambda: at(0, 1, master_addr=3), pmod.TopologyError, "Topology: master_addr is 3."),
+    ],
+)
+def test_odd_arguments(call, error, text):
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value).startswith(f"pmod.{text}\n")
+
+
+def test_flatten_takes_one_name():
+    assert mesh_at(0, data=2, b=2).flatten("data", "c").axis_names == ("c", "b")
+
+
 def holders() -> bytes:
     """What holds a mesh or an axis of two ranks, saved."""
     mesh = pmod.current_mesh()

@@ -40,6 +40,11 @@ def test_a_spec_is_a_value() -> None:
         (("data", ("model", "data")), None, pmod.AxisError, "names the axis 'data' twice"),
         ((3,), None, pmod.AxisError, "3 is no entry of a spec"),
         (((),), None, pmod.AxisError, "() is no entry of a spec"),
+        (("data",), {0: (1.9, 2.9)}, pmod.ShapeError, "sizes is {0: (1.9, 2.9)}.\nPass {dim: one length per rank"),
+        (("data",), {0: None}, pmod.ShapeError, "sizes is {0: None}."),
+        (("data",), {"0": (1, 2)}, pmod.ShapeError, "sizes is {'0': (1, 2)}."),
+        (("data",), {0: (-1, 2)}, pmod.ShapeError, "sizes is {0: (-1, 2)}."),
+        (("data",), [(1, 2)], pmod.ShapeError, "sizes is [(1, 2)]."),
         (("data", None), {1: (1, 2)}, pmod.ShapeError, "sizes names dim 1, which P('data', None, sizes={1: (1, 2)})"),
     ],
 )
@@ -62,6 +67,10 @@ def test_placements_and_back() -> None:
         P(("model", "data")).placements(mesh)
     with pytest.raises(pmod.ShapeError, match="has sizes of its own"):
         P("data", sizes={0: (1, 2)}).placements(mesh)
+    with pytest.raises(pmod.AxisError, match=r"P\.placements.*no axis 'modle'; did you mean 'model'\?"):
+        P("modle").placements(mesh)
+    with pytest.raises(pmod.ShapeError, match="Pass one for each axis of the mesh"):
+        P.from_placements((Replicate(),), mesh)
     with pytest.raises(pmod.ShapeError, match="Partial"):
         P.from_placements((torch.distributed.tensor.Partial(), Replicate(), Replicate()), mesh)
 
@@ -214,6 +223,24 @@ def test_slices_with_sizes_and_without_fit() -> None:
         pmod.simulate(lambda: pmod.local_slice((4,), P(None, "data")), data=2)
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: pmod.local_slice((4, 3), "data"), pmod.ArgumentError, "local_slice at (data=0): spec is 'data', a"),
+        (lambda: pmod.local_slice(4, P("data")), pmod.ShapeError, "local_slice: shape is 4."),
+        (lambda: pmod.local_slice((-4,), P("data")), pmod.ShapeError, "local_slice: shape is (-4,)."),
+        (lambda: pmod.local_slice((4.0,), P("data")), pmod.ShapeError, "local_slice: shape is (4.0,)."),
+        (lambda: pmod.local_slice((4,), P(), mesh="x"), pmod.ArgumentError, "local_slice: mesh is a str."),
+        (lambda: pmod.enter({}, P(), mesh="x"), pmod.ArgumentError, "enter: mesh is a str."),
+        (lambda: pmod.shard_map(abs, mesh="x", in_specs=P(), out_specs=P())(1), pmod.ArgumentError, "mesh is a str."),
+    ],
+)
+def test_wrong_arguments(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        pmod.simulate(call, data=2)
+    assert text in str(raised.value)
+
+
 # --- DTensors and checkpoints ---------------------------------------------------------------------
 
 
@@ -234,6 +261,50 @@ def as_dtensors_and_back() -> None:
 def test_dtensors() -> None:
     # 9 elements on 2 x 2 ranks: 5 + 4 along the first axis, then 3, 2, 2, 2
     spmd.launch(as_dtensors_and_back, data=2, model=2)
+
+
+def claims_of_one_value() -> list[str]:
+    """A leaf that differs along an axis that its spec leaves out, and one that differs along an axis that it names."""
+    mesh = pmod.current_mesh()
+    x, y = mesh.axis_index("x"), mesh.axis_index("y")
+    state = {"same": torch.ones(2), "rows": torch.full((1,), float(x)), "stray": torch.tensor([1.0, float(y == 1)])}
+    specs = {"same": P(), "rows": P("x"), "stray": P("x")}
+    texts: list[str] = []
+    for f in (pmod.to_dtensors, pmod.global_norm):
+        f(state, specs)  # not looked at without debug
+        with pmod.debug(), pytest.raises(pmod.MismatchError) as raised:
+            f(state, specs)
+        texts.append(str(raised.value))
+        with pmod.debug():
+            f({**state, "stray": torch.ones(2)}, specs)
+            f({**state, "stray": torch.ones(2) + y}, {**specs, "stray": P(("x", "y"))})
+    return texts
+
+
+def check_claims(found: list[list[str]]) -> None:
+    for rank, texts in enumerate(found):
+        for name, text in zip(("to_dtensors", "global_norm"), texts, strict=True):
+            x, y = divmod(rank, 2)
+            ranks = [2 * x, 2 * x + 1]
+            assert text.startswith(
+                f"pmod.{name}(axis='y') at (x={x}, y={y}): tree['stray'][1] goes from 0 to 1 over the ranks, "
+                f"a difference of 1, but its spec leaves 'y' out, so ranks {ranks} should hold one value.\n"
+            )
+
+
+def test_under_debug_a_leaf_is_one_value_where_its_spec_says_so() -> None:
+    check_claims(spmd.launch(claims_of_one_value, x=2, y=2))
+
+
+def global_norm_of_what_differs() -> str:
+    with pmod.debug(), pytest.raises(pmod.MismatchError) as raised:
+        pmod.global_norm(torch.ones(2) + pmod.axis_index("x"), P())
+    return str(raised.value)
+
+
+def test_under_debug_simulated_ranks_say_the_same() -> None:
+    texts = pmod.simulate(global_norm_of_what_differs, x=3)
+    assert all("tree[0] goes from 1 to 3 over the ranks" in text for text in texts), texts
 
 
 TWO_AXES = [P(("data", "model")), P(None, ("data", "model"))]
