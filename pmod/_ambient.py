@@ -114,6 +114,15 @@ def current_mesh() -> Mesh:
     return mesh
 
 
+def given_mesh(mesh: Mesh | None, function: str) -> Mesh:
+    """The mesh that a function was given by `mesh=`, else the ambient one."""
+    if mesh is None:
+        return current_mesh()
+    if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(explain(function, f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."))
+    return mesh
+
+
 def _no_mesh(function: str, axis: object) -> NoMeshError:
     return NoMeshError(
         explain(

@@ -151,7 +151,7 @@ def check_adds_up(x: Tensor, at: int, sizes: tuple[int, ...], function: str, axi
     """The sizes cut all of x along the dim."""
     if sum(sizes) != x.shape[at]:
         given = f"{name} {sizes} add up to {sum(sizes)} but x.shape[{x.dim() + at}] is {x.shape[at]}"
-        right = f"Pass {name} that add up to {x.shape[at]}, {split_sizes(int(x.shape[at]), axis.size)} say."
+        right = f"Pass {name} that add up to {x.shape[at]}, {shares(int(x.shape[at]), axis)} say."
         raise wrong(ShapeError, function, axis, given, right)
 
 
@@ -231,10 +231,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def split_sizes(n: int, parts: int) -> tuple[int, ...]:
+def shares(n: int, axis: Axis) -> tuple[int, ...]:
+    """How a dim of length n is cut along an axis; along several, the shares of one are cut along the next."""
+    return split_sizes(n, axis.parts)
+
+
+def split_sizes(n: int, parts: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
     """How `shard` cuts a dim of length n: ceil(n / parts) each, the last ones shorter or empty.
 
-    The convention of torch.chunk and DTensor, so that a shard is the same thing to pmod, DTensor, FSDP2 and DCP.
+    The convention of torch.chunk and DTensor, so that a shard is the same thing to pmod, DTensor, FSDP2 and DCP. With
+    one number per axis, a dim that is cut over several axes: first along the first, then each part along the next.
 
     Raises: ShapeError where n is negative or parts is less than 1.
 
@@ -242,7 +248,14 @@ def split_sizes(n: int, parts: int) -> tuple[int, ...]:
     (3, 3, 3, 1)
     >>> pmod.split_sizes(5, 4)
     (2, 2, 1, 0)
+    >>> pmod.split_sizes(9, (2, 2))
+    (3, 2, 2, 2)
     """
+    if isinstance(parts, tuple | list):
+        lengths = split_sizes(n, 1)
+        for each in parts:
+            lengths = tuple([part for length in lengths for part in split_sizes(length, each)])
+        return lengths
     length, count = as_int(n), as_int(parts)
     if length is None or count is None or length < 0 or count < 1:
         given = f"n is {n!r} and parts is {parts!r}"

@@ -31,6 +31,7 @@ from pmod._ambient import Watcher, ambient, resolve, watchers
 from pmod._arguments import wrong
 from pmod._autodiff import BACKWARD, Call, Origin, backward_of, on_behalf_of
 from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, call_site, explain
+from pmod._factors import few
 from pmod._lineage import Found, calls_in, lineage, name_of
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import flatten
@@ -52,10 +53,14 @@ def _words(call: Call, xs: Sequence[Tensor], origin: Origin) -> list[str]:
     if call.row.agreed is not None:
         alike = [call.row.agreed(params, shape) for shape in shapes]
         params, shapes = alike[0][0], [shape for _, shape in alike]
+    return _fields(xs, origin, call.axis, repr(params), shapes)
+
+
+def _fields(xs: Sequence[Tensor], origin: Origin, axis: Axis, arguments: str, shapes: Sequence[Any]) -> list[str]:
     return [
         origin[0],
-        f"{call.axis.label!r} of {call.axis.size}",
-        repr(params),
+        f"{axis.label!r} of {axis.size}",
+        arguments,
         ", ".join(map(str, shapes)),
         ", ".join(str(x.dtype).removeprefix("torch.") for x in xs),
         ", ".join(x.device.type for x in xs),
@@ -222,15 +227,35 @@ def _gathered(numbers: Sequence[int], axis: Axis, origin: Origin) -> list[list[i
 
 def _compare(call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin, invariant: bool) -> bool:
     """Raise where the ranks are about to do different things; whether what they take as invariant is the same."""
-    axis = call.axis
-    mine = "\x1f".join([*words, str(_bits(xs) if invariant else 0)])
-    said = [text.split("\x1f") for text in _said(mine, axis, origin)]
+    same = _compare_words(words, _bits(xs) if invariant else 0, call.axis, origin)
+    if call.row is ALL_TO_ALL:
+        _compare_lengths(call, xs[0], origin)
+    return same
+
+
+def _compare_words(words: list[str], bits: int, axis: Axis, origin: Origin) -> bool:
+    """Raise where the ranks say other words of a call; whether they have the same bits."""
+    said = [text.split("\x1f") for text in _said("\x1f".join([*words, str(bits)]), axis, origin)]
     if any(other[:-1] != words for other in said):
         given = _table([other[:-1] for other in said], axis)
         raise _differ(origin, axis, given, SAME_CALLS)
-    if call.row is ALL_TO_ALL:
-        _compare_lengths(call, xs[0], origin)
     return len({other[-1] for other in said}) == 1
+
+
+def compare_claimed(leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str) -> None:
+    """Under debug: raise where leaves whose specs leave an axis out are not the same on all its ranks."""
+    checker = next((watcher for watcher in watchers() if isinstance(watcher, _Checker)), None)
+    if checker is None or axis.size == 1:
+        return
+    origin, (xs, names) = (function, call_site()[1]), zip(*leaves, strict=True)
+    words = _fields(xs, origin, axis, ", ".join(names), [tuple(x.shape) for x in xs])
+    with _outside_transforms():
+        same = _compare_words(words, _bits(xs), axis, origin)
+        found = None if same and checker.rtol == 0.0 else _difference(xs, names, axis, checker.rtol)
+    if found is not None:
+        given = f"{found}, but its spec leaves {axis.label!r} out, so ranks {few(axis.ranks)} should hold one value"
+        right = f"Make it one (pmod.replicate, pmod.pmean), or name the axis in the spec.\nCalled at {origin[1]}"
+        raise _differ(origin, axis, given, right)
 
 
 def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
@@ -573,7 +598,7 @@ def checked(f: F) -> F:
     Each new signature is checked once: the shapes and dtypes of its tensors, what requires grad, the types of all else,
     grad mode and mesh. All ranks must come to a new signature in the same call: where shards change their lengths from
     step to step on some ranks only, use `debug` instead.
-    Cost: a look-up per call. Raises: as `debug`, in those calls.
+    Cost: a look-up per call. Raises: ArgumentError where f cannot be called; as `debug`, in those calls.
 
     >>> @pmod.checked
     ... def total(x):
@@ -581,6 +606,8 @@ def checked(f: F) -> F:
     >>> pmod.simulate(lambda: total(torch.ones(2)), model=2)[0]
     tensor([2., 2.])
     """
+    if not callable(f):
+        raise ArgumentError(explain("checked", f"f is {f!r}", "Pass a step function: @pmod.checked above its def."))
     seen: set[Any] = set()
 
     @wraps(f)

@@ -96,8 +96,9 @@ def _dims(shape: tuple[int, ...], spec: P, mesh: Mesh, halo: Any) -> list[_Dim]:
             if name not in mesh.shape:
                 given = f"no axis {name!r}{near_miss(name, mesh.shape)}"
                 raise AxisError(explain("draw", given, f"The mesh has {mesh.shape}."))
-        parts = math.prod(mesh.shape[name] for name in names)
-        lengths = tuple(sizes.get(dim) or split_sizes(length, parts))
+        cuts = tuple(mesh.shape[name] for name in names)
+        parts = math.prod(cuts)
+        lengths = tuple(sizes.get(dim) or split_sizes(length, cuts))
         if (len(lengths), sum(lengths)) != (parts, length):
             given = f"sizes of dim {dim} are {lengths}, and x.shape[{dim}] is {length}, in {parts} parts"
             raise ShapeError(explain("draw", given, f"Give {parts} sizes that add up to {length}."))

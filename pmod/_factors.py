@@ -11,12 +11,13 @@ holds them, as `base`, and the arithmetic then gives places in `base`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from pmod._errors import AxisError, explain
+from pmod._numbers import as_int
 
 Factors: TypeAlias = tuple[tuple[int, int], ...]
 """(size, stride) pairs, slowest first."""
@@ -102,3 +103,48 @@ def _listed(ranks: Sequence[int]) -> list[int]:
     if array.ndim == 0 or (array.size > 0 and array.dtype.kind not in "iu"):
         raise AxisError(explain("make_mesh", f"ranks is {ranks!r}", "List the ranks that the mesh covers, as ints."))
     return [int(rank) for rank in array.reshape(-1)]
+
+
+# --- names and sizes ------------------------------------------------------------------------------
+
+
+def few(ranks: np.ndarray[Any, Any] | Sequence[int]) -> str:
+    """Some ranks, for an error."""
+    flat = np.asarray(ranks).reshape(-1)
+    return str(flat.tolist()) if flat.size <= 8 else f"[{flat[0]}, {flat[1]}, ..., {flat[-1]}]"
+
+
+def check_names(names: Iterable[object], function: str) -> None:
+    """Names of axes are non-empty strings, each its own."""
+    seen: set[object] = set()
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise AxisError(explain(function, f"{name!r} is no axis name", "Name axes with non-empty strings."))
+        if name in seen:
+            raise AxisError(explain(function, f"two axes are called {name!r}", "Give each axis its own name."))
+        seen.add(name)
+
+
+def fill_in(sizes: Mapping[str, int], total: int, function: str, have: str) -> dict[str, int]:
+    """The sizes with -1 replaced; they must multiply to `total`."""
+    check_names(sizes, function)
+    parsed: dict[str, int] = {}
+    for name, given in sizes.items():
+        size = as_int(given)
+        if size is None or (size < 1 and size != -1):
+            raise AxisError(
+                explain(function, f"{name}={given!r} is no size", "Sizes are ints of 1 or more; one may be -1.")
+            )
+        parsed[name] = size
+    sizes = parsed
+    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    known = math.prod(size for size in sizes.values() if size != -1)
+    open_ = [name for name, size in sizes.items() if size == -1]
+    if len(open_) > 1:
+        raise AxisError(explain(function, f"{asked}: two sizes are -1", "Leave one size to be worked out."))
+    if open_ and total % known == 0:
+        return {name: total // known if size == -1 else size for name, size in sizes.items()}
+    if known != total or open_:
+        what = f"{asked} need{' a multiple of' if open_ else ''} {known} rank{'s' if known != 1 else ''}, but {have}"
+        raise AxisError(explain(function, what, f"Make the sizes multiply to {total}; -1 stands for the rest."))
+    return dict(sizes)

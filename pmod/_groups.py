@@ -31,6 +31,7 @@ import torch.distributed as dist
 # public by torch's documentation, though not by its stubs
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
+from pmod import _place
 from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
 from pmod._numbers import as_real
 from pmod._topology import Topology
@@ -92,12 +93,59 @@ def alone() -> bool:
 
 
 def here() -> Topology:
-    """The topology of this process (of this thread in a simulation): of what it has connected, else detected."""
+    """The topology of this process (of this thread in a simulation): of what it has connected, else detected.
+
+    In a process that works for a rank, that of the rank.
+    """
     if in_simulation():
         return simulated.topology
     if _state.topology is not None and _state.world is not None and _state.world is dist.group.WORLD:
         return _state.topology
-    return launched or Topology.detect()
+    return launched or _place.of_parent() or Topology.detect()
+
+
+def launch_as(topology: Topology) -> None:
+    """`launch`, or a notebook, has made this process this rank."""
+    global launched
+    launched = topology
+    _place.record(topology)
+
+
+def _keep_apart() -> None:
+    """In a forked child: what it finds in memory is its parent's, whose connections it must not use or end."""
+    global _lock, launched
+    _lock, launched = threading.RLock(), None  # another thread may have held it
+    _inherited.append(vars(_state).copy())
+    _state.__init__()
+    _place.forked(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+    if in_simulation():
+        parent = simulated.topology
+
+        def refuse(axis: Any) -> Any:
+            raise _place.refusal(parent)
+
+        simulated.wire = refuse
+
+
+_inherited: list[dict[str, Any]] = []  # kept, because to let go of a group ends it
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_apart)
+
+
+def place_for_child(topology: Topology) -> _place.Place | None:
+    """What a mesh of this topology brings to a child that is about to start, if it is the place of this process."""
+    place = _place.for_child(topology)
+    if place is None:
+        return None
+    known = here()
+    return place if (known.rank, known.world_size) == (topology.rank, topology.world_size) else None
+
+
+def here_with(place: _place.Place | None) -> Topology:
+    """The topology of a process to which a mesh has brought this place."""
+    if place is not None:
+        _place.bring(place)
+    return here()
 
 
 def deadline(timeout: object) -> float:
@@ -127,6 +175,8 @@ def number_device() -> torch.device:
 def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
     """Join the default process group, starting it where nobody has; `mesh` is for the log."""
     with _lock:
+        if topology.world_size > 1 and _place.is_no_rank():
+            raise _place.refusal(_place.of_parent() or topology)
         if dist.is_initialized():
             _join(topology)
             return
@@ -160,6 +210,7 @@ PLACE = "pmod/place/{}"  # key of the store of the world -> host and process of 
 def _enter_world(topology: Topology, *, started: bool) -> None:
     _state.__init__()
     _state.world, _state.started_world, _state.topology = dist.group.WORLD, started, topology
+    _place.record(topology)
     store = blackboard()
     if store is not None:
         with contextlib.suppress(RuntimeError):  # a user's store may hold nothing (torch's fake one)
@@ -405,6 +456,7 @@ def shutdown() -> None:
         connected = dist.is_initialized() and dist.group.WORLD is _state.world
         if started or not connected:
             _state.__init__()
+            _place.record(launched)
         else:  # the user's world goes on, and so do its store and the names used in it
             _state.groups = {}
     if connected and started:

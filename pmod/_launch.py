@@ -304,7 +304,7 @@ def topology_of(rank: int, size: int, port: int) -> Topology:
 
 def _perform(task: Task, topology: Topology) -> _Outcome:
     try:
-        _groups.launched = topology
+        _groups.launch_as(topology)
         with set_mesh(make_mesh(task.axis_sizes, topology=topology)):
             fn, args = _unpack(task.packed)
             result = fn(*args)

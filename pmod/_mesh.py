@@ -5,23 +5,31 @@ from __future__ import annotations
 import ast
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import attrs
 import numpy as np
 import torch
 
-from pmod import _groups
+from pmod import _groups, _place
 from pmod._draw import mesh_html, mesh_text
-from pmod._errors import AxisError, PmodError, explain, near_miss
-from pmod._factors import Factors, all_places, layout, merged, place_of, take_fastest
+from pmod._errors import ArgumentError, AxisError, PmodError, TopologyError, call_site, explain, near_miss
+from pmod._factors import (
+    Factors,
+    all_places,
+    check_names,
+    few,
+    fill_in,
+    layout,
+    merged,
+    place_of,
+    take_fastest,
+)
 from pmod._groups import DEFAULT_TIMEOUT
-from pmod._numbers import as_int
-from pmod._topology import Topology
+from pmod._topology import Topology, warn_of_straddling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,6 +44,7 @@ class Axis:
     """
 
     label: str | tuple[str, ...]
+    parts: tuple[int, ...]  # the size of each axis that the label names: a dim is cut along one after the other
     offset: int
     factors: Factors
     base: tuple[int, ...] | None
@@ -43,12 +52,13 @@ class Axis:
     coords: tuple[tuple[str, int], ...]
     topology: Topology  # of the mesh it was taken from, as is the timeout
     timeout: float
+    mesh: Mesh | None = attrs.field(default=None, repr=False)
     size: int = attrs.field(init=False)
     key: str = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "size", math.prod(size for size, _ in self.factors))
-        fields = (self.label, self.offset, self.factors, self.base, self.index, self.coords)
+        fields = (self.label, self.parts, self.offset, self.factors, self.base, self.index, self.coords)
         object.__setattr__(self, "key", repr(fields))
 
     @property
@@ -77,10 +87,16 @@ class Axis:
         """The axis that `key` was written for, at this process's place."""
         found = _axes.get(key)
         if found is None:
-            label, offset, factors, base, index, coords = ast.literal_eval(key)
+            label, parts, offset, factors, base, index, coords = ast.literal_eval(key)
             here, timeout = _groups.here(), _groups.deadline(None)
-            found = _axes[key] = Axis(label, offset, factors, base, index, coords, here, timeout)
+            found = _axes[key] = Axis(label, parts, offset, factors, base, index, coords, here, timeout)
         return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        return self  # as a mesh
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_load_axis, (self.mesh, self.label)) if self.mesh is not None else (Axis.parse, (self.key,))
 
 
 def named(label: str | tuple[str, ...]) -> str:
@@ -131,7 +147,7 @@ class Mesh:
         set_once = object.__setattr__
         set_once(self, "_axes", tuple(merged(factors) for factors in self._axes))
         set_once(self, "_sizes", tuple(math.prod(size for size, _ in factors) for factors in self._axes))
-        set_once(self, "_coords", self._coords_of(self.topology.rank))
+        set_once(self, "_coords", self._coords_of(self.topology.rank) if self._fits() else None)
         base = None if self._base is None else hashlib.sha1(repr(self._base).encode()).hexdigest()
         set_once(self, "_key", repr((self.axis_names, self._axes, self._offset, base, self._coords)))
         whole = "" if self._coords is None else self.bind(self.label, "make_mesh").key
@@ -169,7 +185,15 @@ class Mesh:
 
     @property
     def coords(self) -> dict[str, int] | None:
-        """Axis name -> this rank's index; None on a rank outside the mesh."""
+        """Axis name -> this rank's index; None on a rank outside the mesh.
+
+        Raises: TopologyError where the mesh was loaded in a job that does not have all of its ranks.
+        """
+        if self._coords is None and not self._fits():
+            raise self._misfit("Mesh.coords")
+        return self._shown_coords()
+
+    def _shown_coords(self) -> dict[str, int] | None:
         return None if self._coords is None else dict(zip(self.axis_names, self._coords, strict=True))
 
     def coords_of(self, rank: int) -> dict[str, int] | None:
@@ -179,7 +203,9 @@ class Mesh:
         >>> mesh.coords_of(2)
         {'data': 1, 'model': 0}
         """
-        coords = self._coords_of(rank)
+        if not isinstance(rank, SupportsIndex):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise AxisError(explain("Mesh.coords_of", f"rank is {rank!r}", "Pass the number of a rank, an int."))
+        coords = self._coords_of(rank.__index__())
         return None if coords is None else dict(zip(self.axis_names, coords, strict=True))
 
     def _coords_of(self, rank: int) -> tuple[int, ...] | None:
@@ -209,6 +235,17 @@ class Mesh:
         """What names all axes at once: the name of the only axis, else the tuple of names."""
         return self.axis_names[0] if len(self.axis_names) == 1 else self.axis_names
 
+    def _fits(self) -> bool:
+        """Whether the job has all ranks of the mesh, which may have been saved in a larger one."""
+        last = self._ends()[1] if self._base is None else int(self.ranks.max())
+        return last < self.topology.world_size
+
+    def _misfit(self, function: str, axis: object = None) -> TopologyError:
+        here = f"rank {self.topology.rank} of {self.topology.world_size}"
+        given = f"the mesh {self.shape} is over ranks {few(self.ranks)}, and this process is {here}"
+        right = "A mesh can be loaded where its ranks run. Make one that fits here, pmod.make_mesh(...), in its place."
+        return TopologyError(explain(function, given, right, axis=axis))
+
     # --- axes -------------------------------------------------------------------------------------
 
     def bind(self, axis: object, function: str) -> Axis:
@@ -216,11 +253,13 @@ class Mesh:
         if isinstance(axis, Mesh):
             return axis.bind(axis.label, function)
         label, numbers = self._numbers(axis, function)
+        if self._coords is None and not self._fits():
+            raise self._misfit(function, axis)
         if self._coords is None:
             raise AxisError(
                 explain(
                     function,
-                    f"rank {self.topology.rank} is outside the mesh {self.shape} over ranks {_few(self.ranks)}",
+                    f"rank {self.topology.rank} is outside the mesh {self.shape} over ranks {few(self.ranks)}",
                     "Call it on the ranks of the mesh only (mesh.coords is not None there).",
                     axis=axis,
                 )
@@ -234,7 +273,8 @@ class Mesh:
         for number in numbers:
             index = index * self._sizes[number] + self._coords[number]
         coords = tuple(zip(self.axis_names, self._coords, strict=True))
-        bound = Axis(label, offset, factors, self._base, index, coords, self.topology, self._timeout)
+        parts = tuple(self._sizes[number] for number in numbers)
+        bound = Axis(label, parts, offset, factors, self._base, index, coords, self.topology, self._timeout, self)
         if self.topology.launcher != "simulate":
             _axes[bound.key] = bound
         self._bound[label] = bound
@@ -249,7 +289,7 @@ class Mesh:
                     function,
                     f"axis is {axis!r}, a {type(axis).__name__}",
                     f"Pass a name of {self.axis_names}, a tuple of names, or a sub-mesh such as mesh['{self._any()}'].",
-                    coords=self.coords,
+                    coords=self._shown_coords(),
                 )
             )
         for name in names:
@@ -260,12 +300,13 @@ class Mesh:
                         f"no axis {name!r}{near_miss(name, self.axis_names)}",
                         f"The mesh has {self.shape}.",
                         axis=axis,
-                        coords=self.coords,
+                        coords=self._shown_coords(),
                     )
                 )
         if len(set(names)) != len(names):
+            coords = self._shown_coords()
             raise AxisError(
-                explain(function, "an axis is named twice", "Name each axis once.", axis=axis, coords=self.coords)
+                explain(function, "an axis is named twice", "Name each axis once.", axis=axis, coords=coords)
             )
         return axis if isinstance(axis, str) else tuple(names), [self.axis_names.index(name) for name in names]
 
@@ -323,7 +364,7 @@ class Mesh:
     def _with(self, function: str, axes: Iterable[tuple[str, Factors]], offset: int | None = None) -> Mesh:
         named = list(axes)
         names, factors = tuple(name for name, _ in named), tuple(factors for _, factors in named)
-        _check_names(names, function)
+        check_names(names, function)
         start = self._offset if offset is None else offset
         return Mesh(names, factors, start, self._base, self.topology, self._timeout)
 
@@ -336,7 +377,7 @@ class Mesh:
         >>> mesh.flatten(("model", "data"), "all").ranks
         array([0, 2, 1, 3])
         """
-        _, numbers = self._numbers(tuple(axes), "Mesh.flatten")
+        _, numbers = self._numbers((axes,) if isinstance(axes, str) else axes, "Mesh.flatten")
         if not numbers:
             raise AxisError(explain("Mesh.flatten", "no axis is named", "Name one or more axes of the mesh."))
         joined = tuple(factor for number in numbers for factor in self._axes[number])
@@ -361,7 +402,7 @@ class Mesh:
         whole = self._sizes[number]
         if not sizes:
             raise AxisError(explain("Mesh.split", "no size is given", "Name the new axes: split('data', a=2, b=-1)."))
-        cut = _fill_in(sizes, whole, "Mesh.split", f"axis {axis!r} has {whole}")
+        cut = fill_in(sizes, whole, "Mesh.split", f"axis {axis!r} has {whole}")
         parts: list[tuple[str, Factors]] = []
         rest = self._axes[number]
         for name, size in reversed(cut.items()):
@@ -453,13 +494,17 @@ class Mesh:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_mesh, (self.axis_names, self._axes, self._offset, self._base)
+        place = _groups.place_for_child(self.topology)
+        return _load_mesh, (self.axis_names, self._axes, self._offset, self._base, place)
 
     # --- pictures ---------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}={size}" for name, size in self.shape.items())
-        place = "outside" if self.coords is None else ", ".join(f"{name}={i}" for name, i in self.coords.items())
+        if self._coords is None and not self._fits():
+            return f"Mesh({sizes}), which does not fit rank {self.topology.rank} of {self.topology.world_size}"
+        coords = self._shown_coords()
+        place = "outside" if coords is None else ", ".join(f"{name}={i}" for name, i in coords.items())
         return f"Mesh({sizes}) at ({place})"
 
     def _rank_at(self, coords: tuple[int, ...]) -> int:
@@ -493,48 +538,30 @@ def _constant_part(key: str, axis: str | tuple[str, ...]) -> Mesh:
 _constant_part._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _load_mesh(names: tuple[str, ...], axes: tuple[Factors, ...], offset: int, base: tuple[int, ...] | None) -> Mesh:
-    return Mesh(names, axes, offset, base, _groups.here(), _groups.deadline(None))
+def _load_mesh(names: Any, axes: Any, offset: int, base: Any, place: _place.Place | None = None) -> Mesh:
+    return Mesh(names, axes, offset, base, _groups.here_with(place), _groups.deadline(None))
 
 
-def _few(ranks: np.ndarray[Any, Any]) -> str:
-    flat = ranks.reshape(-1)
-    return str(flat.tolist()) if flat.size <= 8 else f"[{flat[0]}, {flat[1]}, ..., {flat[-1]}]"
+def _load_axis(mesh: Mesh, label: str | tuple[str, ...]) -> Axis | _NoAxis:
+    """The axis at this process's place; where there is none, what holds it can be loaded all the same."""
+    return _NoAxis(mesh, label) if mesh._coords is None else mesh.bind(label, "Mesh")
 
 
-def _check_names(names: Iterable[object], function: str) -> None:
-    seen: set[object] = set()
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise AxisError(explain(function, f"{name!r} is no axis name", "Name axes with non-empty strings."))
-        if name in seen:
-            raise AxisError(explain(function, f"two axes are called {name!r}", "Give each axis its own name."))
-        seen.add(name)
+class _NoAxis:
+    """An axis that was loaded by a process with no place on it: says so at the first question."""
 
+    def __init__(self, mesh: Mesh, label: str | tuple[str, ...]) -> None:
+        self._place = mesh, label
 
-def _fill_in(sizes: Mapping[str, int], total: int, function: str, have: str) -> dict[str, int]:
-    """The sizes with -1 replaced; they must multiply to `total`."""
-    _check_names(sizes, function)
-    parsed: dict[str, int] = {}
-    for name, given in sizes.items():
-        size = as_int(given)
-        if size is None or (size < 1 and size != -1):
-            raise AxisError(
-                explain(function, f"{name}={given!r} is no size", "Sizes are ints of 1 or more; one may be -1.")
-            )
-        parsed[name] = size
-    sizes = parsed
-    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    known = math.prod(size for size in sizes.values() if size != -1)
-    open_ = [name for name, size in sizes.items() if size == -1]
-    if len(open_) > 1:
-        raise AxisError(explain(function, f"{asked}: two sizes are -1", "Leave one size to be worked out."))
-    if open_ and total % known == 0:
-        return {name: total // known if size == -1 else size for name, size in sizes.items()}
-    if known != total or open_:
-        what = f"{asked} need{' a multiple of' if open_ else ''} {known} rank{'s' if known != 1 else ''}, but {have}"
-        raise AxisError(explain(function, what, f"Make the sizes multiply to {total}; -1 stands for the rest."))
-    return dict(sizes)
+    def __getattr__(self, name: str) -> Any:
+        if name == "_place" or name.startswith("__"):
+            raise AttributeError(name)
+        mesh, label = self._place
+        function = call_site()[0]
+        return getattr(mesh.bind(label, "Mesh" if function.startswith("_") else function), name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_axis, self._place
 
 
 def make_mesh(
@@ -556,7 +583,9 @@ def make_mesh(
     collectives raise `AxisError`. topology: given by hand, nothing is connected before the first use. timeout: seconds
     until a collective gives up; by default PMOD_TIMEOUT, else 600.
 
-    A process group that is initialized already is joined and left alone. With one process nothing is connected. Where
+    A process group that is initialized already is joined and left alone. With one process nothing is connected, nor in
+    one that a rank has started with multiprocessing (a DataLoader's worker): it gets the mesh at its rank's place, and
+    collectives raise TopologyError there. Where
     it connects ranks that have GPUs, it makes this rank's GPU torch's current device.
 
     Raises: AxisError where the sizes do not multiply to the number of ranks; TopologyError where what the launcher says
@@ -565,6 +594,9 @@ def make_mesh(
     >>> pmod.make_mesh()
     Mesh(data=1) at (data=0)
     """
+    if not isinstance(axes, Mapping | None) or not isinstance(topology, Topology | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"axes is {axes!r}" if not isinstance(axes, Mapping | None) else f"topology is {topology!r}"
+        raise ArgumentError(explain("make_mesh", given, "Pass {'data': 2} or data=2, and a pmod.Topology."))
     sizes = {**(axes or {}), **axis_sizes}
     twice = set(axes or {}) & set(axis_sizes)
     if twice:
@@ -574,16 +606,17 @@ def make_mesh(
     place = topology if topology is not None else _world_topology()
     offset, stride, base, count = layout(ranks, place.world_size)
     have = f"the world has {count}" if ranks is None else f"ranks lists {count}"
-    sizes = _fill_in(sizes or {"data": -1}, count, "make_mesh", have)
+    sizes = fill_in(sizes or {"data": -1}, count, "make_mesh", have)
     factors: list[Factors] = []
     for size in reversed(sizes.values()):
         factors.insert(0, ((size, stride),))
         stride *= size
     mesh = Mesh(tuple(sizes), tuple(factors), offset, base, place, seconds)
-    _warn_of_straddling(mesh)
+    if base is None and mesh.size == place.world_size:
+        warn_of_straddling(sizes, place)
     if not by_hand and not _groups.in_simulation():
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        if place.world_size > 1:
+        if place.world_size > 1 and not _place.is_no_rank():
             _groups.connect(place, seconds, shown)
         else:
             _groups.announce(place, shown)
@@ -603,30 +636,3 @@ def _world_topology() -> Topology:
     if (known.rank, known.world_size) == (rank, world_size):
         return known
     return Topology(rank=rank, world_size=world_size, device=known.device)
-
-
-def _warn_of_straddling(mesh: Mesh) -> None:
-    """Name an axis that crosses nodes although it and the larger axes after it would fit into one.
-
-    Larger axes have the better claim to a node, so ``data=2, model=4`` on nodes of 4 is as it should be, and
-    ``model=4, data=2`` is not.
-    """
-    place = mesh.topology
-    node = place.local_world_size
-    if place.num_nodes == 1 or mesh._base is not None or mesh.size != place.world_size:
-        return
-    inner = 1  # the stride of the axis at hand
-    for number in reversed(range(len(mesh.axis_names))):
-        size = mesh._sizes[number]
-        later = math.prod(other for other in mesh._sizes[number + 1 :] if size <= other <= node)
-        if size > 1 and size * later <= node and node % (size * inner) != 0:
-            name = mesh.axis_names[number]
-            warnings.warn(
-                explain(
-                    "make_mesh",
-                    f"axis {name!r} (size {size}) straddles nodes of {node} ranks, though it would fit into one",
-                    f"Name it last, with a size that divides {node}, or order the ranks with ranks=.",
-                ),
-                stacklevel=3,
-            )
-        inner *= size

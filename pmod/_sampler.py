@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sized
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,12 @@ def _count(x: object, function: str, axis: Axis, *, name: str, least: int) -> in
     return parsed
 
 
+def _flag(x: object, axis: Axis, *, name: str) -> bool:
+    if x not in (True, False):  # 0, 1 and numpy's are as good; a text would count as true
+        raise wrong(ArgumentError, "sampler", axis, f"{name} is {x!r}", "Pass True or False.")
+    return bool(x)
+
+
 class sampler:  # lower case: it reads as the function it is called as
     """The batches of this rank: for ``DataLoader(dataset, batch_sampler=...)``.
 
@@ -37,7 +44,8 @@ class sampler:  # lower case: it reads as the function it is called as
     batch_size: on each rank. shuffle: an order for each (seed, epoch); call `set_epoch` before each epoch.
     `collate`, a collate_fn, also makes a batch of no samples. `state_dict` and `load_state_dict` go on in the middle of
     an epoch, also on another number of ranks or with another batch_size. Nothing is sent.
-    Raises: ArgumentError for a dataset without a length; ShapeError where batch_size is no int of 1 or more.
+    Raises: ArgumentError for a dataset without a length, or where shuffle or drop_last is not a bool; ShapeError where
+    batch_size is no int of 1 or more.
 
     >>> def order():
     ...     return list(pmod.sampler(range(11), "data", batch_size=2, shuffle=False))
@@ -67,9 +75,9 @@ class sampler:  # lower case: it reads as the function it is called as
         self._dataset = dataset
         self._axis = bound
         self._batch_size = _count(batch_size, "sampler", bound, name="batch_size", least=1)
-        self._shuffle = bool(shuffle)
+        self._shuffle = _flag(shuffle, bound, name="shuffle")
         self._seed = check_seed(seed, "sampler", bound)
-        self._drop_last = drop_last
+        self._drop_last = _flag(drop_last, bound, name="drop_last")
         self._begin(epoch=0, start=0)
 
     def _begin(self, *, epoch: int, start: int) -> None:
@@ -155,19 +163,57 @@ class sampler:  # lower case: it reads as the function it is called as
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from there: the next iteration gives what is left of that epoch, in that order (its seed, its shuffle).
 
-        Raises: ShapeError where the dataset has another length.
+        The state is checked whole before anything of it is taken.
+        Raises: ShapeError where the dataset has another length, or a number is out of range; ArgumentError where the
+        state is not a mapping of the keys that `state_dict` gives to ints.
 
         >>> batches = pmod.sampler(range(8), mesh["data"], batch_size=2, shuffle=False)
         >>> batches.load_state_dict(batches.state_dict(done=3))
         >>> list(batches)
         [[6, 7]]
         """
-        if state["length"] != self._length:
-            given = f"the state is of a dataset of {state['length']} samples, and this one has {self._length}"
+        told = _as_state(state, self._axis)
+        if told["length"] != self._length:
+            given = f"the state is of a dataset of {told['length']} samples, and this one has {self._length}"
             right = "Resume with the dataset that it was saved with."
-            raise wrong(ShapeError, "sampler.load_state_dict", self._axis, given, right)
-        self._seed, self._shuffle = state["seed"], bool(state["shuffle"])
-        self._begin(epoch=state["epoch"], start=state["start"])
+            raise wrong(ShapeError, _LOAD, self._axis, given, right)
+        if told["start"] > self._length:
+            given = f"start is {told['start']}, and there are {self._length} samples"
+            raise wrong(ShapeError, _LOAD, self._axis, given, "It says how many of them were read.")
+        self._seed, self._shuffle = told["seed"], bool(told["shuffle"])
+        self._begin(epoch=told["epoch"], start=told["start"])
+
+
+_LOAD = "sampler.load_state_dict"
+_RANGES: dict[str, tuple[float, float]] = {
+    "epoch": (0, inf), "start": (0, inf), "length": (0, inf), "seed": (-inf, inf), "shuffle": (0, 1),
+}  # fmt: skip
+
+
+def _as_state(state: object, axis: Axis) -> dict[str, int]:
+    """A state with all keys and no others, each an int in its range."""
+    right = "Pass what state_dict(done) returned."
+    if not isinstance(state, Mapping):
+        raise wrong(ArgumentError, _LOAD, axis, f"state is a {type(state).__name__}", right)
+    held = cast(Mapping[Any, Any], state)
+    missing, unknown = [key for key in _RANGES if key not in held], [key for key in held if key not in _RANGES]
+    if missing or unknown:
+        given = " and ".join(
+            f"{'lacks' if keys is missing else 'has unknown'} {', '.join(map(repr, keys))}"
+            for keys in (missing, unknown)
+            if keys
+        )
+        raise wrong(ArgumentError, _LOAD, axis, f"the state {given}", right)
+    told: dict[str, int] = {}
+    for key, (low, high) in _RANGES.items():
+        number = int(held[key]) if isinstance(held[key], bool) and key == "shuffle" else as_int(held[key])
+        if number is None:
+            raise wrong(ArgumentError, _LOAD, axis, f"{key} is {held[key]!r}, a {type(held[key]).__name__}", right)
+        if not low <= number <= high:
+            span = "0 or 1" if high == 1 else "0 or more"
+            raise wrong(ShapeError, _LOAD, axis, f"{key} is {number}", f"It is {span}. {right}")
+        told[key] = number
+    return told
 
 
 def _emptied(batch: Any) -> Any:

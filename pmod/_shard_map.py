@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmod._ambient import current_mesh, resolve, under
+from pmod._ambient import given_mesh, resolve, under
 from pmod._arguments import check_tensor, wrong
 from pmod._errors import ArgumentError, AxisError, explain
 from pmod._kinds import NONE, Axes, Kinds, kinds_here
@@ -63,7 +63,7 @@ def shard_map(
             given = f"{', '.join(by_name)} came by name"
             right = "Pass arguments by position, which is what in_specs goes by; functools.partial binds the others."
             raise ArgumentError(explain("shard_map", given, right))
-        over = current_mesh() if mesh is None else mesh
+        over = given_mesh(mesh, "shard_map")
         call = _Mapped(over, kinds_here())
         follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
         with under(over) if mesh is not None else nullcontext(), follow:

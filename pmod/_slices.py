@@ -21,7 +21,7 @@ from pmod._arguments import (
     check_sizes,
     check_sum,
     dim_from_end,
-    split_sizes,
+    shares,
     wrong,
 )
 from pmod._autodiff import I, Params, Row, V, pair
@@ -160,7 +160,7 @@ def _check_divides(x: Tensor, at: int, function: str, axis: Axis, *, right: str 
         place = x.dim() + at
         given = f"x.shape[{place}] is {x.shape[at]}, which does not divide by {axis.size}"
         default = f"Pad x, or choose a {name} whose length is a multiple of {axis.size}."
-        right = right.format(sizes=split_sizes(int(x.shape[at]), axis.size))
+        right = right.format(sizes=shares(int(x.shape[at]), axis))
         raise wrong(ShapeError, function, axis, given, right or default)
 
 
@@ -196,7 +196,8 @@ def shard(x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None 
 
     I -> V. Transpose: unshard.
     Shapes: x (..., m, ...) -> (..., sizes[i], ...) on rank i; without sizes, `split_sizes(m, n)`: ceil(m / n) each, the
-    last ones shorter or empty, as torch.chunk and DTensor cut. The result may share storage with x.
+    last ones shorter or empty, as torch.chunk and DTensor cut; over several axes, along one after the other. The result
+    may share storage with x.
     Cost: nothing forward; backward joins the slices. Raises: ShapeError where sizes do not add up to m.
 
     >>> pmod.simulate(lambda: pmod.shard(torch.arange(3), "model"), model=2)
@@ -216,7 +217,7 @@ def shard(x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None 
 
 def _uneven(length: int, axis: Axis) -> tuple[int, ...] | None:
     """The sizes of an even split, None where all are equal."""
-    return None if axis.size == 1 or length % axis.size == 0 else split_sizes(int(length), axis.size)
+    return None if axis.size == 1 or length % axis.size == 0 else shares(int(length), axis)
 
 
 def unshard(
@@ -240,7 +241,7 @@ def unshard(
         whole = as_int(length)
         if whole is None or whole < 0:
             raise wrong(ShapeError, "unshard", bound, f"length is {length!r}", "Pass the whole length, 0 or more.")
-        given = split_sizes(whole, bound.size)
+        given = shares(whole, bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
         at = dim_from_end(dim, x, "unshard", bound)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import attrs
 import torch
 from torch import Tensor
 
-from pmod._ambient import current_mesh, resolve
-from pmod._arguments import check_tensor, split_sizes, wrong
+from pmod._ambient import given_mesh, resolve, watchers
+from pmod._arguments import check_tensor, shares, split_sizes, wrong
 from pmod._collectives import psum, pvary
+from pmod._debug import compare_claimed
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain, near_miss
 from pmod._mesh import Axis, Mesh
 from pmod._parallel import map_tensors
@@ -42,13 +43,29 @@ def _entry(given: Any) -> Entry:
     return tuple(names) if isinstance(given, tuple | list) else given
 
 
+def _lengths_by_dim(sizes: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """What P holds of `sizes`: ints only, because a float that is cut off says another length."""
+    try:
+        index = operator.index
+        parsed = {index(dim): tuple([index(length) for length in of]) for dim, of in sizes.items()}
+    except (TypeError, AttributeError):  # of another kind, or holding what is not an int
+        parsed = {}
+    whole = isinstance(sizes, Mapping) and len(parsed) == len(cast(Mapping[Any, Any], sizes))
+    if not whole or min(sum(parsed.values(), (0,))) < 0:
+        right = "Pass {dim: one length per rank of its axis}, all of them ints of 0 or more."
+        raise ShapeError(explain("P", f"sizes is {sizes!r}", right))
+    return tuple(sorted(parsed.items()))
+
+
 @attrs.frozen(init=False, repr=False)
 class P:
     """How a tensor is held: for each dim the axis that cuts it, a tuple of axes, or None; dims left out are whole.
 
     Along an axis that no entry names all ranks hold the same. A dim is cut as `split_sizes` says: ceil(length / n)
-    each, the last ones shorter or empty; `sizes` gives other lengths, {dim: one per rank of its axis}.
-    Raises: AxisError where an axis is named twice. JAX: jax.sharding.PartitionSpec, where dims must divide.
+    each, the last ones shorter or empty; over several axes along one after the other, as DTensor cuts. `sizes` gives
+    other lengths, {dim: one per rank of its axis}.
+    Raises: AxisError where an axis is named twice; ShapeError where sizes are not ints of a dim that is cut. JAX:
+    jax.sharding.PartitionSpec, where dims must divide.
 
     >>> pmod.P("data", None, ("node", "model"))
     P('data', None, ('node', 'model'))
@@ -62,7 +79,7 @@ class P:
 
     def __init__(self, *entries: str | Sequence[str] | None, sizes: Mapping[int, Sequence[int]] | None = None) -> None:
         parsed = tuple([_entry(entry) for entry in entries])
-        lengths = tuple([(dim, tuple(map(int, of))) for dim, of in sorted((sizes or {}).items())])
+        lengths = () if sizes is None else _lengths_by_dim(sizes)
         object.__setattr__(self, "entries", parsed)  # not attrs' own init, which torch.compile cannot trace
         object.__setattr__(self, "sizes", lengths)
         seen: set[str] = set()
@@ -110,6 +127,7 @@ class P:
         """
         from torch.distributed.tensor import Replicate, Shard
 
+        check_spec(self, [0] * len(self), given_mesh(mesh, "P.placements"), "P.placements", "the spec")
         cut: dict[str, int] = {}
         for dim, entry in enumerate(self.entries):
             names = () if entry is None else (entry,) if isinstance(entry, str) else entry
@@ -134,6 +152,9 @@ class P:
         """
         from torch.distributed.tensor import Replicate, Shard
 
+        if len(placements) != len(given_mesh(mesh, "P.from_placements").axis_names):
+            given, right = f"placements are {placements!r}", f"Pass one for each axis of the mesh: {mesh.axis_names}."
+            raise ShapeError(explain("P.from_placements", given, right))
         cut: dict[int, list[str]] = {}
         for name, placement in zip(mesh.axis_names, placements, strict=True):
             if type(placement) is Shard:
@@ -182,7 +203,7 @@ def sizes_of(
     """How a spec cuts a dim of a whole tensor."""
     told, length = dict(spec.sizes).get(dim), operator.index(shape[dim])
     if told is None:
-        return split_sizes(length, axis.size)
+        return shares(length, axis)
     if len(told) != axis.size or sum(told) != length or min(told) < 0:
         what = f"sizes {told} do not cut dim {dim}, of length {length}, for {axis.size} ranks"
         right = f"Pass {axis.size} sizes that add up to {length}."
@@ -238,7 +259,7 @@ def _checked(
     tree: Any, specs: Specs, mesh: Mesh | None, function: str
 ) -> tuple[Mesh, Axis, list[tuple[Tensor, P, str]]]:
     """The mesh, all its axes as one, and the leaves with their specs and paths."""
-    mesh = current_mesh() if mesh is None else mesh
+    mesh = given_mesh(mesh, function)
     everywhere = resolve(mesh, function)
     found = with_specs(tree, specs, function, "tree", everywhere)
     for x, spec, where in found:
@@ -253,6 +274,17 @@ def _in_groups(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], list[in
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     return groups
+
+
+def _compare_left_out(found: Sequence[tuple[Tensor, P, str]], mesh: Mesh, function: str) -> None:
+    """Under debug: along the axes that its spec leaves out each leaf is one value."""
+    if torch.compiler.is_compiling() or not watchers():
+        return
+    left_out = [tuple(name for name in mesh.axis_names if name not in spec.axes) for _, spec, _ in found]
+    for names, members in sorted(_in_groups(left_out).items()):
+        if names:
+            leaves = [(found[i][0], found[i][2]) for i in members]
+            compare_claimed(leaves, mesh.bind(names[0] if len(names) == 1 else names, function), function)
 
 
 def enter(tree: T, specs: Specs, *, mesh: Mesh | None = None, reduce_dtype: torch.dtype | None = None) -> T:
@@ -287,7 +319,7 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     A leaf is V along the axes that its spec names and I along the others; the result is I along all of them. 16-bit
     leaves add up in float32.
     Shapes: any -> (). Cost: one number for each set of axes that specs name. optax: global_norm.
-    Raises: as `enter`.
+    Raises: as `enter`; under `debug` MismatchError where a leaf differs along an axis that its spec leaves out.
 
     >>> def norm():
     ...     shard, bias = torch.full((2,), 3.0), torch.full((1,), 8.0)
@@ -296,6 +328,7 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     [tensor(10.), tensor(10.)]
     """
     mesh, _, found = _checked(tree, specs, mesh, "global_norm")
+    _compare_left_out(found, mesh, "global_norm")
     sizes = [x.abs() for x, _, _ in found]
     squares = [size.to(accumulator(size.dtype, None)).square().sum() for size in sizes]
     cut_along = [tuple(name for name in mesh.axis_names if name in spec.axes) for _, spec, _ in found]
@@ -307,14 +340,6 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
 
 
 # --- DTensors -------------------------------------------------------------------------------------
-
-
-def _chunked(length: int, parts: Sequence[int]) -> list[int]:
-    """How DTensor cuts a length along several axes: along the first, then each part along the next."""
-    lengths = [length]
-    for n in parts:
-        lengths = [part for whole in lengths for part in split_sizes(whole, n)]
-    return lengths
 
 
 def whole_shapes(
@@ -357,10 +382,11 @@ def as_dtensor(x: Tensor, spec: P, sizes: Mapping[int, tuple[int, ...]], device_
     shape = [sum(sizes[dim]) if dim in sizes else int(length) for dim, length in enumerate(x.shape)]
     for dim, held in sizes.items():
         entry = spec.entries[dim]
-        parts = [mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ())]
-        if list(held) != _chunked(shape[dim], parts):
-            what = f"dim {dim} is cut in {held}, and DTensor cuts {shape[dim]} in {tuple(_chunked(shape[dim], parts))}"
-            right = "Use shards of split_sizes' lengths."
+        parts = tuple([mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ())])
+        cut = split_sizes(shape[dim], parts)
+        if held != cut:
+            what = f"dim {dim} is cut in {held}, and DTensor cuts {shape[dim]} in {cut}"
+            right = f"Use shards of the lengths of split_sizes({shape[dim]}, {parts})."
             raise unfit(ShapeError, function, where, what, spec, tuple(x.shape), mesh, right)
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     return DTensor.from_local(x, device_mesh, spec.placements(mesh), run_check=False, shape=torch.Size(shape),
@@ -373,7 +399,9 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
     What DCP loads into them is in the tensors that went in; `from_dtensors` gives local tensors back. Nothing is
     differentiated.
     Cost: the lengths of the shards, one small message for each axis that cuts something.
-    Raises: ShapeError where shards are not as long as `split_sizes` says, which DTensor cannot hold.
+    Raises: ShapeError where shards are not as long as `split_sizes` says, which DTensor cannot hold. Under `debug`
+    MismatchError where a leaf differs along an axis that its spec leaves out: of such a leaf a checkpoint holds the
+    value of any rank.
 
         state = pmod.to_dtensors(dict(model.named_parameters()), specs)
         torch.distributed.checkpoint.save(state, checkpoint_id="step_100")
@@ -382,6 +410,7 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
     (Replicate(), Shard(dim=0))
     """
     mesh, everywhere, found = _checked(tree, specs, mesh, "to_dtensors")
+    _compare_left_out(found, mesh, "to_dtensors")
     sizes, device_mesh = whole_shapes(found, mesh, "to_dtensors"), mesh.device_mesh
     made = [
         as_dtensor(x.detach(), spec, held, device_mesh, mesh, "to_dtensors", where)
@@ -415,9 +444,19 @@ def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> t
     >>> pmod.simulate(lambda: pmod.local_slice((5, 4), pmod.P("data")), data=2)
     [(slice(0, 3, None), slice(0, 4, None)), (slice(3, 5, None), slice(0, 4, None))]
     """
-    mesh = current_mesh() if mesh is None else mesh
+    mesh = given_mesh(mesh, "local_slice")
+    if not isinstance(spec, P):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"spec is {spec!r}, a {type(spec).__name__}"
+        raise ArgumentError(explain("local_slice", given, "Pass a pmod.P.", coords=mesh.coords))
+    given_shape = shape
+    try:
+        shape = tuple([operator.index(length) for length in shape])
+    except TypeError:  # not a sequence, or not of ints
+        shape = (-1,)
+    if min(shape, default=0) < 0:
+        raise ShapeError(explain("local_slice", f"shape is {given_shape!r}", "Pass a length of 0 or more per dim."))
     check_spec(spec, shape, mesh, "local_slice", "shape")
-    slices = [slice(0, operator.index(length)) for length in shape]
+    slices = [slice(0, length) for length in shape]
     for dim, entry in enumerate(spec.entries):
         if entry is not None:
             axis = resolve(mesh[entry], "local_slice")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmod._ambient import resolve, resolve_each
-from pmod._arguments import check_tensor, dim_from_end, split_sizes, wrong
+from pmod._arguments import check_tensor, dim_from_end, shares, wrong
 from pmod._autodiff import Call, bind
 from pmod._errors import ArgumentError, PmodError, ShapeError
 from pmod._mesh import Axis, AxisLike, Mesh
@@ -228,10 +228,10 @@ def _exchange(x: Tensor, axis: Axis, move: _Move, sizes: Sizes) -> tuple[Tensor,
     """x after a move, and the lengths along the dim that is cut now."""
     if move.after is None:
         return bind(Call(UNSHARD, axis, (move.before, sizes)), [x])[0], ()
-    shares = split_sizes(int(x.shape[move.after]), axis.size)
+    cut = shares(int(x.shape[move.after]), axis)
     if move.before is None:
-        return bind(Call(SHARD, axis, (move.after, shares)), [x])[0], shares
-    return bind(Call(ALL_TO_ALL, axis, (move.after, move.before, shares, sizes)), [x])[0], shares
+        return bind(Call(SHARD, axis, (move.after, cut)), [x])[0], cut
+    return bind(Call(ALL_TO_ALL, axis, (move.after, move.before, cut, sizes)), [x])[0], cut
 
 
 # --- one stage ------------------------------------------------------------------------------------

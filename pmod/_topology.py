@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -22,7 +24,11 @@ _FILLED: Any = None  # the default of a field that _fill works out from the othe
 
 
 def _as_device(device: torch.device | str) -> torch.device:
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        right = "Pass a torch.device, or its name: 'cpu', 'cuda:0'."
+        raise TopologyError(explain("Topology", f"device is {device!r}", right)) from None
 
 
 @attrs.frozen
@@ -67,6 +73,10 @@ class Topology:
         _check(self, "node_rank", 0, "num_nodes")
         _check(self, "master_port", 1, high=65535, optional=True)
         _check(self, "restart_count", 0)
+        for name, optional in (("backend", False), ("launcher", False), ("master_addr", True), ("job", False)):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and optional):
+                raise TopologyError(explain("Topology", f"{name} is {value!r}", f"{name} is a text."))
         others, elsewhere = self.num_nodes - 1, self.world_size - self.local_world_size
         if others > elsewhere or (elsewhere and not others):
             sizes = f"local_world_size is {self.local_world_size}, and world_size is {self.world_size}"
@@ -424,3 +434,30 @@ def _port_of_proxy() -> int | None:
     except OSError:
         return None  # no Linux, or a container that hides the proxy
     return _port_of(f"pid {pid}")
+
+
+def warn_of_straddling(sizes: Mapping[str, int], place: Topology) -> None:
+    """Name an axis that crosses nodes although it and the larger axes after it would fit into one.
+
+    Larger axes have the better claim to a node, so ``data=2, model=4`` on nodes of 4 is as it should be, and
+    ``model=4, data=2`` is not.
+    """
+    node = place.local_world_size
+    if place.num_nodes == 1:
+        return
+    names, lengths = list(sizes), list(sizes.values())
+    inner = 1  # the stride of the axis at hand
+    for number in reversed(range(len(names))):
+        size = lengths[number]
+        later = math.prod(other for other in lengths[number + 1 :] if size <= other <= node)
+        if size > 1 and size * later <= node and node % (size * inner) != 0:
+            name = names[number]
+            warnings.warn(
+                explain(
+                    "make_mesh",
+                    f"axis {name!r} (size {size}) straddles nodes of {node} ranks, though it would fit into one",
+                    f"Name it last, with a size that divides {node}, or order the ranks with ranks=.",
+                ),
+                stacklevel=3,
+            )
+        inner *= size

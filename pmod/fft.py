@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from pmod._ambient import resolve
-from pmod._arguments import check_adds_up, check_sizes, split_sizes
+from pmod._arguments import check_adds_up, check_sizes, shares
 from pmod._errors import ShapeError, explain
 from pmod._mesh import AxisLike
 from pmod._spectrum import Cut, Ints, Some, lowest, transform
@@ -365,11 +365,11 @@ def _frequencies(function: str, whole: Tensor, few: int | None, axis: AxisLike |
     if axis is None:
         return kept
     bound = resolve(axis, f"fft.{function}")
-    shares = split_sizes(int(kept.shape[0]), bound.size)
+    cut = shares(int(kept.shape[0]), bound)
     if sizes is not None:
-        shares = check_sizes(sizes, f"fft.{function}", bound)
-        check_adds_up(kept, -1, shares, f"fft.{function}", bound)
-    return kept.narrow(0, sum(shares[: bound.index]), shares[bound.index])
+        cut = check_sizes(sizes, f"fft.{function}", bound)
+        check_adds_up(kept, -1, cut, f"fft.{function}", bound)
+    return kept.narrow(0, sum(cut[: bound.index]), cut[bound.index])
 
 
 def fftfreq(

@@ -28,10 +28,13 @@ def groups(sizes: Mapping[str, int], axis: Sequence[str]) -> list[list[int]]:
     return ranks.transpose(order).reshape(-1, math.prod(sizes[name] for name in axis)).tolist()
 
 
-def split_sizes(n: int, parts: int) -> list[int]:
-    """ceil(n / parts) each, until nothing is left."""
-    step = math.ceil(n / parts)
-    return [len(range(n)[i * step : (i + 1) * step]) for i in range(parts)]
+def split_sizes(n: int, *parts: int) -> list[int]:
+    """ceil(n / parts) each, until nothing is left; over several axes each part of the first is cut along the others."""
+    if not parts:
+        return [n]
+    step = math.ceil(n / parts[0])
+    lengths = [len(range(n)[i * step : (i + 1) * step]) for i in range(parts[0])]
+    return [part for length in lengths for part in split_sizes(length, *parts[1:])]
 
 
 def _cut(x: Array, sizes: Sequence[int], dim: int) -> Arrays:
@@ -107,8 +110,9 @@ def psum_scatter(xs: Arrays, dim: int = 0, tiled: bool = True, sizes: Sequence[i
     return parts if tiled else [np.squeeze(part, dim) for part in parts]
 
 
-def shard(xs: Arrays, dim: int = 0, sizes: Sequence[int] | None = None) -> Arrays:
-    sizes = split_sizes(xs[0].shape[dim], len(xs)) if sizes is None else sizes
+def shard(xs: Arrays, dim: int = 0, sizes: Sequence[int] | None = None, parts: Sequence[int] = ()) -> Arrays:
+    """`parts` are the sizes of the axes, where there are several."""
+    sizes = split_sizes(xs[0].shape[dim], *(parts or [len(xs)])) if sizes is None else sizes
     return [_cut(x, sizes, dim)[rank] for rank, x in enumerate(xs)]
 
 

@@ -37,6 +37,7 @@ class Choices:
     empty: bool = False  # one of the other dims has length 0
     lengths: tuple[int, int] = (1, 3)  # of a dim that the function leaves alone
     turn: int | None = None  # which of the ways to call it; any, if None
+    axes: tuple[int, ...] = ()  # the sizes of the axes that it is called over, where there are several
 
     @staticmethod
     def seeded(*seed: int | str, **kwargs: Any) -> Choices:
@@ -147,7 +148,7 @@ def _shard(c: Choices, n: int) -> Drawn:
     dim = c.dim(len(shape))
     shape = _along(shape, dim, c.integer(0, 2 * n + 1))
     sizes = c.way(c.parts(shape[dim], n), None)
-    return _alike(shape, n, oracle.shard, dim=dim, sizes=sizes)
+    return _alike(shape, n, partial(oracle.shard, parts=c.axes), dim=dim, sizes=sizes)
 
 
 def _unshard(c: Choices, n: int) -> Drawn:
@@ -157,7 +158,7 @@ def _unshard(c: Choices, n: int) -> Drawn:
     if how == "equal":
         return _alike(shape, n, oracle.unshard, dim=dim)
     total = c.integer(0, 2 * n + 1) if shape[dim] else 0
-    sizes = c.parts(total, n) if how == "sizes" else oracle.split_sizes(total, n)
+    sizes = c.parts(total, n) if how == "sizes" else oracle.split_sizes(total, *(c.axes or [n]))
     shapes = [[*shape] for _ in range(n)]
     for own, size in zip(shapes, sizes, strict=True):
         own[dim] = size
@@ -460,7 +461,8 @@ class Here:
         # one draw for all groups of the mesh, as one program is for all ranks; the numbers differ between groups
         self.drawn = drawn
         if drawn is None:
-            self.drawn = case.draw(Choices.seeded(case.name, axis, self.n, *seed, **choices), self.n)
+            axes = tuple(mesh.shape[name] for name in names)
+            self.drawn = case.draw(Choices.seeded(case.name, axis, self.n, *seed, axes=axes, **choices), self.n)
         self._numbers = np.random.default_rng([*map(ord, case.name), self.group[0]])
         self.complex = False
         self.xs = self.random_inputs()

@@ -572,7 +572,8 @@ def test_drawn(data: st.DataObject) -> None:
     names = data.draw(st.permutations(list(sizes)), label="axes")[: data.draw(st.integers(1, len(sizes)))]
     axis = data.draw(st.sampled_from(["{}", "mesh[{}]"]), label="axis").format(",".join(names))
     empty = data.draw(st.sampled_from([False] * 5 + [True]), label="empty")
-    choices = Choices(lambda low, high: data.draw(st.integers(low, high)), empty=empty)
+    axes = tuple(sizes[name] for name in names)
+    choices = Choices(lambda low, high: data.draw(st.integers(low, high)), empty=empty, axes=axes)
     drawn = case.draw(choices, len(oracle.groups(sizes, names)[0]))
     prop = data.draw(
         st.sampled_from(["value", "higher", "transforms", "batched", "layouts", "dtypes"]), label="property"

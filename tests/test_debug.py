@@ -781,3 +781,10 @@ def test_a_cell_is_the_same_place_on_all_ranks() -> None:
         assert pmod.simulate(lambda: from_cell(7, me), data=2) == [2.0, 2.0]
         with pytest.raises(pmod.MismatchError, match=r"the ranks differ in called at:\n.* at cell 7:1\n.* at cell 8:1"):
             pmod.simulate(lambda: from_cell(7 + me(), me), data=2)
+
+
+@pytest.mark.parametrize("f", ["text", None, 3])
+def test_checked_takes_what_can_be_called(f: Any) -> None:
+    with pytest.raises(pmod.ArgumentError) as raised:
+        pmod.checked(f)
+    assert str(raised.value) == f"pmod.checked: f is {f!r}.\nPass a step function: @pmod.checked above its def."

@@ -12,13 +12,15 @@ import textwrap
 import threading
 import time
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pmod
-from pmod import _launch
+from pmod import _launch, _place
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -334,6 +336,113 @@ def warn() -> None:
 @pytest.mark.filterwarnings("ignore:to be ignored")
 def test_a_rank_of_the_pool_treats_warnings_as_the_test_does():
     spmd.launch(warn, model=2)
+
+
+# --- workers of a rank ------------------------------------------------------------------------------------------------
+
+
+def asked(mesh: pmod.Mesh, batches: pmod.sampler) -> dict[str, Any]:
+    """What a process says of its place, by the mesh it was sent and by one that it makes."""
+    made = pmod.make_mesh(data=-1)
+    rows = pmod.local_slice((8,), pmod.P("data"), mesh=mesh)[0].start
+    found = {"coords": mesh.coords, "rank": mesh.topology.rank, "rows": rows, "made": made.coords,
+             "index": pmod.axis_index(mesh["data"]), "batches": list(batches)}  # fmt: skip
+    for name, x in {"psum": mesh, "made psum": made}.items():
+        began = time.monotonic()
+        with pytest.raises(pmod.TopologyError) as raised:
+            pmod.psum(torch.ones(()), x["data"])
+        assert time.monotonic() - began < 10
+        found[name] = str(raised.value)
+    return found
+
+
+def work(mesh: pmod.Mesh, batches: pmod.sampler, pipe: Connection, below: str | None) -> None:
+    found = asked(mesh, batches)
+    if below is not None:
+        assert ask_worker(below, mesh, batches) == found
+    pipe.send(found)
+
+
+def ask_worker(how: str, mesh: pmod.Mesh, batches: pmod.sampler, below: str | None = None) -> dict[str, Any]:
+    context = multiprocessing.get_context(how)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(mesh, batches, theirs, below))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(50), f"no answer from a worker by {how}"
+        return ours.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def ask_workers(ways: list[tuple[str, str | None]]) -> None:
+    mesh = pmod.current_mesh()
+    batches = pmod.sampler(range(4), "data", shuffle=False)
+    pmod.psum(torch.ones(()), "data")  # connected: the rank's own group must not be used by a worker
+    index, size = mesh.axis_index("data"), mesh.size
+    text = f"pmod.psum: this process works for rank {index} of {size} (as a DataLoader's worker does) and is not a rank"
+    for how, below in ways:
+        found = ask_worker(how, mesh, batches, below)
+        texts = [found.pop(name) for name in ("psum", "made psum")]
+        assert all(told.startswith(text) for told in texts), texts
+        assert found == {"coords": {"data": index}, "rank": index, "rows": 4 * index, "made": {"data": index},
+                         "index": index, "batches": list(batches)}  # fmt: skip
+    assert pmod.psum(1, "data") == size  # and the rank goes on
+
+
+@pytest.mark.parametrize("ways", [[("fork", "fork")], [("spawn", None)], [("forkserver", "spawn")]], ids=str)
+def test_a_worker_stands_where_its_rank_does_and_sends_nothing(ways):
+    spmd.launch(ask_workers, ways, data=2, timeout=120)
+
+
+def test_a_worker_under_torchrun_does_the_same(tmp_path):
+    code = """
+        import os
+        import pmod
+        from tests.test_launch import ask_workers
+
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        mesh = pmod.make_mesh(data=-1)  # without a guard: a worker that is spawned runs it, too
+        if __name__ == "__main__":
+            pmod.set_mesh(mesh)
+            ask_workers([("spawn", None), ("fork", None)])
+            print("as it should be", flush=True)
+    """
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run = python(*torchrun, script(tmp_path, code))
+    assert run.stdout.count("as it should be") == 2, run.stderr
+
+
+def in_simulated_worker() -> tuple[int | None, str]:
+    ours, theirs = multiprocessing.Pipe()
+
+    def work() -> None:
+        try:
+            pmod.psum(torch.ones(()), "x")
+        except pmod.TopologyError as error:
+            theirs.send((pmod.axis_index("x"), str(error)))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    try:
+        return ours.recv() if ours.poll(20) else (None, "no answer")
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_worker_of_a_simulated_rank():
+    for rank, (index, text) in enumerate(pmod.simulate(in_simulated_worker, x=2)):
+        assert index == rank and f"works for rank {rank} of 2" in text
+
+
+def test_where_multiprocessing_keeps_what_children_get():
+    """`_place` writes there. A process that is started by a plain one has no place but its own."""
+    assert isinstance(multiprocessing.current_process()._config, dict)
+    assert _place.of_parent() is None and not _place.is_no_rank()
 
 
 def environment() -> dict[str, str]:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import pmod
 from pmod import _groups
+from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
 
@@ -550,6 +551,64 @@ def test_a_pickled_mesh_finds_its_own_place(monkeypatch):
     row = mesh_at(0, a=2, b=2)["b"]  # the row of rank 0: another rank is outside
     monkeypatch.setattr(_groups, "launched", at(2, 4))
     assert pickle.loads(pickle.dumps(row)).coords is None
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: pmod.make_mesh([("a", 2)]), pmod.ArgumentError, "make_mesh: axes is [('a', 2)]."),
+        (lambda: pmod.make_mesh(a=1, topology={}), pmod.ArgumentError, "make_mesh: topology is {}."),
+        (lambda: mesh_at(0, a=2, b=2).flatten(3, "c"), pmod.AxisError, "Mesh.flatten at (a=0, b=0): axis is 3, a int."),
+        (lambda: mesh_at(0, a=2).coords_of("a"), pmod.AxisError, "Mesh.coords_of: rank is 'a'."),
+        (lambda: mesh_at(0, a=2).coords_of(0.5), pmod.AxisError, "Mesh.coords_of: rank is 0.5."),
+        (lambda: at(0, 1, device="gpu"), pmod.TopologyError, "Topology: device is 'gpu'."),
+        (lambda: at(0, 1, launcher=3), pmod.TopologyError, "Topology: launcher is 3."),
+        (lambda: at(0, 1, master_addr=3), pmod.TopologyError, "Topology: master_addr is 3."),
+    ],
+)
+def test_odd_arguments(call, error, text):
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value).startswith(f"pmod.{text}\n")
+
+
+def test_flatten_takes_one_name():
+    assert mesh_at(0, data=2, b=2).flatten("data", "c").axis_names == ("c", "b")
+
+
+def holders() -> bytes:
+    """What holds a mesh or an axis of two ranks, saved."""
+    mesh = pmod.current_mesh()
+    plain = torch.nn.Linear(2, 1)
+    averaged = pmod.data_parallel(torch.nn.Linear(2, 1), "data")
+    pmod.share_parameters(plain, "data")
+    return pickle.dumps([mesh, mesh["data"], pmod.sampler(range(4), "data"), averaged, plain])
+
+
+def test_a_mesh_that_does_not_fit_where_it_is_loaded_says_so_at_the_first_question():
+    mesh, part, batches, averaged, shared = pickle.loads(spmd.launch(holders, data=2)[1])
+    assert mesh.shape == {"data": 2} and mesh.ranks.tolist() == [0, 1] and mesh.axis_size("data") == mesh.size == 2
+    assert mesh == mesh_at(0, data=2) and hash(mesh) == hash(mesh_at(0, data=2)) and "data" in str(mesh)
+    assert repr(mesh) == "Mesh(data=2), which does not fit rank 0 of 1" and mesh.coords_of(1) == {"data": 1}
+    assert pickle.loads(pickle.dumps(mesh)) == mesh and pickle.loads(pickle.dumps(batches)).epoch == 0
+    x = torch.ones(1, 2)
+    for ask in (lambda: mesh.coords, lambda: mesh.axis_index("data"), lambda: mesh["data"], lambda: part.device_mesh,
+                lambda: mesh.group("data"), lambda: pmod.psum(x, part), lambda: pmod.shard(x, mesh),
+                lambda: pmod.local_slice((4,), pmod.P("data"), mesh=mesh), lambda: next(iter(batches)),
+                lambda: averaged(x).sum().backward(), lambda: shared(x)):  # fmt: skip
+        began = time.monotonic()
+        with pytest.raises(pmod.TopologyError) as raised:
+            ask()
+        assert "the mesh {'data': 2} is over ranks [0, 1], and this process is rank 0 of 1" in str(raised.value)
+        assert time.monotonic() - began < 10
+
+
+def test_an_axis_finds_its_own_place_where_it_is_loaded():
+    batches = pmod.simulate(lambda: pickle.dumps(pmod.sampler(range(4), "data", shuffle=False)), data=2)[0]
+    assert pmod.simulate(lambda: list(pickle.loads(batches)), data=2) == [[[0], [2]], [[1], [3]]]
+    row = mesh_at(0, data=2, model=2)["model"]  # of ranks 0 and 1
+    found = pmod.simulate(lambda: pickle.loads(pickle.dumps(row)).coords, data=3)
+    assert found == [{"model": 0}, {"model": 1}, None]
 
 
 def test_a_mesh_pickled_to_another_process_finds_its_place_there(tmp_path):

@@ -55,6 +55,7 @@ BY_HAND: dict[str, tuple[list[Any], list[Any]]] = {
     "groups": (oracle.groups({"a": 2, "b": 3}, ["b"]), [[0, 1, 2], [3, 4, 5]]),
     "groups of a tuple": (oracle.groups({"a": 2, "b": 3}, ["b", "a"]), [[0, 3, 1, 4, 2, 5]]),
     "split_sizes": (oracle.split_sizes(10, 4), [3, 3, 3, 1]),
+    "split_sizes over two axes": (oracle.split_sizes(9, 2, 2), [3, 2, 2, 2]),
 }
 
 
@@ -183,7 +184,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         [("value", "shard"), ("gradient", "unshard")],
     ),
     "uneven shards are longest at the end": (
-        lambda patch: patch.setattr(_slices, "split_sizes", lambda n, parts: pmod.split_sizes(n, parts)[::-1]),
+        lambda patch: patch.setattr(_slices, "shares", lambda n, axis: pmod.split_sizes(n, axis.parts)[::-1]),
         [("value", "shard"), ("value", "unshard")],
     ),
     "place puts it on the next rank": (

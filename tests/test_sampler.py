@@ -300,6 +300,59 @@ WRONG: dict[str, tuple[Callable[[], Any], type[pmod.PmodError], str]] = {
         "pmod.sampler.state_dict(axis='data') at (data=0): done is 4, and there are 3 batches.\n"
         "Count the batches since the loop over the DataLoader began.",
     ),
+    "start before the first": (
+        lambda: resumed(start=-4),
+        pmod.ShapeError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): start is -4.\n"
+        "It is 0 or more. Pass what state_dict(done) returned.",
+    ),
+    "start after the last": (
+        lambda: resumed(start=50),
+        pmod.ShapeError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): start is 50, and there are 9 samples.\n"
+        "It says how many of them were read.",
+    ),
+    "start is a text": (
+        lambda: resumed(start="2"),  # type: ignore[arg-type]
+        pmod.ArgumentError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): start is '2', a str.\n"
+        "Pass what state_dict(done) returned.",
+    ),
+    "epoch of a state": (
+        lambda: resumed(epoch=-1),
+        pmod.ShapeError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): epoch is -1.\n"
+        "It is 0 or more. Pass what state_dict(done) returned.",
+    ),
+    "seed of a state": (
+        lambda: resumed(seed=None),  # type: ignore[arg-type]
+        pmod.ArgumentError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): seed is None, a NoneType.\n"
+        "Pass what state_dict(done) returned.",
+    ),
+    "shuffle of a state": (
+        lambda: resumed(shuffle=2),
+        pmod.ShapeError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): shuffle is 2.\n"
+        "It is 0 or 1. Pass what state_dict(done) returned.",
+    ),
+    "unknown and missing": (
+        lambda: pmod.sampler(range(9), "data").load_state_dict({"epoch": 0, "step": 3, "length": 9, "seed": 0}),
+        pmod.ArgumentError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): the state lacks 'start', 'shuffle' and has unknown "
+        "'step'.\nPass what state_dict(done) returned.",
+    ),
+    "no state": (
+        lambda: pmod.sampler(range(9), "data").load_state_dict(None),  # type: ignore[arg-type]
+        pmod.ArgumentError,
+        "pmod.sampler.load_state_dict(axis='data') at (data=0): state is a NoneType.\n"
+        "Pass what state_dict(done) returned.",
+    ),
+    "shuffle is a text": (
+        lambda: pmod.sampler(range(9), "data", shuffle="no"),  # type: ignore[arg-type]
+        pmod.ArgumentError,
+        "pmod.sampler(axis='data') at (data=0): shuffle is 'no'.\nPass True or False.",
+    ),
     "another dataset": (
         lambda: resumed(length=8),
         pmod.ShapeError,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import pmod
 from pmod import P
@@ -40,6 +40,11 @@ def test_a_spec_is_a_value() -> None:
         (("data", ("model", "data")), None, pmod.AxisError, "names the axis 'data' twice"),
         ((3,), None, pmod.AxisError, "3 is no entry of a spec"),
         (((),), None, pmod.AxisError, "() is no entry of a spec"),
+        (("data",), {0: (1.9, 2.9)}, pmod.ShapeError, "sizes is {0: (1.9, 2.9)}.\nPass {dim: one length per rank"),
+        (("data",), {0: None}, pmod.ShapeError, "sizes is {0: None}."),
+        (("data",), {"0": (1, 2)}, pmod.ShapeError, "sizes is {'0': (1, 2)}."),
+        (("data",), {0: (-1, 2)}, pmod.ShapeError, "sizes is {0: (-1, 2)}."),
+        (("data",), [(1, 2)], pmod.ShapeError, "sizes is [(1, 2)]."),
         (("data", None), {1: (1, 2)}, pmod.ShapeError, "sizes names dim 1, which P('data', None, sizes={1: (1, 2)})"),
     ],
 )
@@ -62,6 +67,10 @@ def test_placements_and_back() -> None:
         P(("model", "data")).placements(mesh)
     with pytest.raises(pmod.ShapeError, match="has sizes of its own"):
         P("data", sizes={0: (1, 2)}).placements(mesh)
+    with pytest.raises(pmod.AxisError, match=r"P\.placements.*no axis 'modle'; did you mean 'model'\?"):
+        P("modle").placements(mesh)
+    with pytest.raises(pmod.ShapeError, match="Pass one for each axis of the mesh"):
+        P.from_placements((Replicate(),), mesh)
     with pytest.raises(pmod.ShapeError, match="Partial"):
         P.from_placements((torch.distributed.tensor.Partial(), Replicate(), Replicate()), mesh)
 
@@ -69,14 +78,14 @@ def test_placements_and_back() -> None:
 # --- enter and global_norm ------------------------------------------------------------------------
 
 SPECS = {"whole": P(), "rows": P("model"), "columns": [P(None, "data"), P(("data", "model"))]}
-LENGTHS = {"whole": (3,), "rows": (5, 2), "columns": [(2, 3), (7,)]}
+LENGTHS = {"whole": (3,), "rows": (5, 2), "columns": [(2, 3), (9,)]}
 
 
 def whole_tree() -> dict[str, Any]:
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
-    return {"whole": draw((3,)), "rows": draw((5, 2)), "columns": [draw((2, 3)), draw((7,))]}
+    return {"whole": draw((3,)), "rows": draw((5, 2)), "columns": [draw((2, 3)), draw((9,))]}
 
 
 def cut(x: torch.Tensor, spec: P) -> torch.Tensor:
@@ -214,6 +223,24 @@ def test_slices_with_sizes_and_without_fit() -> None:
         pmod.simulate(lambda: pmod.local_slice((4,), P(None, "data")), data=2)
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: pmod.local_slice((4, 3), "data"), pmod.ArgumentError, "local_slice at (data=0): spec is 'data', a"),
+        (lambda: pmod.local_slice(4, P("data")), pmod.ShapeError, "local_slice: shape is 4."),
+        (lambda: pmod.local_slice((-4,), P("data")), pmod.ShapeError, "local_slice: shape is (-4,)."),
+        (lambda: pmod.local_slice((4.0,), P("data")), pmod.ShapeError, "local_slice: shape is (4.0,)."),
+        (lambda: pmod.local_slice((4,), P(), mesh="x"), pmod.ArgumentError, "local_slice: mesh is a str."),
+        (lambda: pmod.enter({}, P(), mesh="x"), pmod.ArgumentError, "enter: mesh is a str."),
+        (lambda: pmod.shard_map(abs, mesh="x", in_specs=P(), out_specs=P())(1), pmod.ArgumentError, "mesh is a str."),
+    ],
+)
+def test_wrong_arguments(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        pmod.simulate(call, data=2)
+    assert text in str(raised.value)
+
+
 # --- DTensors and checkpoints ---------------------------------------------------------------------
 
 
@@ -232,8 +259,100 @@ def as_dtensors_and_back() -> None:
 
 
 def test_dtensors() -> None:
-    # 7 elements on 2 x 2 ranks: DTensor cuts 4 + 3 and then 2, 2, 2, 1, as split_sizes does
+    # 9 elements on 2 x 2 ranks: 5 + 4 along the first axis, then 3, 2, 2, 2
     spmd.launch(as_dtensors_and_back, data=2, model=2)
+
+
+def claims_of_one_value() -> list[str]:
+    """A leaf that differs along an axis that its spec leaves out, and one that differs along an axis that it names."""
+    mesh = pmod.current_mesh()
+    x, y = mesh.axis_index("x"), mesh.axis_index("y")
+    state = {"same": torch.ones(2), "rows": torch.full((1,), float(x)), "stray": torch.tensor([1.0, float(y == 1)])}
+    specs = {"same": P(), "rows": P("x"), "stray": P("x")}
+    texts: list[str] = []
+    for f in (pmod.to_dtensors, pmod.global_norm):
+        f(state, specs)  # not looked at without debug
+        with pmod.debug(), pytest.raises(pmod.MismatchError) as raised:
+            f(state, specs)
+        texts.append(str(raised.value))
+        with pmod.debug():
+            f({**state, "stray": torch.ones(2)}, specs)
+            f({**state, "stray": torch.ones(2) + y}, {**specs, "stray": P(("x", "y"))})
+    return texts
+
+
+def check_claims(found: list[list[str]]) -> None:
+    for rank, texts in enumerate(found):
+        for name, text in zip(("to_dtensors", "global_norm"), texts, strict=True):
+            x, y = divmod(rank, 2)
+            ranks = [2 * x, 2 * x + 1]
+            assert text.startswith(
+                f"pmod.{name}(axis='y') at (x={x}, y={y}): tree['stray'][1] goes from 0 to 1 over the ranks, "
+                f"a difference of 1, but its spec leaves 'y' out, so ranks {ranks} should hold one value.\n"
+            )
+
+
+def test_under_debug_a_leaf_is_one_value_where_its_spec_says_so() -> None:
+    check_claims(spmd.launch(claims_of_one_value, x=2, y=2))
+
+
+def global_norm_of_what_differs() -> str:
+    with pmod.debug(), pytest.raises(pmod.MismatchError) as raised:
+        pmod.global_norm(torch.ones(2) + pmod.axis_index("x"), P())
+    return str(raised.value)
+
+
+def test_under_debug_simulated_ranks_say_the_same() -> None:
+    texts = pmod.simulate(global_norm_of_what_differs, x=3)
+    assert all("tree[0] goes from 1 to 3 over the ranks" in text for text in texts), texts
+
+
+TWO_AXES = [P(("data", "model")), P(None, ("data", "model"))]
+
+
+def over_two_axes(length: int) -> None:
+    """shard, local_slice, shard_map and unshard cut as DTensor does: along one axis, then each part along the other."""
+    for spec in TWO_AXES:
+        dim = len(spec) - 1
+        shape = (2, length) if dim else (length, 2)
+        whole = torch.arange(2.0 * length).reshape(shape)
+        placements = (Shard(dim), Shard(dim))
+        mine = distribute_tensor(whole, pmod.current_mesh().device_mesh, placements).to_local()
+        axis = ("data", "model")
+        assert torch.equal(mine, pmod.shard(whole, axis, dim=dim)) and torch.equal(
+            mine, whole[pmod.local_slice(shape, spec)]
+        )
+        assert torch.equal(whole, pmod.unshard(mine, axis, dim=dim, length=length))
+        held = pmod.to_dtensors(mine, spec)
+        assert held.placements == placements and torch.equal(held.to_local(), mine)
+        seen: list[torch.Tensor] = []
+        y = pmod.shard_map(lambda x, seen=seen: seen.append(x) or 2 * x, in_specs=spec, out_specs=spec)(whole)
+        assert torch.equal(seen[0], mine) and torch.equal(y, 2 * whole)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "model": 2}, {"data": 1, "model": 3}, {"data": 3, "model": 1}], ids=str)
+def test_over_two_axes(sizes: dict[str, int]) -> None:
+    for length in (1, 2, 5, 6, 9, 13):
+        spmd.launch(over_two_axes, length, **sizes)
+
+
+def test_what_counts_as_two_axes() -> None:
+    """A tuple, and a sub-mesh of two axes, cut one axis after the other; an axis that was flattened cuts once."""
+
+    def lengths() -> list[int]:
+        mesh, whole = pmod.current_mesh(), torch.arange(9)
+        one = mesh.flatten(("x", "y"), "xy")
+        axes = [("x", "y"), ("y", "x"), mesh["x", "y"], mesh, one["xy"], one.split("xy", a=2, b=3)]
+        axes += [mesh.rename(x="y", y="x")["y", "x"]]
+        return [len(pmod.shard(whole, axis)) for axis in axes]
+
+    cuts = [pmod.split_sizes(9, cut) for cut in ((2, 3), (3, 2), (2, 3), (2, 3), 6, (2, 3), (2, 3))]
+    found = pmod.simulate(lengths, x=2, y=3)
+    assert cuts[0] == (2, 2, 1, 2, 2, 0) and cuts[1] == (2, 1, 2, 1, 2, 1) and cuts[4] == (2, 2, 2, 2, 1, 0)
+    for number, cut in enumerate(cuts):
+        held = sorted(lengths[number] for lengths in found)
+        assert held == sorted(cut) and sum(held) == 9
+    assert [lengths[0] for lengths in found] == list(cuts[0]) and [lengths[4] for lengths in found] == list(cuts[4])
 
 
 def save(folder: str, specs: dict[str, Any]) -> None:

@@ -281,7 +281,7 @@ def _part(value: Any, axes: Mapping[int, tuple[str, ...]], places: Places, rank:
         inner = Places({name: places.sizes[name] for name in names})
         coords = places.coords(rank)
         (index,) = inner.select({name: coords[name] for name in names})
-        value = value.split(split_sizes(value.shape[dim], inner.size), dim)[index]
+        value = value.split(split_sizes(value.shape[dim], tuple(inner.sizes.values())), dim)[index]
     return value
 
 

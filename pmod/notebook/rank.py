@@ -30,7 +30,8 @@ def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
     """Leave what this process was connected to, connect as this rank, and set the mesh."""
     shutdown()
     _launch.settle_in(size)
-    _groups.launched = place = _launch.topology_of(rank, size, port)
+    place = _launch.topology_of(rank, size, port)
+    _groups.launch_as(place)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     set_mesh(make_mesh(axes))
