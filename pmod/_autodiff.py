@@ -385,7 +385,7 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
 def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
     of = origin() if forward is None else backward_of(forward)
     with on_behalf_of(of):
-        if _is_transformed(xs) or not is_ahead(call):
+        if is_transformed(xs) or not is_ahead(call):
             with told(call, xs, of):
                 return _bind(call, xs)
         return _bind(call, xs)  # `start` tells them what is sent ahead, and what is waited for
@@ -410,14 +410,14 @@ _OLDER_VMAP: Any = torch._C._dispatch_key_parse("VmapMode")
 
 
 def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
-    if _is_transformed(xs):
+    if is_transformed(xs):
         return _operator(xs, encode(call.row.name, call.axis.key, call.params))
     if started.by is not None and is_ahead(call):
         return started.by.bind(call, xs)
     return carry(call, xs)
 
 
-def _is_transformed(xs: list[Tensor]) -> bool:
+def is_transformed(xs: list[Tensor]) -> bool:
     """Whether transforms, modes or subclasses of Tensor take part, which see the operator."""
     return (
         torch._C._are_functorch_transforms_active()

@@ -17,6 +17,7 @@ from pmod._arguments import check_tensor, wrong
 from pmod._autodiff import Call, Params, Row, bind, bind_all
 from pmod._errors import ArgumentError
 from pmod._mesh import Axis
+from pmod._start import as_piece
 
 Tree = TypeVar("Tree")
 """A tensor, or a dict, list, tuple or namedtuple of trees; what goes in comes out with the same structure."""
@@ -58,10 +59,10 @@ def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
 def map_leaves(f: Callable[[list[Any]], list[Any]], tree: Tree, function: str, axis: Axis) -> Tree:
     """Replace all leaves at once: `f` takes the list of them and returns as many."""
     if isinstance(tree, Tensor):
-        return f([tree])[0]
+        return cast(Tree, as_piece(f, [tree], function)[0])
     leaves: list[Any] = []
     flatten(tree, function, axis, leaves)
-    return unflatten(tree, function, axis, list(f(leaves)))
+    return unflatten(tree, function, axis, list(as_piece(f, leaves, function)))
 
 
 def sorted_keys(tree: dict[Any, Any], function: str, axis: Axis) -> list[Any]:
