@@ -372,7 +372,7 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
     forward: the origin of the call that this one is the transpose of.
     """
     if call.axis.size == 1 and call.row.alone:
-        return xs
+        return unmoved(xs) if not call.row.local or _is_seen(xs) else carry(call, xs)
     if torch._C._len_torch_function_stack() > 0:  # a mode (shard_map's) sees this as one operation
         return handle_torch_function(bind, xs, call, xs, forward)
     if torch.compiler.is_compiling():
@@ -380,6 +380,32 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
     if watchers():
         return _bind_watched(call, xs, forward)
     return _bind(call, xs)
+
+
+_lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _is_seen(xs: list[Tensor]) -> bool:
+    return torch.compiler.is_compiling() or is_transformed(xs)
+
+
+def unmoved(xs: list[Tensor]) -> list[Tensor]:
+    """Return the same values as tensors of their own, where no message makes them: changing one changes no other.
+
+    Memory is copied when one of them is changed, and not before.
+    """
+    if _is_seen(xs):
+        return [x.clone() for x in xs]
+    return [_unmoved(x) for x in xs]
+
+
+def _unmoved(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        try:
+            return _lazy_clone(x)
+        except RuntimeError:  # memory that is not torch's own, such as numpy's
+            pass
+    return x.clone()
 
 
 def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
@@ -431,7 +457,12 @@ def carry(call: Call, xs: Sequence[Tensor], below: Callable[[Sequence[Tensor]], 
     """Run a call on plain tensors, or let `below` bring its value, and attach the derivative."""
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
         return _apply(call, below, *xs)
-    return _run(call, xs) if below is None else below(xs)
+    if below is not None:
+        return below(xs)
+    ys = _run(call, xs)
+    if call.row.local:  # it may share memory with x, which is another tensor, and may require a gradient
+        return [x.detach() if y is x else y for x, y in zip(xs, ys, strict=True)]
+    return ys
 
 
 def send_ahead(call: Call, xs: Sequence[Tensor]) -> Sent:

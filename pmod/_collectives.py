@@ -7,6 +7,7 @@ are explained in `_autodiff`. The rows that cut and join along a dim are in `_sl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,10 +28,11 @@ from pmod._arguments import (
     targets_of,
     wrong,
 )
-from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, without_derivative
+from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, unmoved, without_derivative
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import Tree, map_leaves, together
+from pmod._start import as_piece
 from pmod._wire import Reduction, Sent, Wire, accumulator, real_sum, wire_of
 
 Check = Callable[[Tensor, str, Axis], None]
@@ -70,7 +72,7 @@ def _fused(
     if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
         check_tensor(tree, function, axis)
         check(tree, function, axis)
-        return tree if axis.size == 1 and row.alone else cast(Tree, bind(Call(row, axis, params), [tree])[0])
+        return cast(Tree, bind(Call(row, axis, params), [tree])[0])
 
     def run(leaves: list[Any]) -> list[Any]:
         tensors = [
@@ -143,10 +145,10 @@ def pmean(
     asked = accumulate_in(reduce_dtype, "pmean", bound)
     if weight is None:
         return _fused("pmean", PSUM, x, bound, (bound.size, asked), check_mean, float)
-    return map_leaves(lambda leaves: _weighted(leaves, weight, bound, asked), x, "pmean", bound)
+    return map_leaves(as_piece(partial(_weighted, weight, bound, asked), "pmean"), x, "pmean", bound)
 
 
-def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str | None) -> list[Any]:
+def _weighted(weight: Tensor | float, axis: Axis, asked: str | None, leaves: list[Any]) -> list[Any]:
     xs = [x if isinstance(x, Tensor) else _from_number(x, float, "pmean", axis) for x in leaves]
     for x in xs:
         check_tensor(x, "pmean", axis)
@@ -258,7 +260,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
             check_tensor(x, function, bound)
             check_order(x, function, bound)
         if bound.size == 1:
-            return leaves
+            return [unmoved([x])[0] if isinstance(x, Tensor) else x for x in leaves]
         values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
         smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)]
         derived = _attach([xs[i] for i in smooth], [values[i] for i in smooth], bound)
@@ -266,7 +268,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
             values[i] = y
         return [y if isinstance(x, Tensor) else type(x)(y.item()) for x, y in zip(leaves, values, strict=True)]
 
-    return map_leaves(run, tree, function, bound)
+    return map_leaves(as_piece(run, function), tree, function, bound)
 
 
 def differentiated(x: Tensor) -> bool:
@@ -422,12 +424,18 @@ PERMUTE = Row(
 pair(PERMUTE, PERMUTE)
 
 
+def _stay(function: str, axis: Axis, leaves: list[Any]) -> list[Any]:
+    for x in leaves:
+        check_tensor(x, function, axis)
+    return [unmoved([x])[0] for x in leaves]
+
+
 def _permuted(function: str, x: Tree, axis: Axis, targets: tuple[int, ...]) -> Tree:
     if targets == tuple(range(axis.size)):  # nothing moves
         if isinstance(x, Tensor):
             check_tensor(x, function, axis)
-            return x
-        return map_leaves(lambda leaves: [check_tensor(y, function, axis) or y for y in leaves], x, function, axis)
+            return cast(Tree, unmoved([x])[0])
+        return map_leaves(partial(_stay, function, axis), x, function, axis)
     return _fused(function, PERMUTE, x, axis, (targets,), _anything)
 
 
@@ -435,7 +443,7 @@ def ppermute(x: Tree, axis: AxisLike, perm: Sequence[tuple[int, int]]) -> Tree:
     """Send along (source, target) pairs of indices; zeros where nothing arrives.
 
     V -> V. Transpose: the inverse permutation. Shapes: x (...) -> (...), the same shape on all ranks.
-    Cost: x sent once; where nothing moves, the result is x itself.
+    Cost: x sent once; where nothing moves, nothing is sent.
     Raises: AxisError where an index is outside the axis, or a source or a target comes twice.
     JAX: lax.ppermute, which numbers the ranks of a tuple of axes in mesh order; here the first name is slowest.
 
@@ -450,7 +458,7 @@ def pshuffle(x: Tree, axis: AxisLike, perm: Sequence[int]) -> Tree:
     """Output i comes from input perm[i].
 
     V -> V. Transpose: the inverse permutation. Shapes: x (...) -> (...), the same shape on all ranks.
-    Cost: x sent once; where nothing moves, the result is x itself.
+    Cost: x sent once; where nothing moves, nothing is sent.
     Raises: AxisError where perm is no permutation. JAX: lax.pshuffle.
 
     >>> pmod.simulate(lambda: pmod.pshuffle(torch.tensor(pmod.axis_index("x")), "x", [2, 0, 1]), x=3)

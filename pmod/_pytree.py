@@ -7,7 +7,7 @@ rank, so dicts are walked by sorted key (torch's pytree walks them by insertion)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +17,6 @@ from pmod._arguments import check_tensor, wrong
 from pmod._autodiff import Call, Params, Row, bind, bind_all
 from pmod._errors import ArgumentError
 from pmod._mesh import Axis
-from pmod._start import as_piece
 
 Tree = TypeVar("Tree")
 """A tensor, or a dict, list, tuple or namedtuple of trees; what goes in comes out with the same structure."""
@@ -56,13 +55,13 @@ def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
     return leaves.pop(0)
 
 
-def map_leaves(f: Callable[[list[Any]], list[Any]], tree: Tree, function: str, axis: Axis) -> Tree:
+def map_leaves(f: Callable[[list[Any]], Sequence[Any]], tree: Tree, function: str, axis: Axis) -> Tree:
     """Replace all leaves at once: `f` takes the list of them and returns as many."""
     if isinstance(tree, Tensor):
-        return cast(Tree, as_piece(f, [tree], function)[0])
+        return f([tree])[0]
     leaves: list[Any] = []
     flatten(tree, function, axis, leaves)
-    return unflatten(tree, function, axis, list(as_piece(f, leaves, function)))
+    return unflatten(tree, function, axis, list(f(leaves)))
 
 
 def sorted_keys(tree: dict[Any, Any], function: str, axis: Axis) -> list[Any]:
@@ -82,7 +81,7 @@ def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Ten
     if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
         check_tensor(tree, function, axis)
         x, params = prepare(tree)
-        return cast(Tree, x if axis.size == 1 and row.alone else bind(Call(row, axis, params), [x])[0])
+        return cast(Tree, bind(Call(row, axis, params), [x])[0])
 
     def run(leaves: list[Any]) -> list[Any]:
         for x in leaves:

@@ -320,12 +320,16 @@ class _Once(Starter):
         return laters
 
 
-def as_piece(f: Callable[[list[Any]], list[Any]], leaves: list[Any], name: str) -> Sequence[Any]:
-    """f(leaves), which is pure and returns as many: in a started function of the user's, tensors that are under way."""
-    by = started.by
-    if isinstance(by, _Once) and not torch.compiler.is_compiling() and by.can_defer(leaves):
-        return by.defer(lambda: f(leaves), leaves, name)
-    return f(leaves)
+def as_piece(f: Callable[[list[Any]], list[Any]], name: str) -> Callable[[list[Any]], Sequence[Any]]:
+    """Make pure work on a list, that goes on after its first message and returns as many, a piece where it can wait."""
+
+    def work(leaves: list[Any]) -> Sequence[Any]:
+        by = started.by
+        if isinstance(by, _Once) and not torch.compiler.is_compiling() and by.can_defer(leaves):
+            return by.defer(lambda: f(leaves), leaves, name)
+        return f(leaves)
+
+    return work
 
 
 def _is_pure(f: Any, args: Any, kwargs: Any) -> bool:

@@ -58,7 +58,7 @@ def value(h: Here) -> Any:
         same(y, h.mine(h.ys), f"value, requires_grad={grads}")
         assert y.requires_grad == grads
     with torch.no_grad():
-        assert h.shares or not h.call(h.leaf()).requires_grad
+        assert not h.call(h.leaf()).requires_grad
     with torch.inference_mode():
         same(h.call(h.mine(h.xs)), h.mine(h.ys), "value in inference mode")
     return y.detach()
@@ -221,7 +221,7 @@ def untouched(h: Here) -> None:
 
 def changed(h: Here) -> None:
     """A result that is the caller's own may be changed in place, and still be differentiated."""
-    if h.still or h.case.name in ("pvary", "place", "shard"):
+    if h.case.name in ("pvary", "place", "shard"):
         return
     x = h.leaf()
     (g,) = torch.autograd.grad(h.call(x).mul_(2), x, h.mine(h.ws))
