@@ -14,8 +14,6 @@ from pmod._ambient import current_mesh as current_mesh
 from pmod._ambient import keep_mesh as keep_mesh
 from pmod._ambient import set_mesh as set_mesh
 from pmod._arguments import split_sizes as split_sizes
-from pmod._autodiff import Pending as Pending
-from pmod._autodiff import start as start
 from pmod._collectives import axis_index as axis_index
 from pmod._collectives import axis_size as axis_size
 from pmod._collectives import barrier as barrier
@@ -85,6 +83,8 @@ from pmod._specs import from_dtensors as from_dtensors
 from pmod._specs import global_norm as global_norm
 from pmod._specs import local_slice as local_slice
 from pmod._specs import to_dtensors as to_dtensors
+from pmod._start import Pending as Pending
+from pmod._start import start as start
 from pmod._topology import Topology as Topology
 from pmod._trace import trace as trace
 from pmod._version import __version__ as __version__

@@ -19,12 +19,10 @@ import ast
 import math
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from time import perf_counter
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import attrs
 import torch
@@ -35,12 +33,12 @@ from torch._library import simple_registry
 from torch._library.effects import EffectType
 from torch.overrides import handle_torch_function
 
-from pmod._ambient import Watcher, ambient, under, watchers
-from pmod._errors import ArgumentError, PmodError, call_site, explain
+from pmod._ambient import Watcher, watchers
+from pmod._errors import PmodError, call_site, explain
 from pmod._inductor import keep_order
 from pmod._mesh import Axis, named
 from pmod._waiting import Said, code_of
-from pmod._wire import Sent, ShapesOnly, Wire, wire_of
+from pmod._wire import SMALL, Sent, ShapesOnly, Wire, wire_of
 
 Kind: TypeAlias = Literal["V", "I"]
 Params: TypeAlias = tuple[Any, ...]
@@ -424,7 +422,7 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
     forward: the origin of the call that this one is the transpose of.
     """
     if call.axis.size == 1 and call.row.alone:
-        return xs
+        return unmoved(xs) if not call.row.local or _is_seen(xs) else carry(call, xs)
     if torch._C._len_torch_function_stack() > 0:  # a mode (shard_map's) sees this as one operation
         return handle_torch_function(bind, xs, call, xs, forward)
     if torch.compiler.is_compiling():
@@ -434,20 +432,39 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
     return _bind(call, xs)
 
 
+_lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _is_seen(xs: list[Tensor]) -> bool:
+    return torch.compiler.is_compiling() or is_transformed(xs)
+
+
+def unmoved(xs: list[Tensor]) -> list[Tensor]:
+    """Return the same values as tensors of their own, where no message makes them: changing one changes no other.
+
+    Memory is copied when one of them is changed, and not before; what is small is copied now, which costs less.
+    """
+    if _is_seen(xs):
+        return [x.clone() for x in xs]
+    return [_unmoved(x) for x in xs]
+
+
+def _unmoved(x: Tensor) -> Tensor:
+    if x.nbytes > SMALL and x.is_contiguous():
+        try:
+            return _lazy_clone(x)
+        except RuntimeError:  # memory that is not torch's own, such as numpy's
+            pass
+    return x.clone()
+
+
 def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
     of = origin() if forward is None else backward_of(forward)
-    second = _starts.active and not call.row.local  # run of a started function: who sent ahead is who called
-    if second and _starts.ahead:
-        of = _starts.ahead[0].origin
     with on_behalf_of(of):
-        if second:
-            began = perf_counter()
-            result = _bind(call, xs)
-            for watcher in watchers():
-                watcher.waited(call, perf_counter() - began)
-            return result
-        with told(call, xs, of):
-            return _bind(call, xs)
+        if is_transformed(xs) or not is_ahead(call):
+            with told(call, xs, of):
+                return _bind(call, xs)
+        return _bind(call, xs)  # `start` tells them what is sent ahead, and what is waited for
 
 
 @contextmanager
@@ -469,27 +486,69 @@ _OLDER_VMAP: Any = torch._C._dispatch_key_parse("VmapMode")
 
 
 def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
-    if (
+    if is_transformed(xs):
+        return _operator(xs, encode(call.row.name, call.axis.key, call.params))
+    if started.by is not None and is_ahead(call):
+        return started.by.bind(call, xs)
+    return carry(call, xs)
+
+
+def is_transformed(xs: list[Tensor]) -> bool:
+    """Whether transforms, modes or subclasses of Tensor take part, which see the operator."""
+    return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or _is_key_included(_OLDER_VMAP)
         or not _plain(xs)
-    ):
-        return _operator(xs, encode(call.row.name, call.axis.key, call.params))
-    below = None
-    if _starts.active:
-        if _starts.sending:
-            _starts.send([(call, xs)])
-        below = _starts.take(call)
+    )
+
+
+def carry(call: Call, xs: Sequence[Tensor], below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None) -> Any:
+    """Run a call on plain tensors, or let `below` bring its value, and attach the derivative."""
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
         return _apply(call, below, *xs)
-    return _run(call, xs) if below is None else below(xs)
+    if below is not None:
+        return below(xs)
+    ys = _run(call, xs)
+    if call.row.local:  # it may share memory with x, which is another tensor, and may require a gradient
+        return [x.detach() if y is x else y for x, y in zip(xs, ys, strict=True)]
+    return ys
+
+
+def send_ahead(call: Call, xs: Sequence[Tensor]) -> Sent:
+    """Send the message of a call that is waited for later."""
+    with profiler.record_function(_profiled_as(call)), torch.no_grad():
+        return _begin(call, xs, _wire_for(call, xs))
+
+
+class Starter:
+    """What `start` does with the calls that are bound while it runs a function."""
+
+    def bind(self, call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
+        """Do what is done in place of running a call that is a message."""
+        raise NotImplementedError
+
+    def prepare(self, calls: Sequence[tuple[Call, list[Tensor]]]) -> None:
+        """See the calls that are bound next, none of which needs the result of another."""
+
+
+class _Started(threading.local):
+    by: Starter | None = None
+
+
+started = _Started()
+"""Who runs a started function on this thread."""
+
+
+def is_ahead(call: Call) -> bool:
+    """Whether `start` runs a function on this thread, and a call is a message that it sends ahead."""
+    return started.by is not None and not call.row.local and call.axis.size > 1
 
 
 def bind_all(calls: Sequence[tuple[Call, list[Tensor]]]) -> list[Sequence[Tensor]]:
     """`bind` for several calls: under `start` all of them are sent ahead."""
-    if not torch.compiler.is_compiling() and _starts.sending:
-        _starts.send(calls)
+    if not torch.compiler.is_compiling() and started.by is not None:
+        started.by.prepare(calls)
     return [bind(call, xs) for call, xs in calls]
 
 
@@ -498,147 +557,6 @@ def _plain(xs: list[Tensor]) -> bool:
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter and type(x) is not torch.nn.Buffer:
             return False
     return True
-
-
-# --- start ----------------------------------------------------------------------------------------
-
-class _Sending(BaseException):
-    """The first messages of a started function are under way: leave it, it is run again when they are waited for."""
-
-
-class _Ahead(NamedTuple):
-    """A message that was sent before anybody waits for it."""
-
-    call: Call
-    sent: Sent
-    origin: Origin
-
-
-class _Starts(threading.local):
-    """The messages that `start` sent ahead on this thread, to be found by the second run of the function."""
-
-    def __init__(self) -> None:
-        self.active = False
-        self.sending = False
-        self.ahead: list[_Ahead] = []
-        self.answers: list[Any] = []
-
-    def send(self, calls: Sequence[tuple[Call, list[Tensor]]]) -> None:
-        """In the first run: send all these, and leave the function where one of them is a message."""
-        with torch.no_grad():
-            for call, xs in calls:
-                if not call.row.local and call.axis.size > 1:
-                    of = origin() if watchers() else ("", "")
-                    with told(call, xs, of):
-                        wire = _wire_for(call, xs)
-                        with profiler.record_function(_profiled_as(call)):
-                            self.ahead.append(_Ahead(call, _begin(call, xs, wire), of))
-        if self.ahead:
-            raise _Sending
-
-    def take(self, call: Call) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
-        """In the second run: what brings the result of a call that was sent ahead."""
-        if call.row.local or not self.ahead:
-            return None
-        ahead = self.ahead.pop(0)
-        assert ahead.call == call, "a started function made another call when it was run again"
-        return lambda _: ahead.sent.wait()
-
-
-_starts = _Starts()
-
-
-def once(ask: Callable[[], T]) -> T:
-    """ask(), whose messages decide what is sent next: a started function asks in its first run and remembers."""
-    if _starts.active and not _starts.sending and _starts.answers:
-        return _starts.answers.pop(0)
-    answer = ask()
-    if _starts.sending:
-        _starts.answers.append(answer)
-    return answer
-
-
-class Pending(Generic[T]):
-    """A collective under way, made by `start`; `wait` gives its result.
-
-    >>> pending = pmod.start(pmod.psum, torch.ones(2), mesh["model"])
-    >>> pending.wait() is pending.wait()
-    True
-    """
-
-    def __init__(self, finish: Callable[[], T], name: str) -> None:
-        self._finish: Callable[[], T] | None = finish
-        self._name = name
-        self._result: list[T] = []
-
-    def wait(self) -> T:
-        """The result, with its derivative; the same object however often it is asked for.
-
-        Raises: ArgumentError where a tensor was changed in place after `start`; what the started function raises.
-        """
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            self._result.append(finish())
-        if not self._result:
-            raise PmodError(explain(self._name, "its wait raised before", "Start it again."))
-        return self._result[0]
-
-    def __del__(self) -> None:
-        if getattr(self, "_finish", None) is not None:
-            warnings.warn(
-                explain(self._name, "a Pending was never waited for", "Call .wait(), also where the result is unused."),
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-
-def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
-    """Start a collective and return at once; ``.wait()`` gives the same differentiable result.
-
-    f is any pure function of tensors, usually a collective. What it does before its first message is done now, the rest
-    at `wait`, for which f is run a second time and finds the message that was sent. Until then its tensors must stay as
-    they are: where one was changed in place, `wait` raises. All ranks start and wait in the same order. Under
-    torch.func transforms and torch.compile nothing is sent ahead: the result is ready at once.
-
-    Raises: what f raises, at once if it is about its arguments.
-
-    >>> pending = pmod.start(pmod.psum, torch.ones(2), mesh["model"])
-    >>> pending.wait()  # after some other work
-    tensor([1., 1.])
-    """
-    name = getattr(f, "__name__", type(f).__name__)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        result = f(*args, **kwargs)
-        return Pending(lambda: result, name)
-    if _starts.active:
-        raise PmodError(explain("start", f"{name} calls start itself", "Start the functions one by one."))
-    mesh, grad = ambient(), torch.is_grad_enabled()
-    tensors = [x for x in tensors_in((args, kwargs)) if not x.is_inference()]
-    versions = [x._version for x in tensors]
-    _starts.active = _starts.sending = True
-    try:
-        result = f(*args, **kwargs)
-    except _Sending:
-        ahead, answers = _starts.ahead, _starts.answers
-    else:  # no message was needed
-        return Pending(lambda: result, name)
-    finally:
-        _starts.active = _starts.sending = False
-        _starts.ahead, _starts.answers = [], []
-
-    def finish() -> T:
-        if any(x._version != version for x, version in zip(tensors, versions, strict=True)):
-            raise ArgumentError(
-                explain(name, "a tensor was changed in place between start and wait", "Change a copy, or wait first.")
-            )
-        _starts.active, _starts.ahead, _starts.answers = True, ahead, answers
-        try:
-            with torch.set_grad_enabled(grad), under(mesh):
-                return f(*args, **kwargs)
-        finally:
-            _starts.active, _starts.ahead, _starts.answers = False, [], []
-
-    return Pending(finish, name)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ are explained in `_autodiff`. The rows that cut and join along a dim are in `_sl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,11 +33,12 @@ from pmod._arguments import (
     total_of,
     wrong,
 )
-from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, without_derivative
+from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, unmoved, without_derivative
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis, AxisLike
 from pmod._numbers import as_int, as_number
 from pmod._pytree import Tree, map_leaves, together
+from pmod._start import as_piece
 from pmod._wire import Reduction, Sent, Wire, accumulator, is_eight_bits, real_sum, wire_of
 
 Check = Callable[[Tensor, str, Axis], None]
@@ -76,7 +78,7 @@ def _fused(
     if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
         check_tensor(tree, function, axis)
         check(tree, function, axis)
-        return tree if axis.size == 1 and row.alone else cast(Tree, bind(Call(row, axis, params), [tree])[0])
+        return cast(Tree, bind(Call(row, axis, params), [tree])[0])
 
     def run(leaves: list[Any]) -> list[Any]:
         tensors = [
@@ -139,10 +141,10 @@ def pmean(
     asked = accumulate_in(reduce_dtype, "pmean", bound)
     if weight is None:
         return _fused("pmean", PSUM, x, bound, (bound.size, asked), check_mean, float)
-    return map_leaves(lambda leaves: _weighted(leaves, weight, bound, asked), x, "pmean", bound)
+    return map_leaves(as_piece(partial(_weighted, weight, bound, asked), "pmean"), x, "pmean", bound)
 
 
-def _weighted(leaves: list[Any], weight: Tensor | float, axis: Axis, asked: str | None) -> list[Any]:
+def _weighted(weight: Tensor | float, axis: Axis, asked: str | None, leaves: list[Any]) -> list[Any]:
     xs = [x if isinstance(x, Tensor) else from_number(x, float, "pmean", axis) for x in leaves]
     for x in xs:
         check_tensor(x, "pmean", axis)
@@ -259,7 +261,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
             check_tensor(x, function, bound)
             check_order(x, function, bound)
         if bound.size == 1:
-            return [x if isinstance(x, Tensor) else as_number(x) for x in leaves]
+            return [unmoved([x])[0] if isinstance(x, Tensor) else as_number(x) for x in leaves]
         values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
         smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)]
         derived = _attach([_computable(xs[i]) for i in smooth], [_computable(values[i]) for i in smooth], bound)
@@ -268,7 +270,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
         kinds: list[Any] = [None if isinstance(x, Tensor) else type(as_number(x)) for x in leaves]
         return [y if kind is None else kind(y.item()) for kind, y in zip(kinds, values, strict=True)]
 
-    return map_leaves(run, tree, function, bound)
+    return map_leaves(as_piece(run, function), tree, function, bound)
 
 
 def differentiated(x: Tensor) -> bool:
@@ -452,6 +454,12 @@ PERMUTE = Row(
 pair(PERMUTE, PERMUTE)
 
 
+def _stay(function: str, axis: Axis, leaves: list[Any]) -> list[Any]:
+    for x in leaves:
+        check_tensor(x, function, axis)
+    return [unmoved([x])[0] for x in leaves]
+
+
 def _permuted(
     function: str, x: Tree, axis: Axis, targets: tuple[int, ...], sizes: Sequence[int] | None, dim: int
 ) -> Tree:
@@ -460,8 +468,8 @@ def _permuted(
     if targets == tuple(range(axis.size)):  # nothing moves
         if isinstance(x, Tensor):
             check_tensor(x, function, axis)
-            return x
-        return map_leaves(lambda leaves: [check_tensor(y, function, axis) or y for y in leaves], x, function, axis)
+            return cast(Tree, unmoved([x])[0])
+        return map_leaves(partial(_stay, function, axis), x, function, axis)
     return _fused(function, PERMUTE, x, axis, (targets,), _anything)
 
 
@@ -478,7 +486,7 @@ def _permuted_uneven(
             at.append(dim_from_end(dim, x, function, axis))
             check_own_size(x, at[-1], sizes, function, axis, "Pass the length that each rank holds along dim.")
         if targets == tuple(range(axis.size)):  # nothing moves
-            return leaves
+            return _stay(function, axis, leaves)
         if len(set(sizes)) == 1:
             return together(PERMUTE, leaves, axis, (targets,))
         # one message per dtype and device, where the dim is as far from the end
@@ -489,7 +497,7 @@ def _permuted_uneven(
             out.update(zip(some, ys, strict=True))
         return [out[i] for i in range(len(leaves))]
 
-    return map_leaves(run, tree, function, axis)
+    return map_leaves(as_piece(run, function), tree, function, axis)
 
 
 def ppermute(
@@ -501,7 +509,7 @@ def ppermute(
     Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
     x (..., sizes[i], ...) on rank i -> (..., sizes[s], ...), s being the rank that sends to it; where nothing arrives
     zeros like x.
-    Cost: x sent once; where nothing moves, the result is x itself.
+    Cost: x sent once; where nothing moves, nothing is sent.
     Raises: AxisError where an index is outside the axis, or a source or a target comes twice; ShapeError where sizes[i]
     is not this rank's length.
     JAX: lax.ppermute, which numbers the ranks of a tuple of axes in mesh order; here the first name is slowest.
@@ -526,7 +534,7 @@ def pshuffle(
     V -> V. Transpose: the inverse permutation.
     Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
     x (..., sizes[i], ...) -> (..., sizes[perm[i]], ...) on rank i.
-    Cost: x sent once; where nothing moves, the result is x itself.
+    Cost: x sent once; where nothing moves, nothing is sent.
     Raises: AxisError where perm is no permutation; ShapeError where sizes[i] is not this rank's length.
     JAX: lax.pshuffle.
 

@@ -82,7 +82,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 _JOBS = tuple(os.path.join(_HERE, name) for name in ("demo" + os.sep, "bench.py", "doctor.py"))  # users of pmod
-_STARTING = ("start", "finish", "wait")  # what runs the function that a user starts
+_START = os.path.join(_HERE, "_start.py")  # runs the function that a user starts
 _CALLED = {"mapped": "shard_map", "__torch_function__": "pvary"}  # by shard_map, and within its body
 # Jupyter names a cell's file after the process and the cell's text: on all ranks it is the same cell
 _CELL = re.compile(r".*[/\\]ipykernel_\d+[/\\](\d+)\.py")
@@ -98,7 +98,7 @@ def _outside() -> tuple[str, FrameType]:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         if frame.f_code.co_filename.startswith(_JOBS):
             break
-        if frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_name not in _STARTING:
+        if frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_filename != _START:
             function = frame.f_code.co_name
         frame = frame.f_back
     return _CALLED.get(function, function), frame

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from pmod._ambient import resolve
 from pmod._arguments import check_own_size, check_sizes, check_sum, check_tensor, dim_from_end, wrong
-from pmod._autodiff import Call, bind_all, memory_format
+from pmod._autodiff import Call, bind_all, memory_format, unmoved
 from pmod._collectives import PERMUTE
 from pmod._errors import ArgumentError, AxisError, ShapeError, explain, near_miss
 from pmod._mesh import Axis, AxisLike
 from pmod._numbers import as_int
 from pmod._pytree import Tree, map_leaves
 from pmod._ragged import _others, _swapped_alike
+from pmod._start import as_piece
 
 Width: TypeAlias = int | tuple[int, int]
 """Rows before and after, or as many on both sides."""
@@ -450,14 +451,14 @@ def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x:
     def run(xs: list[Any]) -> list[Any]:
         if not xs:
             return xs
-        dims = places_of(function, cuts, xs)
+        given, dims = xs, places_of(function, cuts, xs)
         for cut, ats in list(zip(settled(function, cuts, xs, dims, back), dims, strict=True))[::step]:
             assert cut.sizes is not None
             if cut.width != (0, 0):
                 xs = carry_out(plan_of(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
-        return xs
+        return unmoved(xs) if xs is given else xs
 
-    return map_leaves(run, x, function, cuts[0].axis)
+    return map_leaves(as_piece(run, function), x, function, cuts[0].axis)
 
 
 def halo_exchange(
@@ -481,7 +482,7 @@ def halo_exchange(
     V -> V. Transpose: halo_reduce.
     Shapes: x (..., k, ...) -> (..., before + k + after, ...), k alone differing between ranks.
     Cost: each row that another rank needs, once to it: where shards are that long, `width` rows to each neighbour
-    and nothing to others. A width of 0 gives x itself.
+    and nothing to others. A width of 0 gives x.
     Raises: ShapeError for a width that padding the whole would not allow (reflect: less than its length; periodic: at
     most), sizes that are not this rank's, a dim twice; AxisError for an axis twice; ArgumentError for another boundary.
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from pmod._ambient import resolve
 from pmod._arguments import check_root, check_tensor, wrong
-from pmod._autodiff import Pending, called_as, start
+from pmod._autodiff import called_as
 from pmod._collectives import PSUM, PVARY, differentiated, pick
 from pmod._errors import ArgumentError, PmodError
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import flatten, map_leaves, together
+from pmod._start import Pending, start
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)

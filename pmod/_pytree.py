@@ -7,7 +7,7 @@ rank, so dicts are walked by sorted key (torch's pytree walks them by insertion)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -55,7 +55,7 @@ def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
     return leaves.pop(0)
 
 
-def map_leaves(f: Callable[[list[Any]], list[Any]], tree: Tree, function: str, axis: Axis) -> Tree:
+def map_leaves(f: Callable[[list[Any]], Sequence[Any]], tree: Tree, function: str, axis: Axis) -> Tree:
     """Replace all leaves at once: `f` takes the list of them and returns as many."""
     if isinstance(tree, Tensor):
         return f([tree])[0]
@@ -81,7 +81,7 @@ def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Ten
     if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
         check_tensor(tree, function, axis)
         x, params = prepare(tree)
-        return cast(Tree, x if axis.size == 1 and row.alone else bind(Call(row, axis, params), [x])[0])
+        return cast(Tree, bind(Call(row, axis, params), [x])[0])
 
     def run(leaves: list[Any]) -> list[Any]:
         for x in leaves:

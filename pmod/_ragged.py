@@ -27,11 +27,12 @@ from pmod._arguments import (
     dim_from_end,
     wrong,
 )
-from pmod._autodiff import Call, Params, memory_format, once, origin, told
+from pmod._autodiff import Call, Params, memory_format, origin, told
 from pmod._errors import ArgumentError, AxisError, MismatchError, ShapeError
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import Tree, each, flatten
 from pmod._slices import ALL_GATHER, ALL_TO_ALL, GATHER, PSUM_SCATTER, SCATTER
+from pmod._start import once
 from pmod._wire import accumulator, wire_of
 
 Sizes = tuple[int, ...]

@@ -542,7 +542,7 @@ class Here:
 
     @property
     def still(self) -> bool:
-        """Whether nothing moves: the function then returns x itself, as its docstring says."""
+        """Whether nothing moves."""
         permutes = self.case.rows == ("permute",)
         return self.n == 1 or (permutes and all(y is x for x, y in zip(self.xs, self.ys, strict=True)))
 
@@ -550,4 +550,4 @@ class Here:
     def shares(self) -> bool:
         """Whether the result may share storage with x on this rank."""
         on_dst = self.case.name == "place" and self.index == self.drawn.kwargs[0].get("dst", 0)
-        return self.still or on_dst or self.case.name in ("pvary", "shard")
+        return on_dst or self.case.name in ("pvary", "shard")

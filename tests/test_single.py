@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import pmod
+from tests import spmd
+from tests.table import CASES, Here
 
 ROOT = Path(pmod.__file__).parents[1]
 X = torch.linspace(-1.5, 2.0, 6, dtype=torch.float64).view(2, 3)
@@ -252,3 +255,84 @@ def test_program(name, process):
 
 def test_it_ends_without_a_word(process):
     assert process.stderr == ""
+
+
+# --- what a user can see of a result is the same on one rank as on two ---------------------------------------------
+
+
+def _attempt(f: Callable[[], Any]) -> str:
+    try:
+        f()
+    except RuntimeError as error:
+        return type(error).__name__
+    return "works"
+
+
+def seen_of(h: Here, call: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What a program can see of a result besides its values: nothing of it may depend on the number of ranks."""
+    seen: dict[str, Any] = {}
+    for kind in ("plain", "leaf", "computed", "no_grad", "parameter"):
+        x = h.mine(h.xs).requires_grad_(kind != "plain")
+        x = nn.Parameter(x) if kind == "parameter" else x * 1 if kind == "computed" else x
+        before, version = x.detach().clone(), x._version
+        with torch.set_grad_enabled(kind != "no_grad"):
+            y = call(x)
+        seen[kind, "is x"] = y is x
+        seen[kind, "known to autograd"] = (y.requires_grad, y.is_leaf, y.grad_fn is None, type(y))
+        if y.requires_grad:
+            y.retain_grad()
+            y.register_hook(lambda g: g * 3)
+            y.sum().abs().backward(retain_graph=True)
+            seen[kind, "retains"] = (y.grad is not None, x.grad_fn is not None or x.grad is not None)
+        seen[kind, "in place"] = _attempt(lambda y=y: y.add_(1))
+        if h.case.name not in ("pvary", "place", "shard"):  # may share storage with x, on any number of ranks
+            seen[kind, "x is as it was"] = torch.equal(x.detach(), before) and x._version == version
+            kept = y.detach().clone()
+            with torch.no_grad():
+                x.add_(1)
+            seen[kind, "y is as it was"] = torch.equal(y.detach(), kept)
+    return seen
+
+
+def seen_on_rank(name: str) -> list[dict[str, Any]]:
+    """Of each way to call a collective; {} for zeros that `place` makes, which one rank never has."""
+    seen: list[dict[str, Any]] = []
+    for way in range(CASES[name].ways):
+        h = Here(CASES[name], "x", way, turn=way)
+        seen.append(seen_of(h, h.call))
+        seen.append(seen_of(h, lambda x, h=h: pmod.start(lambda: h.call([x])[0]).wait()))
+        if name == "place" and not h.shares:
+            seen[-2:] = [{}, {}]
+    return seen
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name != "scatter_v"])
+def test_one_rank_is_as_two(name: str) -> None:
+    with pmod.set_mesh(pmod.make_mesh(x=1)):
+        alone = seen_on_rank(name)
+    threads = pmod.simulate(seen_on_rank, name, x=1)[0]
+    for other in (threads, *pmod.simulate(seen_on_rank, name, x=2), *spmd.launch(seen_on_rank, name, x=2)):
+        assert len(other) == len(alone)
+        for one, two in zip(alone, other, strict=True):
+            assert two in (one, {})
+
+
+def test_one_rank_leaves_the_memory_of_others_alone() -> None:
+    """Numpy's memory, expanded tensors, slices: what cannot be copied when it is changed is copied at once."""
+    with pmod.set_mesh(pmod.make_mesh(x=1)):
+        array = np.ones(3)
+        for x in (torch.from_numpy(array), torch.ones(1).expand(3), torch.ones(9)[2:5], torch.ones(2, 3).T[:, 0]):
+            y = pmod.psum(x, "x")
+            y += 1
+            assert torch.equal(x, torch.ones_like(x))
+            assert torch.equal(y, torch.full_like(x, 2))
+        y = pmod.psum(torch.from_numpy(array), "x")
+        array += 1
+        assert torch.equal(y, torch.ones_like(y))
+        for f in (pmod.psum, pmod.pmax):
+            tree = {"a": torch.ones(3), "b": [torch.ones(2, dtype=torch.int64)], "n": 3}
+            found = f(tree, "x")
+            found["a"] += 1
+            found["b"][0] += 1
+            assert tree["a"].sum() == 3
+            assert tree["b"][0].sum() == 2
