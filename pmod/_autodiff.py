@@ -510,7 +510,9 @@ def carry(call: Call, xs: Sequence[Tensor], below: Callable[[Sequence[Tensor]], 
     if below is not None:
         return below(xs)
     ys = _run(call, xs)
-    if call.row.local:  # it may share memory with x, which is another tensor, and may require a gradient
+    # What shares memory with x is another tensor, which requires no gradient. In a backward pass it stays x: torch
+    # takes a gradient that nobody else refers to for its own, and adds later ones into its memory.
+    if call.row.local and torch._C._current_graph_task_id() == -1:
         return [x.detach() if y is x else y for x, y in zip(xs, ys, strict=True)]
     return ys
 

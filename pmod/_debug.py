@@ -208,11 +208,12 @@ _words_of: _Words | None = None
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     """What each rank of the axis says, in rank order; all of them come to say it."""
     global _words_of
-    wire: Any = wire_of(axis)  # connects, if this is the first use
+    if not _groups.in_simulation():
+        _ = axis.group  # connects, and is no meeting
     here = board()
     if here is None:
         with on_behalf_of(origin):
-            return wire.words(mine)
+            return cast(Any, wire_of(axis)).words(mine)
     if _words_of is None or _words_of.board is not here:
         _words_of = _Words(here)
     return _words_of.exchange(axis, mine, origin)

@@ -121,7 +121,7 @@ def _keep_apart() -> None:
     if in_simulation():
         parent = simulated.topology
 
-        def refuse(axis: Any) -> Any:
+        def refuse(axis: Any, _: object) -> Any:
             raise _place.refusal(parent)
 
         simulated.wire = refuse

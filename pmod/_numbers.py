@@ -12,13 +12,14 @@ import numpy as np
 
 Number = bool | int | float | complex
 _KINDS: tuple[Any, ...] = (bool, int, float, complex)
+_NUMPY: Any = (np.number, np.bool_)  # a union would be made anew where torch.compile follows this
 
 
 def as_int(x: object) -> int | None:
     """Return x as an int if it is one, of numpy too; None for anything else, bool included."""
-    if type(x) is int:
-        return x
-    if isinstance(x, bool) or not isinstance(x, SupportsIndex):
+    if isinstance(x, int):  # torch.compile follows this question, of its symbols too, and not the next one
+        return None if isinstance(x, bool) else operator.index(x)
+    if not isinstance(x, SupportsIndex):
         return None
     try:
         return operator.index(x)
@@ -29,8 +30,8 @@ def as_int(x: object) -> int | None:
 def as_number(x: object) -> Number | None:
     """Return x as the Python number that it equals; None for anything else, numpy's dates and long doubles included."""
     value: Any = x
-    if isinstance(x, np.number | np.bool_) and not isinstance(x, np.timedelta64):
-        value = x.item()
+    if isinstance(x, _NUMPY) and not isinstance(x, np.timedelta64):
+        value = value.item()
     for kind in _KINDS:
         if isinstance(value, kind):
             return value if type(value) is kind else kind(value)

@@ -39,7 +39,7 @@ def test_line_by_line() -> None:
         "(w * x).square(): pmean(data), 1.5 MB -> backward: pvary",
         "pmod.pmean((w * x).square(), axis='data'): pvary(data) -> backward: psum, 1.5 MB",
         "y: all_gather(data), 3 MB -> backward: psum_scatter, 3 MB",
-        "later.wait().sum(): psum(data), 6 B -> backward: pvary",
+        "later.wait().sum(): psum(data), 12 B -> backward: pvary",
     ]
     text = str(found).split("\n")
     assert text[0] == "loss, as rank 0 (data=0) of Mesh(data=4)"
@@ -93,7 +93,7 @@ def test_what_requires_no_gradient_does_where_nothing_else_does() -> None:
         return pmod.psum(pmod.pvary(tree["w"], "data") * pair[0], "data")
 
     found = pmod.explain(f, tree, (torch.ones(3), None), mesh={"data": 4})
-    assert titles(found)[0] == "tree['w']: pvary(data) -> backward: psum, 18 B"
+    assert titles(found)[0] == "tree['w']: pvary(data) -> backward: psum, 36 B"
     assert not tree["w"].requires_grad
     frozen = pmod.explain(f, tree, (torch.ones(3, requires_grad=True), None), mesh={"data": 4})
     assert titles(frozen)[0] == "tree['w']: pvary(data) -> no gradient comes back"

@@ -489,18 +489,18 @@ def test_only_neighbours_talk(talks: Counter[tuple[int, int]]) -> None:
 def on_a_real_wire() -> tuple[int, int]:
     """Empty messages too would be seen: what gloo is asked for."""
     asked: list[str] = []
-    from_peer_to_peer, all_to_all = GroupWire._from_peer_to_peer, GroupWire.all_to_all
+    peer_to_peer, all_to_all = GroupWire._peer_to_peer, GroupWire.all_to_all
 
     def peers(self: Any, sent: Any, received: Any) -> Any:
         asked.extend([f"to {rank}" for _, rank in sent] + [f"from {rank}" for _, rank in received])
-        return from_peer_to_peer(self, sent, received)
+        return peer_to_peer(self, sent, received)
 
     def everyone(self: Any, *args: Any) -> Any:
         asked.append("everyone")
         return all_to_all(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GroupWire, "_from_peer_to_peer", peers)
+        patch.setattr(GroupWire, "_peer_to_peer", peers)
         patch.setattr(GroupWire, "all_to_all", everyone)
         with pmod.trace() as t:
             pmod.halo_exchange(torch.ones(3, 3, dtype=torch.float64), "x", width=(1, 2), sizes=(3, 3, 3))
