@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from types import FrameType
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
@@ -84,6 +85,10 @@ def _leaf_like(like: Tensor, y: Tensor) -> Tensor:
 # --- share_parameters -----------------------------------------------------------------------------
 
 
+_numbers = count()
+WIDTH = 16  # numbers for each set: one node for each dtype and device
+
+
 class SharedParameters:
     """What `share_parameters` attached to a module; `remove` takes it off again.
 
@@ -94,18 +99,32 @@ class SharedParameters:
     """
 
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
-        self._axis = axis
+        self._module, self._axis = module, axis
         self._reduce: Reduce = reduce
         self._calls: list[nn.Module] = []  # under way, the outermost first
         self._frame: FrameType | None = None  # of the outermost call
         self._held: list[tuple[dict[str, Any], str, Any]] = []
         self._link: list[Tensor] = []
+        self._number = next(_numbers)
+        _run_last([], 1 + WIDTH * self._number)  # what is made from now on has higher numbers
+        self._kept: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []  # a parameter, its state and its pvary copy
+        # what shares some of these parameters over another axis, and enters first: its copies are then copied here
+        self._newer: list[SharedParameters] = []
+        for older in _sharing(module):
+            older._newer.append(self)
         # every module inside has the hooks, for who calls it by itself; the outermost call acts. The last to enter is
         # the first to leave, where several share over several axes; and hooks that prune or normalise come after.
         self._handles: list[Any] = []
         for inner in module.modules():
             self._handles.append(inner.register_forward_pre_hook(self._enter, prepend=True))
             self._handles.append(inner.register_forward_hook(self._leave, always_call=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._number = next(_numbers)  # of a copy: its sums are not those of the original
 
     @property
     def axis(self) -> str | tuple[str, ...]:
@@ -116,6 +135,7 @@ class SharedParameters:
         """From the next call on, the module's parameters are its own again."""
         for handle in self._handles:
             handle.remove()
+        self._handles, self._kept = [], []
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._calls and not torch.compiler.is_compiling() and not _is_running(self._frame):
@@ -134,18 +154,56 @@ class SharedParameters:
         shared = list({id(p): p for _, _, p in places}.values())  # a tied parameter once
         if not shared:
             return
-        varying = dict(zip(map(id, shared), self._pvary(shared), strict=True))
+        varying = self._copies(shared)
         self._held = places
         for parameters, name, p in places:
             parameters[name] = cast(nn.Parameter, varying[id(p)])
         smallest: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        for p in sorted(varying.values(), key=Tensor.numel, reverse=True):
+        for p in sorted((varying[id(p)] for p in shared), key=Tensor.numel, reverse=True):
             smallest[p.dtype, p.device] = p
         self._link = list(smallest.values())
 
-    def _pvary(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def _copies(self, shared: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The pvary copies by the id of what they copy."""
+        kept = self._keep(shared) if _is_plain() else {}
+        if all(id(p) in kept for p in shared):
+            return kept
+        return dict(zip(map(id, shared), self._pvary(shared), strict=True))
+
+    def _keep(self, more: Sequence[Tensor] = ()) -> dict[int, Tensor]:
+        """Copies of all parameters, made once for all calls between two steps; {} where some are computed.
+
+        So one node of the graph sums a parameter's gradient, whichever module is called first and however often. The
+        nodes have the lowest numbers, in the order in which share_parameters was called: backward comes to them last.
+        """
+        if self._held:  # under way: the modules hold the copies
+            return {id(p): y for p, _, y in self._kept}
+        whole = {id(p): p for p in (*self._module.parameters(), *more) if differentiated(p)}
+        copied: set[int] = set()
+        for other in reversed(self._newer):
+            if other._handles:
+                newer = other._keep()
+                copied |= {id(y) for y in newer.values()}
+                whole = {id(y): y for y in (newer.get(i, p) for i, p in whole.items())}
+        if not all(id(p) in copied or (p.is_leaf and p.requires_grad) for p in whole.values()):
+            return {}
+        now = [(p, (p._version, p.data_ptr(), p.shape, p.dtype)) for p in whole.values()]
+        if [(id(p), at) for p, at, _ in self._kept] != [(id(p), at) for p, at in now]:
+            copies = self._pvary(list(whole.values()), scale=False)
+            if self._axis.size > 1:
+                _run_last([y.grad_fn for y in copies], 1 + WIDTH * self._number)
+            if self._reduce == "mean":
+                for y in copies:  # no division in the graph: the first backward would free what it keeps
+                    y.register_hook(self._divided)
+            self._kept = [(*of, y) for of, y in zip(now, copies, strict=True)]
+        return {id(p): y for p, _, y in self._kept}
+
+    def _divided(self, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient / self._axis.size  # None: unused on this rank
+
+    def _pvary(self, parameters: Sequence[Tensor], *, scale: bool = True) -> list[Tensor]:
         varying = called_as("share_parameters", together, PVARY, list(parameters), self._axis, (1, None))
-        if self._reduce == "sum":
+        if self._reduce == "sum" or not scale:
             return varying
         # the same value; of its derivative the n-th part
         n = self._axis.size
@@ -167,6 +225,35 @@ class SharedParameters:
         link = self._link
         self._calls, self._frame, self._held, self._link = [], None, [], []
         return link
+
+
+def _sharing(module: nn.Module) -> list[SharedParameters]:
+    """What shares a parameter of the module already, over another axis; the oldest first."""
+    found: dict[int, SharedParameters] = {}
+    for inner in module.modules():
+        for hook in inner._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, SharedParameters):
+                found[owner._number] = owner
+    return [found[number] for number in sorted(found)]
+
+
+def _is_plain() -> bool:
+    """Whether autograd alone runs, with no transform around it: what it makes now, a later call may use."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def _run_last(nodes: Sequence[Any], number: int) -> None:
+    """Let backward come to these nodes after all others: of those that are ready, it takes the highest number.
+
+    The rest of the graph has higher ones: this thread's next node does not get one of these.
+    """
+    one = torch.ones((), requires_grad=True)
+    while torch._C._autograd._get_sequence_nr() <= number + WIDTH:  # type: ignore[attr-defined]
+        one.view_as(one)
+    for i, node in enumerate(dict.fromkeys(nodes)):
+        node._set_sequence_nr(number + i)
 
 
 def _is_running(frame: FrameType | None) -> bool:
@@ -215,15 +302,19 @@ def map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum") -> SharedParameters:
     """Let all ranks of an axis hold these parameters as one, and use them each on its own data.
 
-    The values are made equal now (`replicate`, from the first rank). From then on each call of the module uses
-    `pvary` copies of its parameters, so that their gradients are reduced over the axis, once per call, to any order and
-    under every transform: accumulation, create_graph, torch.func.functional_call, autocast, checkpoint. A parameter,
-    or the whole module, may be unused on some rank, so long as its output is used. reduce="mean" divides the sum of
-    the gradients by n: for losses that are averaged over the ranks.
-    Cost: one message per dtype and device in backward for each call of the module.
+    The values are made equal now (`replicate`, from the first rank). From then on each call of the module, or of one
+    inside it, uses `pvary` copies of the parameters, so that their gradients are reduced over the axis, to any order
+    and under every transform: accumulation, create_graph, torch.func.functional_call, autocast, checkpoint. The copies are
+    made once for all calls until the parameters change, so ranks may call the modules in any order, unlike often, and
+    use other parameters, so long as what a call returns is used. reduce="mean" divides the sum of the gradients by n:
+    for losses that are averaged over the ranks.
+    Cost: in each backward pass one message per dtype and device, of all parameters that require a gradient.
     Returns a handle with `remove()`. Raises: PmodError where parameters are shared over this axis already;
-    ArgumentError for what is no module.
+    ArgumentError for what is no module; in backward CollectiveTimeout (MismatchError in `simulate`), where a rank calls
+    no module of these between two changes of the parameters and another rank does.
 
+    Under torch.compile and torch.func, and with parameters that are computed (functional_call with what a derivative
+    flows through), each call has a message of its own: there all ranks call alike.
     What is used without a call of a module, `module.weight @ x`, is not reduced: write a forward.
 
     >>> def gradient():
