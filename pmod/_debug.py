@@ -208,9 +208,7 @@ _words_of: _Words | None = None
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     """What each rank of the axis says, in rank order; all of them come to say it."""
     global _words_of
-    if not _groups.in_simulation():
-        _ = axis.group  # connects, and is no meeting
-    here = board()
+    here = None if _groups.in_simulation() else axis.group and board()  # connects, and is no meeting
     if here is None:
         with on_behalf_of(origin):
             return cast(Any, wire_of(axis)).words(mine)

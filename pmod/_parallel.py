@@ -304,10 +304,10 @@ def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum
 
     The values are made equal now (`replicate`, from the first rank). From then on each call of the module, or of one
     inside it, uses `pvary` copies of the parameters, so that their gradients are reduced over the axis, to any order
-    and under every transform: accumulation, create_graph, torch.func.functional_call, autocast, checkpoint. The copies are
-    made once for all calls until the parameters change, so ranks may call the modules in any order, unlike often, and
-    use other parameters, so long as what a call returns is used. reduce="mean" divides the sum of the gradients by n:
-    for losses that are averaged over the ranks.
+    and under every transform: accumulation, create_graph, torch.func.functional_call, autocast, checkpoint.
+    The copies are made once for all calls until the parameters change, so ranks may call the modules in any order,
+    unlike often, and use other parameters, so long as what a call returns is used. reduce="mean" divides the sum of the
+    gradients by n: for losses that are averaged over the ranks.
     Cost: in each backward pass one message per dtype and device, of all parameters that require a gradient.
     Returns a handle with `remove()`. Raises: PmodError where parameters are shared over this axis already;
     ArgumentError for what is no module; in backward CollectiveTimeout (MismatchError in `simulate`), where a rank calls
