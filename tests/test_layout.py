@@ -21,9 +21,9 @@ SOURCE = Path(pmod.__file__).parent
 ORDER = [
     "_version", "_errors", "_topology", "_groups", "_factors", "_draw", "_svg", "_mesh", "_ambient", "_waiting",
     "_wire", "_inductor", "_autodiff", "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum",
-    "fft", "_halo", "nn", "_parallel", "_random", "_data", "_sampler", "_specs", "_lineage", "_debug", "_kinds",
-    "_shard_map", "_trace", "_launch", "_simulate", "_estimate", "_explain", "_draw_tensor", "_draw_collective",
-    "testing", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
+    "fft", "_halo", "nn", "_parallel", "_random", "_data", "_sampler", "_specs", "_lineage", "_debug", "_captured",
+    "_traced", "_used", "_kinds", "_shard_map", "_trace", "_launch", "_simulate", "_estimate", "_explain",
+    "_draw_tensor", "_draw_collective", "testing", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 
