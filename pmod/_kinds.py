@@ -43,9 +43,10 @@ LENGTHS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "nar
 # how long their results are depends on the values: a length of the rank's own, where these vary
 BY_VALUE = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
 # views by which a tensor that the tracer shows without its base can be written into
-VIEWS = {"__getitem__", "view", "reshape", "transpose", "t", "permute", "select", "narrow", "expand", "squeeze", "chunk",
-         "unsqueeze", "flatten", "unflatten", "swapaxes", "movedim", "diagonal", "split", "unbind", "detach", "view_as",
-         "swapaxes_", "transpose_", "t_", "squeeze_", "unsqueeze_", "detach_", "alias"}  # fmt: skip
+VIEWS = {"__getitem__", "view", "reshape", "transpose", "t", "permute", "select", "narrow", "expand",
+         "squeeze", "chunk", "unsqueeze", "flatten", "unflatten", "swapaxes", "movedim", "diagonal", "split",
+         "unbind", "detach", "view_as", "swapaxes_", "transpose_", "t_", "squeeze_", "unsqueeze_", "detach_",
+         "alias"}  # fmt: skip
 # each rank draws its own
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
           "rand_like", "randn_like", "randint_like", "normal_", "uniform_", "bernoulli_", "random_", "exponential_",
@@ -256,7 +257,8 @@ class Kinds(TorchFunctionMode):
             return self._copy(x, missing)
         if x not in self._copies or not self._keeps(x):
             return self._copy_elsewhere(x, missing)
-        if missing & self._asked and not self._looks_ahead and not any(self._asked & along for along in self._copies[x]):
+        known = self._looks_ahead or any([self._asked & along for along in self._copies[x]])
+        if missing & self._asked and not known:
             raise self._unnamed(x)
         y, along = x, NONE
         for step in (*self._ways, missing):
@@ -275,20 +277,21 @@ class Kinds(TorchFunctionMode):
             return kept  # of the level around a transform
         inside = functorch.maybe_current_level() != self._level and functorch.is_functorch_wrapped_tensor(x)
         if missing & self._asked and inside and x.requires_grad:
-            given = f"{_here()}a transform differentiates one value along {sorted(missing & self._asked)} after this rank"
-            given += " asked for what is its own: each rank may come to it in an order of its own"
+            given = f"{_here()}a transform differentiates one value along {sorted(missing & self._asked)} after this"
+            given += " rank asked for what is its own: each rank may come to it in an order of its own"
             right = "Begin the function that is transformed with pmod.pvary of what it differentiates."
-            raise ArgumentError(explain("shard_map", given, right))
+            raise PmodError(explain("shard_map", given, right))
         if missing & self._asked and not inside and self._keeps(x) and not x.is_leaf:
-            given = f"{_here()}one value of shape {tuple(x.shape)} meets what varies, which came about after this rank asked"
-            given += " for what is its own: each rank may come to it in an order of its own"
-            raise ArgumentError(explain("shard_map", given, "Make it before, or put pmod.pvary around it there."))
+            given = f"{_here()}one value of shape {tuple(x.shape)} meets what varies, which came about after this rank"
+            given += " asked for what is its own: each rank may come to it in an order of its own"
+            raise PmodError(explain("shard_map", given, "Make it before, or put pmod.pvary around it there."))
         return self._copy(x, missing)
 
-    def _unnamed(self, x: Tensor) -> ArgumentError:
-        given = f"{_here()}it meets a parameter or leaf of shape {tuple(x.shape)} that f does not refer to by a name, after"
-        given += " this rank asked for what is its own: each rank may come to it in an order of its own"
-        return ArgumentError(explain("shard_map", given, "Pass it as an argument, with the spec P()."))
+    def _unnamed(self, x: Tensor) -> PmodError:
+        given = f"{_here()}it meets a parameter or leaf of shape {tuple(x.shape)} that f does not refer to by a name,"
+        given += " after this rank asked for what is its own: each rank may come to it in an order of its own"
+        # no TypeError: x * y makes of one that y is not supported
+        return PmodError(explain("shard_map", given, "Pass it as an argument, with the spec P()."))
 
     def _keeps(self, x: Tensor) -> bool:
         """Whether a copy that is made here serves elsewhere in the body."""
