@@ -19,12 +19,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pmod._ambient import resolve
 from pmod._arguments import wrong
 from pmod._autodiff import Call, bind, tensors_in
+from pmod._captured import captured_leaves
 from pmod._collectives import axis_index, differentiated, pvary
 from pmod._debug import is_marked_varying
 from pmod._errors import ArgumentError, PmodError, call_site, explain
 from pmod._lineage import lineage
 from pmod._mesh import Axis, Mesh
 from pmod._parallel import map_tensors
+from pmod._traced import show_writes, writes_traced
+from pmod._used import linked, pvary_used
 
 Axes: TypeAlias = frozenset[str]
 
@@ -37,6 +40,13 @@ SAME = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace
         "scalar_tensor", "tril_indices", "triu_indices", "fft_fftfreq", "fft_rfftfreq"}  # fmt: skip
 # they take lengths of their results: one that is as long as an uneven shard is the rank's own
 LENGTHS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "narrow"}
+# how long their results are depends on the values: a length of the rank's own, where these vary
+BY_VALUE = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
+# views by which a tensor that the tracer shows without its base can be written into
+VIEWS = {"__getitem__", "view", "reshape", "transpose", "t", "permute", "select", "narrow", "expand",
+         "squeeze", "chunk", "unsqueeze", "flatten", "unflatten", "swapaxes", "movedim", "diagonal", "split",
+         "unbind", "detach", "view_as", "swapaxes_", "transpose_", "t_", "squeeze_", "unsqueeze_", "detach_",
+         "alias"}  # fmt: skip
 # each rank draws its own
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
           "rand_like", "randn_like", "randint_like", "normal_", "uniform_", "bernoulli_", "random_", "exponential_",
@@ -74,6 +84,15 @@ class Kinds(TorchFunctionMode):
         self._asked: Axes = NONE  # the axes along which this rank knows its own place: what it then makes is V
         self._ways: list[Axes] = []  # the same, in the order in which it asked
         self.lengths: dict[int, Axes] = {}  # of uneven shards, those of all ranks: numbers that a rank has of its own
+        self._roots: list[Any] = []  # the functions whose bodies run
+        self._links: list[Tensor] = []  # each a number that is 0, by which backward comes to what every rank sums
+        self._arguments: list[Tensor] = []  # shards with a derivative
+        self._looks_ahead = False  # what a body refers to is being looked up
+        self._views: dict[Tensor, bool] = {}  # while compiling: those whose base is not known
+        self._shown = 0  # while compiling: how many y[i] = x were seen
+        if torch.compiler.is_compiling():
+            show_writes()
+            self._shown = writes_traced()
         self._unsummed = False  # one value with a derivative met what varies while no graph was made
 
     def __torch_function__(
@@ -90,8 +109,8 @@ class Kinds(TorchFunctionMode):
             return self._bind(*args, **kwargs)
         if func is kinds_here:
             return self
-        if func is axis_index:
-            self._ask(self._names(args[0]))
+        if func is axis_index or func is Mesh.axis_index:
+            self._ask(self._names(args[-1]))
             return func(*args, **kwargs)
         if func is torch.autograd.grad:
             return self._gradients(args, kwargs)
@@ -167,6 +186,16 @@ class Kinds(TorchFunctionMode):
         if x.requires_grad and not torch.compiler.is_compiling():
             self._copies.setdefault(x, {})
 
+    def of_body(self, f: Any) -> None:
+        """The body is f: what it refers to is looked up before a rank asks for what is its own."""
+        self._roots.append(f)
+
+    def of_argument(self, x: Tensor) -> None:
+        """x is a shard that goes into the body."""
+        self.comes_in(x)
+        if x.requires_grad and not torch.compiler.is_compiling():
+            self._arguments.append(x)
+
     def of_module(self, module: torch.nn.Module) -> None:
         """The body is a module's: its buffers are one value, as its parameters are."""
         self._modules.append(module)
@@ -224,8 +253,13 @@ class Kinds(TorchFunctionMode):
         self._unsummed |= bool(missing) and x.requires_grad and not torch.is_grad_enabled()
         if not missing or not differentiated(x):
             return x
-        if torch.compiler.is_compiling() or x not in self._copies or not self._keeps(x):
+        if torch.compiler.is_compiling():
             return self._copy(x, missing)
+        if x not in self._copies or not self._keeps(x):
+            return self._copy_elsewhere(x, missing)
+        known = self._looks_ahead or any([self._asked & along for along in self._copies[x]])
+        if missing & self._asked and not known:
+            raise self._unnamed(x)
         y, along = x, NONE
         for step in (*self._ways, missing):
             new = (step & missing) - along
@@ -235,6 +269,29 @@ class Kinds(TorchFunctionMode):
                 y = kept if version == x._version else self._copy(y, new)
                 self._copies[x][along] = x._version, y
         return y
+
+    def _copy_elsewhere(self, x: Tensor, missing: Axes) -> Tensor:
+        """A copy that does not serve elsewhere in the body: in a transform, or of what was made in the body."""
+        version, kept = self._copies.get(x, {}).get(missing, (None, x))
+        if version == x._version and torch.is_grad_enabled():
+            return kept  # of the level around a transform
+        inside = functorch.maybe_current_level() != self._level and functorch.is_functorch_wrapped_tensor(x)
+        if missing & self._asked and inside and x.requires_grad:
+            given = f"{_here()}a transform differentiates one value along {sorted(missing & self._asked)} after this"
+            given += " rank asked for what is its own: each rank may come to it in an order of its own"
+            right = "Begin the function that is transformed with pmod.pvary of what it differentiates."
+            raise PmodError(explain("shard_map", given, right))
+        if missing & self._asked and not inside and self._keeps(x) and not x.is_leaf:
+            given = f"{_here()}one value of shape {tuple(x.shape)} meets what varies, which came about after this rank"
+            given += " asked for what is its own: each rank may come to it in an order of its own"
+            raise PmodError(explain("shard_map", given, "Make it before, or put pmod.pvary around it there."))
+        return self._copy(x, missing)
+
+    def _unnamed(self, x: Tensor) -> PmodError:
+        given = f"{_here()}it meets a parameter or leaf of shape {tuple(x.shape)} that f does not refer to by a name,"
+        given += " after this rank asked for what is its own: each rank may come to it in an order of its own"
+        # no TypeError: x * y makes of one that y is not supported
+        return PmodError(explain("shard_map", given, "Pass it as an argument, with the spec P()."))
 
     def _keeps(self, x: Tensor) -> bool:
         """Whether a copy that is made here serves elsewhere in the body."""
@@ -247,24 +304,85 @@ class Kinds(TorchFunctionMode):
     def _ask(self, axes: Axes) -> None:
         """The rank learns what is its own along these axes, and may go its own way.
 
-        Before, what comes from outside the body becomes V: all ranks then sum its gradients in the same order, whatever
-        the order in which each uses it.
+        Before, all that is one value becomes V, together: in backward each rank sums it in one message, in whichever
+        order, how often, and of whichever part it made use.
         """
-        new = axes - self._asked
+        new, before = axes - self._asked, self._asked
         self._asked = self._asked | axes
         if not new or torch.compiler.is_compiling():
             return
         self._ways.append(new)
-        for x in [x for module in self._modules for x in module.parameters()]:
-            self.of(x)
-        with torch.set_grad_enabled(self._differentiates):
-            for x in [x for x in self._copies if self._keeps(x)]:
-                self._vary(x, self._asked)
+        with torch._C.DisableTorchFunction():
+            named = [x for f in self._roots for x in captured_leaves(f)]
+        self._looks_ahead = True
+        try:
+            for x in [*[x for module in self._modules for x in module.parameters()], *named]:
+                self.of(x)
+            with torch.set_grad_enabled(self._differentiates):
+                self._vary_all(new, before)
+        finally:
+            self._looks_ahead = False
+
+    def _vary_all(self, new: Axes, before: Axes) -> None:
+        """What is one value along the new axes, varying along them, in one call for each dtype and device."""
+        together: dict[tuple[Axes, torch.dtype, torch.device], list[tuple[Tensor, Axes, Tensor]]] = {}
+        for x in [*[x for x in self._copies if self._keeps(x)], *self._computed(new)]:
+            of = self.of(x)
+            step, along = new - of, before - of
+            if not step or not differentiated(x):
+                continue
+            copies = self._copies.setdefault(x, {})
+            if along | step in copies and copies[along | step][0] == x._version:
+                self._link(copies[along | step][1])  # it met what varies already, on all ranks
+                continue
+            y = self._vary(x, of | along)
+            together.setdefault((step, y.dtype, y.device), []).append((x, along | step, y))
+        for (step, *_), found in together.items():
+            names = tuple([name for name in self.mesh.axis_names if name in step])
+            with torch._C.DisableTorchFunction():
+                copies, link = pvary_used([y for *_, y in found], self.mesh[names])
+            self._links.append(link)
+            for (x, along, y), copy in zip(found, copies, strict=True):
+                self.note(copy, self.of(y) | step, self.assumed(x))
+                self._copies[x][along] = x._version, copy
+
+    def _computed(self, new: Axes) -> list[Tensor]:
+        """What the body made so far as one value, in the order in which all ranks made it."""
+        alive = self._known.alive() if isinstance(self._known, _Noted) else []
+        found = [x for x in alive if x.requires_grad and not x.is_leaf and x not in self._copies and self._keeps(x)]
+        found = [x for x in found if x.grad_fn is not None and new - self.of(x)]
+        return sorted(found, key=lambda x: (x.grad_fn._sequence_nr(), x.output_nr))  # type: ignore[union-attr]
+
+    def _link(self, y: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            self._links.append(y.reshape(-1)[:0].abs().sum())
+
+    def linked(self, y: Tensor) -> Tensor:
+        """y; in backward from it, this rank takes part in all sums, also where it used nothing of what is summed."""
+        if not (self._links and torch.is_grad_enabled() and (y.is_floating_point() or y.is_complex())):
+            return y
+        of, assumed = self.of(y), self.assumed(y)
+        with torch._C.DisableTorchFunction():
+            z = linked(y, [*self._links, *[x.reshape(-1)[:0].abs().sum() for x in self._arguments]])
+        self.note(z, of, assumed)
+        return z
+
+    def check_shown(self) -> None:
+        """Whether the tracer showed each `y[i] = x`: what varies may have been written into one value unseen."""
+        if torch.compiler.is_compiling() and self._shown != writes_traced():
+            raise self._hidden("an assignment y[i] = x that torch.compile does not show")
+
+    def _hidden(self, what: str) -> PmodError:
+        right = "Use torch.where, torch.cat or torch.stack, or run this function eagerly."
+        given = f"under torch.compile it cannot follow {what}"
+        return wrong(ArgumentError, "shard_map", resolve(self.mesh, "shard_map"), given, right)
 
     def _operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = _name(func)
         if torch.compiler.is_compiling() and _is_higher_order(func):
             raise self._unseen()
+        if torch.compiler.is_compiling() and name == "__setitem__":
+            self._shown += 1
         taken = tensors_in((args, kwargs))
         before = [self.of(x) for x in taken]
         axes = NONE.union(*before)
@@ -275,6 +393,8 @@ class Kinds(TorchFunctionMode):
         if _draws(name, args, kwargs):
             axes = sure = self.everywhere
         changed = _changed(name, args, kwargs)
+        if torch.compiler.is_compiling():
+            self._check_shown_whole(name, changed, axes)
         if any(axes - of for of in before):
             for x in changed:
                 self._change(x, axes)
@@ -285,14 +405,37 @@ class Kinds(TorchFunctionMode):
             self._change(x, axes)  # by an operator of the user's, say
         for y in [*tensors_in(result), *changed]:  # compiled code has another tensor after a change in place
             self.note(y, axes, axes - sure)
-        if name in NUMBERS:
-            self._ask(axes)
+        if torch.compiler.is_compiling() and name in VIEWS:
+            self._note_views(name, taken, result)
+        if name in NUMBERS or (name in ("__len__", "size") and isinstance(result, int) and self.lengths.get(result)):
+            self._ask(axes if name in NUMBERS else axes & self.lengths[result])
+        if name in BY_VALUE or (name == "__getitem__" and _has_mask(args[1])):
+            self._lengths_of(result, axes)
         return result
+
+    def _note_views(self, name: str, taken: list[Tensor], result: Any) -> None:
+        """While compiling: views of which the tracer shows no base, and views of those."""
+        if name == "detach" or any([x in self._views for x in taken]):
+            for y in tensors_in(result):
+                self._views[y] = True
+
+    def _check_shown_whole(self, name: str, changed: list[Tensor], axes: Axes) -> None:
+        """While compiling: whether all that shares memory with what varies from now on is known."""
+        for x in changed:
+            if axes - self.of(x) and (name.startswith("_foreach") or x in self._views):
+                raise self._hidden(f"what varies that {name} writes into one value, in a list or by a view of it")
+
+    def _lengths_of(self, result: Any, axes: Axes) -> None:
+        for y in tensors_in(result) if axes and not torch.compiler.is_compiling() else ():
+            if y.dim():
+                self.lengths[y.shape[0]] = self.lengths.get(y.shape[0], NONE) | axes
 
     def _own_lengths(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:
         """The axes of uneven shards with a length that is asked for here."""
-        if not self.lengths or not (name in LENGTHS or name == "__getitem__"):
+        if not self.lengths or not (name in LENGTHS or name in SAME or name == "__getitem__"):
             return NONE
+        if name in SAME:
+            return NONE.union(*[self.lengths.get(n, NONE) for n in _numbers_in([*args, kwargs])])
         index = args[1] if isinstance(args[-1], tuple) else args[1:]
         asked = [i for i in index if isinstance(i, slice)] if name == "__getitem__" else [args[1:], kwargs]
         return NONE.union(*[self.lengths.get(n, NONE) for n in _numbers_in(asked)])
@@ -321,6 +464,11 @@ class Kinds(TorchFunctionMode):
     def _get(self, func: Any, args: tuple[Any, ...]) -> Any:
         """x.T and x.grad are what x is; other attributes are no tensors."""
         y = func(*args)
+        if isinstance(y, Tensor) and torch.compiler.is_compiling():
+            self._views[y] = True
+        if isinstance(y, Tensor) and y.requires_grad and self._asked and func.__self__ is not Tensor._base:
+            y = func(self._vary(args[0], self.of(args[0]) | self._asked))
+            self.note(y, self.of(args[0]) | self._asked, self.assumed(args[0]) | (self._asked - self.of(args[0])))
         if isinstance(y, Tensor) and y not in self._known:
             self.note(y, self.of(args[0]), self.assumed(args[0]))
         return y
@@ -337,16 +485,18 @@ class Kinds(TorchFunctionMode):
         given: dict[str, Any] = {**dict(zip(("outputs", "inputs", "grad_outputs"), args, strict=False)), **kwargs}
         outputs, inputs, cotangents = given.pop("outputs"), given.pop("inputs"), given.pop("grad_outputs", None)
         self._check_sure(tensors_in(outputs))
+        outputs = map_tensors(self.linked, outputs)
         outputs, cotangents = self._alike(outputs, cotangents)
         gradients = torch.autograd.grad(outputs, inputs, cotangents, *args[3:], **given)
         for x, gradient in zip(tensors_in(inputs), gradients, strict=True):
             if gradient is not None:
                 self.note(gradient, self.of(x))
+                self._vary_results([gradient])
         return gradients
 
     def _backward(self, y: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         self._check_sure([y])
-        outputs, cotangents = self._alike([y], [gradient])
+        outputs, cotangents = self._alike([self.linked(y)], [gradient])
         Tensor.backward(outputs[0], cotangents[0], *args, **kwargs)
 
     def _check_sure(self, ys: list[Tensor]) -> None:
@@ -394,12 +544,28 @@ class Kinds(TorchFunctionMode):
         ys = bind(call, xs, forward)
         for y, of, guess in zip(ys, before, assumed, strict=True):
             self.note(y, of - over if call.row.gives == "I" else of | over, guess)
+        if call.row.gives == "I":
+            self._vary_results(ys)
         return ys
+
+    def _vary_results(self, ys: Sequence[Tensor]) -> None:
+        """Copies of what all ranks make one value after the ask, now: later each may come to it in its own order."""
+        for y in ys if self._asked and not torch.compiler.is_compiling() else ():
+            missing = self._asked - self.of(y)
+            if missing and self._keeps(y) and differentiated(y):
+                copy = self._copy(y, missing)
+                self._copies[y] = {missing: (y._version, copy)}
+                self._link(copy)
 
     def _pvary(self, call: Call, xs: list[Tensor], before: list[Axes], over: Axes) -> list[Tensor]:
         """What varies already stays as it is; all others go together, as the user asked."""
         new = [i for i, of in enumerate(before) if not of & over]
         ys = list(xs)
+        for i in [i for i in new if call.params == (1, None)]:
+            version, kept = self._copies.get(xs[i], {}).get(over, (None, xs[i]))
+            if self._asked and version == xs[i]._version and self._keeps(xs[i]):
+                ys[i] = kept  # it varies since the rank asked
+        new = [i for i in new if ys[i] is xs[i]]
         if new:
             for i, y in zip(new, bind(call, [xs[i] for i in new]), strict=True):
                 ys[i] = y
@@ -418,6 +584,9 @@ class _Noted:
     def get(self, x: Tensor, default: Any) -> Any:
         entry = self._entries.get(id(x))
         return entry[1] if entry is not None and entry[0]() is x else default
+
+    def alive(self) -> list[Tensor]:
+        return [x for x in [of() for of, _ in self._entries.values()] if x is not None]
 
     def __contains__(self, x: Tensor) -> bool:
         return self.get(x, None) is not None
@@ -439,7 +608,8 @@ def _here() -> str:
 
 
 def _name(func: Any) -> str:
-    return getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "")
+    return name.split(".")[0] if isinstance(func, torch._ops.OpOverload) else name
 
 
 def _is_higher_order(func: Any) -> bool:
@@ -453,7 +623,7 @@ _plain: dict[Any, bool] = {}  # a memo of `_is_plain`, which asks for names
 def _is_plain(func: Any) -> bool:
     """Whether it is a function of torch's whose result varies where its tensors do, and that changes none of them."""
     name = _name(func)
-    special = SAME | LENGTHS | RANDOM | DROPOUT | ATTENTION.keys() | STATISTICS.keys() | NUMBERS
+    special = SAME | LENGTHS | BY_VALUE | RANDOM | DROPOUT | ATTENTION.keys() | STATISTICS.keys() | NUMBERS
     special |= {"grad", "backward", "rrelu", "__getitem__", "__get__", "__set__"}
     ours = not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator)
     torchs = (getattr(func, "__module__", None) or "torch").split(".")[0] == "torch"  # a method has no module
@@ -495,6 +665,12 @@ def _versions(xs: list[Tensor]) -> list[int]:
     if torch.compiler.is_compiling():
         return [0] * len(xs)
     return [0 if x.is_inference() else x._version for x in xs]
+
+
+def _has_mask(index: Any) -> bool:
+    """Whether elements are chosen by their values."""
+    parts: Any = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
 
 
 def _numbers_in(tree: Any) -> list[int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 import attrs
 import numpy as np
 import torch
+from torch.overrides import handle_torch_function
 
 from pmod import _groups, _place
 from pmod._draw import mesh_html, mesh_text
@@ -322,6 +323,8 @@ class Mesh:
         >>> mesh.axis_index("model"), mesh.axis_index(("model", "data"))
         (1, 2)
         """
+        if torch._C._len_torch_function_stack() > 0:  # shard_map follows who knows where it is
+            return handle_torch_function(Mesh.axis_index, (), self, axis)
         return self.bind(axis, "Mesh.axis_index").index
 
     def axis_size(self, axis: AxisLike) -> int:

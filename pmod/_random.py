@@ -12,6 +12,7 @@ import torch
 from pmod import _groups
 from pmod._ambient import resolve
 from pmod._arguments import wrong
+from pmod._collectives import axis_index
 from pmod._errors import ArgumentError, PmodError, explain
 from pmod._mesh import Axis, AxisLike, named
 from pmod._numbers import as_int
@@ -47,7 +48,9 @@ def fold_in(seed: int, axis: AxisLike) -> int:
     >>> seeds[0] == seeds[1] != seeds[2] == seeds[3]
     True
     """
-    return _folded(seed, axis, "fold_in")[0]
+    number, _ = _folded(seed, axis, "fold_in")
+    axis_index(axis)  # shard_map follows who has a number of its own
+    return number
 
 
 @contextmanager

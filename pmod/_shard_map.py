@@ -15,6 +15,7 @@ from pmod._arguments import check_tensor, wrong
 from pmod._errors import ArgumentError, AxisError, explain
 from pmod._kinds import NONE, Axes, Kinds, kinds_here
 from pmod._mesh import Mesh
+from pmod._parallel import map_tensors
 from pmod._pytree import unflatten
 from pmod._slices import shard, unshard
 from pmod._specs import Entry, P, Specs, as_dtensor, check_spec, sizes_of, unfit, whole_shapes, with_specs
@@ -69,8 +70,11 @@ def shard_map(
         with under(over) if mesh is not None else nullcontext(), follow:
             if module is not None:
                 call.kinds.of_module(module)
+            call.kinds.of_body(f)
             shards = call.enter(args, in_specs)
-            return call.leave(f(*shards), out_specs)
+            result = map_tensors(call.kinds.linked, f(*shards))
+            call.kinds.check_shown()
+            return call.leave(result, out_specs)
 
     return mapped
 
@@ -144,7 +148,7 @@ class _Mapped:
         for dim, along, sizes in cuts:
             y = shard(y, along, dim=dim, sizes=sizes)
         if not self.nested:
-            self.kinds.comes_in(y)
+            self.kinds.of_argument(y)
         return y
 
     def _local(self, x: Any, spec: P) -> Tensor:
@@ -158,7 +162,7 @@ class _Mapped:
         self.device_mesh = x.device_mesh
         y = (x if tuple(x.placements) == placements else x.redistribute(placements=placements)).to_local()
         self.kinds.note(y, self.kinds.everywhere & frozenset(spec.axes))
-        self.kinds.comes_in(y)
+        self.kinds.of_argument(y)
         return y
 
     def leave(self, result: Any, specs: Specs) -> Any:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pmod
 from pmod import P
+from tests import spmd
 from tests.test_shard_map import DATA, Cube, draw, message
 
 X, W = draw(5, 3), draw(3, 2)
@@ -326,3 +327,116 @@ def test_a_buffer_is_not_changed_by_what_varies() -> None:
     assert norm.running_mean is not None and norm.running_mean.tolist() == [0, 0, 0]
     torch.testing.assert_close(pmod.simulate(pmod.shard_map(norm.eval(), in_specs=DATA, out_specs=DATA), x, data=2)[0],
                                norm(x))  # fmt: skip
+
+
+# --- ranks that go unlike ways --------------------------------------------------------------------
+
+ROUTES = {"in one order": [0, 0, 1, 0, 1, 1], "in another order": [0, 0, 1, 1, 0, 0], "unlike sets": [0, 0, 0, 1, 1, 1]}
+
+
+class Tied(torch.nn.Module):
+    """Its weight is computed from its parameter in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(draw(4, 4).detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.w + self.w.T)
+
+
+def _plain() -> torch.nn.Module:
+    return torch.nn.Linear(4, 4, bias=False, dtype=torch.float64)
+
+
+def _normed() -> torch.nn.Module:
+    return torch.nn.utils.parametrizations.weight_norm(_plain())
+
+
+def routed(make: Callable[[], torch.nn.Module], route: list[int], second: bool) -> None:
+    """Each sample goes to an expert of its own: the gradients are those of one process."""
+    torch.manual_seed(0)
+    experts, serial = (torch.nn.ModuleList([make(), make(), make()]) for _ in range(2))
+    serial.load_state_dict(experts.state_dict())
+    x, to = draw(6, 4).detach(), torch.tensor(route)
+
+    def loss(experts: Any, x: Tensor, to: Tensor) -> Tensor:
+        return sum(experts[int(e)](row[None]).square().sum() for row, e in zip(x, to, strict=True))  # type: ignore
+
+    f = pmod.shard_map(lambda x, to: pmod.psum(loss(experts, x, to), "data"), in_specs=DATA, out_specs=P())
+    for module, value in ((experts, f(x, to)), (serial, loss(serial, x, to))):
+        if second:
+            ws = [w for expert in (module[0], module[1]) for w in expert.parameters()]
+            value = sum(g.sin().sum() for g in torch.autograd.grad(value, ws, create_graph=True))
+        value.backward()
+    for w, want in zip(experts.parameters(), serial.parameters(), strict=True):
+        if not second:
+            assert (w.grad is None) == (want.grad is None)  # what no rank used has no gradient
+        if w.grad is not None:
+            torch.testing.assert_close(w.grad, torch.zeros_like(w) if want.grad is None else want.grad)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"data": 3}], ids=str)
+@pytest.mark.parametrize("make", [_plain, Tied, _normed])
+@pytest.mark.parametrize("route", ROUTES)
+def test_experts(route: str, make: Callable[[], torch.nn.Module], mesh: dict[str, int]) -> None:
+    for second in (False, True):
+        pmod.simulate(routed, make, ROUTES[route], second, **mesh)
+
+
+def routed_each_way() -> None:
+    for route in ROUTES.values():
+        routed(Tied, route, False)
+        routed(_plain, route, True)
+
+
+def test_experts_on_processes() -> None:
+    spmd.launch(routed_each_way, data=3)
+
+
+def _after(x: Tensor, w: Tensor, sums: Callable[[Tensor], Tensor]) -> Tensor:
+    """One value that was computed before each rank went its own way."""
+    u, v = w.sin(), w.cos()
+    first = bool(x.detach().sum() > 0)
+    return sums(((x @ u) @ v.T).sum() if first else ((x @ v).square() @ u.T).sum() + (x @ v).sum())
+
+
+def test_values_computed_before() -> None:
+    def gradient(f: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        w = W.detach().clone().requires_grad_()
+        return torch.autograd.grad(f(x, w), w)[0]
+
+    x = torch.cat([torch.ones(1, 3), -torch.ones(1, 3)]).double()
+    f = pmod.shard_map(lambda x, w: _after(x, w, lambda y: pmod.psum(y, "data")), in_specs=(DATA, P()), out_specs=P())
+    want = gradient(lambda x, w: sum(_after(row[None], w, lambda y: y) for row in x))  # type: ignore[return-value]
+    for got in pmod.simulate(gradient, f, data=2):
+        torch.testing.assert_close(got, want)
+
+
+HIDDEN = {torch.nn.Parameter(torch.ones(3, dtype=torch.float64))}
+
+
+def test_a_parameter_without_a_name() -> None:
+    def local(x: Tensor) -> Tensor:
+        pmod.axis_index("data")
+        return pmod.psum((x * next(iter(HIDDEN))).sum(), "data")
+
+    f = pmod.shard_map(local, in_specs=DATA, out_specs=P())
+    assert "a parameter or leaf of shape (3,) that f does not refer to by a name" in message(lambda: f(FIXED), data=2)
+
+
+OWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "fold_in": lambda x: torch.ones(1) * (pmod.fold_in(0, "data") % 97),
+    "the mesh's axis_index": lambda x: torch.ones(1) * pmod.current_mesh()["data"].axis_index("data"),
+    "zeros of a shard's length": lambda x: torch.zeros(len(x), 2),
+    "a loop over a shard's length": lambda x: sum((torch.ones(1) for _ in range(len(x))), torch.zeros(1)),
+    "nonzero": lambda x: torch.ones(len((x > 0.3).nonzero())),
+    "a mask": lambda x: torch.ones(len(x[x > 0.3])),
+    "masked_select": lambda x: torch.zeros(x.masked_select(x > 0.3).size(0)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_a_rank_s_own(name: str) -> None:
+    f = pmod.shard_map(OWN[name], in_specs=DATA, out_specs=P())
+    assert "the result may vary along 'data'" in message(lambda: f(FIXED), data=2)
