@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pmod._ambient import resolve
 from pmod._arguments import check_root, check_tensor, wrong
 from pmod._autodiff import called_as
-from pmod._collectives import PSUM, PVARY, differentiated, pick
+from pmod._collectives import PICK, PSUM, PVARY, differentiated, pick
 from pmod._errors import ArgumentError, PmodError
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import flatten, map_leaves, together
@@ -373,33 +373,72 @@ class _Reducer:
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
         self._axis = axis
         self._reduce = reduce
-        self._buckets = [_Bucket(parameters) for parameters in _in_buckets(module)]
         self._pass = -1  # the backward pass that is running
+        self._scaled: set[int] = set()  # the parameters whose gradient of this pass is n times as large
+        self._learn(list(module.parameters()))
+        module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave)
         self._attach()
 
+    def _learn(self, parameters: list[nn.Parameter]) -> None:
+        self._known = [(p, _kind(p)) for p in parameters]
+        self._buckets = [_Bucket(together) for together in _in_buckets(parameters)]
+
     def _attach(self) -> None:
         # every pass comes to it, also one that uses no parameter
-        self._anchor = torch.zeros((), device=self._buckets[0].parameters[0].device, requires_grad=True)
+        device = self._known[0][0].device if self._known else torch.device("cpu")
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._anchor.register_hook(self._begin)
-        self._accumulators: list[Any] = []
+        self._accumulators: dict[int, Any] = {}
+        self._handles: list[Any] = []
         for bucket in self._buckets:
             for p in bucket.parameters:
                 if self._reduce == "sum":  # as n times the mean: a mean may be taken again, as the next pass does
-                    with torch.enable_grad():
-                        accumulator = cast(Any, p.view_as(p).grad_fn).next_functions[0][0]
-                    accumulator.register_prehook(self._times_n)  # torch.autograd.grad does not come to it
-                    self._accumulators.append(accumulator)
-                p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket))
+                    accumulator = _accumulator(p)  # torch.autograd.grad does not come to it
+                    self._handles.append(accumulator.register_prehook(partial(self._times_n, id(p))))
+                    self._accumulators[id(p)] = accumulator
+                self._handles.append(p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket)))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        """See what has changed since the last call: parameters that came, went, were frozen, unfrozen or moved."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        now = list(module.parameters())
+        if not torch.is_grad_enabled() or not all(p.is_leaf for p in now):  # of a functional_call
+            return
+        before = {id(p) for p, _ in self._known}
+        same = len(now) == len(self._known) and all(p is q for p, (q, _) in zip(now, self._known, strict=True))
+        if same and all(_kind(p) == kind for p, kind in self._known) and not self._lost():
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._learn(now)
+        new = [p for p in now if id(p) not in before]
+        with torch.no_grad():
+            for p, value in zip(new, self._equal(new), strict=True):
+                p.copy_(value)
+        self._attach()
+
+    def _equal(self, new: list[nn.Parameter]) -> list[Tensor]:
+        """The values that the first rank has."""
+        return together(PICK, [p.detach() for p in new], self._axis, (0,)) if new else []
+
+    def _lost(self) -> bool:
+        """Whether torch has made the nodes that multiply anew: a cast there and back leaves no other trace."""
+        return self._reduce == "sum" and any(
+            _accumulator(p) is not self._accumulators[id(p)] for bucket in self._buckets for p in bucket.parameters
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_anchor", "_accumulators")}
+        left = ("_anchor", "_accumulators", "_handles")
+        return {key: value for key, value in vars(self).items() if key not in left} | {"_scaled": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._attach()  # a copy of a parameter has none of its hooks
 
-    def _times_n(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _times_n(self, parameter: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._scaled.add(parameter)
         return tuple(gradient * self._axis.size for gradient in gradients)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -418,6 +457,8 @@ class _Reducer:
         """In a hook: where it is the first of this pass, see to it that the pass ends with `_finish`."""
         running = torch._C._current_graph_task_id()
         if self._pass != running:  # one that raised may have left something behind
+            if any(_kind(p) != kind for p, kind in self._known if p.requires_grad):
+                raise self._late("a parameter was unfrozen or moved between the call of the module and backward")
             self._reset(running)
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
@@ -427,10 +468,17 @@ class _Reducer:
             given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
             right = "Use share_parameters(module, axis, reduce='mean')."
             raise wrong(PmodError, "data_parallel", self._axis, given, right)
+        if self._reduce == "sum" and id(p) not in self._scaled:
+            raise self._late("a parameter was moved to another dtype or device after the last call of the module")
+        self._scaled.discard(id(p))
         self._begin(p)
         bucket.ready.add(id(p))
         if len(bucket.ready) == len(bucket.parameters):
             self._send()
+
+    def _late(self, given: str) -> PmodError:
+        right = "Call the module after the change, as it is: a call of it finds what has changed."
+        return wrong(PmodError, "data_parallel", self._axis, given, right)
 
     def _send(self, everything: bool = False) -> None:
         """Send what is complete, in the order of the buckets: it must be the same on all ranks."""
@@ -456,16 +504,28 @@ class _Reducer:
             *gradients, used = bucket.sent.wait()
             for i, (p, gradient) in enumerate(zip(bucket.parameters, gradients, strict=True)):
                 # one that no rank used stays without a gradient
-                if p.grad is not None or used[i] != 0:
-                    p.grad = gradient
+                if p.grad is None or p.grad.layout is not torch.strided:
+                    p.grad = gradient if p.grad is not None or used[i] != 0 else None
+                else:  # it may be a part of a buffer of the user's
+                    p.grad.copy_(gradient)
         self._reset(-1)
 
 
-def _in_buckets(module: nn.Module) -> Iterator[list[Tensor]]:
+def _kind(p: Tensor) -> tuple[bool, torch.dtype, torch.device]:
+    return p.requires_grad, p.dtype, p.device
+
+
+def _accumulator(p: Tensor) -> Any:
+    """The node that adds into p.grad."""
+    with torch.enable_grad():
+        return cast(Any, p.view_as(p).grad_fn).next_functions[0][0]
+
+
+def _in_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
     """The parameters in about the order in which backward comes to them."""
     full: list[Tensor] = []
     size, limit = 0, FIRST_BUCKET
-    for p in reversed([p for p in module.parameters() if p.requires_grad]):
+    for p in reversed([p for p in parameters if p.requires_grad]):
         if full and (size >= limit or (p.dtype, p.device) != (full[0].dtype, full[0].device)):
             yield full
             full, size, limit = [], 0, BUCKET
@@ -481,7 +541,12 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     The values are made equal now (`replicate`, from the first rank). In each backward pass the gradients travel in
     buckets while it still runs, and `.grad` holds their mean (reduce="sum": their sum) when it returns; with several
     backward passes before a step it holds what they add up to. A parameter that some rank did not use counts as 0
-    there; one that no rank used keeps no gradient. At axis size 1 nothing is attached.
+    there; one that no rank used keeps no gradient. At axis size 1 nothing is attached. What is frozen, unfrozen, moved,
+    replaced or added later is found at the next call of the module, on all ranks alike; the values of new parameters
+    are made equal then, by a broadcast from the first rank. A change between that call and backward raises, where it
+    would count. The result is written into `.grad` where there is one, so that it may be a part of a buffer of yours;
+    a sparse gradient travels dense, and stays so. What is called in place of the module itself, such as a new submodule
+    of it, is not seen.
     Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass.
     Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
     `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass
@@ -500,6 +565,6 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     _checked(module, reduce, "data_parallel", bound)
     _check_not_reduced(module, "data_parallel", bound)
     replicate(module, axis)
-    if bound.size > 1 and any(p.requires_grad for p in module.parameters()):
+    if bound.size > 1:
         _Reducer(module, bound, reduce)
     return module

@@ -967,3 +967,131 @@ def test_ranks_that_are_reduced_over_twice_are_found_in_any_order(second: Any) -
             pmod.share_parameters(layer, second)
 
     pmod.simulate(run, a=2, b=2)
+
+
+# --- what changes after the call of data_parallel -----------------------------------------------------------------
+
+
+def late_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+
+def unfrozen(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    net[0].requires_grad_(False)
+    wrap(net)
+    net[0].requires_grad_(True)
+
+
+def all_unfrozen(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    net.requires_grad_(False)
+    wrap(net)
+    net.requires_grad_(True)
+
+
+def loaded(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    wrap(net)
+    net.load_state_dict(late_net().state_dict(), assign=True)
+
+
+def replaced(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    wrap(net)
+    torch.manual_seed(1)
+    net[2] = nn.Linear(3, 1).double()
+
+
+def added(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    wrap(net)
+    torch.manual_seed(1)
+    net.append(nn.Linear(1, 1).double())
+
+
+def parametrized(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    wrap(net)
+    nn.utils.parametrizations.weight_norm(net[0])
+
+
+def cast_there_and_back(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    wrap(net)
+    net(torch.ones(1, 4, dtype=torch.float64))
+    net.float().double()
+
+
+def data_replaced(net: nn.Sequential, wrap: Callable[[nn.Module], Any]) -> None:
+    wrap(net.float())
+    for p in net.parameters():
+        p.data = p.data.double()
+
+
+LATE = [unfrozen, all_unfrozen, loaded, replaced, added, parametrized, cast_there_and_back, data_replaced]
+
+
+def late_gradients(net: nn.Module, x: Tensor) -> list[Tensor | None]:
+    for _ in range(2):  # accumulated
+        net(x).square().sum().backward()
+    return [p.grad for p in net.parameters()]
+
+
+def late_on_rank(reduce: Any) -> None:
+    x = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(4, 4)
+    n = pmod.axis_size("x")
+    for change in LATE:
+        plain, parallel = late_net(), late_net()
+        change(plain, lambda module: module)
+        change(parallel, lambda module: pmod.data_parallel(module, "x", reduce=reduce))
+        expected = late_gradients(plain, x)
+        for got, whole in zip(late_gradients(parallel, pmod.shard(x, "x")), expected, strict=True):
+            assert got is not None and whole is not None, change.__name__
+            same(got, whole if reduce == "sum" else whole / n, change.__name__)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_what_changes_after_data_parallel(run: Any, reduce: str) -> None:
+    run(late_on_rank, reduce, x=2)
+
+
+def unlike_values_on_rank() -> None:
+    """The values of a new parameter are made equal, as those of the first ones were."""
+    net = pmod.data_parallel(late_net(), "x")
+    net[2] = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        net[2].weight.fill_(float(pmod.axis_index("x")))
+    net(torch.ones(1, 4, dtype=torch.float64))
+    assert net[2].weight.eq(0).all()
+
+
+def test_new_parameters_are_made_equal(run: Any) -> None:
+    run(unlike_values_on_rank, x=2)
+
+
+def between_on_rank() -> None:
+    """A change between the call and backward raises, where nobody would find it."""
+    x = torch.ones(1, 4, dtype=torch.float64)
+    net = pmod.data_parallel(late_net(), "x", reduce="sum")
+    y = net(x).sum()
+    net.float().double()
+    with pytest.raises(pmod.PmodError, match="moved to another dtype"):
+        (y + sum(p.sum() for p in net.parameters())).backward()
+    net = late_net()
+    net[0].requires_grad_(False)
+    y = pmod.data_parallel(net, "x")(x).sum()
+    net[0].requires_grad_(True)
+    with pytest.raises(pmod.PmodError, match="unfrozen"):
+        (y + net[0].weight.sum()).backward()
+
+
+def test_a_change_before_backward_raises(run: Any) -> None:
+    run(between_on_rank, x=2)
+
+
+def views_on_rank() -> None:
+    """Gradients that are parts of a buffer stay parts of it."""
+    net = pmod.data_parallel(nn.Linear(2, 1, bias=False, dtype=torch.float64), "x")
+    flat = torch.zeros(2, dtype=torch.float64)
+    net.weight.grad = flat.view(1, 2)
+    net(torch.full((1, 2), 1.0 + pmod.axis_index("x"), dtype=torch.float64)).sum().backward()
+    assert flat.tolist() == [1.5, 1.5] and net.weight.grad.data_ptr() == flat.data_ptr()
+
+
+def test_gradients_stay_in_a_buffer_of_the_user(run: Any) -> None:
+    run(views_on_rank, x=2)
