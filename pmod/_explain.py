@@ -202,16 +202,16 @@ def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | 
     loss, as rank 0 (data=0) of Mesh(data=4)
     <BLANKLINE>
     <doctest pmod._explain.explain[0]>:2: w = pmod.pvary(w, "data")
-      w: pvary(data) -> backward: psum, 18 B
+      w: pvary(data) -> backward: psum, 36 B
         I -> V. Use an invariant value in varying computation: x itself, whose gradient is summed over the axis.
         backward: every rank used the one value in its own way: its gradient is the sum of theirs.
     <BLANKLINE>
     <doctest pmod._explain.explain[0]>:3: return pmod.psum((w * x).sum(), "data")
-      (w * x).sum(): psum(data), 6 B -> backward: pvary
+      (w * x).sum(): psum(data), 12 B -> backward: pvary
         V -> I. Sum over the axis: the same value on every rank.
         backward: the result is one value, whose gradient is on every rank already; nothing is sent.
     <BLANKLINE>
-    In all this rank sends 6 B forward and 18 B backward.
+    In all this rank sends 12 B forward and 36 B backward.
     """
     mesh = ambient() if mesh is None else mesh
     if mesh is None:

@@ -98,7 +98,7 @@ def test_what_requires_no_gradient_does_where_nothing_else_does() -> None:
     frozen = pmod.explain(f, tree, (torch.ones(3, requires_grad=True), None), mesh={"data": 4})
     assert titles(frozen)[0] == "tree['w']: pvary(data) -> no gradient comes back"
     counts = pmod.explain(lambda n: pmod.psum(n, "data"), torch.tensor(3), mesh={"data": 4})
-    assert titles(counts) == ["n: psum(data), 12 B -> no gradient comes back"]
+    assert titles(counts) == ["n: psum(data), 24 B -> no gradient comes back"]
 
 
 def test_a_training_step() -> None:

@@ -132,9 +132,9 @@ and of the neighbours' 1 before and 1 after along dim 0, 0 before and 2 after al
         ((9,), (("model", "data"),), GRID), {},
         """\
 (9,) by P(('model', 'data')) on data=2, model=4: shards of (2,) to (0,)
-      0:2  2:4  4:6  6:8  8:9
-rank  0    4    1    5    2
-nothing on ranks 6 3 7"""),
+      0:2  2:3  3:5  5:6  6:8  8:9
+rank  0    4    1    5    2    6
+nothing on ranks 3 7"""),
     "not cut": (
         ((3, 2), (), GRID), {},
         """\

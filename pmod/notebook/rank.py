@@ -90,7 +90,7 @@ def _waited(frames: list[tuple[FrameType, int]]) -> str:
     """`psum(axis='data')`: the public function, and the axis of the wait it came to."""
     wait: Any = next(frame.f_locals["self"] for frame, _ in frames if frame.f_code is _waiting.Wait.until_done.__code__)
     ours = [frame.f_code.co_name for frame, _ in frames if frame.f_code.co_filename.startswith(_HERE)]
-    function = next((name for name in ours if hasattr(pmod, name)), f"{wait._row} in backward")
+    function = next((name for name in ours if hasattr(pmod, name)), f"{wait._said.row} in backward")
     return f"pmod.{function}(axis={wait._axis.label!r})"
 
 
