@@ -78,17 +78,24 @@ def failure() -> Failure:
     last = max((i for i, line in enumerate(lines) if not line.startswith(inside)), default=-1)
     began = any(line.startswith("line ") for line in lines)
     at = f"{lines[last]}: {linecache.getline(*_place(frames[last])).strip()}" if began else ""
-    waits = [frame for frame, _ in frames if frame.f_code is _waiting.Wait.until_done.__code__]
-    return Failure(lines, at, _waited(frames[last + 1 :]) if waits else "", isinstance(error, PmodError))
+    waits = [wait for wait in map(_wait_in, frames) if wait is not None]
+    waited = _waited(frames[last + 1 :], waits[0]) if waits else ""
+    return Failure(lines, at, waited, isinstance(error, PmodError))
+
+
+def _wait_in(entry: tuple[FrameType, int]) -> _waiting.Wait | None:
+    """The wait that a method belongs to: its own, or that of a wire which was about to wait."""
+    owner: Any = entry[0].f_locals.get("self")
+    wait = owner if isinstance(owner, _waiting.Wait) else getattr(owner, "_wait", None)
+    return wait if isinstance(wait, _waiting.Wait) else None
 
 
 def _place(entry: tuple[FrameType, int]) -> tuple[str, int]:
     return entry[0].f_code.co_filename, entry[1]
 
 
-def _waited(frames: list[tuple[FrameType, int]]) -> str:
+def _waited(frames: list[tuple[FrameType, int]], wait: _waiting.Wait) -> str:
     """`psum(axis='data')`: the public function, and the axis of the wait it came to."""
-    wait: Any = next(frame.f_locals["self"] for frame, _ in frames if frame.f_code is _waiting.Wait.until_done.__code__)
     ours = [frame.f_code.co_name for frame, _ in frames if frame.f_code.co_filename.startswith(_HERE)]
     function = next((name for name in ours if hasattr(pmod, name)), f"{wait._said.row} in backward")
     return f"pmod.{function}(axis={wait._axis.label!r})"
