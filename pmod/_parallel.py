@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pmod._ambient import resolve
 from pmod._arguments import check_root, check_tensor, wrong
@@ -332,14 +333,14 @@ def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum
     return SharedParameters(module, bound, reduce)
 
 
-def _check_not_reduced(module: nn.Module, function: str, axis: Axis) -> None:
+def _check_not_reduced(module: nn.Module, function: str, axis: Axis, *, but: object = None) -> None:
     for inner in module.modules():
         hooks = [*inner._forward_hooks.values()]
         for p in inner._parameters.values():  # of a module around this one, or of one that holds the same parameter
             hooks += (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
         for hook in hooks:
             owner = getattr(getattr(hook, "func", hook), "__self__", None)
-            if not isinstance(owner, SharedParameters | _Reducer):
+            if owner is but or not isinstance(owner, SharedParameters | _Reducer):
                 continue
             name, other = type(inner).__name__, owner._axis
             # axes of one rank are all over the same ranks; axes of one mesh that cross share this rank only
@@ -371,7 +372,7 @@ class _Reducer:
     """Reduces the gradients of a module over an axis, while backward runs."""
 
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
-        self._axis = axis
+        self._module, self._axis = module, axis
         self._reduce = reduce
         self._pass = -1  # the backward pass that is running
         self._scaled: set[int] = set()  # the parameters whose gradient of this pass is n times as large
@@ -385,10 +386,11 @@ class _Reducer:
         self._buckets = [_Bucket(together) for together in _in_buckets(parameters)]
 
     def _attach(self) -> None:
-        # every pass comes to it, also one that uses no parameter
+        # every pass comes to it, also one that uses no parameter; compiled code holds it, so it stays where it can
         device = self._known[0][0].device if self._known else torch.device("cpu")
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self._anchor.register_hook(self._begin)
+        if getattr(self, "_anchor", torch.empty((), device="meta")).device != device:
+            self._anchor = torch.zeros((), device=device, requires_grad=True)
+            self._anchor.register_hook(self._begin)
         self._accumulators: dict[int, Any] = {}
         self._handles: list[Any] = []
         for bucket in self._buckets:
@@ -398,18 +400,28 @@ class _Reducer:
                     self._handles.append(accumulator.register_prehook(partial(self._times_n, id(p))))
                     self._accumulators[id(p)] = accumulator
                 self._handles.append(p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket)))
+        for p, (trained, dtype, _) in self._known:
+            if not trained and (dtype.is_floating_point or dtype.is_complex) and not p.is_inference():
+                p.requires_grad_(True)  # a frozen one takes no hook
+                self._handles.append(p.register_post_accumulate_grad_hook(self._on_unfrozen))
+                p.requires_grad_(False)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         """See what has changed since the last call: parameters that came, went, were frozen, unfrozen or moved."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
-        now = list(module.parameters())
-        if not torch.is_grad_enabled() or not all(p.is_leaf for p in now):  # of a functional_call
+        now: list[Any] = list(module.parameters())
+        # tensors in place of parameters are of a functional_call, or of share_parameters over another axis
+        if not torch.is_grad_enabled() or not all(isinstance(p, nn.Parameter) for p in now):
             return
         before = {id(p) for p, _ in self._known}
         same = len(now) == len(self._known) and all(p is q for p, (q, _) in zip(now, self._known, strict=True))
         if same and all(_kind(p) == kind for p, kind in self._known) and not self._lost():
             return
+        _check_not_reduced(module, "data_parallel", self._axis, but=self)
+        if any(is_lazy(p) for p in now):
+            right = "Call the module once under torch.no_grad(), which gives it one."
+            raise wrong(ArgumentError, "data_parallel", self._axis, "a new parameter has no shape yet", right)
         for handle in self._handles:
             handle.remove()
         self._learn(now)
@@ -442,11 +454,12 @@ class _Reducer:
         return tuple(gradient * self._axis.size for gradient in gradients)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        trained = torch.is_grad_enabled() and any(p.requires_grad for b in self._buckets for p in b.parameters)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
         return _linked(output, [self._anchor]) if trained else output
 
     def _reset(self, running: int) -> None:
         self._pass = running
+        self._scaled.clear()
         for bucket in self._buckets:
             bucket.ready.clear()
             if bucket.sent is not None:
@@ -457,8 +470,8 @@ class _Reducer:
         """In a hook: where it is the first of this pass, see to it that the pass ends with `_finish`."""
         running = torch._C._current_graph_task_id()
         if self._pass != running:  # one that raised may have left something behind
-            if any(_kind(p) != kind for p, kind in self._known if p.requires_grad):
-                raise self._late("a parameter was unfrozen or moved between the call of the module and backward")
+            if any((p.dtype, p.device) != kind[1:] for p, kind in self._known if p.requires_grad):
+                raise self._late("a parameter was moved between the call of the module and backward")
             self._reset(running)
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
@@ -476,6 +489,17 @@ class _Reducer:
         if len(bucket.ready) == len(bucket.parameters):
             self._send()
 
+    def _on_unfrozen(self, p: Tensor) -> None:
+        raise self._late("a parameter was unfrozen after the last call of the module")
+
+    def _check_known(self) -> None:
+        """Raise where a parameter that no call of the module has found yet has a gradient: it is this rank's own."""
+        known = {id(p) for p, _ in self._known}
+        for name, p in cast(Iterator[tuple[str, Any]], self._module.named_parameters()):
+            if id(p) not in known and isinstance(p, nn.Parameter) and p.grad is not None:
+                self._reset(-1)
+                raise self._late(f"{name} became a parameter in the last call of the module, or after it")
+
     def _late(self, given: str) -> PmodError:
         right = "Call the module after the change, as it is: a call of it finds what has changed."
         return wrong(PmodError, "data_parallel", self._axis, given, right)
@@ -489,7 +513,8 @@ class _Reducer:
                 return
             first = bucket.parameters[0]
             used = torch.tensor([id(p) in bucket.ready for p in bucket.parameters], device=first.device)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in bucket.parameters]
+            # .data: where gradients are parts of one buffer, a change of one counts as a change of all
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.data.to_dense() for p in bucket.parameters]
             with torch.no_grad():
                 bucket.sent = called_as("data_parallel", start, self._mean, [*gradients, used.to(first.dtype)])
 
@@ -498,6 +523,7 @@ class _Reducer:
 
     def _finish(self) -> None:
         """At the end of backward: what was sent becomes the gradients."""
+        self._check_known()
         self._send(everything=True)
         for bucket in self._buckets:
             assert bucket.sent is not None
@@ -543,10 +569,11 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     backward passes before a step it holds what they add up to. A parameter that some rank did not use counts as 0
     there; one that no rank used keeps no gradient. At axis size 1 nothing is attached. What is frozen, unfrozen, moved,
     replaced or added later is found at the next call of the module, on all ranks alike; the values of new parameters
-    are made equal then, by a broadcast from the first rank. A change between that call and backward raises, where it
-    would count. The result is written into `.grad` where there is one, so that it may be a part of a buffer of yours;
-    a sparse gradient travels dense, and stays so. What is called in place of the module itself, such as a new submodule
-    of it, is not seen.
+    are made equal then, by a broadcast from the first rank; new buffers are not. Calls under torch.no_grad, compiled
+    ones and those of a submodule do not look: where a gradient then comes to what no call has found, backward raises.
+    A new submodule that is used alone, with nothing else of the module in the loss, is not seen.
+    The result is written into `.grad` where there is one, so that it may be a part of a buffer of yours; a sparse
+    gradient travels dense, and stays so.
     Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass.
     Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
     `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass

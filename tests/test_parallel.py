@@ -1095,3 +1095,167 @@ def views_on_rank() -> None:
 
 def test_gradients_stay_in_a_buffer_of_the_user(run: Any) -> None:
     run(views_on_rank, x=2)
+
+
+class Grows(nn.Module):
+    """Makes a parameter in its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = nn.Parameter(torch.ones(3, dtype=DOUBLE))
+        return self.first(x) * self.scale
+
+
+def frozen_late_net(parts: slice) -> nn.Sequential:
+    net = late_net()
+    net[parts].requires_grad_(False)
+    net = pmod.data_parallel(net, "x")
+    net.requires_grad_(True)
+    return net
+
+
+def unseen_on_rank(whole: bool) -> None:
+    """What no call of the module has found: a submodule alone, a parameter made in forward."""
+    x = pmod.axis_index("x") + torch.ones(1, 4, dtype=DOUBLE)
+    net = frozen_late_net(slice(0, 3 if whole else 1))
+    with pytest.raises(pmod.PmodError, match="unfrozen after the last call"):
+        net[0](x).sum().backward()
+    grows = pmod.data_parallel(Grows(), "x")
+    with pytest.raises(pmod.PmodError, match="scale became a parameter"):
+        grows(x).sum().backward()
+    grows.zero_grad()
+    grows(x).sum().backward()
+    same(pmod.pick(grows.scale.grad, "x"), grows.scale.grad, "the next call has found it")
+    net[2] = nn.LazyLinear(1, dtype=DOUBLE)
+    with pytest.raises(pmod.ArgumentError, match="has no shape yet"):
+        net(x)
+    with torch.no_grad():
+        net(x)
+    net.zero_grad()
+    net(x).sum().backward()
+    same(pmod.pick(net[2].weight.grad, "x"), net[2].weight.grad, "a lazy layer")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_no_call_has_found_raises(run: Any, whole: bool) -> None:
+    run(unseen_on_rank, whole, x=2)
+
+
+def compiled_late_on_rank() -> None:
+    """Compiled code does not look for changes: backward does, and one call of the module itself finds them."""
+    x = pmod.axis_index("x") + torch.ones(1, 4, dtype=DOUBLE)
+    for whole in (True, False):
+        torch._dynamo.reset()
+        net = late_net()
+        net[: 3 if whole else 1].requires_grad_(False)
+        net = pmod.data_parallel(net, "x")
+        fast = torch.compile(net, backend="aot_eager")
+        fast(x.clone().requires_grad_()).sum().backward()
+        net.requires_grad_(True)
+        with pytest.raises(pmod.PmodError, match="unfrozen after the last call"):
+            fast(x).sum().backward()
+        net.zero_grad()
+        net(x)
+        fast(x).sum().backward()
+        same(pmod.pick(net[0].weight.grad, "x"), net[0].weight.grad, "unfrozen")
+        net[2] = nn.Linear(3, 1, dtype=DOUBLE)
+        with pytest.raises(pmod.PmodError, match=r"2\.weight became a parameter"):
+            fast(x).sum().backward()
+        net.zero_grad()
+        net(x)
+        fast(x).sum().backward()
+        same(pmod.pick(net[2].weight.grad, "x"), net[2].weight.grad, "a new head")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_changes_that_compiled_code_does_not_see() -> None:
+    spmd.launch(compiled_late_on_rank, timeout=200, x=2)
+
+
+def reduced_parts_on_rank() -> str:
+    """A part that is reduced by itself would be reduced twice: a sum would be n times as large."""
+    net = pmod.data_parallel(late_net(), "x", reduce="sum")
+    net[2] = pmod.data_parallel(nn.Linear(3, 1).double(), "x", reduce="sum")
+    with pytest.raises(pmod.PmodError) as raised:
+        net(torch.ones(1, 4, dtype=DOUBLE))
+    return str(raised.value)
+
+
+def test_a_new_part_that_is_reduced_already(run: Any) -> None:
+    for rank, text in enumerate(run(reduced_parts_on_rank, x=2)):
+        assert text == (
+            f"pmod.data_parallel(axis='x') at (x={rank}): the gradients of Linear are reduced over these ranks already."
+            "\nA second reduction would count them n times."
+        )
+
+
+def functional_on_rank() -> None:
+    """A functional_call with tensors of the user's is no change of the module: they stay, and nothing is sent."""
+    net, x = pmod.data_parallel(late_net(), "x"), torch.ones(1, 4, dtype=DOUBLE)
+    mine = {k: torch.full_like(p, pmod.axis_index("x")).requires_grad_() for k, p in net.named_parameters()}
+    _, sent = counted(lambda: functional_call(net, mine, x))
+    assert not sent and all(p.eq(pmod.axis_index("x")).all() for p in mine.values())
+
+
+def test_functional_calls_change_nothing(run: Any) -> None:
+    run(functional_on_rank, x=2)
+
+
+def harmless_on_rank() -> None:
+    """A change between the call and backward is none of backward's business where no gradient comes to it."""
+    net = pmod.data_parallel(late_net(), "x")
+    net.requires_grad_(False)
+    y = net(torch.ones(1, 4, dtype=DOUBLE).requires_grad_()).sum()
+    net.requires_grad_(True)
+    y.backward()  # as a generator's step through a frozen discriminator
+    assert all(p.grad is None for p in net.parameters())
+    y = net(pmod.axis_index("x") + torch.ones(1, 4, dtype=DOUBLE)).sum()
+    net.append(nn.Linear(1, 1, dtype=DOUBLE))
+    y.backward()
+    same(pmod.pick(net[0].weight.grad, "x"), net[0].weight.grad, "gradient")
+    assert net[3].weight.grad is None
+
+
+def test_changes_that_do_not_count(run: Any) -> None:
+    run(harmless_on_rank, x=2)
+
+
+class Alternating(nn.Module):
+    """Dtypes that alternate: each layer is in a bucket of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3, dtype=DOUBLE), nn.Linear(3, 1, dtype=DOUBLE)
+        self.middle = nn.Linear(3, 3)
+        self._modules = {name: self._modules[name] for name in ("first", "middle", "last")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x).float()).double())
+
+
+def one_buffer_on_rank(reduce: Any) -> None:
+    """Parts of one buffer, which autograd counts as one tensor, in several buckets and passes."""
+    x = torch.linspace(-1, 1, 24, dtype=DOUBLE).reshape(6, 4)
+    net, plain = pmod.data_parallel(set_values(Alternating()), "x", reduce=reduce), set_values(Alternating())
+    parts = [*net.first.parameters(), *net.last.parameters()]
+    flat = torch.zeros(sum(p.numel() for p in parts), dtype=DOUBLE)
+    for p, part in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+        p.grad = part.view_as(p)
+    for _ in range(2):
+        net(pmod.shard(x, "x")).square().sum().backward()
+        plain(x).square().sum().backward()
+    whole = torch.cat([p.grad.flatten() for p in (*plain.first.parameters(), *plain.last.parameters())])
+    n = 1 if reduce == "sum" else pmod.axis_size("x")
+    same(flat, whole / n, "the buffer", rtol=1e-5)
+    net.zero_grad(set_to_none=False)
+    net(pmod.shard(x, "x")).square().sum().backward()
+    same(flat, whole / n / 2, "the buffer, from 0", rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_one_buffer_for_several_buckets(run: Any, reduce: str) -> None:
+    run(one_buffer_on_rank, reduce, x=3)
