@@ -55,6 +55,7 @@ from pmod._mesh import Mesh as Mesh
 from pmod._mesh import make_mesh as make_mesh
 from pmod._parallel import SharedParameters as SharedParameters
 from pmod._parallel import data_parallel as data_parallel
+from pmod._parallel import remove_data_parallel as remove_data_parallel
 from pmod._parallel import replicate as replicate
 from pmod._parallel import share_parameters as share_parameters
 from pmod._ragged import ExchangePlan as ExchangePlan

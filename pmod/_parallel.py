@@ -377,8 +377,7 @@ class _Reducer:
         self._pass = -1  # the backward pass that is running
         self._scaled: set[int] = set()  # the parameters whose gradient of this pass is n times as large
         self._learn(list(module.parameters()))
-        module.register_forward_pre_hook(self._enter)
-        module.register_forward_hook(self._leave)
+        self._calls = [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
         self._attach()
 
     def _learn(self, parameters: list[nn.Parameter]) -> None:
@@ -406,6 +405,17 @@ class _Reducer:
                 self._handles.append(p.register_post_accumulate_grad_hook(self._on_unfrozen))
                 p.requires_grad_(False)
 
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def remove(self) -> None:
+        """Take every hook off; a backward pass of a call before this raises."""
+        for handle in self._calls:
+            handle.remove()
+        self._detach()
+        self._calls = []
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         """See what has changed since the last call: parameters that came, went, were frozen, unfrozen or moved."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -422,8 +432,7 @@ class _Reducer:
         if any(is_lazy(p) for p in now):
             right = "Call the module once under torch.no_grad(), which gives it one."
             raise wrong(ArgumentError, "data_parallel", self._axis, "a new parameter has no shape yet", right)
-        for handle in self._handles:
-            handle.remove()
+        self._detach()
         self._learn(now)
         new = [p for p in now if id(p) not in before]
         with torch.no_grad():
@@ -470,6 +479,8 @@ class _Reducer:
         """In a hook: where it is the first of this pass, see to it that the pass ends with `_finish`."""
         running = torch._C._current_graph_task_id()
         if self._pass != running:  # one that raised may have left something behind
+            if not self._calls:
+                raise self._late("remove_data_parallel was called between the call of the module and backward")
             if any((p.dtype, p.device) != kind[1:] for p, kind in self._known if p.requires_grad):
                 raise self._late("a parameter was moved between the call of the module and backward")
             self._reset(running)
@@ -567,7 +578,8 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     The values are made equal now (`replicate`, from the first rank). In each backward pass the gradients travel in
     buckets while it still runs, and `.grad` holds their mean (reduce="sum": their sum) when it returns; with several
     backward passes before a step it holds what they add up to. A parameter that some rank did not use counts as 0
-    there; one that no rank used keeps no gradient. At axis size 1 nothing is attached. What is frozen, unfrozen, moved,
+    there; one that no rank used keeps no gradient. At axis size 1 nothing is attached. `remove_data_parallel` ends it.
+    What is frozen, unfrozen, moved,
     replaced or added later is found at the next call of the module, on all ranks alike; the values of new parameters
     are made equal then, by a broadcast from the first rank; new buffers are not. Calls under torch.no_grad, compiled
     ones and those of a submodule do not look: where a gradient then comes to what no call has found, backward raises.
@@ -594,4 +606,21 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     replicate(module, axis)
     if bound.size > 1:
         _Reducer(module, bound, reduce)
+    return module
+
+
+def remove_data_parallel(module: M) -> M:
+    """Let the gradients of a module be this rank's own again, from its next call on: the same module back.
+
+    What `data_parallel` attached to this very module, or to what it is a copy of, is taken off; the values stay.
+    Nothing is sent, and a module without it stays as it is. A backward pass of a call before this raises PmodError.
+
+    >>> layer = pmod.data_parallel(torch.nn.Linear(2, 1), mesh["data"])
+    >>> pmod.remove_data_parallel(layer) is layer
+    True
+    """
+    for hook in [*module._forward_hooks.values()]:
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _Reducer):
+            owner.remove()
     return module

@@ -1259,3 +1259,35 @@ def one_buffer_on_rank(reduce: Any) -> None:
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_one_buffer_for_several_buckets(run: Any, reduce: str) -> None:
     run(one_buffer_on_rank, reduce, x=3)
+
+
+def taken_off_on_rank(reduce: Any) -> None:
+    rank, x = pmod.axis_index("x"), torch.ones(1, 4, dtype=DOUBLE)
+    module = pmod.data_parallel(late_net(), "x", reduce=reduce)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module]
+    for net in copies:
+        y = net(x).sum()
+        assert pmod.remove_data_parallel(net) is net
+        with pytest.raises(pmod.PmodError, match="between the call of the module and backward"):
+            y.backward()
+        assert not net._forward_hooks and not net._forward_pre_hooks
+        net.zero_grad()
+        _, sent = counted(lambda net=net: net(rank + x).sum().backward())
+        plain = late_net()
+        plain(rank + x).sum().backward()
+        assert not sent
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            same(p.grad, q.grad, "its own gradient", rtol=0, atol=0)
+    net.zero_grad()
+    pmod.data_parallel(net, "x")(rank + x).sum().backward()
+    same(pmod.pick(net[0].weight.grad, "x"), net[0].weight.grad, "attached again")
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_remove_data_parallel(run: Any, reduce: str) -> None:
+    run(taken_off_on_rank, reduce, x=2)
+
+
+def test_remove_data_parallel_where_there_is_none() -> None:
+    module = small()
+    assert pmod.remove_data_parallel(module) is module
