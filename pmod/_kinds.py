@@ -26,12 +26,14 @@ from pmod._errors import ArgumentError, PmodError, call_site, explain
 from pmod._lineage import lineage
 from pmod._mesh import Axis, Mesh
 from pmod._parallel import map_tensors
-from pmod._traced import show_writes, writes_traced
+from pmod._traced import show_writes, writes_traced, written_places
 from pmod._used import linked, pvary_used
 
 Axes: TypeAlias = frozenset[str]
 
 NONE: Axes = frozenset()
+Known: TypeAlias = tuple[Axes, Axes, bool, int]
+UNKNOWN: tuple[None, Axes, bool, int] = (None, NONE, False, 0)
 
 functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
@@ -57,7 +59,8 @@ ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 
 STATISTICS = {"batch_norm": ("training", False), "instance_norm": ("use_input_stats", True)}
 # their result is a number, or memory of others: what a rank goes on to do with it is its own
 NUMBERS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "numpy",
-           "__array__", "equal", "allclose", "is_nonzero"}  # fmt: skip
+           "__array__", "equal", "allclose", "is_nonzero", "untyped_storage", "storage", "_typed_storage", "data_ptr",
+           "__dlpack__"}  # fmt: skip
 
 
 class Kinds(TorchFunctionMode):
@@ -67,14 +70,15 @@ class Kinds(TorchFunctionMode):
         super().__init__()
         self.mesh = mesh
         self.everywhere: Axes = frozenset([name for name, size in mesh.shape.items() if size > 1])
-        # of a tensor its axes, those of them that are assumed to be on the safe side, and whether it had a derivative.
-        # A graph cannot hold weak references, and need not
-        self._known: dict[Any, tuple[Axes, Axes, bool]] | _Noted
+        # of a tensor its axes, those of them that are assumed to be on the safe side, whether it had a derivative, and
+        # how often it was changed in place. A graph cannot hold weak references, and need not
+        self._known: dict[Any, Known] | _Noted
         self._written: MutableMapping[Any, Axes]  # memory that was changed by what varies
-        self._known, self._written = {}, {}
+        self._memory: MutableMapping[Any, Axes]  # memory that was changed at all, as far as was seen
+        self._known, self._written, self._memory = {}, {}, {}
         self._began, self._level = 0, None
         if not torch.compiler.is_compiling():
-            self._known, self._written = _Noted(), WeakIdKeyDictionary()
+            self._known, self._written, self._memory = _Noted(), WeakIdKeyDictionary(), WeakIdKeyDictionary()
             self._began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
             self._level = functorch.maybe_current_level()
         self._differentiates = torch.is_grad_enabled()
@@ -89,26 +93,37 @@ class Kinds(TorchFunctionMode):
         self._arguments: list[Tensor] = []  # shards with a derivative
         self._looks_ahead = False  # what a body refers to is being looked up
         self._views: dict[Tensor, bool] = {}  # while compiling: those whose base is not known
-        self._shown = 0  # while compiling: how many y[i] = x were seen
+        self._shown = (0, 0)  # while compiling: the writes into tensors in the graph when control was here last
         if torch.compiler.is_compiling():
             show_writes()
             self._shown = writes_traced()
+        self._met: list[Tensor] = []  # while compiling: copies of one value that met what varies
         self._unsummed = False  # one value with a derivative met what varies while no graph was made
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        usual = None if torch.compiler.is_compiling() else self._one_kind(func, args, kwargs)
+        if torch.compiler.is_compiling():
+            self.check_shown()
+            result = self._followed(func, args, kwargs)
+            self._shown = writes_traced()
+            return result
+        usual = self._one_kind(func, args, kwargs)
         if usual is not None:
             result = func(*args, **kwargs)
             for y in [result] if isinstance(result, Tensor) else tensors_in(result):
-                self._known[y] = usual, NONE, y.requires_grad
+                self._known[y] = usual, NONE, y.requires_grad, y._version
             return result
+        return self._followed(func, args, kwargs)
+
+    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is bind:
             return self._bind(*args, **kwargs)
         if func is kinds_here:
             return self
+        if func is _linked:
+            return self._linked_compiled(*args)
         if func is axis_index or func is Mesh.axis_index:
             self._ask(self._names(args[-1]))
             return func(*args, **kwargs)
@@ -125,15 +140,22 @@ class Kinds(TorchFunctionMode):
     def _one_kind(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
         """Of a plain operation on tensors of one kind, about which nothing is in doubt: the kind. The usual case."""
         doubtful = self._asked or self._written or self.lengths or torch._C._are_functorch_transforms_active()
+        if torch.is_inference_mode_enabled():  # it counts no changes
+            return None
         if doubtful or "out" in kwargs or not (_plain[func] if func in _plain else _is_plain(func)):
             return None
         kind: Axes | None = None
         for x in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(x, Tensor):
-                axes, assumed, had_derivative = self._known.get(x, (None, NONE, False))
+                axes, assumed, had_derivative, version = self._known.get(x, UNKNOWN)
                 if axes is None or assumed or axes != (axes if kind is None else kind):
                     return None
                 if not had_derivative and x.requires_grad and not x.is_leaf:
+                    return None
+                try:
+                    if version != x._version:
+                        return None
+                except RuntimeError:  # an inference tensor counts none
                     return None
                 kind = axes
             elif isinstance(x, list | tuple | dict) and tensors_in(x):
@@ -144,7 +166,9 @@ class Kinds(TorchFunctionMode):
 
     def of(self, x: Tensor) -> Axes:
         """The axes along which a tensor varies."""
-        found, assumed, had_derivative = self._known.get(x, (None, NONE, False))
+        found, assumed, had_derivative, version = self._known.get(x, UNKNOWN)
+        if found is not None and version != _version(x):
+            found = self._changed_unseen(x, found)
         # what got its derivative later comes from an autograd.Function, whose forward runs without
         if found is None or (x.requires_grad and not had_derivative and not x.is_leaf):
             if torch.compiler.is_compiling():
@@ -157,6 +181,13 @@ class Kinds(TorchFunctionMode):
         if self._written and torch._C._has_storage(x):
             return found | self._written.get(x.untyped_storage(), NONE)
         return found
+
+    def _changed_unseen(self, x: Tensor, found: Axes) -> Axes:
+        """Of a tensor that was changed by another name, or by what function modes do not see, as Tensor.set_."""
+        memory = self._memory.get(x.untyped_storage()) if torch._C._has_storage(x) else None
+        of, assumed = found | (self.everywhere if memory is None else memory), self.assumed(x)
+        self.note(x, of, assumed | ((of - found) if memory is None else NONE))
+        return of
 
     def _while_compiling(self, x: Tensor) -> Axes:
         if isinstance(x, torch.nn.Parameter):
@@ -176,7 +207,7 @@ class Kinds(TorchFunctionMode):
 
     def note(self, x: Tensor, axes: Axes, assumed: Axes = NONE) -> None:
         """The axes along which a tensor varies are these."""
-        self._known[x] = axes, assumed, x.requires_grad
+        self._known[x] = axes, assumed, x.requires_grad, _version(x)
         # what leaves a transform is the tensor within
         if not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
             self.note(functorch.get_unwrapped(x), axes, assumed)
@@ -193,7 +224,7 @@ class Kinds(TorchFunctionMode):
     def of_argument(self, x: Tensor) -> None:
         """x is a shard that goes into the body."""
         self.comes_in(x)
-        if x.requires_grad and not torch.compiler.is_compiling():
+        if x.requires_grad:
             self._arguments.append(x)
 
     def of_module(self, module: torch.nn.Module) -> None:
@@ -254,7 +285,15 @@ class Kinds(TorchFunctionMode):
         if not missing or not differentiated(x):
             return x
         if torch.compiler.is_compiling():
-            return self._copy(x, missing)
+            summed = (x.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active()
+            _, kept = self._copies.get(x, {}).get(missing, (0, None))
+            if kept is not None:
+                return kept
+            if summed and missing & self._asked:
+                raise self._ordered()
+            y = self._copy(x, missing)
+            self._met += [y] if summed else []
+            return y
         if x not in self._copies or not self._keeps(x):
             return self._copy_elsewhere(x, missing)
         known = self._looks_ahead or any([self._asked & along for along in self._copies[x]])
@@ -269,6 +308,30 @@ class Kinds(TorchFunctionMode):
                 y = kept if version == x._version else self._copy(y, new)
                 self._copies[x][along] = x._version, y
         return y
+
+    def _ask_compiled(self, new: Axes) -> None:
+        """While compiling: the ranks' graphs are alike up to here; what they hold as one value varies from here on."""
+        whole = [x for x in [*self._arguments, *[x for module in self._modules for x in module.parameters()]]
+                 if x.requires_grad and torch.is_grad_enabled() and new - self.of(x)]  # fmt: skip
+        for x in whole:
+            of = self.of(x)
+            earlier = [(along, y) for along, (_, y) in self._copies.get(x, {}).items()]
+            before, y = earlier[-1] if earlier else (NONE, x)
+            step = new - of - before
+            copy = self._copy(y, step)
+            self.note(copy, of | before | step, self.assumed(x))
+            self._copies[x] = {**self._copies.get(x, {}), before | step: (0, copy)}
+            self._met.append(copy)
+        for y in self._met if new else ():
+            self._links.append(y.reshape(-1)[:0].abs().sum())
+        self._met = [] if new else self._met
+
+    def _ordered(self) -> PmodError:
+        """While compiling: ranks that go unlike ways would sum gradients in unlike orders, or not all of them."""
+        given = "under torch.compile one value that is no argument, and no parameter of a module that is f, meets what"
+        given += " varies after this rank asked for what is its own: each rank may come to it in an order of its own"
+        right = "Pass it as an argument, with the spec P(), or run this function eagerly."
+        return PmodError(explain("shard_map", given, right))
 
     def _copy_elsewhere(self, x: Tensor, missing: Axes) -> Tensor:
         """A copy that does not serve elsewhere in the body: in a transform, or of what was made in the body."""
@@ -309,7 +372,10 @@ class Kinds(TorchFunctionMode):
         """
         new, before = axes - self._asked, self._asked
         self._asked = self._asked | axes
-        if not new or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._ask_compiled(new)
+            return
+        if not new:
             return
         self._ways.append(new)
         with torch._C.DisableTorchFunction():
@@ -359,6 +425,8 @@ class Kinds(TorchFunctionMode):
 
     def linked(self, y: Tensor) -> Tensor:
         """y; in backward from it, this rank takes part in all sums, also where it used nothing of what is summed."""
+        if torch.compiler.is_compiling():
+            return _linked(y) if self._links else y
         if not (self._links and torch.is_grad_enabled() and (y.is_floating_point() or y.is_complex())):
             return y
         of, assumed = self.of(y), self.assumed(y)
@@ -367,10 +435,19 @@ class Kinds(TorchFunctionMode):
         self.note(z, of, assumed)
         return z
 
+    def _linked_compiled(self, y: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and (y.is_floating_point() or y.is_complex())):
+            return y
+        z = linked(y, self._links)
+        self.note(z, self.of(y), self.assumed(y))
+        return z
+
     def check_shown(self) -> None:
-        """Whether the tracer showed each `y[i] = x`: what varies may have been written into one value unseen."""
-        if torch.compiler.is_compiling() and self._shown != writes_traced():
-            raise self._hidden("an assignment y[i] = x that torch.compile does not show")
+        """Whether the tracer showed each write: what varies may have been written into one value unseen."""
+        if torch.compiler.is_compiling():
+            (graph, n), (of, shown) = writes_traced(), self._shown
+            if graph == of and n != shown:
+                raise self._hidden("a change in place, such as y[i] = x, that torch.compile does not show")
 
     def _hidden(self, what: str) -> PmodError:
         right = "Use torch.where, torch.cat or torch.stack, or run this function eagerly."
@@ -381,8 +458,6 @@ class Kinds(TorchFunctionMode):
         name = _name(func)
         if torch.compiler.is_compiling() and _is_higher_order(func):
             raise self._unseen()
-        if torch.compiler.is_compiling() and name == "__setitem__":
-            self._shown += 1
         taken = tensors_in((args, kwargs))
         before = [self.of(x) for x in taken]
         axes = NONE.union(*before)
@@ -392,7 +467,7 @@ class Kinds(TorchFunctionMode):
             axes = self.everywhere
         if _draws(name, args, kwargs):
             axes = sure = self.everywhere
-        changed = _changed(name, args, kwargs)
+        changed = _changed(func, name, args, kwargs)
         if torch.compiler.is_compiling():
             self._check_shown_whole(name, changed, axes)
         if any(axes - of for of in before):
@@ -402,7 +477,9 @@ class Kinds(TorchFunctionMode):
         versions = _versions(taken)
         result = func(*args, **kwargs)
         for x in [x for x, old, new in zip(taken, versions, _versions(taken), strict=True) if old != new]:
+            self._refresh(x)
             self._change(x, axes)  # by an operator of the user's, say
+            self._note_memory(x)
         for y in [*tensors_in(result), *changed]:  # compiled code has another tensor after a change in place
             self.note(y, axes, axes - sure)
         if torch.compiler.is_compiling() and name in VIEWS:
@@ -421,7 +498,9 @@ class Kinds(TorchFunctionMode):
 
     def _check_shown_whole(self, name: str, changed: list[Tensor], axes: Axes) -> None:
         """While compiling: whether all that shares memory with what varies from now on is known."""
-        for x in changed:
+        for x in changed if axes else ():
+            if x not in self._known:
+                raise self._hidden(f"what {name} writes into a tensor that torch.compile shows anew, as x.data")
             if axes - self.of(x) and (name.startswith("_foreach") or x in self._views):
                 raise self._hidden(f"what varies that {name} writes into one value, in a list or by a view of it")
 
@@ -460,6 +539,18 @@ class Kinds(TorchFunctionMode):
         if not torch.compiler.is_compiling() and torch._C._has_storage(x):
             memory = x.untyped_storage()  # other views of it, x.data and x.detach() vary too
             self._written[memory] = axes | self._written.get(memory, NONE)
+
+    def _refresh(self, x: Tensor) -> None:
+        """What changed x was seen."""
+        found, assumed, had_derivative, _ = self._known.get(x, UNKNOWN)
+        if found is not None:
+            self._known[x] = found, assumed, had_derivative, _version(x)
+
+    def _note_memory(self, x: Tensor) -> None:
+        """The memory of x was changed; what it holds is now known, also where other tensors share it."""
+        if torch._C._has_storage(x):
+            memory = x.untyped_storage()
+            self._memory[memory] = self.of(x) | self._memory.get(memory, NONE)
 
     def _get(self, func: Any, args: tuple[Any, ...]) -> Any:
         """x.T and x.grad are what x is; other attributes are no tensors."""
@@ -579,7 +670,7 @@ class _Noted:
     """What is known of tensors, by identity, while they live: an entry of a dead one stays until its id comes again."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[ref[Tensor], tuple[Axes, Axes, bool]]] = {}
+        self._entries: dict[int, tuple[ref[Tensor], Known]] = {}
 
     def get(self, x: Tensor, default: Any) -> Any:
         entry = self._entries.get(id(x))
@@ -591,16 +682,21 @@ class _Noted:
     def __contains__(self, x: Tensor) -> bool:
         return self.get(x, None) is not None
 
-    def __getitem__(self, x: Tensor) -> tuple[Axes, Axes, bool]:
+    def __getitem__(self, x: Tensor) -> Known:
         return self.get(x, None)
 
-    def __setitem__(self, x: Tensor, known: tuple[Axes, Axes, bool]) -> None:
+    def __setitem__(self, x: Tensor, known: Known) -> None:
         self._entries[id(x)] = ref(x), known
 
 
 def kinds_here() -> Kinds | None:
     """Those of the innermost shard_map whose body runs, or None."""
     return handle_torch_function(kinds_here, ()) if torch._C._len_torch_function_stack() > 0 else None
+
+
+def _linked(y: Tensor) -> Tensor:
+    """While compiling: y with the links of those whose body runs, which are not followed themselves."""
+    return handle_torch_function(_linked, (), y)
 
 
 def _here() -> str:
@@ -635,13 +731,19 @@ for _constant in (_name, _is_higher_order):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 
-def _changed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that it changes in place, going by its name."""
+def _changed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that it changes in place, going by its name or, of an operator, by what its schema says."""
     if name in STATISTICS:
         training, usual = STATISTICS[name]
         changes = kwargs.get(training, args[5] if len(args) > 5 else usual)
         return tensors_in([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]) if changes else []
-    return tensors_in(kwargs.get("out", args[:1])) if "out" in kwargs or _is_in_place(name) else []
+    if "out" in kwargs or _is_in_place(name):
+        return tensors_in(kwargs.get("out", args[:1]))
+    if kwargs.get("inplace") is True:
+        return tensors_in(args[:1])
+    places = written_places(func)
+    by_place = [args[i] for i in places if isinstance(i, int) and i < len(args)]
+    return tensors_in(by_place + [kwargs.get(name) for name in places if isinstance(name, str)])
 
 
 def _is_in_place(name: str) -> bool:
@@ -662,9 +764,14 @@ def _draws(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _versions(xs: list[Tensor]) -> list[int]:
     """How often each was changed in place; a graph and an inference tensor do not count."""
+    return [_version(x) for x in xs]
+
+
+def _version(x: Tensor) -> int:
     if torch.compiler.is_compiling():
-        return [0] * len(xs)
-    return [0 if x.is_inference() else x._version for x in xs]
+        return 0
+    with torch._C.DisableTorchFunction():
+        return 0 if x.is_inference() else x._version
 
 
 def _has_mask(index: Any) -> bool:

@@ -580,11 +580,11 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     backward passes before a step it holds what they add up to. A parameter that some rank did not use counts as 0
     there; one that no rank used keeps no gradient. At axis size 1 nothing is attached. `remove_data_parallel` ends it.
     What is frozen, unfrozen, moved, replaced or added later is found at the next call of the module, on all ranks
-    alike; the values of new parameters are made equal then, by a broadcast from the first rank; new buffers are not. Calls under torch.no_grad, compiled
-    ones and those of a submodule do not look: where a gradient then comes to what no call has found, backward raises.
-    A new submodule that is used alone, with nothing else of the module in the loss, is not seen.
-    The result is written into `.grad` where there is one, so that it may be a part of a buffer of yours; a sparse
-    gradient travels dense, and stays so.
+    alike; the values of new parameters are made equal then, by a broadcast from the first rank; new buffers are not.
+    Calls under torch.no_grad, compiled ones and those of a submodule do not look: where a gradient then comes to what
+    no call has found, backward raises. A new submodule that is used alone, with nothing else of the module in the loss,
+    is not seen. The result is written into `.grad` where there is one, so that it may be a part of a buffer of yours; a
+    sparse gradient travels dense, and stays so.
     Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass.
     Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
     `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import operator
 from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+_ASSIGNMENTS = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+                operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
+                operator.ilshift, operator.irshift}  # fmt: skip
+_FLAGS = {"requires_grad_", "detach_"}  # they change no number
+_counted: WeakKeyDictionary[Any, tuple[Any, int]] = WeakKeyDictionary()  # of graphs: up to which node, how many writes
 
 
 def show_writes() -> None:
     """While torch.compile traces: `y[i] = x` goes through function modes, as it does in eager code.
 
-    From torch 2.14 on, the tracer shows them the method `__setitem__` and not the statement; before, both.
+    From torch 2.14 on, the tracer shows them the method `__setitem__` and not the statement; before, both. Where a
+    torch has no such place, nothing is changed: what then stays unseen is found by `writes_traced`.
     """
-    from torch._dynamo.variables.tensor import TensorVariable
-    from torch._dynamo.variables.torch_function import can_dispatch_torch_function
-
+    try:
+        from torch._dynamo.variables.tensor import TensorVariable
+        from torch._dynamo.variables.torch_function import can_dispatch_torch_function
+    except ImportError:
+        return
     slot = "mp_ass_subscript_impl"
     original: Any = vars(TensorVariable).get(slot)
     if original is None or hasattr(original, "shows"):
@@ -28,13 +40,39 @@ def show_writes() -> None:
     setattr(TensorVariable, slot, shown)
 
 
-def writes_traced() -> int:
-    """While torch.compile traces: how many `y[i] = x` are in the graph so far."""
+def writes_traced() -> tuple[int, int]:
+    """While torch.compile traces: which graph it writes, and how many operations in there change a tensor in place."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    nodes: Any = InstructionTranslator.current_tx().output.graph.nodes
-    return sum(node.target is operator.setitem or node.target == "__setitem__" for node in nodes)
+    graph: Any = InstructionTranslator.current_tx().output.graph
+    last, n = _counted.get(graph, (graph._root, 0))
+    if last._erased:
+        last, n = graph._root, 0
+    while last.next is not graph._root:
+        last = last.next
+        n += _writes(last)
+    _counted[graph] = last, n
+    return id(graph), n
 
 
-for _constant in (show_writes, writes_traced):
+def _writes(node: Any) -> bool:
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if node.target in _ASSIGNMENTS or "out" in node.kwargs or written_places(node.target):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in _FLAGS)
+
+
+def written_places(func: Any) -> tuple[int | str, ...]:
+    """The arguments, by place and by name, that an operator of torch.ops says it writes."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        func = getattr(func, func.overloads()[0])
+    if not isinstance(func, torch._ops.OpOverload):
+        return ()
+    written = [(i, x.name) for i, x in enumerate(func._schema.arguments) if x.alias_info and x.alias_info.is_write]
+    return tuple([place for pair in written for place in pair])
+
+
+for _constant in (show_writes, writes_traced, written_places):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant

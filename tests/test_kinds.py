@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -440,3 +441,164 @@ OWN: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_is_a_rank_s_own(name: str) -> None:
     f = pmod.shard_map(OWN[name], in_specs=DATA, out_specs=P())
     assert "the result may vary along 'data'" in message(lambda: f(FIXED), data=2)
+
+
+# --- changes in place -----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("pmod_test_kinds::write", mutates_args={"y"})
+def _write(y: Tensor, x: Tensor) -> None:
+    y.copy_(x.expand_as(y))
+
+
+def _assign(y: Tensor, x: Tensor) -> None:
+    y[0] = x
+
+
+def _assign_sum(y: Tensor, x: Tensor) -> None:
+    y[0] += x
+
+
+def _assign_masked(y: Tensor, x: Tensor) -> None:
+    y[torch.ones(2, dtype=torch.bool)] = x
+
+
+def _assign_transposed(y: Tensor, x: Tensor) -> None:
+    y.T[:, 0] = x
+
+
+def _assign_detached(y: Tensor, x: Tensor) -> None:
+    y.detach()[0] = x
+
+
+def _assign_data(y: Tensor, x: Tensor) -> None:
+    y.data[0] = x
+
+
+def _assign_view(y: Tensor, x: Tensor) -> None:
+    y.view(-1)[: len(x)] = x
+
+
+def _assign_without_a_graph(y: Tensor, x: Tensor) -> None:
+    with torch.no_grad():
+        y[0] = x
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "y[0] = x": _assign,
+    "y[0] += x": _assign_sum,
+    "y += x": lambda y, x: operator.iadd(y, x),
+    "y[mask] = x": _assign_masked,
+    "y.T[:, 0] = x": _assign_transposed,
+    "y.detach()[0] = x": _assign_detached,
+    "y.data[0] = x": _assign_data,
+    "y.view(-1)[:n] = x": _assign_view,
+    "no_grad": _assign_without_a_graph,
+    "copy_": lambda y, x: y.copy_(x),
+    "out=": lambda y, x: torch.add(torch.stack([x, x]), 1, out=y),
+    "foreach": lambda y, x: torch._foreach_add_([y], [torch.stack([x, x])]),
+    "foreach of a view": lambda y, x: torch._foreach_copy_([y[0]], [x]),
+    "aten.add_": lambda y, x: torch.ops.aten.add_(y, x),
+    "aten.copy_.default": lambda y, x: torch.ops.aten.copy_.default(y, x.expand_as(y)),
+    "set_": lambda y, x: y.set_(torch.stack([x, x])),
+    "storage": lambda y, x: y.untyped_storage().copy_(torch.stack([x, x]).untyped_storage()),
+    "an operator": lambda y, x: _write(y, x),
+}
+EAGER_TOO = {"storage"}  # the only one that eager code may refuse as well
+
+
+def _written(write: Callable[[Tensor, Tensor], Any], x: Tensor, w: Tensor) -> Tensor:
+    y = torch.zeros(2, *x.shape, dtype=x.dtype)
+    write(y, x)
+    return (y * w).sum(0)
+
+
+def check_write(name: str, backend: str | None) -> bool:
+    """Whether the form is right in a body; else it raises, and says that shard_map does not follow it."""
+    x, w = torch.arange(4.0) + 1, torch.ones((), requires_grad=True)
+    local = partial(_written, WRITES[name])
+    f = pmod.shard_map(lambda x, w: local(x, w), in_specs=(DATA, P()), out_specs=DATA)
+    if backend is not None:
+        torch._dynamo.reset()  # each form is a function of its own, and there is a limit to those
+    g = f if backend is None else torch.compile(f, fullgraph=True, backend=backend)
+    want, of_want = local(x, w), torch.autograd.grad(local(x, w).sin().sum(), w)[0]
+    try:
+        y = g(x, w)
+        gradient = torch.autograd.grad(y.sin().sum(), w)[0]
+    except Exception as error:
+        ours = "pmod.shard_map(axis='data')" in str(error)
+        assert ours or (backend is not None and name in ("storage", "set_")), f"{name}, {backend}: {error}"  # torch's
+        return False
+    torch.testing.assert_close((y, gradient), (want, of_want), msg=lambda text: f"{name}, {backend}: {text}")
+    return True
+
+
+def check_writes(names: list[str], backend: str | None) -> list[str]:
+    return [name for name in names if check_write(name, backend)]
+
+
+def test_changes_in_place() -> None:
+    for right in spmd.launch(check_writes, list(WRITES), None, data=2):
+        assert set(WRITES) - EAGER_TOO <= set(right)
+
+
+def test_compiled_changes_in_place() -> None:
+    for right in spmd.launch(check_writes, list(WRITES), "aot_eager", data=2, timeout=120):
+        assert {"y[0] = x", "y[0] += x", "y += x", "copy_", "aten.add_"} <= set(right)
+
+
+# --- compiled bodies that ask for what is a rank's own ----------------------------------------------
+
+
+def _unlike(x: Tensor, v: Tensor, w: Tensor, first: bool) -> Tensor:
+    return x * v * w if first else (x * w).sin() * w * v
+
+
+def _unlike_sets(x: Tensor, v: Tensor, w: Tensor, first: bool) -> Tensor:
+    return x * v if first else x * w
+
+
+def _met_before(x: Tensor, v: Tensor, w: Tensor, first: bool) -> Tensor:
+    return x * w if first else x
+
+
+class Two(torch.nn.Module):
+    """Its ranks use two parameters in unlike orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.w = (torch.nn.Parameter(torch.tensor(n)) for n in (2.0, 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pmod.psum(_unlike(x, self.v, self.w, pmod.axis_index("data") == 0).sum(), "data")
+
+
+def check_compiled_order(way: Callable[..., Tensor]) -> None:
+    x, v, w = torch.arange(4.0), torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+
+    def local(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        y = x * v  # before the rank asks
+        return pmod.psum((y + way(x, v, w, pmod.axis_index("data") == 0)).sum(), "data")
+
+    f = pmod.shard_map(local, in_specs=(DATA, P(), P()), out_specs=P())
+    got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x, v, w), [v, w])
+    whole = (x * v).sum() + way(x[:2], v, w, True).sum() + way(x[2:], v, w, False).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(whole, [v, w]))
+
+
+def compiled_orders() -> None:
+    torch._dynamo.reset()
+    for way in (_unlike, _unlike_sets, _met_before):
+        check_compiled_order(way)
+    two, x = Two(), torch.arange(4.0)
+    torch.compile(pmod.shard_map(two, in_specs=DATA, out_specs=P()), fullgraph=True, backend="aot_eager")(x).backward()
+    whole = sum(_unlike(part, two.v, two.w, i == 0).sum() for i, part in enumerate(x.split(2)))
+    torch.testing.assert_close((two.v.grad, two.w.grad), torch.autograd.grad(whole, [two.v, two.w]))
+    weight = torch.nn.Parameter(torch.ones(()))
+    f = pmod.shard_map(lambda x: x.sin() * pmod.axis_index("data") * weight, in_specs=DATA, out_specs=DATA)
+    with pytest.raises(Exception, match="each rank may come to it in an order of its own"):
+        torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_compiled_orders() -> None:
+    spmd.launch(compiled_orders, data=2, timeout=120)
