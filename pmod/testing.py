@@ -152,14 +152,16 @@ class _Compared:
     def _derivatives(self, ys: list[Tensor], zs: list[Tensor], specs: list[P], order: int) -> Iterator[Wrong]:
         """The gradients of the sum of all elements, each times a number of its own; then the same of those."""
         shards, wholes = [x for x, _, _, _ in self.arguments], [x for _, x, _, _ in self.arguments]
-        for kind in ("gradient", "second derivative")[:order]:
+        kinds = ("gradient", "second derivative")[:order]
+        for kind in kinds:
             kept = [i for i, (y, z) in enumerate(zip(ys, zs, strict=True)) if y.requires_grad or z.requires_grad]
             if not kept:
                 return
             numbers = [_numbers(zs[i], i) for i in kept]
             own = [_shard(n, specs[i], self.mesh) for n, i in zip(numbers, kept, strict=True)]
-            ys = _gradients([ys[i] for i in kept], shards, own)
-            zs = _gradients([zs[i] for i in kept], wholes, numbers)
+            more = kind != kinds[-1]  # a compiled function has no derivative of its gradient
+            ys = _gradients([ys[i] for i in kept], shards, own, create_graph=more)
+            zs = _gradients([zs[i] for i in kept], wholes, numbers, create_graph=more)
             specs = [spec for _, _, spec, _ in self.arguments]
             wanted = [_shard(z, spec, self.mesh) for z, spec in zip(zs, specs, strict=True)]
             self.first = self.first or list(zip(ys, wanted, strict=True))
@@ -232,11 +234,10 @@ def _numbers(like: Tensor, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device, like.dtype)
 
 
-def _gradients(ys: list[Tensor], xs: list[Tensor], numbers: list[Tensor]) -> list[Tensor]:
+def _gradients(ys: list[Tensor], xs: list[Tensor], numbers: list[Tensor], *, create_graph: bool) -> list[Tensor]:
     """Zeros where there is no way from xs to ys."""
     pairs = [(y, n) for y, n in zip(ys, numbers, strict=True) if y.requires_grad]
     if not pairs:
         return [torch.zeros_like(x) for x in xs]
     outputs, cotangents = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, xs, cotangents, create_graph=True, materialize_grads=True))
-
+    return list(torch.autograd.grad(outputs, xs, cotangents, create_graph=create_graph, materialize_grads=True))
