@@ -16,6 +16,7 @@ from pmod.notebook.engines import Engine
 
 _LOOK = 0.5  # seconds between looks at what the ranks say of their waits
 _AT_ONCE = 0.7  # seconds that the stop button waits for ranks to leave what they are in
+_AGAIN = 0.35  # seconds between interrupts of a rank that does not leave
 _PATIENCE = 5.0  # seconds that they have where nobody looks at the clock
 _POLL = 0.02
 _ANSWER = 10.0  # seconds that an idle rank may take to answer
@@ -92,7 +93,7 @@ class Cell:
                 self.outcomes[rank] = Outcome("died", call.metadata["stdout"], death=engine.death())
 
     def _take(self, rank: int, call: Any) -> None:
-        call.wait_for_output(0.1 if self.interrupted else 1.0)
+        call.wait_for_output(_AT_ONCE / 7 if self.interrupted else 1.0)
         told, outcome = call.metadata, self.outcomes[rank]
         outcome.how, outcome.finished = "done", monotonic()
         outcome.stdout, outcome.stderr = told["stdout"], told["stderr"]
@@ -127,7 +128,7 @@ class Cell:
         until, again = monotonic() + seconds, 0.0
         while set(ranks) & set(self.left) and monotonic() < until:
             if monotonic() > again:  # more than once: a rank that has not begun yet ignores it
-                again = monotonic() + _AT_ONCE / 2
+                again = monotonic() + _AGAIN
                 self._interrupt([rank for rank in ranks if rank in self.left])
             self._wait(self.left, _POLL)
         for rank in set(ranks) & set(self.left):
