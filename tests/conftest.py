@@ -19,6 +19,21 @@ from pmod._simulate import _MemoryWire
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
+# what takes longest, or mostly waits: begun first, beside all others
+LONG = (
+    "test_unlike.py",
+    "test_notebooks.py",
+    "test_compile.py",
+    "test_collectives.py",
+    "test_launch.py",
+    "test_notebook.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_stays_connected() -> Iterator[None]:
     """Files share a process, and the next one may count on being alone."""

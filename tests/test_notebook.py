@@ -337,9 +337,7 @@ def test_the_stop_button_twice(two: InteractiveShell, marks: Marks, monkeypatch:
 SUM = "pmod.psum(torch.ones(1), 'data')"
 
 
-def test_the_stop_button_while_a_cell_is_sent(
-    two: InteractiveShell, monkeypatch: pytest.MonkeyPatch, patient: None
-) -> None:
+def test_the_stop_button_while_a_cell_is_sent(two: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interrupt comes when a rank has the cell, and when ipyparallel has not yet said that it has."""
     assert magics._session is not None
     for last in (0, 1):
@@ -354,10 +352,14 @@ def test_the_stop_button_while_a_cell_is_sent(
             patch.setattr(view, "execute", sent)
             run = Cell(two, f"%%spmd\nimport torch, pmod\nif pmod.axis_index('data') == 0:\n    {SUM}")
         assert isinstance(run.error, KeyboardInterrupt)
-        # it may come before the cell
-        waited = f"at (data=0): waited in pmod.psum(axis='data'), line 3: {SUM}"
-        said = (waited, "at (data=0): was at no line of the cell")
-        assert run.text.splitlines()[1] in (said if last else ("on all ranks: was stopped before it began",)), run.text
+        # at any moment: before the cell, in it, or between a kernel's messages, which lets the cell fall unanswered
+        place = (
+            r"waited in pmod.psum\(axis='data'\), line 3: .*|was at line [123]: .*|was at no line of the cell"
+            "|was stopped|has not stopped yet, in a call that is not Python's"
+        )
+        said = rf"at \(data=0\): ({place})" if last else r"(on all ranks|at \(data=0\)): was stopped before it began"
+        states = run.text.partition("Interrupted after ")[2].splitlines()[1:]  # IPython says what hit it before
+        assert states and re.fullmatch(said, states[0]), run.text
         assert Cell(two, f"%%spmd\nimport torch, pmod\n{SUM}").results == ["tensor([2.])"]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 
 from tests.test_docs import BLOCKS, README
 
@@ -40,10 +43,25 @@ def test_cookbook_is_the_readme_s(name: str) -> None:
     assert any(recipe.strip() in cell.source for cell in cells)
 
 
+@pytest.fixture(scope="module", params=["0", "1"], ids=["as it is", "under debug"])
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelManager]:
+    """One for all notebooks, whose engines it keeps: most of the time would go into starting them."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(folder), env={**os.environ, "PMOD_DEBUG": request.param})
+    yield manager
+    manager.shutdown_kernel()
+    manager.cleanup_resources()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*:RuntimeWarning:zmq")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("debug", ["0", "1"], ids=["as it is", "under debug"])
-def test_notebook_runs(path: Path, debug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PMOD_DEBUG", debug)
+def test_notebook_runs(path: Path, kernel: KernelManager) -> None:
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    afresh = "%reset -f\nimport torch\ntorch.set_default_dtype(torch.float32)\ndel torch"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(afresh))
+    client = nbclient.NotebookClient(notebook, km=kernel, timeout=120)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()

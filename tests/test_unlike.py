@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import pmod
+from pmod import _waiting
 from pmod._waiting import LEFT, NEAR, WAITS, Post, unlike
 from tests import spmd
 
@@ -99,6 +100,7 @@ def refused(name: str) -> tuple[float, str]:
 
 def refused_in_processes(names: Sequence[str]) -> list[tuple[float, str]]:
     found: list[tuple[float, str]] = []
+    _waiting.LOOK = 0.2  # nothing but this is waited for
     for name in names:
         topology = pmod.current_mesh().topology
         pmod.set_mesh(pmod.make_mesh(x=-1, timeout=30.0))
@@ -109,6 +111,7 @@ def refused_in_processes(names: Sequence[str]) -> list[tuple[float, str]]:
         pmod.shutdown()
         pmod.set_mesh(pmod.make_mesh(x=topology.world_size, topology=topology))
         assert pmod.psum(torch.tensor(1), "x").item() == topology.world_size  # and all begin anew
+    _waiting.LOOK = 1.0
     return found
 
 

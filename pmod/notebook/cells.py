@@ -77,8 +77,9 @@ class Cell:
             for rank in unsent:  # or sent, who knows: this is answered after it
                 self.calls[rank] = self._engines[rank].call(on_rank.sent)
             self._stop(self.left, _AT_ONCE)
-            for rank in unsent & {rank for rank, outcome in self.outcomes.items() if outcome.how == "done"}:
-                self.outcomes[rank].how = "unsent"
+            for rank in unsent:
+                if self.outcomes[rank].how in ("done", "raised"):  # an interrupt may have hit the question
+                    self.outcomes[rank] = Outcome("unsent", stopped=True)
         self._ask_how(_AT_ONCE / 3 if self.interrupted else _PATIENCE)
 
     def _wait(self, ranks: Sequence[int], seconds: float) -> None:
@@ -99,7 +100,9 @@ class Cell:
         outcome.stdout, outcome.stderr = told["stdout"], told["stderr"]
         outcome.shown = [*told["outputs"], *([told["execute_result"]] if told["execute_result"] else [])]
         error: Any = call.exception(0)
-        if error is not None:
+        if type(error).__name__ == "TaskAborted":  # the kernel was leaving the cell before when it came
+            outcome.how = "unsent"
+        elif error is not None:
             outcome.how, outcome.traceback = "raised", on_rank.in_cell(error.traceback)
             outcome.error = on_rank.in_cell(f"{error.ename}: {error.evalue}" if error.evalue else error.ename)
 

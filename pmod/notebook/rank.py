@@ -7,6 +7,7 @@ import contextvars
 import linecache
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Coroutine
@@ -36,11 +37,12 @@ def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
         torch.cuda.set_device(place.device)
     set_mesh(make_mesh(axes))
     # IPython takes a second to show a traceback that leads through many files, and somebody has pressed the stop button
-    _shell().set_custom_exc((KeyboardInterrupt,), _interrupted)
+    _shell().set_custom_exc((KeyboardInterrupt, asyncio.CancelledError), _interrupted)
     _shell().loop_runner = _awaited
 
 
 def _interrupted(shell: Any, kind: type[BaseException], error: Any, trace: Any, tb_offset: Any = None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the cell is over, another one would hit the kernel; it resets this
     error._render_traceback_ = lambda: [kind.__name__]  # IPython shows, and stores, this instead
     shell.showtraceback((kind, error, trace))
 
@@ -50,13 +52,30 @@ _runner = asyncio.Runner()  # its loop stays, and with it the tasks that a cell 
 
 def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a cell that awaits to its end, which the engine's loop cannot: such a cell's reply is lost by ipyparallel."""
-    outer = asyncio.get_running_loop()
+    outer, loop = asyncio.get_running_loop(), _runner.get_loop()
+    cell: asyncio.Task[Any] | None = None
+
+    async def noted() -> Any:
+        nonlocal cell
+        cell = asyncio.current_task()
+        return await coroutine
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        """Raise in code that runs, as in any cell; where the loop waits, end what the cell awaits, and not the loop."""
+        if cell is None or asyncio.current_task(loop) is not None:
+            raise KeyboardInterrupt
+        cell.cancel()
+        loop.call_soon_threadsafe(int)  # wakes it up
+
+    before = signal.signal(signal.SIGINT, interrupt)
     asyncio._set_running_loop(None)
     try:
-        return _runner.run(coroutine, context=contextvars.copy_context())  # which names the cell for its outputs
+        return _runner.run(noted(), context=contextvars.copy_context())  # which names the cell for its outputs
     finally:
         asyncio._set_running_loop(outer)
         asyncio.set_event_loop(outer)
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
 
 
 @frozen
