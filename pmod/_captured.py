@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -52,7 +53,7 @@ def _parts(thing: Any) -> Iterable[Any]:
         return ()
     if getattr(thing, "__code__", None) is not None:
         return _of_function(thing)
-    if hasattr(thing, "func") and hasattr(thing, "keywords"):  # functools.partial
+    if isinstance(thing, partial):
         return [thing.func, thing.args, thing.keywords]
     return [getattr(thing, "__self__", None), getattr(thing, "__wrapped__", None), *_attributes(thing)]
 
@@ -61,7 +62,7 @@ def _is_foreign(thing: Any) -> bool:
     """Whether its class or the function itself is a library's, which holds none of the user's tensors."""
     of = thing if getattr(thing, "__code__", None) is not None else type(thing)
     home = (getattr(of, "__module__", None) or "").split(".")[0]
-    bound = getattr(thing, "__self__", None) is not None or hasattr(thing, "keywords") or hasattr(thing, "__wrapped__")
+    bound = getattr(thing, "__self__", None) is not None or isinstance(thing, partial) or hasattr(thing, "__wrapped__")
     return home in _FOREIGN and not bound
 
 

@@ -85,6 +85,7 @@ class Kinds(TorchFunctionMode):
         self._modules: list[torch.nn.Module] = []
         # of tensors from outside the body their pvary copies: along what, of which version
         self._copies: dict[Tensor, dict[Axes, tuple[int, Tensor]]] = {}
+        self._fused: set[Tensor] = set()  # copies that were made together, with a link of their own
         self._asked: Axes = NONE  # the axes along which this rank knows its own place: what it then makes is V
         self._ways: list[Axes] = []  # the same, in the order in which it asked
         self.lengths: dict[int, Axes] = {}  # of uneven shards, those of all ranks: numbers that a rank has of its own
@@ -122,11 +123,16 @@ class Kinds(TorchFunctionMode):
             return self._bind(*args, **kwargs)
         if func is kinds_here:
             return self
+        if func is all_cut:
+            return self._vary_unasked()
         if func is _linked:
             return self._linked_compiled(*args)
         if func is axis_index or func is Mesh.axis_index:
             self._ask(self._names(args[-1]))
             return func(*args, **kwargs)
+        if func is Mesh._own_coords:
+            self._ask(self._names(args[0]))
+            return func(*args)
         if func is torch.autograd.grad:
             return self._gradients(args, kwargs)
         if func is Tensor.backward:
@@ -211,6 +217,11 @@ class Kinds(TorchFunctionMode):
         # what leaves a transform is the tensor within
         if not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
             self.note(functorch.get_unwrapped(x), axes, assumed)
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank knows what is its own, and may go its own way."""
+        return bool(self._asked)
 
     def comes_in(self, x: Tensor) -> None:
         """A tensor is from outside the body."""
@@ -377,6 +388,16 @@ class Kinds(TorchFunctionMode):
             return
         if not new:
             return
+        self._vary_ahead(new, before)
+
+    def _vary_unasked(self) -> None:
+        """All arguments are cut; where they are uneven, a rank with an empty shard may ask for nothing of its own."""
+        uneven = NONE.union(*self.lengths.values())
+        if uneven and not torch.compiler.is_compiling():
+            self._vary_ahead(uneven - self._asked, self._asked)
+
+    def _vary_ahead(self, new: Axes, before: Axes) -> None:
+        """What is one value and known so far becomes V."""
         self._ways.append(new)
         with torch._C.DisableTorchFunction():
             named = [x for f in self._roots for x in captured_leaves(f)]
@@ -399,7 +420,8 @@ class Kinds(TorchFunctionMode):
                 continue
             copies = self._copies.setdefault(x, {})
             if along | step in copies and copies[along | step][0] == x._version:
-                self._link(copies[along | step][1])  # it met what varies already, on all ranks
+                if copies[along | step][1] not in self._fused:  # it met what varies already, on all ranks
+                    self._link(copies[along | step][1])
                 continue
             y = self._vary(x, of | along)
             together.setdefault((step, y.dtype, y.device), []).append((x, along | step, y))
@@ -411,6 +433,7 @@ class Kinds(TorchFunctionMode):
             for (x, along, y), copy in zip(found, copies, strict=True):
                 self.note(copy, self.of(y) | step, self.assumed(x))
                 self._copies[x][along] = x._version, copy
+                self._fused.add(copy)
 
     def _computed(self, new: Axes) -> list[Tensor]:
         """What the body made so far as one value, in the order in which all ranks made it."""
@@ -484,11 +507,19 @@ class Kinds(TorchFunctionMode):
             self.note(y, axes, axes - sure)
         if torch.compiler.is_compiling() and name in VIEWS:
             self._note_views(name, taken, result)
-        if name in NUMBERS or (name in ("__len__", "size") and isinstance(result, int) and self.lengths.get(result)):
-            self._ask(axes if name in NUMBERS else axes & self.lengths[result])
+        told = axes if name in NUMBERS else axes & self._told(name, result)
+        if told:
+            self._ask(told)
         if name in BY_VALUE or (name == "__getitem__" and _has_mask(args[1])):
             self._lengths_of(result, axes)
         return result
+
+    def _told(self, name: str, result: Any) -> Axes:
+        """The axes of uneven shards of which the result, a length or the rows to go through, tells the length."""
+        if not self.lengths or name not in ("__len__", "size", "unbind"):
+            return NONE
+        n = len(result) if name == "unbind" else result
+        return self.lengths.get(n, NONE) if isinstance(n, int) else NONE
 
     def _note_views(self, name: str, taken: list[Tensor], result: Any) -> None:
         """While compiling: views of which the tracer shows no base, and views of those."""
@@ -692,6 +723,11 @@ class _Noted:
 def kinds_here() -> Kinds | None:
     """Those of the innermost shard_map whose body runs, or None."""
     return handle_torch_function(kinds_here, ()) if torch._C._len_torch_function_stack() > 0 else None
+
+
+def all_cut() -> None:
+    """The arguments of the innermost shard_map are shards now."""
+    handle_torch_function(all_cut, ())
 
 
 def _linked(y: Tensor) -> Tensor:

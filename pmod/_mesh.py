@@ -190,6 +190,12 @@ class Mesh:
 
         Raises: TopologyError where the mesh was loaded in a job that does not have all of its ranks.
         """
+        if torch._C._len_torch_function_stack() > 0:  # shard_map follows who knows where it is
+            return handle_torch_function(Mesh._own_coords, (), self)
+        return self._own_coords()
+
+    def _own_coords(self) -> dict[str, int] | None:
+        """`coords`, which is no function."""
         if self._coords is None and not self._fits():
             raise self._misfit("Mesh.coords")
         return self._shown_coords()

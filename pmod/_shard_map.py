@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from pmod._ambient import given_mesh, resolve, under
 from pmod._arguments import check_tensor, wrong
 from pmod._errors import ArgumentError, AxisError, explain
-from pmod._kinds import NONE, Axes, Kinds, kinds_here
+from pmod._kinds import NONE, Axes, Kinds, all_cut, kinds_here
 from pmod._mesh import Mesh
-from pmod._parallel import map_tensors
 from pmod._pytree import unflatten
-from pmod._slices import shard, unshard
+from pmod._slices import all_gather, shard, unshard
 from pmod._specs import Entry, P, Specs, as_dtensor, check_spec, sizes_of, unfit, whole_shapes, with_specs
 
 
@@ -72,7 +71,9 @@ def shard_map(
                 call.kinds.of_module(module)
             call.kinds.of_body(f)
             shards = call.enter(args, in_specs)
-            result = map_tensors(call.kinds.linked, f(*shards))
+            if call.kinds.lengths:
+                all_cut()
+            result = f(*shards)
             call.kinds.check_shown()
             return call.leave(result, out_specs)
 
@@ -85,6 +86,15 @@ def _module(f: Any) -> nn.Module | None:
         f = f.func
     f = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
     return f if isinstance(f, nn.Module) else None
+
+
+ROUNDING = 1e-3  # of the sum of all magnitudes: so much may the sums of one value differ between unlike devices
+
+
+def _total(y: Tensor) -> Tensor:
+    """The sum of the elements, that of their magnitudes, and whether there is a derivative."""
+    z = (torch.view_as_real(y) if y.is_complex() else y).detach().double().nan_to_num()
+    return torch.stack([z.sum(), z.abs().sum(), torch.full_like(z.sum(), y.requires_grad)])
 
 
 class _Mapped:
@@ -173,6 +183,9 @@ class _Mapped:
         tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
         for y, spec, where in tensors:
             self._check_whole(y, spec, where)
+        smooth = iter(self._compared(tensors))
+        found = [(self.kinds.linked(y) if isinstance(y, Tensor) and next(smooth) else y, *rest) for y, *rest in found]
+        tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
         sizes = iter(self._sizes(tensors))
         wholes = [self._whole(y, spec, next(sizes), where) if isinstance(y, Tensor) else y for y, spec, where in found]
         return unflatten(result, "shard_map", self.axis, wholes)
@@ -186,6 +199,32 @@ class _Mapped:
                 what = f"the result {self.kinds.why(frozenset(own))}, and the spec leaves it out"
                 right = "Pass that tensor as an argument, and ask for the place or the number after what is one value."
             raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+
+    def _compared(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[bool]:
+        """Whether a result may have a derivative on some rank; where shards are uneven, the ranks tell one another.
+
+        A rank with an empty shard may have made no use of what the others differentiate; and a loop over x.shape[0],
+        which is not seen, makes each rank's own of one value.
+        """
+        uneven = {name for entry, sizes, _ in self.cut if len(set(sizes)) > 1 for name in P(entry).axes}
+        names = tuple([name for name in self.mesh.axis_names if name in uneven - self.outer])
+        if not names or not tensors or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return [True] * len(tensors)
+        with torch.no_grad():
+            mine = torch.stack([_total(y) for y, _, _ in tensors])
+            everywhere = all_gather(mine[None], self.mesh[names])
+        with torch._C.DisableTorchFunction():  # all ranks read the same numbers
+            totals, sizes, smooth = everywhere.unbind(-1)
+            off = ((totals - totals[:1]).abs() > ROUNDING * sizes.amax(0)).any(0).tolist()
+            some, columns = smooth.any(0).tolist(), totals.T.tolist()
+        for (y, spec, where), differs, sums in zip(tensors, off, columns, strict=True):
+            if differs and not set(spec.axes) & set(names):
+                what = f"the ranks along {names} return unlike values (their elements add up to {sums}), and"
+                what += " the spec leaves that out"
+                right = "The length of an uneven shard, as in a loop over x.shape[0], is each rank's own: make one"
+                right += " value of what depends on it (pmod.psum, pmod.pmean), or name the axis in out_specs."
+                raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+        return [self.kinds.asked or differentiated for differentiated in some]
 
     def _sizes(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[dict[int, tuple[int, ...]]]:
         if not torch.compiler.is_compiling():

@@ -181,7 +181,7 @@ def unfit(
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     lengths = ", ".join([str(length) for length in shape])
     given = f"{where}: {what}\n  spec   {spec.__repr__()}\n  shape  ({lengths})\n  mesh   {sizes}"
-    return kind(explain(function, given, right, coords=mesh.coords))
+    return kind(explain(function, given, right, coords=mesh._shown_coords()))
 
 
 def check_spec(spec: P, shape: Sequence[int], mesh: Mesh, function: str, where: str) -> None:
@@ -447,7 +447,7 @@ def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> t
     mesh = given_mesh(mesh, "local_slice")
     if not isinstance(spec, P):  # pyright: ignore[reportUnnecessaryIsInstance]
         given = f"spec is {spec!r}, a {type(spec).__name__}"
-        raise ArgumentError(explain("local_slice", given, "Pass a pmod.P.", coords=mesh.coords))
+        raise ArgumentError(explain("local_slice", given, "Pass a pmod.P.", coords=mesh._shown_coords()))
     given_shape = shape
     try:
         shape = tuple([operator.index(length) for length in shape])
@@ -461,6 +461,7 @@ def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> t
         if entry is not None:
             axis = resolve(mesh[entry], "local_slice")
             sizes = sizes_of(spec, dim, axis, shape, mesh, "local_slice", "shape")
-            start = sum(sizes[: axis.index])
-            slices[dim] = slice(start, start + sizes[axis.index])
+            index = mesh.axis_index(entry)  # who asks where its slice lies goes its own way in a shard_map
+            start = sum(sizes[:index])
+            slices[dim] = slice(start, start + sizes[index])
     return tuple(slices)

@@ -433,6 +433,12 @@ OWN: dict[str, Callable[[Tensor], Tensor]] = {
     "a loop over a shard's length": lambda x: sum((torch.ones(1) for _ in range(len(x))), torch.zeros(1)),
     "nonzero": lambda x: torch.ones(len((x > 0.3).nonzero())),
     "a mask": lambda x: torch.ones(len(x[x > 0.3])),
+    "a number by its length": lambda x: torch.ones(1) * len(x),
+    "a loop over rows": lambda x: sum((torch.ones(1) for _ in enumerate(x)), torch.zeros(1)),
+    "unbind": lambda x: torch.ones(len(x.unbind())),
+    "the mesh's coords": lambda x: torch.ones(1) * (pmod.current_mesh().coords or {})["data"],
+    "is_first": lambda x: torch.ones(1) if pmod.is_first("data") else torch.zeros(1),
+    "local_slice": lambda x: torch.arange(6)[pmod.local_slice((6,), DATA)],
     "masked_select": lambda x: torch.zeros(x.masked_select(x > 0.3).size(0)),
 }
 
@@ -441,6 +447,47 @@ OWN: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_is_a_rank_s_own(name: str) -> None:
     f = pmod.shard_map(OWN[name], in_specs=DATA, out_specs=P())
     assert "the result may vary along 'data'" in message(lambda: f(FIXED), data=2)
+
+
+def test_a_length_that_nobody_asked_for() -> None:
+    def grown(x: Tensor) -> Tensor:
+        y = torch.ones(1)
+        for _ in range(x.shape[0]):
+            y = y * 2
+        return y
+
+    f = pmod.shard_map(grown, in_specs=DATA, out_specs=P())
+    said = message(lambda: f(FIXED), data=2)
+    assert "the ranks along ('data',) return unlike values (their elements add up to [8.0, 4.0])" in said
+    assert pmod.simulate(lambda: f(torch.ones(4)), data=2) == [torch.full((1,), 4.0)] * 2
+
+
+def with_an_empty_shard() -> None:
+    """Rank 2 of 3 has nothing, and uses nothing; the others use parameters in orders of their own."""
+
+    def body(x: Tensor) -> Tensor:
+        y = x * 1
+        for row in x:
+            y = y + (row * a * b if row > 1 else b + row * a) + (unused if row > 9 else 0)
+        return y
+
+    a, b, unused = [torch.tensor(n, dtype=X.dtype, requires_grad=True) for n in (2.0, 3.0, 4.0)]
+    x = torch.tensor([1.0, 2.0], dtype=X.dtype)
+    y = pmod.shard_map(body, in_specs=DATA, out_specs=DATA)(x)
+    assert y.tolist() == [1 + 3 + 2, 2 + 2 * 6]
+    found = torch.autograd.grad(y.sum(), (a, b, unused), allow_unused=True)
+    assert found[:2] == (1 + 2 * 3, 1 + 2 * 2) and found[2] is None
+
+
+def test_an_empty_shard() -> None:
+    pmod.simulate(with_an_empty_shard, data=3)
+    spmd.launch(with_an_empty_shard, data=3)
+
+
+def test_what_has_no_derivative_has_none_in_uneven_shards() -> None:
+    w = torch.ones(3, dtype=X.dtype, requires_grad=True)
+    f = pmod.shard_map(lambda x, w: (x @ w).detach(), in_specs=(DATA, P()), out_specs=DATA)
+    assert pmod.simulate(lambda: f(FIXED, w).requires_grad, data=2) == [False, False]
 
 
 # --- changes in place -----------------------------------------------------------------------------
