@@ -244,7 +244,7 @@ class _Linear(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> Any:
         needed = ctx.needs_input_grad[2:]
-        wanted = bind(ctx.call.T, [g for g, need in zip(gs, needed, strict=True) if need], ctx.origin)
+        wanted = bind(ctx.call.T, [_dense(g) for g, need in zip(gs, needed, strict=True) if need], ctx.origin)
         # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
         # backward was called with
         own = iter([y.clone() if y._is_view() else y for y in wanted])
@@ -257,6 +257,11 @@ class _Linear(torch.autograd.function._SingleLevelFunction):
 
     # asked for by compiled autograd
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """An embedding with sparse=True makes a sparse gradient, and no message carries one."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = cast(Any, _Linear).apply

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def _parts(thing: Any) -> Iterable[Any]:
         return thing
     if isinstance(thing, type | ModuleType) or _is_foreign(thing):
         return ()
-    if getattr(thing, "__code__", None) is not None:
+    if isinstance(thing, FunctionType):
         return _of_function(thing)
     if isinstance(thing, partial):
         return [thing.func, thing.args, thing.keywords]
@@ -60,7 +60,7 @@ def _parts(thing: Any) -> Iterable[Any]:
 
 def _is_foreign(thing: Any) -> bool:
     """Whether its class or the function itself is a library's, which holds none of the user's tensors."""
-    of = thing if getattr(thing, "__code__", None) is not None else type(thing)
+    of = thing if isinstance(thing, FunctionType) else type(thing)
     home = (getattr(of, "__module__", None) or "").split(".")[0]
     bound = getattr(thing, "__self__", None) is not None or isinstance(thing, partial) or hasattr(thing, "__wrapped__")
     return home in _FOREIGN and not bound
@@ -75,10 +75,9 @@ def _texts(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _of_function(f: Any) -> list[Any]:
-    parts: list[Any] = [getattr(f, "__self__", None), getattr(f, "__wrapped__", None)]
-    parts += [getattr(f, "__defaults__", None), getattr(f, "__kwdefaults__", None)]
-    for cell in getattr(f, "__closure__", None) or ():
+def _of_function(f: FunctionType) -> list[Any]:
+    parts: list[Any] = [getattr(f, "__wrapped__", None), f.__defaults__, f.__kwdefaults__]
+    for cell in f.__closure__ or ():
         try:
             parts.append(cell.cell_contents)
         except ValueError:  # not assigned yet

@@ -428,8 +428,8 @@ class Kinds(TorchFunctionMode):
         for (step, *_), found in together.items():
             names = tuple([name for name in self.mesh.axis_names if name in step])
             with torch._C.DisableTorchFunction():
-                copies, link = pvary_used([y for *_, y in found], self.mesh[names])
-            self._links.append(link)
+                copies, link = pvary_used([y for *_, y in found], self._axis(names), "pvary")
+            self._link(link)
             for (x, along, y), copy in zip(found, copies, strict=True):
                 self.note(copy, self.of(y) | step, self.assumed(x))
                 self._copies[x][along] = x._version, copy

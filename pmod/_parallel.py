@@ -29,6 +29,7 @@ from pmod._errors import ArgumentError, PmodError
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import flatten, map_leaves, together
 from pmod._start import Pending, start
+from pmod._used import pvary_used
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -109,6 +110,7 @@ class SharedParameters:
         self._number = next(_numbers)
         _run_last([], 1 + WIDTH * self._number)  # what is made from now on has higher numbers
         self._kept: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []  # a parameter, its state and its pvary copy
+        self._links: list[Tensor] = []  # from which backward comes to the nodes of those copies
         # what shares some of these parameters over another axis, and enters first: its copies are then copied here
         self._newer: list[SharedParameters] = []
         for older in _sharing(module):
@@ -121,7 +123,7 @@ class SharedParameters:
             self._handles.append(inner.register_forward_hook(self._leave, always_call=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_kept": []}
+        return vars(self) | {"_kept": [], "_links": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -136,7 +138,7 @@ class SharedParameters:
         """From the next call on, the module's parameters are its own again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._kept = [], []
+        self._handles, self._kept, self._links = [], [], []
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._calls and not torch.compiler.is_compiling() and not _is_running(self._frame):
@@ -155,21 +157,21 @@ class SharedParameters:
         shared = list({id(p): p for _, _, p in places}.values())  # a tied parameter once
         if not shared:
             return
-        varying = self._copies(shared)
+        varying, self._link = self._copies(shared)
         self._held = places
         for parameters, name, p in places:
             parameters[name] = cast(nn.Parameter, varying[id(p)])
-        smallest: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        for p in sorted((varying[id(p)] for p in shared), key=Tensor.numel, reverse=True):
-            smallest[p.dtype, p.device] = p
-        self._link = list(smallest.values())
 
-    def _copies(self, shared: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The pvary copies by the id of what they copy."""
+    def _copies(self, shared: Sequence[Tensor]) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """The pvary copies by the id of what they copy, and what links an output to their nodes."""
         kept = self._keep(shared) if _is_plain() else {}
         if all(id(p) in kept for p in shared):
-            return kept
-        return dict(zip(map(id, shared), self._pvary(shared), strict=True))
+            return kept, self._links
+        copies = self._pvary(shared)
+        smallest: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        for y in sorted(copies, key=Tensor.numel, reverse=True):
+            smallest[y.dtype, y.device] = y
+        return dict(zip(map(id, shared), copies, strict=True)), list(smallest.values())
 
     def _keep(self, more: Sequence[Tensor] = ()) -> dict[int, Tensor]:
         """Copies of all parameters, made once for all calls between two steps; {} where some are computed.
@@ -190,7 +192,7 @@ class SharedParameters:
             return {}
         now = [(p, (p._version, p.data_ptr(), p.shape, p.dtype)) for p in whole.values()]
         if [(id(p), at) for p, at, _ in self._kept] != [(id(p), at) for p, at in now]:
-            copies = self._pvary(list(whole.values()), scale=False)
+            copies, self._links = self._together(list(whole.values()))
             if self._axis.size > 1:
                 _run_last([y.grad_fn for y in copies], 1 + WIDTH * self._number)
             if self._reduce == "mean":
@@ -198,6 +200,21 @@ class SharedParameters:
                     y.register_hook(self._divided)
             self._kept = [(*of, y) for of, y in zip(now, copies, strict=True)]
         return {id(p): y for p, _, y in self._kept}
+
+    def _together(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Copies that know what no rank used, and a link to each of their nodes."""
+        if self._axis.size == 1:
+            return self._pvary(parameters, scale=False), []
+        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for p in parameters:
+            alike.setdefault((p.dtype, p.device), []).append(p)
+        copies: dict[int, Tensor] = {}
+        links: list[Tensor] = []
+        for group in alike.values():
+            ys, link = pvary_used(group, self._axis, "share_parameters")
+            copies.update(zip(map(id, group), ys, strict=True))
+            links.append(link)
+        return [copies[id(p)] for p in parameters], links
 
     def _divided(self, gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else gradient / self._axis.size  # None: unused on this rank
@@ -264,10 +281,10 @@ def _is_running(frame: FrameType | None) -> bool:
     return caller is not None
 
 
-def _linked(output: Any, parameters: list[Tensor]) -> Any:
-    """The output, and 0 times the parameters: a rank that used none of them still takes part in their sum."""
-    device = parameters[0].device
-    nothing = torch.stack([p.reshape(-1)[:0].sum().real.float().to(device) for p in parameters]).sum()
+def _linked(output: Any, shared: list[Tensor]) -> Any:
+    """The output, and 0 times what is shared: a rank that used none of it still takes part in its sum."""
+    device = shared[0].device
+    nothing = torch.stack([x.reshape(-1)[:0].sum().real.float().to(device) for x in shared]).sum()
 
     def link(x: Any) -> Any:
         return x + nothing.to(x.device, x.dtype) if x.is_floating_point() or x.is_complex() else x
@@ -307,15 +324,16 @@ def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum
     inside it, uses `pvary` copies of the parameters, so that their gradients are reduced over the axis, to any order
     and under every transform: accumulation, create_graph, torch.func.functional_call, autocast, checkpoint.
     The copies are made once for all calls until the parameters change, so ranks may call the modules in any order,
-    unlike often, and use other parameters, so long as what a call returns is used. reduce="mean" divides the sum of the
-    gradients by n: for losses that are averaged over the ranks.
-    Cost: in each backward pass one message per dtype and device, of all parameters that require a gradient.
+    unlike often, and use other parameters, so long as what a call returns is used. What no rank used gets no gradient.
+    reduce="mean" divides the sum of the gradients by n: for losses that are averaged over the ranks.
+    Cost: in each backward pass one message per dtype and device, of all parameters that require a gradient and an
+    element for each, which says whether this rank used it.
     Returns a handle with `remove()`. Raises: PmodError where parameters are shared over this axis already;
     ArgumentError for what is no module; in backward CollectiveTimeout (MismatchError in `simulate`), where a rank calls
     no module of these between two changes of the parameters and another rank does.
 
     Under torch.compile and torch.func, and with parameters that are computed (functional_call with what a derivative
-    flows through), each call has a message of its own: there all ranks call alike.
+    flows through), each call has a message of its own: there all ranks call alike, and what no rank used gets zeros.
     What is used without a call of a module, `module.weight @ x`, is not reduced: write a forward.
 
     >>> def gradient():

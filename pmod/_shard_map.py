@@ -184,7 +184,10 @@ class _Mapped:
         for y, spec, where in tensors:
             self._check_whole(y, spec, where)
         smooth = iter(self._compared(tensors))
-        found = [(self.kinds.linked(y) if isinstance(y, Tensor) and next(smooth) else y, *rest) for y, *rest in found]
+        found = [
+            (self.kinds.linked(y) if isinstance(y, Tensor) and next(smooth) else y, spec, where)
+            for y, spec, where in found
+        ]
         tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
         sizes = iter(self._sizes(tensors))
         wholes = [self._whole(y, spec, next(sizes), where) if isinstance(y, Tensor) else y for y, spec, where in found]

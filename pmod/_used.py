@@ -8,25 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod._collectives import pvary
-from pmod._mesh import Mesh
+from pmod._autodiff import called_as
+from pmod._collectives import PVARY
+from pmod._mesh import Axis
+from pmod._pytree import together
 
 functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 
-def pvary_used(xs: Sequence[Tensor], axis: Mesh) -> tuple[list[Tensor], Tensor]:
-    """Copies of tensors of one dtype and device, and a number that is 0: backward from it comes to their one node.
+def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[Tensor], Tensor]:
+    """Copies of tensors of one dtype and device, and an empty tensor: backward from it comes to their one node.
 
     A vector travels along, which says in backward which copies a rank used. What no rank used gets no gradient.
     """
     flags = torch.zeros(len(xs), dtype=xs[0].dtype, device=xs[0].device, requires_grad=True)
-    *copies, counts = pvary([*xs, flags], axis)
+    *copies, counts = called_as(function, together, PVARY, [*xs, flags], axis, (1, None))
     node: Any = counts.grad_fn
     if node is not None and not torch._C._are_functorch_transforms_active():
         used = _Used(len(xs))
         node.register_prehook(used.before)
         node.register_hook(used.after)
-    return list(copies), counts[:0].abs().sum()
+    return list(copies), counts[:0]
 
 
 class _Used:
