@@ -16,12 +16,25 @@ from torch import Tensor
 from pmod import _groups
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
 from pmod._mesh import Axis
-from pmod._numbers import as_int, as_number, halves, joined
+from pmod._numbers import as_int, as_number, as_real, halves, joined
 
 
 def wrong(kind: type[PmodError], function: str, axis: Axis, given: str, right: str) -> PmodError:
     """The error to raise: `given` was passed to `function`, `right` would have been."""
     return kind(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
+
+
+def check_flag(on: object, function: str, name: str) -> None:
+    """A text such as "no" would count as true."""
+    if not isinstance(on, bool | np.bool_):
+        raise ArgumentError(explain(function, f"{name} is {on!r}", "Pass True or False."))
+
+
+def check_tolerance(rtol: object, function: str) -> None:
+    """A real number of 0 or more."""
+    real = as_real(rtol)
+    if real is None or not 0 <= real < float("inf"):
+        raise ArgumentError(explain(function, f"rtol is {rtol!r}", "Pass a number of 0 or more, such as 1e-6."))
 
 
 def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> None:

@@ -8,6 +8,7 @@ import torch
 
 from pmod import _groups
 from pmod._ambient import current_mesh
+from pmod._arguments import check_flag
 from pmod._collectives import pick
 from pmod._errors import PmodError, coordinates, explain
 from pmod._mesh import AxisLike, Mesh, make_mesh
@@ -15,6 +16,7 @@ from pmod._mesh import AxisLike, Mesh, make_mesh
 
 def _ahead_of(axis: AxisLike | None, per_node: bool, function: str) -> Mesh:
     """The ranks of which the first goes ahead: of the axis, or of the whole mesh; those of this node only, if asked."""
+    check_flag(per_node, function, "per_node")
     mesh = current_mesh() if axis is None else axis if isinstance(axis, Mesh) else current_mesh()[axis]
     if mesh.coords is None:
         given, right = "this rank is outside the mesh", "Call it on the ranks of the mesh only."

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pmod import _groups
 from pmod._ambient import Watcher, ambient, resolve, watchers
-from pmod._arguments import wrong
+from pmod._arguments import check_flag, check_tolerance, wrong
 from pmod._autodiff import BACKWARD, Call, Origin, backward_of, on_behalf_of
 from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, call_site, explain
 from pmod._factors import few
@@ -334,6 +334,7 @@ def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
     >>> pmod.assert_invariant(torch.ones(2), mesh["model"])
     """
     bound = resolve(axis, "assert_invariant")
+    check_tolerance(rtol, "assert_invariant")
     leaves: list[Any] = []
     flatten(tree, "assert_invariant", bound, leaves)
     if bound.size == 1:
@@ -565,6 +566,8 @@ class debug:  # lower case: it reads as the function it is called as
     """
 
     def __init__(self, on: bool = True, *, rtol: float = 0.0) -> None:
+        check_flag(on, "debug", "on")
+        check_tolerance(rtol, "debug")
         self._before = list(watchers())
         kept = [w for w in self._before if not isinstance(w, _Checker)]
         self._change([*kept, _Checker(rtol)] if on and not _groups.alone() else kept)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -30,6 +30,7 @@ from pmod._factors import (
     take_fastest,
 )
 from pmod._groups import DEFAULT_TIMEOUT
+from pmod._numbers import as_int
 from pmod._topology import Topology, warn_of_straddling
 
 if TYPE_CHECKING:
@@ -210,9 +211,10 @@ class Mesh:
         >>> mesh.coords_of(2)
         {'data': 1, 'model': 0}
         """
-        if not isinstance(rank, SupportsIndex):  # pyright: ignore[reportUnnecessaryIsInstance]
+        number = as_int(rank)
+        if number is None:
             raise AxisError(explain("Mesh.coords_of", f"rank is {rank!r}", "Pass the number of a rank, an int."))
-        coords = self._coords_of(rank.__index__())
+        coords = self._coords_of(number)
         return None if coords is None else dict(zip(self.axis_names, coords, strict=True))
 
     def _coords_of(self, rank: int) -> tuple[int, ...] | None:
@@ -464,7 +466,10 @@ class Mesh:
         >>> pmod.Mesh.from_device_mesh(mesh.device_mesh) == mesh
         True
         """
-        ranks = device_mesh.mesh
+        ranks: Any = getattr(device_mesh, "mesh", None)
+        if not isinstance(ranks, torch.Tensor):
+            given = f"device_mesh is a {type(device_mesh).__name__}"
+            raise ArgumentError(explain("Mesh.from_device_mesh", given, "Pass a torch DeviceMesh."))
         names = device_mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(ranks.ndim))
         sizes = dict(zip(names, ranks.shape, strict=True))
         mesh = make_mesh(sizes, ranks=ranks.reshape(-1).tolist(), topology=_world_topology())

@@ -20,6 +20,7 @@ from pmod._collectives import psum, pvary
 from pmod._debug import compare_claimed
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain, near_miss
 from pmod._mesh import Axis, Mesh
+from pmod._numbers import as_int
 from pmod._parallel import map_tensors
 from pmod._pytree import sorted_keys, unflatten
 from pmod._ragged import held_lengths
@@ -46,15 +47,15 @@ def _entry(given: Any) -> Entry:
 def _lengths_by_dim(sizes: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """What P holds of `sizes`: ints only, because a float that is cut off says another length."""
     try:
-        index = operator.index
-        parsed = {index(dim): tuple([index(length) for length in of]) for dim, of in sizes.items()}
+        parsed = {as_int(dim): tuple([as_int(length) for length in of]) for dim, of in sizes.items()}
     except (TypeError, AttributeError):  # of another kind, or holding what is not an int
         parsed = {}
-    whole = isinstance(sizes, Mapping) and len(parsed) == len(cast(Mapping[Any, Any], sizes))
-    if not whole or min(sum(parsed.values(), (0,))) < 0:
+    ints = {dim: cast(tuple[int, ...], of) for dim, of in parsed.items() if dim is not None and None not in of}
+    whole = isinstance(sizes, Mapping) and len(ints) == len(cast(Mapping[Any, Any], sizes))
+    if not whole or min(sum(ints.values(), (0,))) < 0:
         right = "Pass {dim: one length per rank of its axis}, all of them ints of 0 or more."
         raise ShapeError(explain("P", f"sizes is {sizes!r}", right))
-    return tuple(sorted(parsed.items()))
+    return tuple(sorted(ints.items()))
 
 
 @attrs.frozen(init=False, repr=False)
@@ -450,9 +451,10 @@ def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> t
         raise ArgumentError(explain("local_slice", given, "Pass a pmod.P.", coords=mesh._shown_coords()))
     given_shape = shape
     try:
-        shape = tuple([operator.index(length) for length in shape])
-    except TypeError:  # not a sequence, or not of ints
-        shape = (-1,)
+        lengths = [as_int(length) for length in shape]
+    except TypeError:  # not a sequence
+        lengths = [None]
+    shape = tuple([-1 if length is None else length for length in lengths])
     if min(shape, default=0) < 0:
         raise ShapeError(explain("local_slice", f"shape is {given_shape!r}", "Pass a length of 0 or more per dim."))
     check_spec(spec, shape, mesh, "local_slice", "shape")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import os
 import re
 import warnings
@@ -18,6 +17,7 @@ import attrs
 import torch
 
 from pmod._errors import TopologyError, explain, near_miss
+from pmod._numbers import as_int
 
 _log = logging.getLogger("pmod")
 _FILLED: Any = None  # the default of a field that _fill works out from the others
@@ -118,9 +118,8 @@ def _put(topology: Topology, name: str, value: object) -> None:
 def _check(topology: Topology, name: str, low: int, below: str = "", high: float = inf, optional: bool = False) -> None:
     """One number: from `low` to `high`, or to the field `below` (and not equal to it, where `low` is 0)."""
     value: Any = getattr(topology, name)
-    try:
-        number = operator.index(value)  # numpy's integers count, and become int
-    except TypeError:
+    number = as_int(value)  # numpy's integers count, and become int
+    if number is None:
         if value is None and optional:
             return
         number = low - 1

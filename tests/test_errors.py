@@ -671,3 +671,27 @@ def test_an_error_leaves_nothing_behind():
         return found
 
     assert pmod.simulate(rank, **SIZES) == [[3.0, 4.0, 3.0, 4.0]] * 4
+
+
+ODD: dict[str, tuple[Callable[[pmod.Mesh], Any], str]] = {
+    "Topology(rank=True)": (lambda mesh: pmod.Topology(rank=True, world_size=2), "rank is True"),
+    "P(sizes=(True, 2))": (lambda mesh: pmod.P("model", sizes={0: (True, 2)}), "sizes is {0: (True, 2)}"),
+    "P(sizes={True: ...})": (lambda mesh: pmod.P("model", "data", sizes={True: (1, 2)}), "sizes is {True: (1, 2)}"),
+    "local_slice": (lambda mesh: pmod.local_slice((True,), pmod.P(), mesh=mesh), "shape is (True,)"),
+    "coords_of": (lambda mesh: mesh.coords_of(True), "rank is True"),
+    "from_device_mesh": (lambda mesh: pmod.Mesh.from_device_mesh(3), "device_mesh is a int"),  # type: ignore[arg-type]
+    "debug(on)": (lambda mesh: pmod.debug("no"), "on is 'no'"),  # type: ignore[arg-type]
+    "debug(rtol)": (lambda mesh: pmod.debug(rtol="x"), "rtol is 'x'"),  # type: ignore[arg-type]
+    "debug(rtol=nan)": (lambda mesh: pmod.debug(rtol=float("nan")), "rtol is nan"),
+    "assert_invariant": (lambda mesh: pmod.assert_invariant(X, mesh["model"], rtol=-1.0), "rtol is -1.0"),
+    "is_first": (lambda mesh: pmod.is_first(mesh, per_node="x"), "per_node is 'x'"),  # type: ignore[arg-type]
+    "simulate": (lambda mesh: pmod.simulate(3, model=2), "fn is 3"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_arguments(name: str) -> None:
+    call, text = ODD[name]
+    with pytest.raises(pmod.PmodError) as caught:
+        call(pmod.make_mesh(model=1))
+    assert text in str(caught.value)
