@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinMethodType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -43,32 +43,42 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _parts(thing: Any) -> Iterable[Any]:
+    """What it holds, without asking it for attributes that it would make up."""
     if isinstance(thing, torch.nn.Module):
         return [*thing.parameters(), *_attributes(thing)]
     if isinstance(thing, Mapping):
         return list(thing.values())
     if isinstance(thing, list | tuple):
         return thing
-    if isinstance(thing, type | ModuleType) or _is_foreign(thing):
-        return ()
-    if isinstance(thing, FunctionType):
-        return _of_function(thing)
     if isinstance(thing, partial):
         return [thing.func, thing.args, thing.keywords]
-    return [getattr(thing, "__self__", None), getattr(thing, "__wrapped__", None), *_attributes(thing)]
+    if isinstance(thing, MethodType):
+        return [thing.__self__, thing.__func__]
+    if isinstance(thing, BuiltinMethodType):
+        return [thing.__self__]
+    if isinstance(thing, type | ModuleType) or _is_foreign(thing):
+        return ()
+    return _of_function(thing) if isinstance(thing, FunctionType) else _attributes(thing)
 
 
 def _is_foreign(thing: Any) -> bool:
     """Whether its class or the function itself is a library's, which holds none of the user's tensors."""
     of = thing if isinstance(thing, FunctionType) else type(thing)
-    home = (getattr(of, "__module__", None) or "").split(".")[0]
-    bound = getattr(thing, "__self__", None) is not None or isinstance(thing, partial) or hasattr(thing, "__wrapped__")
-    return home in _FOREIGN and not bound
+    home = (of.__module__ or "").split(".")[0]
+    return home in _FOREIGN and "__wrapped__" not in getattr(thing, "__dict__", ())
 
 
 def _attributes(thing: Any) -> list[Any]:
-    slots = [name for cls in type(thing).__mro__ for name in _texts(vars(cls).get("__slots__", ()))]
-    return [*getattr(thing, "__dict__", {}).values(), *[getattr(thing, name, None) for name in slots]]
+    slots = [vars(cls).get(name) for cls in type(thing).__mro__ for name in _texts(vars(cls).get("__slots__", ()))]
+    filled = [_filled(thing, slot) for slot in slots if isinstance(slot, MemberDescriptorType)]
+    return [*getattr(thing, "__dict__", {}).values(), *filled]
+
+
+def _filled(thing: Any, slot: MemberDescriptorType) -> Any:
+    try:
+        return slot.__get__(thing)
+    except AttributeError:  # not assigned
+        return None
 
 
 def _texts(names: Any) -> tuple[str, ...]:
@@ -76,13 +86,13 @@ def _texts(names: Any) -> tuple[str, ...]:
 
 
 def _of_function(f: FunctionType) -> list[Any]:
-    parts: list[Any] = [getattr(f, "__wrapped__", None), f.__defaults__, f.__kwdefaults__]
+    parts: list[Any] = [*vars(f).values(), f.__defaults__, f.__kwdefaults__]
     for cell in f.__closure__ or ():
         try:
             parts.append(cell.cell_contents)
         except ValueError:  # not assigned yet
             continue
-    names = _names(f.__code__)
+    names = [name for name in _names(f.__code__) if name.isidentifier()]  # pytest writes others into an assert
     for name in names:
         thing = f.__globals__.get(name)
         if isinstance(thing, ModuleType) and thing.__name__.split(".")[0] not in _FOREIGN:

@@ -449,6 +449,22 @@ def test_what_is_a_rank_s_own(name: str) -> None:
     assert "the result may vary along 'data'" in message(lambda: f(FIXED), data=2)
 
 
+class Lazy:
+    """As a module of six's: it imports what it is asked for."""
+    weight = torch.ones(1)
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(name)
+
+
+LAZY = Lazy()
+
+
+def test_what_a_body_refers_to_is_not_asked_for_what_it_makes_up() -> None:
+    f = pmod.shard_map(lambda x: x * LAZY.weight, in_specs=DATA, out_specs=DATA)
+    assert torch.equal(pmod.simulate(lambda: f(torch.ones(3)), data=2)[0], torch.ones(3))
+
+
 def test_a_length_that_nobody_asked_for() -> None:
     def grown(x: Tensor) -> Tensor:
         y = torch.ones(1)
