@@ -37,8 +37,9 @@ def shard_map(
     are left.
 
     Shapes: any length, cut as `split_sizes` says unless a spec has sizes. Outputs may have any lengths: the ranks
-    exchange them, one small message for each entry of out_specs; under torch.compile an output is cut as an input of
-    its length was, or as its spec's sizes say.
+    exchange them, one small message for each entry of out_specs, and one more where arguments are cut unevenly: by it
+    they find out what has a derivative, and compare what is one value; under torch.compile an output is cut as an input
+    of its length was, or as its spec's sizes say.
     Cost: in forward the outputs are joined on every rank, in backward the gradients of the inputs. DTensors go in by
     their shards, redistributed where the spec says otherwise, and then DTensors come out.
     Raises: ShapeError, AxisError with spec, shape and mesh, where they do not fit; AxisError where an output varies
@@ -91,9 +92,10 @@ def _module(f: Any) -> nn.Module | None:
 ROUNDING = 1e-3  # of the sum of all magnitudes: so much may the sums of one value differ between unlike devices
 
 
-def _total(y: Tensor) -> Tensor:
-    """The sum of the elements, that of their magnitudes, and whether there is a derivative."""
-    z = (torch.view_as_real(y) if y.is_complex() else y).detach().double().nan_to_num()
+def _summary(y: Tensor, is_whole: bool) -> Tensor:
+    """The sum of the elements of one value, that of their magnitudes, and whether there is a derivative."""
+    z = y.detach() if is_whole else y.detach().reshape(-1)[:0]
+    z = (torch.view_as_real(z) if z.is_complex() else z).double().nan_to_num()
     return torch.stack([z.sum(), z.abs().sum(), torch.full_like(z.sum(), y.requires_grad)])
 
 
@@ -213,15 +215,18 @@ class _Mapped:
         names = tuple([name for name in self.mesh.axis_names if name in uneven - self.outer])
         if not names or not tensors or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return [True] * len(tensors)
+        is_whole = [not set(spec.axes) & set(names) for _, spec, _ in tensors]
+        if not (any(is_whole) or torch.is_grad_enabled()):
+            return [False] * len(tensors)
         with torch.no_grad():
-            mine = torch.stack([_total(y) for y, _, _ in tensors])
+            mine = torch.stack([_summary(y, own) for (y, _, _), own in zip(tensors, is_whole, strict=True)])
             everywhere = all_gather(mine[None], self.mesh[names])
         with torch._C.DisableTorchFunction():  # all ranks read the same numbers
             totals, sizes, smooth = everywhere.unbind(-1)
             off = ((totals - totals[:1]).abs() > ROUNDING * sizes.amax(0)).any(0).tolist()
             some, columns = smooth.any(0).tolist(), totals.T.tolist()
         for (y, spec, where), differs, sums in zip(tensors, off, columns, strict=True):
-            if differs and not set(spec.axes) & set(names):
+            if differs:
                 what = f"the ranks along {names} return unlike values (their elements add up to {sums}), and"
                 what += " the spec leaves that out"
                 right = "The length of an uneven shard, as in a loop over x.shape[0], is each rank's own: make one"
