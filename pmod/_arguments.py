@@ -30,6 +30,13 @@ def check_flag(on: object, function: str, name: str) -> None:
         raise ArgumentError(explain(function, f"{name} is {on!r}", "Pass True or False."))
 
 
+def check_function(fn: object, function: str) -> None:
+    """What `launch` and `simulate` run on every rank."""
+    if not callable(fn):
+        right = "Pass the function that the ranks run, then its args."
+        raise ArgumentError(explain(function, f"fn is {fn!r}", right))
+
+
 def check_tolerance(rtol: object, function: str) -> None:
     """A real number of 0 or more."""
     real = as_real(rtol)

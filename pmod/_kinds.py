@@ -412,7 +412,7 @@ class Kinds(TorchFunctionMode):
 
     def _vary_all(self, new: Axes, before: Axes) -> None:
         """What is one value along the new axes, varying along them, in one call for each dtype and device."""
-        together: dict[tuple[Axes, torch.dtype, torch.device], list[tuple[Tensor, Axes, Tensor]]] = {}
+        together: dict[Axes, list[tuple[Tensor, Axes, Tensor]]] = {}
         for x in [*[x for x in self._copies if self._keeps(x)], *self._computed(new)]:
             of = self.of(x)
             step, along = new - of, before - of
@@ -424,12 +424,13 @@ class Kinds(TorchFunctionMode):
                     self._link(copies[along | step][1])
                 continue
             y = self._vary(x, of | along)
-            together.setdefault((step, y.dtype, y.device), []).append((x, along | step, y))
-        for (step, *_), found in together.items():
+            together.setdefault(step, []).append((x, along | step, y))
+        for step, found in together.items():
             names = tuple([name for name in self.mesh.axis_names if name in step])
             with torch._C.DisableTorchFunction():
-                copies, link = pvary_used([y for *_, y in found], self._axis(names), "pvary")
-            self._link(link)
+                copies, links = pvary_used([y for *_, y in found], self._axis(names), "pvary")
+            for link in links:
+                self._link(link)
             for (x, along, y), copy in zip(found, copies, strict=True):
                 self.note(copy, self.of(y) | step, self.assumed(x))
                 self._copies[x][along] = x._version, copy

@@ -35,6 +35,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from pmod import _groups
 from pmod._ambient import set_mesh
+from pmod._arguments import check_function
 from pmod._errors import ArgumentError, AxisError, CollectiveTimeout, PmodError, coordinates, explain
 from pmod._mesh import make_mesh
 from pmod._topology import Topology
@@ -71,8 +72,7 @@ def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]
     """
     _check_place()
     sizes = _checked_sizes(axis_sizes)
-    if not callable(fn):
-        raise ArgumentError(explain("launch", f"fn is {fn!r}", "Pass the function that the ranks run, then its args."))
+    check_function(fn, "launch")
     task = Task.of(fn, args, sizes)  # before anything starts: what cannot be sent fails at once
     with Ranks(math.prod(sizes.values())) as ranks:
         return ranks.run(task)

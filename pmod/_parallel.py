@@ -205,16 +205,7 @@ class SharedParameters:
         """Copies that know what no rank used, and a link to each of their nodes."""
         if self._axis.size == 1:
             return self._pvary(parameters, scale=False), []
-        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for p in parameters:
-            alike.setdefault((p.dtype, p.device), []).append(p)
-        copies: dict[int, Tensor] = {}
-        links: list[Tensor] = []
-        for group in alike.values():
-            ys, link = pvary_used(group, self._axis, "share_parameters")
-            copies.update(zip(map(id, group), ys, strict=True))
-            links.append(link)
-        return [copies[id(p)] for p in parameters], links
+        return pvary_used(parameters, self._axis, "share_parameters")
 
     def _divided(self, gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else gradient / self._axis.size  # None: unused on this rank

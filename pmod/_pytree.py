@@ -92,16 +92,22 @@ def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Ten
     return map_leaves(run, tree, function, axis)
 
 
+def alike(xs: Sequence[Tensor]) -> list[list[int]]:
+    """The places of those that one message can carry: of one dtype and device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(xs):
+        groups.setdefault((x.dtype, x.device), []).append(i)
+    return list(groups.values())
+
+
 def together(row: Row, leaves: list[Any], axis: Axis, params: Params) -> list[Any]:
     """Bind an elementwise row to many leaves: one message per dtype and device."""
     if len(leaves) == 1:
         return list(bind(Call(row, axis, params), leaves))
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for i, x in enumerate(leaves):
-        groups.setdefault((x.dtype, x.device), []).append(i)
-    results = bind_all([(Call(row, axis, params), [leaves[i] for i in group]) for group in groups.values()])
+    groups = alike(leaves)
+    results = bind_all([(Call(row, axis, params), [leaves[i] for i in group]) for group in groups])
     out: list[Any] = [None] * len(leaves)
-    for group, ys in zip(groups.values(), results, strict=True):
+    for group, ys in zip(groups, results, strict=True):
         for i, y in zip(group, ys, strict=True):
             out[i] = y
     return out

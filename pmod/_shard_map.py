@@ -185,15 +185,14 @@ class _Mapped:
         tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
         for y, spec, where in tensors:
             self._check_whole(y, spec, where)
-        smooth = iter(self._compared(tensors))
-        found = [
-            (self.kinds.linked(y) if isinstance(y, Tensor) and next(smooth) else y, spec, where)
-            for y, spec, where in found
+        tensors = [
+            (self.kinds.linked(y) if smooth else y, spec, where)
+            for (y, spec, where), smooth in zip(tensors, self._compared(tensors), strict=True)
         ]
-        tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
-        sizes = iter(self._sizes(tensors))
-        wholes = [self._whole(y, spec, next(sizes), where) if isinstance(y, Tensor) else y for y, spec, where in found]
-        return unflatten(result, "shard_map", self.axis, wholes)
+        sizes = self._sizes(tensors)
+        wholes = iter([self._whole(y, spec, of, where) for (y, spec, where), of in zip(tensors, sizes, strict=True)])
+        leaves = [next(wholes) if isinstance(y, Tensor) else y for y, _, _ in found]
+        return unflatten(result, "shard_map", self.axis, leaves)
 
     def _check_whole(self, y: Tensor, spec: P, where: str) -> None:
         own = [name for name in self.mesh.axis_names if name in self.kinds.of(y) - frozenset(spec.axes) - self.outer]

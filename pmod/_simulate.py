@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pmod import _groups
 from pmod._ambient import Watcher, set_mesh, watchers
+from pmod._arguments import check_function
 from pmod._autodiff import origin
-from pmod._errors import ArgumentError, AxisError, MismatchError, PmodError, call_site, coordinates, explain
+from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain
 from pmod._mesh import Axis, make_mesh
 from pmod._numbers import as_int
 from pmod._topology import Topology
@@ -263,9 +264,7 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
     [0, 10, 20]
     """
     axis_sizes = check_axis_sizes(axis_sizes, "simulate", "simulate(fn, data=2, model=2)")
-    if not callable(fn):
-        right = "Pass the function that the ranks run, then its args."
-        raise ArgumentError(explain("simulate", f"fn is {fn!r}", right))
+    check_function(fn, "simulate")
     if _groups.in_simulation():
         raise PmodError(explain("simulate", "this is a simulated rank already", "Call it from outside."))
     if torch.compiler.is_compiling():

@@ -11,16 +11,26 @@ from torch import Tensor
 from pmod._autodiff import called_as
 from pmod._collectives import PVARY
 from pmod._mesh import Axis
-from pmod._pytree import together
+from pmod._pytree import alike, together
 
 functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 
-def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[Tensor], Tensor]:
-    """Copies of tensors of one dtype and device, and an empty tensor: backward from it comes to their one node.
+def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies, and empty tensors from which backward comes to the nodes of the copies: one for each dtype and device.
 
     A vector travels along, which says in backward which copies a rank used. What no rank used gets no gradient.
     """
+    copies, links = list(xs), list[Tensor]()
+    for places in alike(xs):
+        made, link = _of_one_kind([xs[i] for i in places], axis, function)
+        links.append(link)
+        for i, y in zip(places, made, strict=True):
+            copies[i] = y
+    return copies, links
+
+
+def _of_one_kind(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[Tensor], Tensor]:
     flags = torch.zeros(len(xs), dtype=xs[0].dtype, device=xs[0].device, requires_grad=True)
     *copies, counts = called_as(function, together, PVARY, [*xs, flags], axis, (1, None))
     node: Any = counts.grad_fn
