@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -438,7 +438,7 @@ OWN: dict[str, Callable[[Tensor], Tensor]] = {
     "unbind": lambda x: torch.ones(len(x.unbind())),
     "the mesh's coords": lambda x: torch.ones(1) * (pmod.current_mesh().coords or {})["data"],
     "is_first": lambda x: torch.ones(1) if pmod.is_first("data") else torch.zeros(1),
-    "local_slice": lambda x: torch.arange(6)[pmod.local_slice((6,), DATA)],
+    "local_slice": lambda x: torch.arange(8)[pmod.local_slice((8,), DATA)],
     "masked_select": lambda x: torch.zeros(x.masked_select(x > 0.3).size(0)),
 }
 
@@ -478,12 +478,12 @@ def test_a_length_that_nobody_asked_for() -> None:
     assert pmod.simulate(lambda: f(torch.ones(4)), data=2) == [torch.full((1,), 4.0)] * 2
 
 
-def with_an_empty_shard() -> None:
+def with_an_empty_shard(rows: Callable[[Tensor], Iterable[Tensor]]) -> None:
     """Rank 2 of 3 has nothing, and uses nothing; the others use parameters in orders of their own."""
 
     def body(x: Tensor) -> Tensor:
         y = x * 1
-        for row in x:
+        for row in rows(x):
             y = y + (row * a * b if row > 1 else b + row * a) + (unused if row > 9 else 0)
         return y
 
@@ -495,9 +495,16 @@ def with_an_empty_shard() -> None:
     assert found[:2] == (1 + 2 * 3, 1 + 2 * 2) and found[2] is None
 
 
-def test_an_empty_shard() -> None:
-    pmod.simulate(with_an_empty_shard, data=3)
-    spmd.launch(with_an_empty_shard, data=3)
+def _by_number(x: Tensor) -> Iterator[Tensor]:
+    """Where nothing is, nothing is asked."""
+    return (x[i] for i in range(x.shape[0]))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("rows", [iter, _by_number])
+def test_an_empty_shard(rows: Callable[[Tensor], Iterable[Tensor]], ranks: int) -> None:
+    pmod.simulate(with_an_empty_shard, rows, data=ranks)
+    spmd.launch(with_an_empty_shard, rows, data=ranks)
 
 
 def test_what_has_no_derivative_has_none_in_uneven_shards() -> None:
