@@ -54,6 +54,7 @@ class _State:
         self.made: Counter[str] = Counter()
         self.meetings: Counter[str] = Counter()  # how often each rank set was sent along
         self.histories: dict[str, deque[tuple[int, Any]]] = {}  # the last calls along each rank set
+        self.witness: Any = None  # compares the calls whose messages have no tags
 
 
 _state = _State()
@@ -208,7 +209,7 @@ PLACE = "pmod/place/{}"  # key of the store of the world -> host and process of 
 
 
 def _enter_world(topology: Topology, *, started: bool) -> None:
-    _state.__init__()
+    _begin_anew()
     _state.world, _state.started_world, _state.topology = dist.group.WORLD, started, topology
     _place.record(topology)
     store = blackboard()
@@ -226,6 +227,24 @@ def next_meeting(key: str) -> int:
 def history(key: str) -> deque[tuple[int, Any]]:
     """The numbers of the last messages along these ranks, and what was said of them."""
     return _state.histories.setdefault(key, deque(maxlen=16))
+
+
+def witness(make: Callable[[], Any]) -> Any:
+    """What compares this world's calls after the fact: made and started at the first of them."""
+    if _state.witness is None:
+        with _lock:
+            if _state.witness is None:
+                made = make()
+                made.start()
+                _state.witness = made
+    return _state.witness
+
+
+def _begin_anew() -> None:
+    """Forget what was connected."""
+    if _state.witness is not None:
+        _state.witness.stop()
+    _state.__init__()
 
 
 _left_behind: set[dist.ProcessGroup] = set()
@@ -455,7 +474,7 @@ def shutdown() -> None:
         ours, started = list(_state.groups.values()), _state.started_world
         connected = dist.is_initialized() and dist.group.WORLD is _state.world
         if started or not connected:
-            _state.__init__()
+            _begin_anew()
             _place.record(launched)
         else:  # the user's world goes on, and so do its store and the names used in it
             _state.groups = {}

@@ -38,6 +38,7 @@ WAITS, LEFT = "waits", "left"
 ALIKE = "All ranks of an axis must make the same calls in the same order, with shapes that fit."
 _SOMEBODY_LEFT = "pmod/left"
 _FOUND = "pmod/unlike/{}"  # the ranks of an axis -> how their calls differ
+_CALLS = "pmod/calls/{}/{}"  # the ranks of an axis, and one of them -> what it has called
 
 # Odd numbers, so that what they are multiplied with is told apart in a tag.
 _NUMBER, _STAGE, _LENGTH, _BITS = 0x9E3779B1, 0x0F1BBCDD, 0x2545F491, 0x3FFFFFFF
@@ -167,6 +168,14 @@ class Board:
     def erase(self, rank: int) -> None:
         self.store.set(f"pmod/waits/{rank}", "")
 
+    def tell_calls(self, ranks: str, rank: int, calls: str) -> None:
+        """Tell what this rank has called along these ranks."""
+        self.store.set(_CALLS.format(ranks, rank), calls)
+
+    def calls_of(self, ranks: str, rank: int) -> str:
+        """What another rank has called; nothing where it has told nothing."""
+        return self._get(_CALLS.format(ranks, rank))
+
     def found(self, ranks: str, given: str) -> None:
         """Tell all that wait along these ranks what is wrong with their calls."""
         self.store.set(_FOUND.format(ranks), given)
@@ -280,20 +289,20 @@ class Wait:
 
     def __init__(self, axis: Axis, said: Said) -> None:
         self._axis, self._said = axis, said
-        self._number = _groups.next_meeting(axis.group_key)
+        self.number = _groups.next_meeting(axis.group_key)
         self._history = _groups.history(axis.group_key)
-        self._history.append((self._number, self._said))
+        self._history.append((self.number, self._said))
         self.exchange: tuple[int, Sequence[int], Sequence[int]] | None = None  # its number, bytes sent and expected
         self._looks = 0
         self._written = False
-        if self._number == 1:
+        if self.number == 1:
             board()  # connected while the rank that serves it is there
-        elif self._number == 2:  # by now all ranks of the axis have connected
+        elif self.number == 2:  # by now all ranks of the axis have connected
             self._tell(lambda told: told.learn(self._neighbours))
 
     @property
     def _meeting(self) -> str:
-        return f"{self._axis.group_key}#{self._number}"
+        return f"{self._axis.group_key}#{self.number}"
 
     @property
     def _rank(self) -> int:
@@ -323,7 +332,7 @@ class Wait:
 
     def tag(self, stage: int, nbytes: int) -> int:
         """Of a message of this call: messages of unlike calls, of other exchanges or lengths have other tags."""
-        mixed = self._said.code + _NUMBER * self._number + _STAGE * stage + _LENGTH * nbytes
+        mixed = self._said.code + _NUMBER * self.number + _STAGE * stage + _LENGTH * nbytes
         return mixed & _BITS | _OURS
 
     @property
@@ -405,7 +414,7 @@ class Wait:
             parts = " ".join([str(number), *rows])
         where, ranks = " at ".join(self._origin()), tuple(self._axis.ranks[:MANY])
         key = self._axis.group_key
-        calls = [(f"{key}#{n}", str(s.code), s.what, str(s.params)) for n, s in self._history if n != self._number]
+        calls = [(f"{key}#{n}", str(s.code), s.what, str(s.params)) for n, s in self._history if n != self.number]
         before = "\x1e".join("\x1d".join(call) for call in calls)
         return Post(state, self._meeting, ranks, where, str(said.code), said.what, str(said.params), parts, before)
 

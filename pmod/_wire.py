@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pmod import _groups
 from pmod._mesh import Axis
+from pmod._rolling import has_tags, note
 from pmod._waiting import InThread, Said, Wait, Work, code_of
 
 if TYPE_CHECKING:
@@ -491,4 +492,6 @@ def wire_of(axis: Axis, row: str = "", said: Said | None = None) -> Wire:
     group, wait = axis.group, Wait(axis, said)
     if _groups.is_left_behind(group):
         wait.refuse()
+    if not has_tags(axis):
+        note(axis, wait.number, said)
     return GroupWire(axis.size, axis.index, group, wait)
