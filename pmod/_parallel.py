@@ -91,7 +91,14 @@ _numbers = count()
 WIDTH = 16  # numbers for each set: one node for each dtype and device
 
 
-class SharedParameters:
+class Reduces:
+    """Hooks of a module that reduce its gradients over an axis."""
+
+    _axis: Axis
+    _over_all_axes = False  # whether no second one may reduce them, over whatever axis
+
+
+class SharedParameters(Reduces):
     """What `share_parameters` attached to a module; `remove` takes it off again.
 
     >>> shared = pmod.share_parameters(torch.nn.Linear(2, 1), mesh["data"])
@@ -349,7 +356,7 @@ def _check_not_reduced(module: nn.Module, function: str, axis: Axis, *, but: obj
             hooks += (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
         for hook in hooks:
             owner = getattr(getattr(hook, "func", hook), "__self__", None)
-            if owner is but or not isinstance(owner, SharedParameters | _Reducer):
+            if owner is but or not isinstance(owner, Reduces):
                 continue
             name, other = type(inner).__name__, owner._axis
             # axes of one rank are all over the same ranks; axes of one mesh that cross share this rank only
@@ -357,7 +364,7 @@ def _check_not_reduced(module: nn.Module, function: str, axis: Axis, *, but: obj
             if alone or len(set(other.ranks) & set(axis.ranks)) > 1:
                 given = f"the gradients of {name} are reduced over these ranks already"
                 raise wrong(PmodError, function, axis, given, "A second reduction would count them n times.")
-            if function == "data_parallel" and isinstance(owner, _Reducer) and axis.size > 1:
+            if function == "data_parallel" and owner._over_all_axes and axis.size > 1:
                 given = f"the gradients of {name} are reduced by data_parallel over {other.label!r}"
                 raise wrong(PmodError, function, axis, given, "Call it once, for a tuple of axes.")
 
@@ -377,8 +384,10 @@ class _Bucket:
         self.sent: Pending[list[Tensor]] | None = None
 
 
-class _Reducer:
+class _Reducer(Reduces):
     """Reduces the gradients of a module over an axis, while backward runs."""
+
+    _over_all_axes = True
 
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
         self._module, self._axis = module, axis
