@@ -113,11 +113,17 @@ def encode(name: str, axis_key: str, params: Params) -> str:
 encode._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 
-@lru_cache(maxsize=4096)
 def decode(call: str) -> Call:
     """The call that `encode` wrote."""
+    row, params, axis_key = _read(call)
+    return Call(row, Axis.parse(axis_key), params)
+
+
+@lru_cache(maxsize=4096)
+def _read(call: str) -> tuple[Row, Params, str]:
+    """Of a call its row and parameters, and the axis as text: a memo must not keep a mesh alive."""
     name, params, axis_key = call.split("|", 2)
-    return Call(ROWS[name], Axis.parse(axis_key), ast.literal_eval(params))
+    return ROWS[name], ast.literal_eval(params), axis_key
 
 
 # --- running a call on plain tensors --------------------------------------------------------------
