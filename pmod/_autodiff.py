@@ -162,7 +162,10 @@ def _laid_out(x: Tensor) -> Tensor:
 
 
 def memory_format(x: Tensor) -> torch.memory_format | None:
-    """channels_last (2d or 3d) where x is laid out so, None where it is row-major or neither."""
+    """channels_last (2d or 3d) where x, or what it is a slice of, is laid out so; None where it is not.
+
+    What torch computes from such a slice is laid out so, too.
+    """
     if x.dim() not in (4, 5):
         return None
     kept = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -171,9 +174,21 @@ def memory_format(x: Tensor) -> torch.memory_format | None:
     if x.is_contiguous():
         return None
     try:
-        return kept if x.is_contiguous(memory_format=kept) else None
+        return kept if x.is_contiguous(memory_format=kept) or _is_cut_from(x) else None
     except RuntimeError:  # inside vmap, which does not know
         return None
+
+
+def _is_cut_from(x: Tensor) -> bool:
+    """Whether the strides are those of a slice of a channels_last tensor, by torch's own rule."""
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        stride = x.stride(dim)
+        # ambiguous: one channel, or pixels that all lie at one place
+        if stride == 0 or stride < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = stride * max(x.shape[dim], 1)
+    return True
 
 
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
