@@ -414,6 +414,7 @@ class _Watched(threading.local):
     """The call that this thread binds, while somebody watches: its derivatives have the same origin."""
 
     origin: Origin | None = None
+    tree: str = ""  # the structure of what the call takes
 
 
 _watched = _Watched()
@@ -427,6 +428,21 @@ def on_behalf_of(of: Origin) -> Generator[None]:
         yield
     finally:
         _watched.origin = before
+
+
+@contextmanager
+def of_tree(structure: str) -> Generator[None]:
+    """What is bound here takes the leaves of a tree of this structure."""
+    before, _watched.tree = _watched.tree, structure
+    try:
+        yield
+    finally:
+        _watched.tree = before
+
+
+def structure() -> str:
+    """Of the tree whose leaves are bound, as `of_tree` said."""
+    return _watched.tree
 
 
 def origin() -> Origin:
