@@ -164,7 +164,7 @@ class _Exchanges:
     def __init__(self, board: Board) -> None:
         self.board = board
         self._met: Counter[str] = Counter()
-        self._raised = False  # and in what is still on the board
+        self._raised = False  # in a wait, and the board still says so
 
     def exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
         """What each rank of the axis says, in rank order."""
@@ -641,9 +641,10 @@ class debug:  # lower case: it reads as the function it is called as
     As a context manager, ``with pmod.debug():``; as a statement, ``pmod.debug()`` until ``pmod.debug(False)``; or for a
     whole run, PMOD_DEBUG=1. All ranks switch it on and off at the same places.
     Before each collective, forward and backward, the ranks of the axis compare function, axis, arguments, shapes,
-    dtypes, devices, requires_grad, active transforms and call site; what is taken as invariant (into `pvary`, `shard`,
-    `place`, and back into `psum`, `unshard`, `pick`) must be the same bits on all of them, or within rtol of the
-    largest magnitude. Ranks that wait for each other in different places find out within seconds.
+    dtypes, devices, requires_grad, active transforms, the structure of trees with the keys of their dicts, and call
+    site (module, file name and line: the files may lie elsewhere on each node); what is taken as invariant (into
+    `pvary`, `shard`, `place`, and back into `psum`, `unshard`, `pick`) must be the same bits on all of them, or within
+    rtol of the largest magnitude. Ranks that wait for each other in different places find out within seconds.
     Cost: one small message before each collective, and a look at every bit of what is invariant. Eager code only:
     compiled code runs unchecked, and a warning says so.
     Raises: MismatchError on every rank of the axis, with what each was about to do.
