@@ -238,7 +238,7 @@ def run(command: list[str], environ: dict[str, str], seconds: float) -> tuple[in
 
 
 def test_without_a_launcher_it_starts_the_ranks_of_a_mesh(secrets):
-    status, said, errors = run([sys.executable, "-m", "pmod.doctor", "--mesh", "data=1,model=2"], {}, 90)
+    status, said, errors = run([sys.executable, "-m", "pmod.doctor", "--mesh", "data=1,model=2"], {}, 300)
     check_report(said, secrets)
     assert (status, errors) == (0, ""), said
     assert "variables none of a launcher" in said and "launcher  launch" in said and "mesh      data=1, model=2" in said
