@@ -113,11 +113,17 @@ def encode(name: str, axis_key: str, params: Params) -> str:
 encode._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 
-@lru_cache(maxsize=4096)
 def decode(call: str) -> Call:
     """The call that `encode` wrote."""
+    row, params, axis_key = _read(call)
+    return Call(row, Axis.parse(axis_key), params)
+
+
+@lru_cache(maxsize=4096)
+def _read(call: str) -> tuple[Row, Params, str]:
+    """Of a call its row and parameters, and the axis as text: a memo must not keep a mesh alive."""
     name, params, axis_key = call.split("|", 2)
-    return Call(ROWS[name], Axis.parse(axis_key), ast.literal_eval(params))
+    return ROWS[name], ast.literal_eval(params), axis_key
 
 
 # --- running a call on plain tensors --------------------------------------------------------------
@@ -156,7 +162,10 @@ def _laid_out(x: Tensor) -> Tensor:
 
 
 def memory_format(x: Tensor) -> torch.memory_format | None:
-    """channels_last (2d or 3d) where x is laid out so, None where it is row-major or neither."""
+    """channels_last (2d or 3d) where x, or what it is a slice of, is laid out so; None where it is not.
+
+    What torch computes from such a slice is laid out so, too.
+    """
     if x.dim() not in (4, 5):
         return None
     kept = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -165,9 +174,21 @@ def memory_format(x: Tensor) -> torch.memory_format | None:
     if x.is_contiguous():
         return None
     try:
-        return kept if x.is_contiguous(memory_format=kept) else None
+        return kept if x.is_contiguous(memory_format=kept) or _is_cut_from(x) else None
     except RuntimeError:  # inside vmap, which does not know
         return None
+
+
+def _is_cut_from(x: Tensor) -> bool:
+    """Whether the strides are those of a slice of a channels_last tensor, by torch's own rule."""
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        stride = x.stride(dim)
+        # ambiguous: one channel, or pixels that all lie at one place
+        if stride == 0 or stride < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = stride * max(x.shape[dim], 1)
+    return True
 
 
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
@@ -393,6 +414,7 @@ class _Watched(threading.local):
     """The call that this thread binds, while somebody watches: its derivatives have the same origin."""
 
     origin: Origin | None = None
+    tree: str = ""  # the structure of what the call takes
 
 
 _watched = _Watched()
@@ -406,6 +428,21 @@ def on_behalf_of(of: Origin) -> Generator[None]:
         yield
     finally:
         _watched.origin = before
+
+
+@contextmanager
+def of_tree(structure: str) -> Generator[None]:
+    """What is bound here takes the leaves of a tree of this structure."""
+    before, _watched.tree = _watched.tree, structure
+    try:
+        yield
+    finally:
+        _watched.tree = before
+
+
+def structure() -> str:
+    """Of the tree whose leaves are bound, as `of_tree` said."""
+    return _watched.tree
 
 
 def origin() -> Origin:

@@ -39,6 +39,7 @@ from pmod._mesh import Axis, AxisLike
 from pmod._numbers import as_int, as_number
 from pmod._pytree import Tree, map_leaves, together
 from pmod._start import as_piece
+from pmod._waiting import Said, code_of
 from pmod._wire import Reduction, Sent, Wire, accumulator, is_eight_bits, real_sum, wire_of
 
 Check = Callable[[Tensor, str, Axis], None]
@@ -621,4 +622,4 @@ def barrier(axis: AxisLike) -> None:
         raise PmodError(explain("barrier", "it is called in compiled code", "Call it outside the compiled function."))
     bound = resolve(axis, "barrier")
     with told(Call(_BARRIER, bound, ()), [], origin()):
-        wire_of(bound, "barrier").barrier()
+        wire_of(bound, "barrier", Said("barrier", code_of("barrier"), otherwise="nothing")).barrier()

@@ -9,8 +9,9 @@ import torch
 from pmod import _groups
 from pmod._ambient import current_mesh
 from pmod._arguments import check_flag
+from pmod._autodiff import on_behalf_of
 from pmod._collectives import pick
-from pmod._errors import PmodError, coordinates, explain
+from pmod._errors import PmodError, call_site, coordinates, explain
 from pmod._mesh import AxisLike, Mesh, make_mesh
 
 
@@ -59,6 +60,7 @@ class first:  # lower case: it reads as the function it is called as
     def __init__(self, axis: AxisLike | None = None, *, per_node: bool = False) -> None:
         self._mesh = _ahead_of(axis, per_node, "first")
         self._leads = int(self._mesh.ranks.reshape(-1)[0]) == self._mesh.topology.rank
+        self._origin = ("first", call_site()[1])  # one place, though one rank sends at the end of the block
 
     def __enter__(self) -> None:
         if self._leads:
@@ -80,5 +82,6 @@ class first:  # lower case: it reads as the function it is called as
             return failure
         text = failure.encode()[:512]
         message = torch.tensor(list(text.ljust(512, b"\0")), dtype=torch.uint8, device=_groups.number_device())
-        said = pick(message, self._mesh)
+        with on_behalf_of(self._origin):
+            said = pick(message, self._mesh)
         return bytes(said.tolist()).rstrip(b"\0").decode(errors="replace")

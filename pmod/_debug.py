@@ -8,9 +8,9 @@ within seconds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import sys
 import threading
 import warnings
 import zlib
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import wraps
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,14 +29,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pmod import _groups
 from pmod._ambient import Watcher, ambient, resolve, watchers
 from pmod._arguments import check_flag, check_tolerance, wrong
-from pmod._autodiff import BACKWARD, Call, Origin, backward_of, on_behalf_of
-from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, call_site, explain
+from pmod._autodiff import BACKWARD, Call, Origin, backward_of, on_behalf_of, structure
+from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, Site, call_site, explain
 from pmod._factors import few
 from pmod._lineage import Found, calls_in, lineage, name_of
 from pmod._mesh import Axis, AxisLike
-from pmod._pytree import flatten
+from pmod._pytree import flatten, outline
 from pmod._slices import ALL_TO_ALL, lengths_exchanged
-from pmod._waiting import LOOK, WAITS, Board, Post, board, not_here, place_of
+from pmod._waiting import LEFT, LOOK, WAITS, Board, Post, Said, _short, board, code_of, neighbours, not_here, place_of
 from pmod._wire import wire_of
 
 T = TypeVar("T")
@@ -44,30 +44,71 @@ T = TypeVar("T")
 # --- what a rank says of a call -------------------------------------------------------------------
 
 SAME_CALLS = "All ranks of an axis must make the same calls in the same order."
-FIELDS = ("function", "axis", "arguments", "shapes", "dtypes", "devices", "requires grad", "transforms", "called at")
+FIELDS = (
+    "function", "axis", "arguments", "shapes", "dtypes", "devices", "requires grad", "transforms", "structure",
+    "called at",
+)  # fmt: skip
+ROOT = "backward"  # the function that looks at what backward begins with
+SHOWN = 160  # characters of a field that differs
+_BETWEEN = "\x1f"
 
 
-def _words(call: Call, xs: Sequence[Tensor], origin: Origin) -> list[str]:
-    """One text per field: what must be the same on all ranks."""
-    params, shapes = call.params, [tuple(x.shape) for x in xs]
-    if call.row.agreed is not None:
-        alike = [call.row.agreed(params, shape) for shape in shapes]
-        params, shapes = alike[0][0], [shape for _, shape in alike]
-    return _fields(xs, origin, call.axis, repr(params), shapes)
+class _Words(NamedTuple):
+    """What a rank says of a step: what must be the same on all ranks, a text for each of FIELDS, and its line."""
+
+    fields: list[str]
+    site: str
+
+    @staticmethod
+    def of_call(call: Call, xs: Sequence[Tensor], origin: Origin) -> _Words:
+        params, shapes = call.params, [tuple(x.shape) for x in xs]
+        if call.row.agreed is not None:
+            alike = [call.row.agreed(params, shape) for shape in shapes]
+            params, shapes = alike[0][0], [shape for _, shape in alike]
+        return _Words.of_tensors(xs, origin, call.axis, repr(params), shapes)
+
+    @staticmethod
+    def of_tensors(
+        xs: Sequence[Tensor], origin: Origin, axis: Axis, arguments: str, shapes: Sequence[Any]
+    ) -> _Words:
+        said = [
+            arguments,
+            ", ".join(map(str, shapes)),
+            ", ".join(str(x.dtype).removeprefix("torch.") for x in xs),
+            ", ".join(x.device.type for x in xs),
+            ", ".join(str(torch.is_grad_enabled() and x.requires_grad) for x in xs),
+            " of ".join(_transforms()) or "none",
+            structure(),
+        ]
+        return _Words([origin[0], f"{axis.label!r} of {axis.size}", *said, _alike(origin[1])], origin[1])
+
+    @staticmethod
+    def of_step(what: str, origin: Origin, axis: Axis) -> _Words:
+        """Of a step that is compared by what it is alone; ranks may call backward at unlike lines."""
+        empty = [""] * (len(FIELDS) - 4)
+        place = "" if origin[0] == ROOT else _alike(origin[1])
+        return _Words([origin[0], f"{axis.label!r} of {axis.size}", what, *empty, place], origin[1])
+
+    @staticmethod
+    def of_tree(tree: Any, leaves: Sequence[Tensor], origin: Origin, axis: Axis) -> _Words:
+        """Of a value that is compared, wherever the ranks do so."""
+        said = _Words.of_tensors(leaves, origin, axis, "", [tuple(x.shape) for x in leaves]).fields
+        said[FIELDS.index("structure")] = outline(tree, origin[0], axis)
+        said[FIELDS.index("requires grad")] = said[-1] = ""
+        return _Words(said, origin[1])
+
+    def text(self, rest: str) -> str:
+        return _BETWEEN.join([*self.fields, self.site, rest])
+
+    @staticmethod
+    def read(text: str) -> tuple[_Words, str]:
+        *fields, site, rest = text.split(_BETWEEN)
+        return _Words(fields, site), rest
 
 
-def _fields(xs: Sequence[Tensor], origin: Origin, axis: Axis, arguments: str, shapes: Sequence[Any]) -> list[str]:
-    return [
-        origin[0],
-        f"{axis.label!r} of {axis.size}",
-        arguments,
-        ", ".join(map(str, shapes)),
-        ", ".join(str(x.dtype).removeprefix("torch.") for x in xs),
-        ", ".join(x.device.type for x in xs),
-        ", ".join(str(torch.is_grad_enabled() and x.requires_grad) for x in xs),
-        " of ".join(_transforms()) or "none",
-        origin[1],
-    ]
+def _alike(site: str) -> str:
+    """A line of the user's code as all nodes name it."""
+    return site.alike if isinstance(site, Site) else site
 
 
 def _differ(origin: Origin, axis: Axis, given: str, right: str) -> MismatchError:
@@ -113,7 +154,7 @@ def _bits(xs: Sequence[Tensor]) -> int:
 # --- the messages ---------------------------------------------------------------------------------
 
 
-class _Words:
+class _Exchanges:
     """What the ranks say before each call, on the board.
 
     Words go through the store and not through the process groups: a rank that waits for words can be let go, and what
@@ -123,9 +164,16 @@ class _Words:
     def __init__(self, board: Board) -> None:
         self.board = board
         self._met: Counter[str] = Counter()
+        self._raised = False  # in a wait, and the board still says so
 
     def exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
         """What each rank of the axis says, in rank order."""
+        try:
+            return self._exchange(axis, mine, origin)
+        except RuntimeError as error:  # torch's: the connection to the store broke
+            raise self._out_of_reach(axis, origin, error) from None
+
+    def _exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
         self._met[axis.group_key] += 1
         number = self._met[axis.group_key]
         group, store = hashlib.blake2b(axis.group_key.encode(), digest_size=8).hexdigest(), self.board.store
@@ -138,9 +186,12 @@ class _Words:
         try:
             self._wait(keys, axis, f"{axis.group_key}#words {number}", origin)
         except BaseException:  # nobody met: what was said is taken back
-            store.delete_key(key(number, axis.index))
+            with contextlib.suppress(RuntimeError):
+                store.delete_key(key(number, axis.index))
             self._met[axis.group_key] -= 1
             raise
+        if number == 1:  # all are here, and the store may be gone when it matters
+            self.board.learn(neighbours(axis))
         if number > 2:  # all have come here, so all have read what was said before the last time
             store.delete_key(key(number - 2, axis.index))
         return [text.decode() for text in store.multi_get(keys)]
@@ -149,6 +200,7 @@ class _Words:
         """Until all have spoken. A long wait is written on the board, for others to see; one without end raises."""
         rank, started, pause = axis.topology.rank, monotonic(), 5e-5
         looked, written, before = started, False, dict[int, Post]()
+        mine = Post(WAITS, meeting, tuple(axis.ranks), f"{' at '.join(origin)} (under debug, before it is sent)")
         try:
             while not self.board.store.check(keys):  # its own wait would print a warning each time it is left
                 sleep(pause)
@@ -159,27 +211,46 @@ class _Words:
                 others = [other for other in axis.ranks if other != rank]
                 self.board.learn(others)
                 dead = self.board.dead(others)
-                if dead or looked - started > axis.timeout:
-                    raise self._expired(axis, meeting, origin, dead)
-                if not written:
-                    written = True
-                    self.board.write(rank, Post(WAITS, meeting, tuple(axis.ranks), " at ".join(origin)))
-                    continue
-                posts = self.board.follow(axis.ranks)
+                posts = {other: post._replace(state=WAITS) for other, post in self.board.follow(axis.ranks).items()}
                 stuck = _stuck(posts, rank)
                 if stuck and all(before.get(other) == posts[other] for other in stuck):
                     raise _differ(origin, axis, _cycle(posts, stuck), SAME_CALLS)
                 before = posts if stuck else {}
-        finally:
-            if written and sys.exc_info()[0] is None:  # what is stuck stays on the board, for the others to see
-                self.board.erase(rank)
+                gone = dead or (not stuck and self._left(others)) or looked - started > axis.timeout
+                if gone and not self.board.store.check(keys):
+                    raise self._expired(axis, meeting, origin, dead)
+                if not written:
+                    written = True
+                    self.board.write(rank, mine)
+        except BaseException:  # it stays on the board, for the others to see, until this rank meets them again
+            self._raised = True
+            self.board.write(rank, mine._replace(state=LEFT))
+            raise
+        if written or self._raised:
+            self._raised = False
+            self.board.erase(rank)
+
+    def _left(self, others: Sequence[int]) -> bool:
+        """Whether one of them has raised, and comes no more."""
+        return self.board.somebody_left() and any(post.state == LEFT for post in self.board.read(others).values())
 
     def _expired(self, axis: Axis, meeting: str, origin: Origin, dead: dict[int, str]) -> CollectiveTimeout:
         posts = self.board.read(axis.ranks)
         here = {axis.topology.rank, *(rank for rank, post in posts.items() if post.meeting == meeting)}
         given = not_here([rank for rank in axis.ranks if rank not in here], posts, dead, axis.timeout)
-        function, right = origin[0].removeprefix(BACKWARD), f"Called at {origin[1]}"
-        return CollectiveTimeout(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
+        return _absent(given, axis, origin, "")
+
+    def _out_of_reach(self, axis: Axis, origin: Origin, error: RuntimeError) -> CollectiveTimeout:
+        dead = self.board.dead([rank for rank in axis.ranks if rank != axis.topology.rank])
+        given = f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
+        if dead:
+            given = not_here(list(dead), {}, dead, axis.timeout)
+        return _absent(given, axis, origin, f"\ntorch says: {_short(error)}")
+
+
+def _absent(given: str, axis: Axis, origin: Origin, more: str) -> CollectiveTimeout:
+    function, right = origin[0].removeprefix(BACKWARD), f"Called at {origin[1]}{more}"
+    return CollectiveTimeout(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
 
 
 def _stuck(posts: dict[int, Post], me: int) -> set[int]:
@@ -202,29 +273,32 @@ def _cycle(posts: dict[int, Post], stuck: set[int]) -> str:
     return "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
 
 
-_words_of: _Words | None = None
+_exchanges: _Exchanges | None = None
+_COMPARED = Said("debug", code_of("debug"), otherwise="what debug compares")
 
 
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     """What each rank of the axis says, in rank order; all of them come to say it."""
-    global _words_of
+    global _exchanges
     here = None if _groups.in_simulation() else axis.group and board()  # connects, and is no meeting
     if here is None:
         with on_behalf_of(origin):
-            return cast(Any, wire_of(axis)).words(mine)
-    if _words_of is None or _words_of.board is not here:
-        _words_of = _Words(here)
-    return _words_of.exchange(axis, mine, origin)
+            return cast(Any, wire_of(axis, said=_COMPARED)).words(mine)
+    if _exchanges is None or _exchanges.board is not here:
+        _exchanges = _Exchanges(here)
+    return _exchanges.exchange(axis, mine, origin)
 
 
-def _gathered(numbers: Sequence[int], axis: Axis, origin: Origin) -> list[list[int]]:
-    """The numbers of all ranks of the axis."""
-    return [
-        [int(number) for number in text.split()] for text in _said(" ".join(map(str, map(int, numbers))), axis, origin)
-    ]
+def _gathered(numbers: Sequence[int], words: _Words, axis: Axis, origin: Origin) -> list[list[int]]:
+    """The numbers of all ranks of the axis. Raise where one of them is at another step: its numbers mean others."""
+    mine = words.text(" ".join([str(int(number)) for number in numbers]))
+    said = [_Words.read(text) for text in _said(mine, axis, origin)]
+    if any(other.fields != words.fields for other, _ in said):
+        raise _differ(origin, axis, _table([other for other, _ in said], axis), SAME_CALLS)
+    return [[int(number) for number in rest.split()] for _, rest in said]
 
 
-def _compare(call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin, invariant: bool) -> bool:
+def _compare(call: Call, xs: Sequence[Tensor], words: _Words, origin: Origin, invariant: bool) -> bool:
     """Raise where the ranks are about to do different things; whether what they take as invariant is the same."""
     same = _compare_words(words, _bits(xs) if invariant else 0, call.axis, origin)
     if call.row is ALL_TO_ALL:
@@ -232,13 +306,9 @@ def _compare(call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin,
     return same
 
 
-def _compare_words(words: list[str], bits: int, axis: Axis, origin: Origin) -> bool:
+def _compare_words(words: _Words, bits: int, axis: Axis, origin: Origin) -> bool:
     """Raise where the ranks say other words of a call; whether they have the same bits."""
-    said = [text.split("\x1f") for text in _said("\x1f".join([*words, str(bits)]), axis, origin)]
-    if any(other[:-1] != words for other in said):
-        given = _table([other[:-1] for other in said], axis)
-        raise _differ(origin, axis, given, SAME_CALLS)
-    return len({other[-1] for other in said}) == 1
+    return len({bits for (bits,) in _gathered([bits], words, axis, origin)}) == 1
 
 
 def compare_claimed(leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str) -> None:
@@ -247,7 +317,7 @@ def compare_claimed(leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: 
     if checker is None or axis.size == 1:
         return
     origin, (xs, names) = (function, call_site()[1]), zip(*leaves, strict=True)
-    words = _fields(xs, origin, axis, ", ".join(names), [tuple(x.shape) for x in xs])
+    words = _Words.of_tensors(xs, origin, axis, ", ".join(names), [tuple(x.shape) for x in xs])
     with _outside_transforms():
         same = _compare_words(words, _bits(xs), axis, origin)
         found = None if same and checker.rtol == 0.0 else _difference(xs, names, axis, checker.rtol)
@@ -264,7 +334,7 @@ def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
     if found is None:
         return
     sent, expected = found
-    rows = _gathered([*sent, *expected], axis, origin)
+    rows = _gathered([*sent, *expected], _Words.of_step("sizes", origin, axis), axis, origin)
     n = axis.size
     wrong_pairs = [(i, j) for i in range(n) for j in range(n) if rows[i][j] != rows[j][n + i]]
     if wrong_pairs:
@@ -278,13 +348,30 @@ def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
         raise _differ(origin, axis, given, right)
 
 
-def _table(said: list[list[str]], axis: Axis) -> str:
-    differing = [i for i in range(len(FIELDS)) if len({words[i] for words in said}) > 1]
+def _table(said: list[_Words], axis: Axis) -> str:
+    """What each rank is about to do, with what differs. A field that some rank says nothing of is no difference."""
+    columns = list(zip(*[words.fields for words in said], strict=True))
+    alone = len(set(columns[0])) == 1  # the same function: then an empty field says something, too
+    differing = [i for i, texts in enumerate(columns) if len(set(texts)) > 1 and (alone or all(texts))]
+    listed = [i for i in differing if FIELDS[i] not in ("function", "called at")]
+    parts = {i: _apart(columns[i]) for i in listed}
     rows: list[str] = []
-    for rank, words in zip(axis.ranks, said, strict=True):
-        rows.append(f"  {place_of(rank)}: {words[0]} at {words[-1]}")
-        rows += [f"    {FIELDS[i]}: {words[i]}" for i in differing if FIELDS[i] not in ("function", "called at")]
+    for index, (rank, words) in enumerate(zip(axis.ranks, said, strict=True)):
+        rows.append(f"  {place_of(rank)}: {words.fields[0]} at {words.site}")
+        rows += [f"    {FIELDS[i]}: {parts[i][index]}".rstrip() for i in listed]
     return f"the ranks differ in {', '.join(FIELDS[i] for i in differing)}:\n" + "\n".join(rows)
+
+
+def _apart(texts: Sequence[str]) -> list[str]:
+    """The texts, long ones from shortly before the place where they differ."""
+    letters = enumerate(zip(*texts, strict=False))
+    same = next((i for i, each in letters if len(set(each)) > 1), min(map(len, texts)))
+    start = 0 if max(map(len, texts)) <= SHOWN else max(0, same - SHOWN // 4)
+    cut = [text[start : start + SHOWN] for text in texts]
+    return [
+        ("... " if start else "") + part + (" ..." if start + SHOWN < len(text) else "")
+        for part, text in zip(cut, texts, strict=True)
+    ]
 
 
 # --- what must be invariant -----------------------------------------------------------------------
@@ -341,7 +428,9 @@ def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
         return
     names = ["x"] if isinstance(tree, Tensor) else [f"leaf {i}" for i in range(len(leaves))]
     with _outside_transforms():
-        rows = _gathered([_bits(leaves)], bound, call_site())
+        origin = call_site()
+        words = _Words.of_tree(tree, leaves, origin, bound)
+        rows = _gathered([_bits(leaves)], words, bound, origin)
         if rtol == 0.0 and len({row[0] for row in rows}) == 1:
             return
         found = _difference(leaves, names, bound, rtol)
@@ -380,7 +469,7 @@ def _check_lineage(found: list[Found], axis: Axis, origin: Origin) -> None:
     leaves = [entry for f in found for entry in f.leaves if not is_marked_varying(entry[0], axis)]
     invariant = [entry for f in found for entry in f.invariant]
     alone = all(not f.varying for f in found)  # nothing in it is V: it is one value itself
-    rows = _gathered([len(leaves), len(invariant)], axis, origin)
+    rows = _gathered([len(leaves), len(invariant)], _Words.of_step("what x is made from", origin, axis), axis, origin)
     if any(row[1] for row in rows):
         (function, called), line = invariant[0] if invariant else (("a collective", "another rank"), "")
         if alone and not leaves:
@@ -391,7 +480,8 @@ def _check_lineage(found: list[Found], axis: Axis, origin: Origin) -> None:
         raise _differ(origin, axis, given, right)
     if len({row[0] for row in rows}) > 1 or not leaves:
         return  # the ranks use different leaves, so these are not one value
-    codes = _gathered([_bits([leaf]) for leaf, _ in leaves], axis, origin)
+    step = _Words.of_step("the leaves that x is made from", origin, axis)
+    codes = _gathered([_bits([leaf]) for leaf, _ in leaves], step, axis, origin)
     same = [entry for i, entry in enumerate(leaves) if entry[0].numel() and len({row[i] for row in codes}) == 1]
     # zeros, ones: what shards start with, too
     certain = [entry for entry in same if not bool((_plain(entry[0]) == _plain(entry[0]).reshape(-1)[0]).all())]
@@ -418,13 +508,14 @@ def _list(names: list[str]) -> str:
 
 def _check_root(root: Tensor, inputs: Sequence[Tensor] | None) -> None:
     """Backward of a V: the derivative of the sum over the ranks. So what goes into it is looked at as by a sum."""
-    origin = ("backward", call_site()[1])
+    origin = (ROOT, call_site()[1])
     axes = {call.axis.group_key: (call.axis, forward) for call, forward in calls_in(root) if call.axis.size > 1}
     for _, (axis, forward) in sorted(axes.items()):
         found = lineage(root, axis)
         asked = [(leaf, line) for leaf, line in found.leaves if _is_asked_for(leaf, inputs)]
         # a rank whose loss has lost this call does not come
-        rows = _gathered([found.varying, _bits([root])], axis, backward_of(forward))
+        words = _Words.of_step("", origin, axis)
+        rows = _gathered([found.varying, _bits([root])], words, axis, backward_of(forward))
         if not all(row[0] for row in rows):
             continue
         _check_lineage([Found(asked, found.invariant, found.varying)], axis, origin)
@@ -473,7 +564,7 @@ class _Checker:
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
         if call.axis.size == 1:
             return
-        words = _words(call, xs, origin)
+        words = _Words.of_call(call, xs, origin)
         forward = call.row.takes == "V" and not origin[0].startswith(BACKWARD)
         traced = forward and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
         with _outside_transforms():
@@ -481,7 +572,7 @@ class _Checker:
             if traced and any(x.requires_grad for x in xs):
                 _check_lineage([lineage(x, call.axis) for x in xs if x.requires_grad], call.axis, origin)
 
-    def _check(self, call: Call, xs: Sequence[Tensor], words: list[str], origin: Origin) -> None:
+    def _check(self, call: Call, xs: Sequence[Tensor], words: _Words, origin: Origin) -> None:
         invariant = call.row.takes == "I"
         same = _compare(call, xs, words, origin, invariant)
         if invariant and not (same and self.rtol == 0.0):
@@ -550,9 +641,10 @@ class debug:  # lower case: it reads as the function it is called as
     As a context manager, ``with pmod.debug():``; as a statement, ``pmod.debug()`` until ``pmod.debug(False)``; or for a
     whole run, PMOD_DEBUG=1. All ranks switch it on and off at the same places.
     Before each collective, forward and backward, the ranks of the axis compare function, axis, arguments, shapes,
-    dtypes, devices, requires_grad, active transforms and call site; what is taken as invariant (into `pvary`, `shard`,
-    `place`, and back into `psum`, `unshard`, `pick`) must be the same bits on all of them, or within rtol of the
-    largest magnitude. Ranks that wait for each other in different places find out within seconds.
+    dtypes, devices, requires_grad, active transforms, the structure of trees with the keys of their dicts, and call
+    site (module, file name and line: the files may lie elsewhere on each node); what is taken as invariant (into
+    `pvary`, `shard`, `place`, and back into `psum`, `unshard`, `pick`) must be the same bits on all of them, or within
+    rtol of the largest magnitude. Ranks that wait for each other in different places find out within seconds.
     Cost: one small message before each collective, and a look at every bit of what is invariant. Eager code only:
     compiled code runs unchecked, and a warning says so.
     Raises: MismatchError on every rank of the axis, with what each was about to do.

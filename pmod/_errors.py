@@ -83,7 +83,11 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 _JOBS = tuple(os.path.join(_HERE, name) for name in ("demo" + os.sep, "bench.py", "doctor.py"))  # users of pmod
 _START = os.path.join(_HERE, "_start.py")  # runs the function that a user starts
-_CALLED = {"mapped": "shard_map", "__torch_function__": "pvary"}  # by shard_map, and within its body
+# by shard_map, and within its body; in hooks
+_CALLED = {
+    "mapped": "shard_map", "__torch_function__": "pvary", "_Reducer": "data_parallel",
+    "SharedParameters": "share_parameters",
+}  # fmt: skip
 # Jupyter names a cell's file after the process and the cell's text: on all ranks it is the same cell
 _CELL = re.compile(r".*[/\\]ipykernel_\d+[/\\](\d+)\.py")
 
@@ -100,16 +104,36 @@ def _outside() -> tuple[str, FrameType]:
             break
         if frame.f_code.co_filename.startswith(_HERE) and frame.f_code.co_filename != _START:
             function = frame.f_code.co_name
+            owner = frame.f_code.co_qualname.split(".")[0]
+            if function in ("__enter__", "__exit__") or owner in _CALLED:  # of a class that reads as a function: first
+                function = owner
         frame = frame.f_back
     return _CALLED.get(function, function), frame
 
 
-def call_site() -> tuple[str, str]:
+class Site(str):
+    """A line of the user's code, as messages show it; `alike` names it on every node, wherever its file lies there."""
+
+    alike: str
+
+    @staticmethod
+    def of(frame: FrameType) -> Site:
+        """The line that a frame is at."""
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        line = linecache.getline(file, number).strip()
+        file = _CELL.sub(r"cell \1", file)
+        rest = f":{number}" + (f": {line}" if line else "")
+        site = Site(file + rest)
+        # a module has one name on all nodes, though a script is __mp_main__ in the processes that it starts
+        module = str(frame.f_globals.get("__name__", "")).replace("__mp_main__", "__main__")
+        site.alike = f"{module} {os.path.basename(file)}{rest}"
+        return site
+
+
+def call_site() -> tuple[str, Site]:
     """The public function that was called, and from where: the innermost line outside pmod and torch."""
     function, frame = _outside()
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    file = _CELL.sub(r"cell \1", frame.f_code.co_filename)
-    return function, f"{file}:{frame.f_lineno}" + (f": {line}" if line else "")
+    return function, Site.of(frame)
 
 
 def call_source() -> str:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import hashlib
+import ipaddress
 import logging
 import os
 import re
@@ -30,6 +32,7 @@ import torch.distributed as dist
 
 # public by torch's documentation, though not by its stubs
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import _torchelastic_use_agent_store
 
 from pmod import _place
 from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
@@ -341,14 +344,17 @@ def _agreed_attempt(store: Store, topology: Topology, seconds: float) -> str:
 def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> Store:
     """The store that rank 0, or torchrun's agent, serves at this address."""
     seconds = f"{timeout.total_seconds():g} s"
+    loopback = None if _torchelastic_use_agent_store() else _loopback(address)
     try:
-        if topology.launcher != "env" and topology.rank == 0 and address.startswith("127."):
-            # all ranks are on this host, so nobody else need reach it; torch would listen on all interfaces
-            listener = socket.create_server((address, port), backlog=max(128, topology.world_size))
+        listener = _listener(loopback, port, topology) if loopback is not None and topology.rank == 0 else None
+        if listener is not None:
             return TCPStore(
-                address, port, topology.world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
-            )
-        meeting = rendezvous(f"tcp://{address}:{port}", topology.rank, topology.world_size, timeout=timeout)
+                address, port, topology.world_size, is_master=True, timeout=timeout, multi_tenant=True,
+                master_listen_fd=listener.detach(),
+            )  # fmt: skip
+        host = loopback or address
+        host = f"[{host}]" if ":" in host else host
+        meeting = rendezvous(f"tcp://{host}:{port}", topology.rank, topology.world_size, timeout=timeout)
         return next(iter(meeting))[0]
     except (dist.DistNetworkError, OSError) as error:
         if "EADDRINUSE" in str(error) or "ddress already in use" in str(error):
@@ -364,6 +370,30 @@ def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> St
         given = f"not all ranks came to {address}:{port} within {seconds}{f' ({came[0]})' if came else ''}"
     right = "Were all ranks started, and with the same MASTER_ADDR and MASTER_PORT? May they reach that port?"
     raise CollectiveTimeout(explain("make_mesh", given, right))
+
+
+def _loopback(address: str) -> str | None:
+    """The loopback address that is meant: of a host's name it may be one that other hosts do not see."""
+    if address == "localhost":
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
+        return min(found, key=lambda text: ":" in text)  # IPv4 where there is
+    with contextlib.suppress(ValueError):
+        return address if ipaddress.ip_address(address).is_loopback else None
+    return None
+
+
+def _listener(address: str, port: int, topology: Topology) -> socket.socket | None:
+    """A socket for the store where all ranks are on this host: nobody else need reach it, and torch would let them.
+
+    None where the port is taken: if by a store of this process, torch shares that, else it says so.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=max(128, topology.world_size))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
 
 
 INTERFACE = "Between hosts gloo takes the interface of this host's name; GLOO_SOCKET_IFNAME=eth0, say, names another."

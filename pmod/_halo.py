@@ -480,7 +480,8 @@ def halo_exchange(
     cuda a wait for it. Under torch.compile they must be given.
 
     V -> V. Transpose: halo_reduce.
-    Shapes: x (..., k, ...) -> (..., before + k + after, ...), k alone differing between ranks.
+    Shapes: x (..., k, ...) -> (..., before + k + after, ...), k alone differing between ranks. The result is
+    channels_last where x, or what it is a slice of, is.
     Cost: each row that another rank needs, once to it: where shards are that long, `width` rows to each neighbour
     and nothing to others. A width of 0 gives x.
     Raises: ShapeError for a width that padding the whole would not allow (reflect: less than its length; periodic: at

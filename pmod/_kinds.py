@@ -661,8 +661,10 @@ class Kinds(TorchFunctionMode):
         elif call.row.name == "pvary":
             return self._pvary(call, xs, before, over)
         elif any(of & over for of in before):
-            given = f"x varies along {sorted(over)} already"
-            right = f"{call.row.name} takes one value: pmod.pick or a sum of x, or leave {call.row.name} out."
+            given = f"x varies along {sorted(over)} already, because it was made from what does"
+            right = f"{call.row.name} takes one value: pmod.pick or a sum of x, or leave {call.row.name} out.\n"
+            right += "What x.new_zeros and torch.zeros_like make of x varies as x does; torch.zeros(..., dtype=x.dtype,"
+            right += " device=x.device) is one value."
             raise wrong(ArgumentError, call.row.name, call.axis, given, right)
         ys = bind(call, xs, forward)
         for y, of, guess in zip(ys, before, assumed, strict=True):

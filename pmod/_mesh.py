@@ -6,9 +6,10 @@ import ast
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import attrs
 import numpy as np
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
+
+
 @attrs.frozen(eq=False)
 class Axis:
     """One axis (or several flattened) through this rank: what a collective runs over.
@@ -55,6 +59,7 @@ class Axis:
     topology: Topology  # of the mesh it was taken from, as is the timeout
     timeout: float
     mesh: Mesh | None = attrs.field(default=None, repr=False)
+    last: _Last[Axis] | None = attrs.field(init=False, default=None, repr=False)  # of those that share the key
     size: int = attrs.field(init=False)
     key: str = attrs.field(init=False)
 
@@ -88,11 +93,7 @@ class Axis:
     def parse(key: str) -> Axis:
         """The axis that `key` was written for, at this process's place."""
         found = _axes.get(key)
-        if found is None:
-            label, parts, offset, factors, base, index, coords = ast.literal_eval(key)
-            here, timeout = _groups.here(), _groups.deadline(None)
-            found = _axes[key] = Axis(label, parts, offset, factors, base, index, coords, here, timeout)
-        return found
+        return found.value if found is not None else _read_axis(key, _groups.here(), _groups.deadline(None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
         return self  # as a mesh
@@ -106,10 +107,34 @@ def named(label: str | tuple[str, ...]) -> str:
     return label if isinstance(label, str) else ", ".join(label)
 
 
+@lru_cache(maxsize=256)
+def _read_axis(key: str, here: Topology, timeout: float) -> Axis:
+    """The axis of a key, where no mesh of this process has it: compiled code may outlive its mesh, and its process."""
+    label, parts, offset, factors, base, index, coords = ast.literal_eval(key)
+    return Axis(label, parts, offset, factors, base, index, coords, here, timeout)
+
+
+class _Last(Generic[T]):
+    """The last value that was made of a key. Each of that key refers to this, which so lives as long as one of them."""
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+
+def _is_last(value: T, key: str, of: WeakValueDictionary[str, _Last[T]]) -> _Last[T]:
+    last = of.get(key)
+    if last is None:
+        last = of[key] = _Last(value)
+    last.value = value
+    return last
+
+
 # The axes that were bound and the meshes that are there in this process, by key: memos for compiled code, whose calls
-# name them by their keys.
-_axes: dict[str, Axis] = {}
-_meshes: dict[str, Mesh] = {}
+# name them by their keys. What nobody refers to is let go.
+_axes: WeakValueDictionary[str, _Last[Axis]] = WeakValueDictionary()
+_meshes: WeakValueDictionary[str, _Last[Mesh]] = WeakValueDictionary()
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -142,6 +167,7 @@ class Mesh:
     _key: str = attrs.field(init=False)  # says which mesh and which place in it
     _axis_key: str = attrs.field(init=False)  # all axes flattened, as Axis.parse reads it; "" outside
     _axis_keys: tuple[str, ...] = attrs.field(init=False)  # each axis by itself, likewise
+    _last: _Last[Mesh] | None = attrs.field(init=False, default=None)  # of those that share the key
     # what was looked up once: a memo, no state (it changes no answer), and left out of pickles
     _bound: dict[object, Axis] = attrs.field(init=False, factory=dict)
 
@@ -157,7 +183,7 @@ class Mesh:
         set_once(self, "_axis_key", whole)
         set_once(self, "_axis_keys", tuple(self.bind(name, "make_mesh").key for name in several) or (whole,))
         if self.topology.launcher != "simulate":
-            _meshes[self._key] = self
+            set_once(self, "_last", _is_last(self, self._key, _meshes))
 
     # --- what it is -------------------------------------------------------------------------------
 
@@ -285,7 +311,7 @@ class Mesh:
         parts = tuple(self._sizes[number] for number in numbers)
         bound = Axis(label, parts, offset, factors, self._base, index, coords, self.topology, self._timeout, self)
         if self.topology.launcher != "simulate":
-            _axes[bound.key] = bound
+            object.__setattr__(bound, "last", _is_last(bound, bound.key, _axes))
         self._bound[label] = bound
         return bound
 
@@ -541,10 +567,11 @@ AxisLike: TypeAlias = str | tuple[str, ...] | Mesh
 
 def _constant_part(key: str, axis: str | tuple[str, ...]) -> Mesh:
     """While torch.compile traces: the sub-mesh, a constant of the code, which is guarded on both arguments."""
-    if key not in _meshes:
+    found = _meshes.get(key)
+    if found is None:
         right = "Simulate the eager function."
         raise PmodError(explain("Mesh.__getitem__", "a simulated rank runs compiled code", right, axis=axis))
-    return _meshes[key]._part(axis)
+    return found.value._part(axis)
 
 
 # a plain attribute, read by Dynamo. torch.compiler.assume_constant_result sets the same one, and imports torch._dynamo

@@ -13,8 +13,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from pmod._ambient import watchers
 from pmod._arguments import check_tensor, wrong
-from pmod._autodiff import Call, Params, Row, bind, bind_all
+from pmod._autodiff import Call, Params, Row, bind, bind_all, of_tree
 from pmod._errors import ArgumentError
 from pmod._mesh import Axis
 
@@ -61,7 +62,29 @@ def map_leaves(f: Callable[[list[Any]], Sequence[Any]], tree: Tree, function: st
         return f([tree])[0]
     leaves: list[Any] = []
     flatten(tree, function, axis, leaves)
-    return unflatten(tree, function, axis, list(f(leaves)))
+    if torch.compiler.is_compiling() or not watchers():
+        return unflatten(tree, function, axis, list(f(leaves)))
+    with of_tree(outline(tree, function, axis)):
+        return unflatten(tree, function, axis, list(f(leaves)))
+
+
+def outline(tree: Any, function: str, axis: Axis) -> str:
+    """The structure of a tree, in which a leaf is *: the same text on all ranks, where their trees are alike."""
+    if isinstance(tree, dict):
+        keys = sorted_keys(tree, function, axis)
+        return "{" + ", ".join([f"{_shown(key)}: {outline(tree[key], function, axis)}" for key in keys]) + "}"
+    if isinstance(tree, list | tuple):
+        inside = ", ".join([outline(branch, function, axis) for branch in tree])
+        if isinstance(tree, list):
+            return f"[{inside}]"
+        return f"{type(tree).__name__ if hasattr(tree, '_fields') else ''}({inside})"
+    return "None" if tree is None else "*"
+
+
+def _shown(key: Any) -> str:
+    """A key as text, without an address, which no two processes share."""
+    text = repr(key)
+    return type(key).__name__ if " at 0x" in text else text
 
 
 def sorted_keys(tree: dict[Any, Any], function: str, axis: Axis) -> list[Any]:

@@ -17,7 +17,7 @@ from pmod._kinds import NONE, Axes, Kinds, all_cut, kinds_here
 from pmod._mesh import Mesh
 from pmod._pytree import unflatten
 from pmod._slices import all_gather, shard, unshard
-from pmod._specs import Entry, P, Specs, as_dtensor, check_spec, sizes_of, unfit, whole_shapes, with_specs
+from pmod._specs import Entry, P, Specs, as_dtensor, check_spec, fits, sizes_of, unfit, whole_shapes, with_specs
 
 
 def shard_map(
@@ -114,6 +114,7 @@ class _Mapped:
 
     def enter(self, args: tuple[Any, ...], specs: Specs) -> tuple[Any, ...]:
         """The shards of the arguments."""
+        self._check_given(args, specs)
         found = with_specs(args, specs, "shard_map", "in_specs", self.axis)
         for x, spec, where in found:
             self._check(x, spec, where)
@@ -121,6 +122,16 @@ class _Mapped:
                 self._check_around(x, self.around, where)
         shards = [self._shard(x, spec, where) if isinstance(x, Tensor) else x for x, spec, where in found]
         return unflatten(args, "shard_map", self.axis, shards)
+
+    def _check_given(self, args: tuple[Any, ...], specs: Any) -> None:
+        """in_specs are for the arguments, and not for the only one."""
+        for_first = len(args) == 1 and fits(args[0], specs) and not fits(args, specs)
+        if isinstance(specs, dict) or for_first:
+            shown = specs.__repr__()
+            given = f"in_specs is {shown}, and f is called with {len(args)} argument{'s' * (len(args) != 1)}"
+            right = "Pass a tuple with one entry for each argument"
+            right += f", in_specs=({shown},)." if len(args) == 1 else "."
+            raise wrong(ArgumentError, "shard_map", self.axis, given, right)
 
     def _check(self, x: Any, spec: P, where: str) -> None:
         if isinstance(x, Tensor):
@@ -198,7 +209,8 @@ class _Mapped:
         own = [name for name in self.mesh.axis_names if name in self.kinds.of(y) - frozenset(spec.axes) - self.outer]
         if own:
             what = f"the result varies along {', '.join(map(repr, own))}, which the spec leaves out"
-            right = "Return one value along it (pmod.psum, pmod.pmean, pmod.pick), or name it in out_specs."
+            right = "Return one value along it (pmod.psum, pmod.pmean, pmod.pick; pmod.unshard, not all_gather, to join"
+            right += " shards), or name it in out_specs."
             if set(own) <= self.kinds.assumed(y):
                 what = f"the result {self.kinds.why(frozenset(own))}, and the spec leaves it out"
                 right = "Pass that tensor as an argument, and ask for the place or the number after what is one value."

@@ -218,10 +218,10 @@ def with_specs(tree: Any, specs: Specs, function: str, where: str, axis: Axis) -
         return []
     branches: list[tuple[Any, Specs, str]] = []
     one = WHOLE if specs is None else specs if isinstance(specs, P) else None  # for all that is below
-    if isinstance(tree, dict) and (one is not None or _same_keys(specs, tree)):
+    if isinstance(tree, dict) and (one is not None or fits(tree, specs)):
         for key in sorted_keys(tree, function, axis):
             branches.append((tree[key], _below(specs, key, one), f"{where}[{key!r}]"))
-    elif isinstance(tree, list | tuple) and (one is not None or _as_many(specs, tree)):
+    elif isinstance(tree, list | tuple) and (one is not None or fits(tree, specs)):
         for i, branch in enumerate(tree):
             branches.append((branch, _below(specs, i, one), f"{where}[{i}]"))
     elif one is not None:
@@ -237,12 +237,11 @@ def _below(specs: Any, key: Any, one: P | None) -> Specs:
     return specs[key] if one is None else one
 
 
-def _same_keys(specs: Any, tree: dict[Any, Any]) -> bool:
-    return isinstance(specs, dict) and set(specs) == set(tree)
-
-
-def _as_many(specs: Any, tree: Sequence[Any]) -> bool:
-    return isinstance(specs, list | tuple) and len(specs) == len(tree)
+def fits(tree: Any, specs: Any) -> bool:
+    """Whether specs are one for each branch of a tree: of the same keys, or as many."""
+    if isinstance(tree, dict):
+        return isinstance(specs, dict) and set(specs) == set(tree)
+    return isinstance(tree, list | tuple) and isinstance(specs, list | tuple) and len(specs) == len(tree)
 
 
 def _outline(tree: Any) -> str:

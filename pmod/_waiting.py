@@ -71,6 +71,7 @@ class Said(NamedTuple):
     shapes: Sequence[tuple[int, ...]] = ()
     dtype: torch.dtype | None = None
     params: Any = ()
+    otherwise: str = "numbers of its own"  # where no tensor of the user's is sent
 
     def by(self, function: str) -> str:
         """Of the function that a call site names, how an error names it."""
@@ -80,7 +81,7 @@ class Said(NamedTuple):
     def what(self) -> str:
         """`(2, 3) float32`."""
         shapes = ", ".join(str(tuple(shape)) for shape in self.shapes)
-        return f"{shapes} {str(self.dtype).removeprefix('torch.')}" if shapes else "numbers of its own"
+        return f"{shapes} {str(self.dtype).removeprefix('torch.')}" if shapes else self.otherwise
 
 
 class Post(NamedTuple):
@@ -263,6 +264,13 @@ def place_of(rank: int) -> str:
     return f"rank {rank}" + ("" if coords is None else f" {coordinates(coords)}")
 
 
+def neighbours(axis: Axis) -> list[int]:
+    """The other ranks of an axis that are on this node: their processes can be looked at."""
+    place = axis.topology
+    first = place.rank - place.local_rank
+    return [rank for rank in axis.ranks if first <= rank < first + place.local_world_size and rank != place.rank][:MANY]
+
+
 def not_here(
     absent: Sequence[int], posts: dict[int, Post], dead: dict[int, str], timeout: float, broken: bool = False
 ) -> str:
@@ -318,10 +326,7 @@ class Wait:
 
     @cached_property
     def _neighbours(self) -> list[int]:
-        """The others of this node, whose processes can be looked at."""
-        place = self._axis.topology
-        first = place.rank - place.local_rank
-        return [rank for rank in self._others if first <= rank < first + place.local_world_size]
+        return neighbours(self._axis)
 
     @cached_property
     def _near(self) -> dict[int, int]:

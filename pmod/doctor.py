@@ -37,6 +37,7 @@ LENGTH = 16  # of its x
 _EXAMPLES = """\
 examples:
   python -m pmod.doctor                                            this process alone
+  python -m pmod.doctor --mesh data=2,model=2                      four ranks, started here
   torchrun --standalone --nproc-per-node 4 -m pmod.doctor          one axis over all ranks
   torchrun --nproc-per-node 4 -m pmod.doctor --mesh data=2,model=2
   mpirun -n 2 python -m pmod.doctor --timeout 20
@@ -77,17 +78,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except pmod.TopologyError:
                 _show(_header(None))
                 raise
-            prefix = "" if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: "
-            return _examine(place, options.mesh, options.timeout, noted, prefix)
+            prefix = _prefix(place)
+            texts = [one_line(warning.message) for warning in noted]
+            if place.launcher == "single" and min(options.mesh.values(), default=0) > 0:
+                return max(pmod.launch(_examine_here, options.mesh, options.timeout, texts, **options.mesh))
+            return _examine(place, options.mesh, options.timeout, texts)
     except Exception as error:  # whatever it is: the report says it in one line
         _complain(prefix + one_line(error))
         return 1
 
 
-def _examine(
-    place: pmod.Topology, sizes: Mapping[str, int], timeout: float, noted: list[warnings.WarningMessage], prefix: str
-) -> int:
-    first = place.rank == 0
+def _prefix(place: pmod.Topology) -> str:
+    return "" if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: "
+
+
+def _examine_here(sizes: Mapping[str, int], timeout: float, noted: Sequence[str]) -> int:
+    """`_examine` on a rank that the doctor started itself."""
+    place = pmod.current_mesh().topology
+    try:
+        return _examine(place, sizes, timeout, noted)
+    except Exception as error:
+        _complain(_prefix(place) + one_line(error))
+        return 1
+
+
+def _examine(place: pmod.Topology, sizes: Mapping[str, int], timeout: float, noted: Sequence[str]) -> int:
+    first, prefix = place.rank == 0, _prefix(place)
     if first:
         _show(_header(place))
     problem = gpu_problem(place.device)
@@ -103,7 +119,7 @@ def _examine(
     found = problems(rows)
     if first:
         for warning in noted:
-            _show(f"note      {one_line(warning.message)}")
+            _show(f"note      {warning}")
         _show(f"mesh      {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}\n\n{table(rows)}\n")
         for one in found:
             _complain(one)
@@ -329,8 +345,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--mesh", type=_axis_sizes, default={}, metavar="A=N,B=M", help="the axes (default: one over all ranks)"
-    )
+        "--mesh", type=_axis_sizes, default={}, metavar="A=N,B=M",
+        help="the axes (default: one over all ranks); without a launcher its ranks are started here",
+    )  # fmt: skip
     parser.add_argument(
         "--timeout", type=_seconds, default=60.0, metavar="S", help="seconds to wait for other ranks (default: 60)"
     )

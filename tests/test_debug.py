@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import pmod
 from tests import spmd
 from tests.table import CASES
 from tests.test_collectives import PROPERTIES, applies, listening, on_rank
+from tests.test_groups import run_ranks
 
 Tensor = torch.Tensor
 
@@ -788,3 +790,94 @@ def test_checked_takes_what_can_be_called(f: Any) -> None:
     with pytest.raises(pmod.ArgumentError) as raised:
         pmod.checked(f)
     assert str(raised.value) == f"pmod.checked: f is {f!r}.\nPass a step function: @pmod.checked above its def."
+
+
+# --- one place on all nodes ---------------------------------------------------------------------------------------
+
+
+def from_file(path: str, module: str) -> Any:
+    """A psum as a module calls it, whose file lies elsewhere on each node."""
+    names: dict[str, Any] = {"pmod": pmod, "__name__": module}
+    exec(compile("result = pmod.psum(1.0, 'data')", path, "exec"), names)
+    return names["result"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "modules"),
+    [
+        (("/node0/job/train.py", "/scratch/7/train.py"), ("__main__", "__main__")),
+        (("/node0/job/train.py", "/node0/job/train.py"), ("__main__", "__mp_main__")),  # a rank's child is a rank
+        (("/node0/pkg/model.py", "/venv/lib/pkg/model.py"), ("pkg.model", "pkg.model")),
+    ],
+)
+def test_a_script_may_lie_elsewhere_on_each_node(paths: tuple[str, str], modules: tuple[str, str]) -> None:
+    def run() -> Any:
+        rank = pmod.axis_index("data")
+        return from_file(paths[rank], modules[rank])
+
+    with pmod.debug():
+        assert pmod.simulate(run, data=2) == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("paths", "modules"),
+    [
+        (("/job/train.py", "/job/evaluate.py"), ("__main__", "__main__")),
+        (("/job/v1/model.py", "/job/v2/model.py"), ("v1.model", "v2.model")),
+    ],
+)
+def test_unlike_files_are_unlike_places(paths: tuple[str, str], modules: tuple[str, str]) -> None:
+    def run() -> Any:
+        rank = pmod.axis_index("data")
+        return from_file(paths[rank], modules[rank])
+
+    with pmod.debug(), pytest.raises(pmod.MismatchError, match="differ in called at") as caught:
+        pmod.simulate(run, data=2)
+    assert all(f"{path}:1" in str(caught.value) for path in paths)
+
+
+# --- what differs in a large tree, and a store that is gone -------------------------------------------------------
+
+
+def test_a_long_structure_is_shown_where_it_differs() -> None:
+    def run() -> None:
+        tree = {f"layer{i:03}": torch.ones(1) for i in range(300)}
+        tree["layer999" if me() else "layer998"] = torch.ones(1)
+        pmod.psum(tree, "x")
+
+    with pmod.debug(), pytest.raises(pmod.MismatchError, match="differ in structure") as caught:
+        pmod.simulate(run, x=2)
+    rows = [line for line in str(caught.value).splitlines() if line.startswith("    structure: ")]
+    assert len(rows) == 2 and all("... " in row and len(row) < 200 for row in rows)
+    assert "'layer998': *}" in rows[0] and "'layer999': *}" in rows[1]
+
+
+def test_keys_without_a_text_of_their_own_are_compared_by_type() -> None:
+    @functools.total_ordering
+    class Key:
+        def __lt__(self, other: object) -> bool:
+            return False
+
+    with pmod.debug():
+        assert pmod.simulate(lambda: list(pmod.psum({Key(): 1}, "x").values()), x=2) == [[2], [2]]
+
+
+def test_a_store_that_has_left_is_named() -> None:
+    code = """
+        import os, torch, pmod
+        mesh = pmod.make_mesh(x=-1, timeout=60)
+        pmod.set_mesh(mesh)
+        with pmod.debug():
+            pmod.psum(torch.ones(1), "x")
+            if mesh.topology.rank == 0:
+                os._exit(0)
+            try:
+                pmod.psum(torch.ones(2), "x")
+            except pmod.CollectiveTimeout as error:
+                print(error)
+    """
+    _, (status, said, _) = run_ranks(code, 2)
+    assert status == 0
+    gone = "some ranks come no more; absent: rank 0 (x=0), whose process "
+    assert said.startswith(f"pmod.psum(axis='x') at (x=1): {gone}")
+    assert "\nCalled at <string>:" in said

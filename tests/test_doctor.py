@@ -71,9 +71,10 @@ def test_variables_of_every_launcher_are_shown():
 
 
 def test_a_mesh_that_does_not_fit_is_refused(capsys):
-    assert doctor.main(["--mesh", "data=2"]) == 1
+    assert doctor.main(["--mesh", "data=-1,model=2"]) == 1
     wrong = capsys.readouterr().out.splitlines()[-1]
-    assert wrong.startswith("not right: pmod.make_mesh: data=2 need 2 ranks, but the world has 1. Make the sizes")
+    given = "data=-1, model=2 need a multiple of 2 ranks, but the world has 1. Make the sizes"
+    assert wrong.startswith(f"not right: pmod.make_mesh: {given}")
 
 
 def test_an_error_is_one_line_without_the_home_folder(monkeypatch):
@@ -234,6 +235,14 @@ def run(command: list[str], environ: dict[str, str], seconds: float) -> tuple[in
         command, env={**os.environ, "PYTHONPATH": str(ROOT), **environ}, capture_output=True, text=True, timeout=seconds
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def test_without_a_launcher_it_starts_the_ranks_of_a_mesh(secrets):
+    status, said, errors = run([sys.executable, "-m", "pmod.doctor", "--mesh", "data=1,model=2"], {}, 300)
+    check_report(said, secrets)
+    assert (status, errors) == (0, ""), said
+    assert "variables none of a launcher" in said and "launcher  launch" in said and "mesh      data=1, model=2" in said
+    assert said.count("yes") == 2 and said.splitlines()[-1] == "all is right"
 
 
 def test_under_torchrun(secrets):

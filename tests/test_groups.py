@@ -560,9 +560,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_ranks(code: str, count: int, timeout: float = 90.0) -> list[tuple[int, str, str]]:
+def run_ranks(
+    code: str, count: int, timeout: float = 90.0, address: str = "127.0.0.1"
+) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each rank, started as torchrun would."""
-    meet = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meet = {"WORLD_SIZE": str(count), "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
@@ -582,6 +584,60 @@ def run_ranks(code: str, count: int, timeout: float = 90.0) -> list[tuple[int, s
             for pipe in (process.stdout, process.stderr):
                 assert pipe is not None
                 pipe.close()
+
+
+LISTENS = """
+    import os, pathlib, sys, torch, pmod
+    mesh = pmod.make_mesh(x=-1)
+    assert pmod.psum(torch.ones(()), mesh["x"]).item() == 2
+    port = f"{int(os.environ['MASTER_PORT']):04X}"
+    links = [entry for entry in pathlib.Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    own = {os.readlink(link) for link in links if link.exists() or link.is_symlink()}
+    for table in ("tcp", "tcp6"):
+        for line in pathlib.Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and local.endswith(":" + port) and f"socket:[{rest[5]}]" in own:
+                print(local.split(":")[0])
+"""
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("address", "listens"),
+    [
+        ("127.0.0.1", "0100007F"),
+        ("127.0.0.5", "0500007F"),
+        ("localhost", "0100007F"),
+        pytest.param("::1", 24 * "0" + "01000000", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")),
+    ],
+)
+def test_a_store_for_this_host_alone_is_reached_from_this_host_alone(address, listens):
+    (first, served, said), (second, nothing, errors) = run_ranks(LISTENS, 2, address=address)
+    assert (first, second) == (0, 0), said + errors
+    assert (served.split(), nothing.split()) == ([listens], [])
+
+
+def test_a_store_of_this_process_is_shared():
+    code = """
+        import os, torch, torch.distributed as dist, pmod
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore("127.0.0.1", port, 2, is_master=os.environ["RANK"] == "0", multi_tenant=True)
+        assert pmod.psum(torch.ones(()), pmod.make_mesh(x=-1)["x"]).item() == 2
+        pmod.shutdown()
+        dist.init_process_group("gloo")
+        assert pmod.psum(torch.ones(()), pmod.make_mesh(x=-1)["x"]).item() == 2
+        dist.destroy_process_group()
+    """
+    for status, _, said in run_ranks(code, 2):
+        assert status == 0, said
 
 
 def test_ranks_of_a_launcher_start_afresh_and_end_without_a_word():

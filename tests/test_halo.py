@@ -372,12 +372,15 @@ def test_memory_format_and_dtype() -> None:
     def run() -> None:
         for shape, kept in (((2, 3, 4, 5), torch.channels_last), ((2, 3, 4, 5, 6), torch.channels_last_3d)):
             for dim in range(len(shape)):
-                x = torch.rand(shape).contiguous(memory_format=kept)
-                y = pmod.halo_exchange(x, "x", dim=dim, width=(1, 2), boundary="reflect")
-                z = pmod.halo_reduce(y, "x", dim=dim, width=(1, 2), boundary="reflect")
-                assert z.shape == x.shape and y.shape[dim] == shape[dim] + 3
-                for result in (y, z):
-                    assert result.is_contiguous(memory_format=kept) and not result.is_contiguous(), (shape, dim)
+                lengths = [length * (1 + (d == dim)) for d, length in enumerate(shape)]
+                whole = torch.rand(lengths).contiguous(memory_format=kept)
+                part = whole.narrow(dim, pmod.axis_index("x") * shape[dim], shape[dim])  # as torch.chunk cuts it
+                for x in (part.contiguous(memory_format=kept), part):
+                    y = pmod.halo_exchange(x, "x", dim=dim, width=(1, 2), boundary="reflect")
+                    z = pmod.halo_reduce(y, "x", dim=dim, width=(1, 2), boundary="reflect")
+                    assert z.shape == x.shape and y.shape[dim] == shape[dim] + 3
+                    for result in (y, z):
+                        assert result.is_contiguous(memory_format=kept) and not result.is_contiguous(), (shape, dim)
         assert pmod.halo_exchange(torch.rand(2, 3, 4, 5), "x", width=1).is_contiguous()
         # under vmap torch does not say in which format a tensor is
         x = torch.rand(2, 2, 3, 4, 5)

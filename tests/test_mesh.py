@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pmod
-from pmod import _groups
+from pmod import _groups, _mesh
+from pmod._mesh import Axis
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -860,3 +863,52 @@ def check(views: list[pmod.Mesh], model: Model, names: tuple[str, ...]) -> None:
         assert view.axis_size(names) == row.ranks.size
         for other in (0, len(views) // 2, len(views) - 1):
             assert sub.coords_of(other) == row.coords_of(other)
+
+
+# --- what is let go -----------------------------------------------------------------------------------------------
+
+
+def alive() -> Counter[str]:
+    """How many meshes and axes there are in this process."""
+    gc.collect()
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in (pmod.Mesh, Axis, _mesh._Last))
+
+
+def named_once(number: int) -> None:
+    """A mesh, and what is made of it, under names that no other has."""
+    place = pmod.Topology(rank=1, world_size=4)
+    mesh = pmod.make_mesh({f"a{number}": 2, "b": 2}, topology=place)
+    made = [mesh[f"a{number}"], mesh["b", f"a{number}"], mesh.split("b", c=2, d=1), mesh.rename(b=f"c{number}")]
+    for each in made:
+        assert Axis.parse(each._axis_key).key == each._axis_key
+    with pmod.set_mesh(pmod.make_mesh({f"e{number}": 1})):
+        torch.func.vmap(lambda x: pmod.psum(x, f"e{number}"))(torch.ones(2))
+
+
+def test_meshes_and_axes_that_nobody_refers_to_are_let_go() -> None:
+    named_once(0)
+    before = alive()
+    meshes, axes = len(_mesh._meshes), len(_mesh._axes)
+    for number in range(1, 1001):
+        named_once(number)
+    assert not alive() - before
+    assert len(_mesh._meshes) <= meshes and len(_mesh._axes) <= axes
+
+
+def test_equal_meshes_are_one_to_compiled_code_while_one_of_them_lives() -> None:
+    place = pmod.Topology(rank=1, world_size=4)
+    kept = pmod.make_mesh(one=2, other=2, topology=place, timeout=7)
+    axis = kept.bind("one", "test")
+    assert Axis.parse(axis.key) is axis
+    again = pmod.make_mesh(one=2, other=2, topology=place, timeout=8)
+    last = again.bind("one", "test")
+    assert Axis.parse(axis.key) is last
+    del again, last
+    gc.collect()
+    assert Axis.parse(axis.key).timeout == 8
+    assert _mesh._constant_part(kept._key, "one") == kept["one"]
+    key = axis.key
+    del kept, axis
+    gc.collect()
+    assert key not in _mesh._axes
+    assert Axis.parse(key).ranks == [1, 3]  # read, as in a process that never had it

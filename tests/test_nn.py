@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pmod
 import pmod.nn.functional as sharded
+from pmod._autodiff import memory_format
 from tests import spmd
 from tests.test_collectives import counted, on_processes, on_threads, same
 from tests.test_errors import check, messages, on_all_ranks
@@ -414,6 +415,25 @@ def test_compile() -> None:
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (1, 6), (7, 0)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_slice_of_a_channels_last_image_gives_one(count: int, sizes: tuple[int, int]) -> None:
+    kept = torch.channels_last if count == 2 else torch.channels_last_3d
+    whole = torch.rand((2, 4) + (7,) * count).contiguous(memory_format=kept)
+    weight, conv = torch.rand((6, 4) + (3,) * count), f"conv{count}d"
+    assert getattr(F, conv)(whole, weight).is_contiguous(memory_format=kept)  # as torch does
+
+    def run(dim: int, mode: str) -> None:
+        rank = pmod.axis_index("x")
+        x = whole.narrow(dim, sum(sizes[:rank]), sizes[rank])
+        y = getattr(sharded, conv)(x, weight, padding=1, padding_mode=mode, axis="x", dim=dim, sizes=sizes)
+        assert y.shape[dim] == sizes[rank] and memory_format(y) is kept
+
+    for dim in range(-count, 0):
+        for mode in ("zeros", "circular"):
+            pmod.simulate(run, dim, mode, x=2)
 
 
 def kept_on_rank() -> None:

@@ -322,7 +322,8 @@ def test_a_result_that_varies() -> None:
         "  spec   P()\n"
         "  shape  ()\n"
         "  mesh   data=2.\n"
-        "Return one value along it (pmod.psum, pmod.pmean, pmod.pick), or name it in out_specs."
+        "Return one value along it (pmod.psum, pmod.pmean, pmod.pick; pmod.unshard, not all_gather, to join shards), "
+        "or name it in out_specs."
     )
 
 
@@ -347,6 +348,17 @@ def test_specs_of_another_structure() -> None:
         "pmod.shard_map(axis='data') at (data=0): in_specs is a tuple of 2 and its specs are a tuple of 1.\n"
         "Specs are a P for all that is below it, or have the structure of what they are for."
     )
+    for tree, specs in (({"a": draw(4)}, {"a": DATA}), ([draw(4), draw(4)], [DATA, P()])):
+        f = pmod.shard_map(lambda tree: tree, in_specs=specs, out_specs=DATA)
+        assert message(lambda f=f, tree=tree: f(tree), data=2) == (
+            f"pmod.shard_map(axis='data') at (data=0): in_specs is {specs}, and f is called with 1 argument.\n"
+            f"Pass a tuple with one entry for each argument, in_specs=({specs},)."
+        )
+        pmod.simulate(pmod.shard_map(lambda tree: tree, in_specs=(specs,), out_specs=specs), tree, data=2)
+    f = pmod.shard_map(lambda x, y: x, in_specs={"a": P()}, out_specs=P())
+    assert message(lambda: f(draw(4), draw(4)), data=2).endswith(
+        "in_specs is {'a': P()}, and f is called with 2 arguments.\nPass a tuple with one entry for each argument."
+    )
     f = pmod.shard_map(lambda n: n, in_specs=DATA, out_specs=P())
     assert "in_specs[0]: the spec cuts a int" in message(lambda: f(3), data=2)
 
@@ -366,10 +378,15 @@ def test_one_value_changed_in_place_by_what_varies() -> None:
 
 
 def test_a_slice_of_what_varies() -> None:
-    f = pmod.shard_map(lambda x: pmod.shard(x, "data"), in_specs=DATA, out_specs=DATA)
-    assert "pmod.shard(axis='data') at (data=0): x varies along ['data'] already" in message(
-        lambda: f(torch.ones(4)), data=2
-    )
+    for made in (lambda x: x, lambda x: x.new_zeros(4), torch.zeros_like):
+        f = pmod.shard_map(lambda x, made=made: pmod.shard(made(x), "data"), in_specs=DATA, out_specs=DATA)
+        assert message(lambda f=f: f(torch.ones(4)), data=2) == (
+            "pmod.shard(axis='data') at (data=0): x varies along ['data'] already, because it was made from what does."
+            "\n"
+            "shard takes one value: pmod.pick or a sum of x, or leave shard out.\n"
+            "What x.new_zeros and torch.zeros_like make of x varies as x does; torch.zeros(..., dtype=x.dtype, "
+            "device=x.device) is one value."
+        )
 
 
 def _along_all(x: Tensor) -> Tensor:

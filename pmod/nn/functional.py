@@ -5,7 +5,8 @@
 
 x is this rank's shard of a whole tensor, in the order of the ranks, each as long as it likes, empty ones included; the
 result is this rank's shard of what torch.nn.functional gives on the whole. A rank fetches the rows around its own that
-its windows reach into, as `halo_exchange` does, and convolves: values, gradients and higher derivatives are torch's.
+its windows reach into, as `halo_exchange` does, and convolves: values, gradients and higher derivatives are torch's. So
+is the memory format: of a channels_last x, and of a slice of one, the result is channels_last.
 
 Names, arguments and defaults are torch's. These follow, by keyword:
 
@@ -41,8 +42,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmod._arguments import check_sizes, check_tensor, wrong
+from pmod._autodiff import memory_format
 from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss
-from pmod._halo import Cut, Plan, axes_by_dim, by_dim, carry_out, places_of, settled, too_wide, window_plan
+from pmod._halo import (
+    Cut,
+    Plan,
+    _laid_out_as,
+    axes_by_dim,
+    by_dim,
+    carry_out,
+    places_of,
+    settled,
+    too_wide,
+    window_plan,
+)
 from pmod._mesh import Axis, AxisLike
 from pmod._numbers import as_int
 
@@ -288,9 +301,9 @@ def _conv(
     dims = dict(zip(range(-count, 0), parsed, strict=True))
     held = _held(function, dims, cuts, x, spread.padding_mode)
     x, left = _window(x, dims, held, BOUNDARIES[spread.padding_mode], axis)
-    empty = [at for at in held if x.shape[at] == 0]
+    empty, kept = [at for at in held if x.shape[at] == 0], memory_format(x)
     for at in empty:  # torch gives no empty result: a window of zeros is convolved, and the row dropped
-        x = F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent])
+        x = _laid_out_as(F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent]), kept)
     strides, dilations = [of.stride for of in parsed], [of.dilation for of in parsed]
     y = getattr(F, f"conv{count}d")(x, weight, bias, strides, left, dilations, operator.index(groups))
     for at in empty:
