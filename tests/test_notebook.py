@@ -32,7 +32,7 @@ from pmod import notebook as nb
 from pmod.notebook import cells, magics, rank, shown
 from pmod.notebook.shown import Places
 
-DEADLINE = 60.0  # seconds: only a hang reaches it
+DEADLINE = 600.0  # seconds: only a hang reaches it
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_client|ipyparallel|tornado|zmq|IPython|traitlets).*"),
@@ -426,7 +426,7 @@ class Kernel:
         self.manager.start_kernel(env={**os.environ, "PYTHONPATH": str(Path(pmod.__file__).parents[1])})
         self.client = self.manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.client.wait_for_ready(timeout=DEADLINE)
 
     def run(self, code: str, stop_at: str = "") -> list[dict[str, Any]]:
         """Whoever sees this text in what it displays presses the stop button."""
@@ -477,7 +477,7 @@ def test_a_kernel_shows_a_bar_is_stopped_and_takes_its_engines_along(kernel: Ker
     started = process.children(recursive=True)
     assert len(started) >= 3
     process.kill()
-    _, alive = psutil.wait_procs(started, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=DEADLINE)
     assert not [child for child in alive if is_there(child.pid)]
     assert not Path(folder).exists(), "the key to the engines goes with them"
 
