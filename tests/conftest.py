@@ -10,6 +10,7 @@ from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
 
+import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +23,12 @@ from pmod._simulate import _MemoryWire
 # deadline that a test gives is shorter than the 5 s of the resolver.
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
+
+# No test depends on how fast the machine is.
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
 
 # What takes longest, or mostly waits, is begun first, beside all others: a worker that is through with short files has
 # more of them to do, and none waits at the end for one that has begun a long file last.
