@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
+import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pmod import _launch
 from pmod._simulate import _MemoryWire
 
 # torch asks the name server about each process that connects to a store. Where an answer is lost, ask again soon: a
@@ -19,7 +24,14 @@ from pmod._simulate import _MemoryWire
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
-# what takes longest, or mostly waits: begun first, beside all others
+# No test depends on how fast the machine is.
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
+
+# What takes longest, or mostly waits, is begun first, beside all others: a worker that is through with short files has
+# more of them to do, and none waits at the end for one that has begun a long file last.
 LONG = (
     "test_unlike.py",
     "test_notebooks.py",
@@ -27,11 +39,54 @@ LONG = (
     "test_collectives.py",
     "test_launch.py",
     "test_notebook.py",
+    "test_docs.py",
+    "test_waiting.py",
+    "test_groups.py",
+    "test_parallel.py",
+    "test_demo.py",
+    "test_demo_graph.py",
+    "test_demo_wind.py",
+    "test_demo_pinn.py",
+    "test_demo_elastic.py",
+    "test_doctor.py",
+    "test_debug.py",
+    "test_kinds.py",
+    "test_nn.py",
+    "test_trace.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ranks_are_forked() -> Iterator[None]:
+    """Fork the ranks that tests start from one process that has imported torch, which takes seconds, once.
+
+    `launch` spawns ranks, which then see the caller's environment as it is. So do these where it has changed since, and
+    in tests of how ranks start (`spawned`).
+    """
+    multiprocessing.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "pmod"])
+    forkserver.ensure_running()
+    before = _environment()
+
+    def context(method: str) -> Any:
+        forked = method == "spawn" and _environment() == before
+        return multiprocessing.get_context("forkserver" if forked else method)
+
+    with mock.patch.object(_launch, "get_context", context):
+        yield
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of this test start as they do for users."""
+    monkeypatch.setattr(_launch, "get_context", multiprocessing.get_context)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,16 +17,21 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import math
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+from pmod import _groups
 from pmod._launch import Ranks, Task
+
+LONG = 600.0
+"""Seconds that only a hang reaches, on however busy a machine."""
 
 _pools: dict[int, Ranks] = {}
 
 
-def launch(fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, **axis_sizes: int) -> list[Any]:
+def launch(fn: Callable[..., Any], /, *args: Any, timeout: float = LONG, **axis_sizes: int) -> list[Any]:
     """`pmod.launch` on ranks that stay: what `fn(*args)` returned on each, in rank order."""
     size = math.prod(axis_sizes.values())
     pool = _pools.get(size)
@@ -38,6 +43,21 @@ def launch(fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, **axis_
         del _pools[size]
         pool.close(patience=0)
         raise
+
+
+_met = 0
+
+
+def meet(size: int) -> None:
+    """In a rank: go on when all have come here. It asks the store, so that it needs no group that still works."""
+    global _met
+    _met += 1
+    store = _groups.blackboard()
+    assert store is not None
+    key = f"test/meets {_met}"
+    store.add(key, 1)
+    while store.add(key, 0) < size:
+        time.sleep(0.01)
 
 
 def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filters: list[Any]) -> Any:

@@ -263,7 +263,7 @@ def run_backward(how: str, loss: Tensor) -> None:
 
 @pytest.mark.parametrize("how", ["here", "hook", "thread", "autograd's thread"])
 def test_the_mesh_is_found_inside_backward_on_whatever_thread(how):
-    spmd.launch(sums_in_backward, how, timeout=30.0, x=2, y=2)
+    spmd.launch(sums_in_backward, how, x=2, y=2)
 
 
 def test_the_mesh_is_found_inside_backward_in_a_simulation():
@@ -348,7 +348,7 @@ def test_keep_mesh_recomputes_under_the_mesh_of_the_forward(run, after):
 @pytest.mark.parametrize("after", AFTER)
 def test_keep_mesh_on_real_ranks(after):
     expected = pmod.simulate(gradient, plain, "inside", x=2, y=2)
-    found = spmd.launch(gradient, kept, after, timeout=30.0, x=2, y=2)
+    found = spmd.launch(gradient, kept, after, x=2, y=2)
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(found, expected, strict=True))
 
 

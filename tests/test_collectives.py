@@ -538,7 +538,7 @@ def test_processes(axis: str, sizes: dict[str, int]) -> None:
     pairs = [
         (prop, case) for prop, case in PAIRS if prop in props and (prop in own or (few and not case.endswith("_v")))
     ]
-    results = spmd.launch(many_on_rank, pairs, axis, axis == "x", timeout=300, **sizes)
+    results = spmd.launch(many_on_rank, pairs, axis, axis == "x", **sizes)
     for (prop, case), of_ranks in zip(pairs, zip(*results, strict=True), strict=True):
         for of_draw in zip(*of_ranks, strict=True):
             on_all(case, prop, axis, sizes, list(of_draw))

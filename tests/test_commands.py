@@ -27,7 +27,7 @@ def test_the_list_is_whole() -> None:
 
 
 def test_the_list_as_it_is_printed() -> None:
-    done = subprocess.run([sys.executable, "-m", "pmod"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "pmod"], capture_output=True, text=True, check=True, timeout=600)
     assert [line.split()[:3] for line in done.stdout.splitlines()] == [["python", "-m", f"pmod.{c}"] for c in COMMANDS]
     assert done.stderr == "" and "\x1b" not in done.stdout
 
@@ -63,7 +63,7 @@ def test_what_is_no_command(arguments: list[str], message: str, capsys: pytest.C
 def test_a_command_by_its_name() -> None:
     calls = [["pmod", "doctor"], ["pmod.doctor"]]
     printed = [
-        subprocess.run([sys.executable, "-m", *call, "--help"], capture_output=True, text=True, check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", *call, "--help"], capture_output=True, text=True, check=True, timeout=600)
         for call in calls
     ]
     assert printed[0].stdout == printed[1].stdout and "--timeout" in printed[0].stdout

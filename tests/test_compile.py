@@ -82,11 +82,11 @@ def cases_on_rank(names: list[str]) -> None:
 
 @pytest.mark.parametrize("part", range(4))
 def test_every_case(part: int) -> None:
-    spmd.launch(cases_on_rank, list(CASES)[part::4], timeout=200, x=2)
+    spmd.launch(cases_on_rank, list(CASES)[part::4], x=2)
 
 
 def test_a_permutation_of_uneven_shards() -> None:
-    spmd.launch(case_on_rank, "ppermute", 2, timeout=200, x=2)
+    spmd.launch(case_on_rank, "ppermute", 2, x=2)
 
 
 # --- programs, which Inductor may reorder and fuse ----------------------------------------------------------------
@@ -130,7 +130,7 @@ def program_on_rank(backend: str) -> None:
 
 
 def test_program() -> None:
-    spmd.launch(program_on_rank, "inductor", timeout=400, x=2)
+    spmd.launch(program_on_rank, "inductor", x=2)
 
 
 def all_messages(x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def order_on_rank(backend: str) -> list[list[str]]:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_order_of_messages(backend: str) -> None:
     """Ranks whose shapes and needs differ send the same messages in the same order, and drop none."""
-    first, second = spmd.launch(order_on_rank, backend, timeout=200, x=2)
+    first, second = spmd.launch(order_on_rank, backend, x=2)
     eager_forward, _, forward, backward = first
     assert forward == eager_forward == ["all_to_all", "all_gather", "all_reduce", "all_gather", "permute"]
     assert second[2] == forward and second[3] == backward
@@ -205,7 +205,7 @@ def swapped_on_rank() -> None:
 
 
 def test_mesh_swapped() -> None:
-    spmd.launch(swapped_on_rank, timeout=200, a=2, b=1)
+    spmd.launch(swapped_on_rank, a=2, b=1)
 
 
 # --- what is in a compiled graph, and in an import ----------------------------------------------------------------
@@ -232,7 +232,7 @@ def calls_on_rank() -> list[str]:
 
 def test_graphs_hold_no_process() -> None:
     """A call in a graph is text, which another process reads as the same call."""
-    of_ranks = spmd.launch(calls_on_rank, timeout=200, x=2)
+    of_ranks = spmd.launch(calls_on_rank, x=2)
     rows = {text.split("|")[0] for text in of_ranks[0]}
     assert rows >= {"psum", "permute", "all_to_all", "unshard", "shard", "pvary"}
     for index, texts in enumerate(of_ranks):
@@ -264,7 +264,7 @@ def other_lengths_on_rank() -> None:
 
 
 def test_shares_of_other_lengths() -> None:
-    spmd.launch(other_lengths_on_rank, timeout=200, x=2)
+    spmd.launch(other_lengths_on_rank, x=2)
 
 
 @pytest.mark.parametrize("axis", [lambda: "a", lambda: pmod.current_mesh()["a"]], ids=["name", "sub-mesh"])
@@ -305,4 +305,4 @@ def second_on_rank(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_second_derivative_of_compiled_code_is_refused(backend: str) -> None:
     """torch drops it silently, where what is differentiated is not what the compiled function returned."""
-    spmd.launch(second_on_rank, backend, timeout=400, x=2)
+    spmd.launch(second_on_rank, backend, x=2)

@@ -60,7 +60,7 @@ def on_this_mesh(name: str, text: str, compile_it: bool) -> int:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_compiled_on_processes(name: str) -> None:
-    assert spmd.launch(on_this_mesh, name, RECIPES[name], True, data=2, timeout=120) == [1, 1]
+    assert spmd.launch(on_this_mesh, name, RECIPES[name], True, data=2) == [1, 1]
 
 
 def all_recipes() -> list[int]:
@@ -68,7 +68,7 @@ def all_recipes() -> list[int]:
 
 
 def test_recipes_on_four_processes() -> None:
-    assert spmd.launch(all_recipes, data=4, timeout=120) == [[1] * len(RECIPES)] * 4
+    assert spmd.launch(all_recipes, data=4) == [[1] * len(RECIPES)] * 4
 
 
 def test_fully_sharded_with_checkpoints() -> None:

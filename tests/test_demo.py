@@ -506,7 +506,7 @@ def test_the_command_from_end_to_end(tmp_path):
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     done = subprocess.run(
         [sys.executable, "-m", "pmod.demo", *small.split(), "--mesh", "data=1,space=2"],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()

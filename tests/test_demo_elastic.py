@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from itertools import count
@@ -21,7 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
 
 import pmod
-from pmod.demo import fno, parallel
+from pmod.demo import fno, parallel, stored
 from pmod.demo.__main__ import main
 from pmod.demo.checkpoint import Checkpoints
 from pmod.demo.options import Options, parse
@@ -73,7 +77,7 @@ def test_a_resumed_training_is_the_undisturbed_one(tmp_path, axis_sizes):
     exact = axis_sizes["space"] == 2
     torch.testing.assert_close(resumed, losses, rtol=0, atol=0 if exact else 1e-12)
     assert again == (errors if exact else pytest.approx(errors, rel=1e-10))
-    assert sorted(path.name for path in kept.checkpoint.iterdir()) == ["step-11"]
+    assert sorted(path.name for path in kept.checkpoint.iterdir()) == ["step-11", "step-8"]
     (resumed, again, taken), _ = spmd.launch(trained, kept, data=1, space=2)
     assert taken == 0 and again == pytest.approx(errors, rel=1e-10)  # it was finished
 
@@ -187,7 +191,220 @@ def test_a_kill_in_the_middle_of_a_write_leaves_a_checkpoint(tmp_path, alone, mo
         whole = found
     assert moment > 8 and outcomes == {True, False}
     assert read() == 1 + moment
-    assert [path.name for path in tmp_path.iterdir()] == [f"step-{1 + moment}"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{whole}", f"step-{1 + moment}"}
+
+
+# --- damage, strangers, and ranks that die ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path, alone):
+    """A folder with the checkpoints of steps 1 and 2, of a model whose weights say which."""
+    kept = Checkpoints(tmp_path / "kept", 1, {})
+    for step in (1, 2):
+        model, optimizer = trained_for(step)
+        kept.save(model, optimizer, [torch.tensor(float(i)) for i in range(step)], {step: float(step)})
+    return kept
+
+
+def trained_for(step: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    model = nn.Linear(30, 20)
+    nn.init.constant_(model.weight, step)
+    return model, torch.optim.Adam(model.parameters(), lr=1.0 / step)
+
+
+def resumed(kept: Checkpoints) -> int:
+    """From which step a new model went on."""
+    model, optimizer = trained_for(9)
+    curve, errors = kept.resume(model, optimizer, quiet=False)
+    assert errors == {len(curve): float(len(curve))} and (model.weight == len(curve)).all()
+    assert optimizer.param_groups[0]["lr"] == 1.0 / len(curve)
+    return len(curve)
+
+
+def flip(path: Path) -> None:
+    """Change a byte in the middle."""
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 1
+    path.write_bytes(held)
+
+
+DAMAGE = {
+    "a byte of the tensors": (lambda step: flip(step / "__0_0.distcp"), "__0_0.distcp is not as it was written"),
+    "half of the tensors": (lambda step: os.truncate(step / "__0_0.distcp", 99), "__0_0.distcp is not as it was"),
+    "no tensors": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "no metadata": (lambda step: (step / ".metadata").unlink(), ".metadata is missing"),
+    "a byte of the notes": (lambda step: flip(step / "training.json"), "training.json is not as it was written"),
+    "half of the sums": (lambda step: os.truncate(step / "SHA256SUMS", 99), "SHA256SUMS is not as it was written"),
+    "a line of the sums": (lambda step: os.truncate(step / "SHA256SUMS", 79), "SHA256SUMS is not as it was written"),
+    "no sums": (lambda step: (step / "SHA256SUMS").unlink(), "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(kept, capsys, what):
+    hurt, said = DAMAGE[what]
+    assert resumed(kept) == 2 and " is damaged: " not in capsys.readouterr().out
+    hurt(kept.folder / "step-2")
+    assert resumed(kept) == 1
+    wrong, taken = capsys.readouterr().out.splitlines()
+    assert wrong.strip().startswith("step-2 is damaged: ") and said in wrong
+    assert taken == f"      1  from the checkpoint in {kept.folder}"
+    kept.save(*trained_for(2), [torch.tensor(0.0), torch.tensor(1.0)], {2: 2.0})  # in place of the damaged one
+    assert resumed(kept) == 2 and {path.name for path in kept.folder.iterdir()} == {"step-1", "step-2"}
+    hurt(kept.folder / "step-1")
+    hurt(kept.folder / "step-2")
+    with pytest.raises(pmod.PmodError, match=r"is whole: step-2 is damaged: .*; step-1 is damaged: .*\nRemove these"):
+        kept.resume(*trained_for(9), quiet=True)
+
+
+def test_what_else_lies_in_the_folder_is_left_alone(kept):
+    strays = [kept.folder / name for name in ("step-old", "step-3.bak", "writing.old", "notes")]
+    for path in strays:
+        path.mkdir()
+    (kept.folder / "step-4").write_text("no folder")
+    assert resumed(kept) == 2
+    kept.save(*trained_for(3), [torch.tensor(0.0)] * 3, {3: 3.0})
+    assert resumed(kept) == 3 and all(path.is_dir() for path in strays)
+    assert {path.name for path in kept.folder.iterdir()} == {
+        *(path.name for path in strays), "step-2", "step-3", "step-4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["", "step-2", "step-2/.metadata", "step-2/__0_0.distcp", "step-2/SHA256SUMS"])
+def test_what_others_may_write_to_is_refused(kept, part, monkeypatch):
+    path = kept.folder / part
+    assert not path.stat().st_mode & 0o022
+    for mode in (0o020, 0o002):
+        path.chmod(path.stat().st_mode | mode)
+        with pytest.raises(pmod.PmodError) as caught:
+            kept.last()
+        assert f"other users may write to {path} (its mode is" in str(caught.value)
+        assert str(caught.value).endswith(f"chmod -R go-w {path}")
+        path.chmod(path.stat().st_mode & ~mode)
+    assert resumed(kept) == 2
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(pmod.PmodError, match=f"{kept.folder} belongs to user {user}, and .* as user {user + 1}"):
+        kept.last()
+
+
+def test_files_are_kept_from_others_whatever_the_umask(kept):
+    before = os.umask(0)
+    try:
+        kept.save(*trained_for(3), [torch.tensor(0.0)] * 3, {3: 3.0})
+    finally:
+        os.umask(before)
+    assert resumed(kept) == 3
+
+
+class Runs:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_that_a_folder_or_a_message_brings_is_run(tmp_path, alone):
+    ran = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Runs(ran)))
+    assert ran.exists()
+    ran.unlink()
+    with pytest.raises(pickle.UnpicklingError, match=r"pathlib.* is no part of a checkpoint, and is not loaded"):
+        stored._exchanged(Runs(ran), pmod.current_mesh())
+    state = {"x": torch.ones(2), "y": Runs(ran)}
+    folder = tmp_path / "kept"
+    stored.write(state, folder)
+    with pytest.raises(pmod.PmodError, match=r"rank 0 .* cannot read or write a checkpoint: .*[Ww]eights"):
+        stored.read({"x": torch.zeros(2), "y": 0}, folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs(ran)))
+    with pytest.raises(pmod.PmodError, match="is no part of a checkpoint, and is not loaded"):
+        stored.read({"x": torch.zeros(2)}, folder)
+    assert not ran.exists()
+
+
+def full(folder: Path, victim: int) -> str:
+    """What is raised where the disk of one rank is full."""
+    model, optimizer = trained_for(1)
+    with contextlib.ExitStack() as stack:
+        if pmod.axis_index("space") == victim:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            stack.enter_context(mock.patch.object(os, "fsync", side_effect=error))
+        with pytest.raises(pmod.PmodError) as caught:
+            Checkpoints(folder, 1, {}).save(model, optimizer, [torch.tensor(1.0)], {})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_cannot_write_is_named_on_all(tmp_path, victim):
+    first, second = spmd.launch(full, tmp_path, victim, data=1, space=2)
+    assert first == second
+    assert f"rank {victim} (data=0, space={victim}) cannot read or write a checkpoint: " in first
+    assert "No space left on device" in first and not list(tmp_path.glob("step-*"))
+
+
+DYING = """
+    import os, signal, sys
+    from pathlib import Path
+    from unittest import mock
+    import torch
+    import pmod
+    from pmod.demo.checkpoint import Checkpoints
+
+    folder, rank, port, victim, moment = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    place = pmod.Topology(rank=rank, world_size=3, master_addr="127.0.0.1", master_port=port)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    with pmod.set_mesh(pmod.make_mesh(space=3, topology=place, timeout=300)):
+        kept = Checkpoints(folder, 1, {})
+        pmod.barrier("space")
+        kept.save(model, optimizer, [torch.tensor(1.0)], {})
+        calls, fsync = [], os.fsync
+
+        def dies(file):
+            calls.append(file)
+            if len(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(file)
+
+        with mock.patch.object(os, "fsync", dies if rank == victim else fsync):
+            try:
+                kept.save(model, optimizer, [torch.tensor(1.0), torch.tensor(2.0)], {})
+            except pmod.PmodError as error:
+                print(error, flush=True)
+"""
+
+
+@pytest.mark.launchers
+@pytest.mark.parametrize(
+    ("victim", "moment"), [(1, 1), (0, 1), (0, 3)], ids=["writes", "writes and serves the store", "ends the writing"]
+)
+def test_a_rank_that_dies_while_it_saves_is_named(tmp_path, victim, moment):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    numbers = [[str(number) for number in (rank, port, victim, moment)] for rank in range(3)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(DYING), str(tmp_path), *given],
+            env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for given in numbers
+    ]  # fmt: skip
+    try:
+        ended = [rank.communicate(timeout=600) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[victim].returncode == -signal.SIGKILL, ended[victim]
+    for rank in {0, 1, 2} - {victim}:
+        said = ended[rank][0]
+        assert ranks[rank].returncode == 0 and said.startswith("pmod."), ended[rank]
+        assert f"rank {victim} (space={victim}), whose process {ranks[victim].pid} on" in said, said
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-1"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

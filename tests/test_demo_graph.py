@@ -508,7 +508,7 @@ def test_the_command_from_end_to_end(tmp_path):
     given = [*SMALL.split(), "--nodes", "90", "--float64", "--mesh", "graph=2"]
     done = subprocess.run(
         [sys.executable, "-m", "pmod.demo", "graph", *given],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     surface = plate(90, 0)

@@ -279,7 +279,7 @@ def test_the_command_from_end_to_end(tmp_path):
     small = ["--points", "60", "--width", "6", "--pairs", "2", "--warm-up", "10", "--steps", "10"]
     done = subprocess.run(
         [sys.executable, "-m", "pmod.demo", "pinn", "--mesh", "model=2", *small],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()

@@ -298,7 +298,7 @@ def test_the_command_from_end_to_end(tmp_path):
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     done = subprocess.run(
         [sys.executable, "-m", "pmod.demo", "wind", "--mesh", "lat=2,lon=1", "--rows", "31", "--columns", "40"],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=spmd.LONG,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()

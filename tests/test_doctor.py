@@ -158,7 +158,9 @@ def test_a_wait_that_is_too_long_ends_the_process(monkeypatch, capsys):
     with doctor.within(60, "never"):
         pass
     with doctor.within(0.01, "rank 1 is not there"):
-        time.sleep(0.3)
+        until = time.monotonic() + spmd.LONG
+        while not codes and time.monotonic() < until:
+            time.sleep(0.01)
     assert codes == [1] and capsys.readouterr().out == "not right: rank 1 is not there\n"
 
 
@@ -229,11 +231,12 @@ def test_all_ranks_end_alike_and_the_first_reports(what, status, last):
     assert re.fullmatch(rf" *1 +\S+ +cpu +\(data=0, model=1\) +[0-9.]+ us +[0-9.]+ us +{right}", lines[-3])
 
 
-def run(command: list[str], environ: dict[str, str], seconds: float) -> tuple[int, str, str]:
+def run(command: list[str], environ: dict[str, str]) -> tuple[int, str, str]:
     """Status, stdout and stderr of a process, which a deadline ends."""
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT), **environ}, capture_output=True, text=True, timeout=seconds
-    )
+        command, env={**os.environ, "PYTHONPATH": str(ROOT), **environ}, capture_output=True, text=True,
+        timeout=spmd.LONG,
+    )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
@@ -248,7 +251,7 @@ def test_without_a_launcher_it_starts_the_ranks_of_a_mesh(secrets):
 def test_under_torchrun(secrets):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "-m", "pmod.doctor", "--mesh", "data=2,model=1"]  # fmt: skip
-    status, said, _ = run(command, {"OMP_NUM_THREADS": "1"}, 90)
+    status, said, _ = run(command, {"OMP_NUM_THREADS": "1"})
     check_report(said, secrets)
     assert status == 0, said
     assert "variables RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', LOCAL_WORLD_SIZE='2', GROUP_RANK='0'" in said
@@ -260,11 +263,9 @@ def test_a_rank_that_never_comes(rank, secrets):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     alone = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    begun = time.monotonic()
-    status, said, errors = run([sys.executable, "-m", "pmod.doctor", "--timeout", "2"], alone, 60)
+    status, said, errors = run([sys.executable, "-m", "pmod.doctor", "--timeout", "2"], alone)
     check_report(said, secrets)
     assert status == 1 and "Traceback" not in errors
-    assert time.monotonic() - begun < 30  # importing torch included
     # whose 2 s are over first: those of the doctor, or on a busy machine those of the meeting itself
     reason = rf"not right: rank {rank} of 2: (the 2 ranks did not connect at|pmod\.make_mesh: rank \d did not come to)"
     assert re.match(rf"{reason} 127\.0\.0\.1:{port} within 2 s\. ", said.splitlines()[-1])

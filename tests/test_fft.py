@@ -323,7 +323,7 @@ def compiled_on_rank(jobs: list[Job]) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled() -> None:
-    spmd.launch(compiled_on_rank, [prepared(name) for name in ("rfft", "irfft2")], timeout=200, model=2)
+    spmd.launch(compiled_on_rank, [prepared(name) for name in ("rfft", "irfft2")], model=2)
 
 
 def compiled_pencils_on_rank(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,7 +345,7 @@ def test_compiled_pencils() -> None:
     whole = x.clone().requires_grad_()
     energy = torch.fft.rfftn(whole).abs().pow(3).sum()
     (gradient,) = torch.autograd.grad(energy, whole)
-    for value, got in spmd.launch(compiled_pencils_on_rank, x, timeout=200, x=2, y=2):
+    for value, got in spmd.launch(compiled_pencils_on_rank, x, x=2, y=2):
         same(value, energy.detach(), "value")
         same(got, gradient, "gradient")
 

@@ -362,7 +362,7 @@ def compiled_on_rank() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compile() -> None:
-    spmd.launch(compiled_on_rank, timeout=200, x=2)
+    spmd.launch(compiled_on_rank, x=2)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------

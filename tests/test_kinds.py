@@ -613,7 +613,7 @@ def test_changes_in_place() -> None:
 
 
 def test_compiled_changes_in_place() -> None:
-    for right in spmd.launch(check_writes, list(WRITES), "aot_eager", data=2, timeout=120):
+    for right in spmd.launch(check_writes, list(WRITES), "aot_eager", data=2):
         assert {"y[0] = x", "y[0] += x", "y += x", "copy_", "aten.add_"} <= set(right)
 
 
@@ -671,4 +671,4 @@ def compiled_orders() -> None:
 
 
 def test_compiled_orders() -> None:
-    spmd.launch(compiled_orders, data=2, timeout=120)
+    spmd.launch(compiled_orders, data=2)

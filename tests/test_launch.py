@@ -43,7 +43,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def gone(pids: list[int], within: float) -> bool:
+def gone(pids: list[int], within: float = spmd.LONG) -> bool:
     deadline = time.monotonic() + within
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -57,7 +57,7 @@ def leave_pid(folder: Path) -> None:
     written.rename(folder / f"rank{rank()}")  # whole, from the first moment it is seen
 
 
-def pids_in(folder: Path, count: int, within: float = 60.0) -> list[int]:
+def pids_in(folder: Path, count: int, within: float = spmd.LONG) -> list[int]:
     deadline = time.monotonic() + within
     while len(found := list(folder.glob("rank*"))) < count and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -86,6 +86,7 @@ def report(x: torch.Tensor) -> dict[str, object]:
     }
 
 
+@pytest.mark.usefixtures("spawned")
 def test_results_come_in_rank_order_from_a_mesh_of_two_axes():
     x = torch.arange(2.0)
     results = pmod.launch(report, x, data=2, model=1)
@@ -111,7 +112,9 @@ def test_results_come_in_rank_order_from_a_mesh_of_two_axes():
 def listening() -> set[str]:
     """The local addresses, in hex, at which this rank and the parent that serves the store listen."""
     pmod.psum(torch.ones(()), "model")
-    sockets = {os.readlink(f) for pid in ("self", os.getppid()) for f in Path(f"/proc/{pid}/fd").iterdir() if exists(f)}
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sockets = {os.readlink(f) for pid in ("self", parent.pid) for f in Path(f"/proc/{pid}/fd").iterdir() if exists(f)}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -217,12 +220,9 @@ def fail_while_another_waits(folder: Path) -> None:
 
 
 def test_a_failing_rank_brings_its_traceback_and_ends_the_others(tmp_path):
-    begun = time.monotonic()
-    with pytest.raises(OwnError) as caught:
+    with pytest.raises(OwnError) as caught:  # while rank 0 waits, and would do so until its deadline of 600 s
         pmod.launch(fail_while_another_waits, tmp_path, model=2)
     pids = pids_in(tmp_path, 2)
-    failed_after = time.time() - min(path.stat().st_mtime for path in tmp_path.glob("rank*"))
-    assert failed_after < 10, f"of {time.monotonic() - begun}"
     assert gone(pids, within=0)
     assert caught.value.value == 7
     place, trace = caught.value.__notes__
@@ -273,7 +273,7 @@ def fail_oddly() -> object:
 
 
 def test_what_cannot_be_brought_back_as_it_is_comes_as_text(monkeypatch):
-    monkeypatch.setattr(_launch, "_GRACE", 20.0)  # until all four have failed
+    monkeypatch.setattr(_launch, "_GRACE", spmd.LONG)  # until all four have failed
     with pytest.raises(pmod.PmodError) as caught:
         pmod.launch(fail_oddly, model=4)
     text = text_of(caught.value)
@@ -291,10 +291,11 @@ def pid() -> int:
 
 def hang_on_one() -> None:
     if rank() == 0:
-        time.sleep(60)
+        time.sleep(2 * spmd.LONG)
 
 
-def test_the_pool_stays_until_a_rank_dies_or_hangs():
+def test_the_pool_stays_until_a_rank_dies_or_hangs(monkeypatch):
+    monkeypatch.setattr(_launch, "_GRACE", spmd.LONG)  # until both have failed
     first = spmd.launch(pid, model=2)
     assert spmd.launch(pid, data=2) == first
     ranks = spmd._pools[2]
@@ -310,11 +311,9 @@ def test_the_pool_stays_until_a_rank_dies_or_hangs():
 
     second = spmd.launch(pid, model=2)
     assert not set(first) & set(second)
-    begun = time.monotonic()
     with pytest.raises(pmod.CollectiveTimeout) as caught:
-        spmd.launch(hang_on_one, model=2, timeout=1.0)
-    assert time.monotonic() - begun < 6
-    assert str(caught.value) == "pmod.launch: no answer within 1.0 s from rank 0 (model=0)."
+        spmd.launch(hang_on_one, model=2, timeout=5.0)
+    assert str(caught.value) == "pmod.launch: no answer within 5.0 s from rank 0 (model=0)."
     assert gone(second, within=0)
 
     third = spmd.launch(pid, model=2)
@@ -348,10 +347,8 @@ def asked(mesh: pmod.Mesh, batches: pmod.sampler) -> dict[str, Any]:
     found = {"coords": mesh.coords, "rank": mesh.topology.rank, "rows": rows, "made": made.coords,
              "index": pmod.axis_index(mesh["data"]), "batches": list(batches)}  # fmt: skip
     for name, x in {"psum": mesh, "made psum": made}.items():
-        began = time.monotonic()
-        with pytest.raises(pmod.TopologyError) as raised:
+        with pytest.raises(pmod.TopologyError) as raised:  # at once: no deadline is waited for, which ends otherwise
             pmod.psum(torch.ones(()), x["data"])
-        assert time.monotonic() - began < 10
         found[name] = str(raised.value)
     return found
 
@@ -370,7 +367,7 @@ def ask_worker(how: str, mesh: pmod.Mesh, batches: pmod.sampler, below: str | No
     process.start()
     theirs.close()
     try:
-        assert ours.poll(50), f"no answer from a worker by {how}"
+        assert ours.poll(spmd.LONG / 2), f"no answer from a worker by {how}"
         return ours.recv()
     finally:
         process.kill()
@@ -394,7 +391,7 @@ def ask_workers(ways: list[tuple[str, str | None]]) -> None:
 
 @pytest.mark.parametrize("ways", [[("fork", "fork")], [("spawn", None)], [("forkserver", "spawn")]], ids=str)
 def test_a_worker_stands_where_its_rank_does_and_sends_nothing(ways):
-    spmd.launch(ask_workers, ways, data=2, timeout=120)
+    spmd.launch(ask_workers, ways, data=2)
 
 
 def test_a_worker_under_torchrun_does_the_same(tmp_path):
@@ -454,7 +451,7 @@ def environment() -> dict[str, str]:
 def python(*command: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     stdin = None if code is None else textwrap.dedent(code)
     return subprocess.run(
-        [sys.executable, *command], input=stdin, env=environment(), capture_output=True, text=True, timeout=90
+        [sys.executable, *command], input=stdin, env=environment(), capture_output=True, text=True, timeout=spmd.LONG
     )
 
 
@@ -570,7 +567,7 @@ def test_no_rank_outlives_its_parent(tmp_path, how, count):
         def wait(folder):
             leave_pid(folder)
             try:
-                time.sleep(600)
+                time.sleep(6000)
             except KeyboardInterrupt:
                 (folder / "interrupted").touch()
 
@@ -590,10 +587,10 @@ def test_no_rank_outlives_its_parent(tmp_path, how, count):
             time.sleep(0.5)
             assert alive(pids[0]) and not (tmp_path / "interrupted").exists()
             os.killpg(parent.pid, signal.SIGINT)
-        _, stderr = parent.communicate(timeout=20)
+        _, stderr = parent.communicate(timeout=spmd.LONG)
     finally:
         parent.kill()
-    assert gone(pids, within=5)
+    assert gone(pids)
     if how == "interrupted":
         assert stderr.count("Traceback") == 1 and stderr.endswith("KeyboardInterrupt\n")
         assert parent.returncode == -signal.SIGINT

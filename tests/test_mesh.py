@@ -599,11 +599,9 @@ def test_a_mesh_that_does_not_fit_where_it_is_loaded_says_so_at_the_first_questi
                 lambda: mesh.group("data"), lambda: pmod.psum(x, part), lambda: pmod.shard(x, mesh),
                 lambda: pmod.local_slice((4,), pmod.P("data"), mesh=mesh), lambda: next(iter(batches)),
                 lambda: averaged(x).sum().backward(), lambda: shared(x)):  # fmt: skip
-        began = time.monotonic()
-        with pytest.raises(pmod.TopologyError) as raised:
+        with pytest.raises(pmod.TopologyError) as raised:  # and no deadline is waited for, which ends otherwise
             ask()
         assert "the mesh {'data': 2} is over ranks [0, 1], and this process is rank 0 of 1" in str(raised.value)
-        assert time.monotonic() - began < 10
 
 
 def test_an_axis_finds_its_own_place_where_it_is_loaded():
@@ -624,7 +622,7 @@ def test_a_mesh_pickled_to_another_process_finds_its_place_there(tmp_path):
     )
     environ = {**os.environ, "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code, str(path)], env=environ, cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=spmd.LONG)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[({'a': 1, 'b': 1}, 3, 'env'), ({'a': 0}, 3, 'env')] False"
 
@@ -710,20 +708,31 @@ def best(f: Callable[[], object], times: int = 30) -> float:
     return min(seconds)
 
 
+def costs(sizes: dict[str, int], nodes: int) -> dict[str, float]:
+    """Seconds that a mesh over axes pod, data, model costs in the process of its last rank but one."""
+    ranks = math.prod(sizes.values())
+    topology, other = at(ranks - 2, ranks, num_nodes=nodes), at(0, ranks, num_nodes=nodes)
+    mesh, same = pmod.make_mesh(sizes, topology=topology), pmod.make_mesh(sizes, topology=other)
+    assert mesh == same
+    return {
+        "to make": best(lambda: pmod.make_mesh(sizes, topology=topology)),
+        "to hash": best(lambda: hash(mesh)),
+        "to compare": best(lambda: mesh == same),
+        "a part": best(lambda: mesh["model", "pod"]),
+        "to flatten and to split": best(lambda: mesh.flatten(("pod", "data"), "all").split("all", a=-1, b=2)),
+        "where a rank is": best(lambda: mesh.coords_of(ranks - 3)),
+        "an index": best(lambda: mesh.axis_index(("model", "pod"))),
+        "to send": best(lambda: pickle.loads(pickle.dumps(mesh))),
+        "to draw": best(lambda: (str(mesh), mesh._repr_html_())),
+    }
+
+
 def test_a_mesh_of_131072_ranks_costs_as_little_as_a_small_one():
-    topology = at(99_999, 131_072, num_nodes=16_384)
     sizes = {"pod": 8, "data": 2048, "model": 8}
-    build = lambda: pmod.make_mesh(sizes, topology=topology)  # noqa: E731
-    assert best(build) < 1e-3
-    mesh, other = build(), pmod.make_mesh(sizes, topology=at(0, 131_072, num_nodes=16_384))
-    assert best(lambda: hash(mesh)) < 1e-4
-    assert mesh == other and best(lambda: mesh == other) < 1e-4
-    assert best(lambda: mesh["model", "pod"]) < 1e-3
-    assert best(lambda: mesh.flatten(("pod", "data"), "replica").split("replica", a=-1, b=4)) < 1e-3
-    assert best(lambda: mesh.coords_of(77_777)) < 1e-3
-    assert best(lambda: mesh.axis_index(("model", "pod"))) < 1e-3
-    assert best(lambda: pickle.loads(pickle.dumps(mesh))) < 1e-3
-    assert best(lambda: (str(mesh), mesh._repr_html_())) < 0.1
+    small, large = costs({"pod": 2, "data": 2, "model": 2}, 1), costs(sizes, 16_384)
+    # whatever goes over the ranks takes 16,384 times as long; a drawing shows more of them, up to a bound
+    assert [what for what, seconds in large.items() if seconds > 30 * small[what]] == []
+    mesh = pmod.make_mesh(sizes, topology=at(99_999, 131_072, num_nodes=16_384))
     assert len(str(mesh)) < 10_000 and len(mesh._repr_html_()) < 100_000
     assert mesh.coords == {"pod": 6, "data": 211, "model": 7}
     assert mesh["model"].ranks.tolist() == list(range(99_992, 100_000))

@@ -60,7 +60,7 @@ def test_notebook_runs(path: Path, kernel: KernelManager) -> None:
     notebook = nbformat.read(path, as_version=4)
     afresh = "%reset -f\nimport torch\ntorch.set_default_dtype(torch.float32)\ndel torch"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(afresh))
-    client = nbclient.NotebookClient(notebook, km=kernel, timeout=120)
+    client = nbclient.NotebookClient(notebook, km=kernel, timeout=600)
     try:
         client.execute()
     finally:

@@ -919,7 +919,7 @@ def compiled_on_rank() -> None:
 # hidden by torch, as far as warnings are not errors: it looks at what stands in for the parameters
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled() -> None:
-    spmd.launch(compiled_on_rank, timeout=200, x=2)
+    spmd.launch(compiled_on_rank, x=2)
 
 
 # --- replicate ----------------------------------------------------------------------------------------------------
@@ -1192,7 +1192,7 @@ def compiled_late_on_rank() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_changes_that_compiled_code_does_not_see() -> None:
-    spmd.launch(compiled_late_on_rank, timeout=200, x=2)
+    spmd.launch(compiled_late_on_rank, x=2)
 
 
 def reduced_parts_on_rank() -> str:

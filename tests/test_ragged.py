@@ -636,7 +636,7 @@ def compiled_on_rank() -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled() -> None:
-    spmd.launch(compiled_on_rank, timeout=200, x=2)
+    spmd.launch(compiled_on_rank, x=2)
 
 
 # --- split_sizes --------------------------------------------------------------------------------------------------

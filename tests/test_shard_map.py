@@ -283,7 +283,7 @@ COMPILED = [name for name, body in BODIES.items() if body.compiled and not needs
 
 @pytest.mark.parametrize("part", range(3))
 def test_compiled(part: int) -> None:
-    spmd.launch(check_compiled, COMPILED[part::3], data=2, timeout=120)
+    spmd.launch(check_compiled, COMPILED[part::3], data=2)
 
 
 def functional(f: Callable[..., Any], args: list[Any], parameters: bool) -> list[Tensor]:

@@ -267,10 +267,8 @@ def line_of(function: Callable[..., Any], code: str) -> str:
 
 
 def deadlock(rank: Callable[[], Any], **sizes: int) -> str:
-    began = time.monotonic()
-    with pytest.raises(pmod.MismatchError) as caught:
+    with pytest.raises(pmod.MismatchError) as caught:  # at once: a simulation has no deadline
         pmod.simulate(rank, **sizes)
-    assert time.monotonic() - began < 20  # at once: no deadline is waited for
     assert pmod.simulate(lambda: pmod.psum(1, "r"), r=2) == [2, 2]  # and the next one is none the worse
     return str(caught.value)
 

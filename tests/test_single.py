@@ -146,9 +146,11 @@ def program_errors_are_the_same() -> None:
 
 
 def program_a_collective_costs_little() -> None:
-    """A few microseconds: best of many, and a wide bound, because other processes share the core."""
+    """As much as a few sums of two tensors: best of many, because other processes share the core."""
     x, mesh = torch.ones(4), pmod.current_mesh()
+    seconds: list[float] = []
     for call in (
+        lambda: x + x,
         lambda: pmod.psum(x, "model"),
         lambda: pmod.psum(x, mesh),
         lambda: pmod.pvary(x, ("data", "model")),
@@ -165,7 +167,8 @@ def program_a_collective_costs_little() -> None:
             for _ in range(20):
                 call()
             best = min(best, (time.perf_counter() - began) / 20)
-        assert best < 20e-6
+        seconds.append(best)
+    assert max(seconds) < 20 * seconds[0]
 
 
 def program_training_as_everywhere_else() -> None:
@@ -243,7 +246,7 @@ def process() -> subprocess.CompletedProcess[str]:
     code = "from tests import test_single; test_single.main()"
     ignored = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")  # torch.func.jvp meets one in torch
     command = [sys.executable, "-W", "error", *ignored, "-c", code]
-    return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=spmd.LONG)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -175,16 +175,20 @@ def test_under_debug_each_call_is_one_event() -> None:
 
 def started() -> Any:
     with pmod.trace() as t:
+        began = time.perf_counter()
         pending = pmod.start(pmod.all_gather, torch.ones(4), "x")
+        sent = time.perf_counter()
         time.sleep(0.05)
+        asked = time.perf_counter()
         pending.wait()
-    return t
+        came = time.perf_counter()
+    return t, (sent - began) + (came - asked)
 
 
 def test_a_started_call_is_one_event_without_the_time_between() -> None:
-    for t in spmd.launch(started, x=2):
+    for t, most in spmd.launch(started, x=2):
         (event,) = t.events
-        assert event.function == "all_gather" and event.nbytes == 16 and 0 < event.seconds < 0.05
+        assert event.function == "all_gather" and event.nbytes == 16 and 0 < event.seconds <= most
 
 
 def nested() -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,26 +88,26 @@ CASES: dict[str, tuple[Callable[[], Any], str, str]] = {
 }
 
 
-def refused(name: str) -> tuple[float, str]:
+def refused(name: str) -> str:
     """A rank whose own messages all came goes on, and hears of it at its next call."""
-    began = time.monotonic()
     with pytest.raises(pmod.MismatchError) as caught:
         CASES[name][0]()
         pmod.psum(torch.ones(7), "x")
-    return time.monotonic() - began, str(caught.value)
+    return str(caught.value)
 
 
-def refused_soon(names: Sequence[str]) -> list[tuple[float, str]]:
+def refused_soon(names: Sequence[str]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_waiting, "LOOK", 0.2)  # nothing but this is waited for
         return refused_in_processes(names)
 
 
-def refused_in_processes(names: Sequence[str]) -> list[tuple[float, str]]:
-    found: list[tuple[float, str]] = []
+def refused_in_processes(names: Sequence[str]) -> list[str]:
+    """What is raised long before the deadline, which ends otherwise."""
+    found: list[str] = []
     for name in names:
         topology = pmod.current_mesh().topology
-        pmod.set_mesh(pmod.make_mesh(x=-1, timeout=30.0))
+        pmod.set_mesh(pmod.make_mesh(x=-1, timeout=spmd.LONG))
         pmod.barrier("x")  # all are here
         found.append(refused(name))
         with pytest.raises(pmod.MismatchError, match="cut off"):  # nothing may be sent along these ranks any more
@@ -122,13 +121,12 @@ def refused_in_processes(names: Sequence[str]) -> list[tuple[float, str]]:
 @pytest.mark.parametrize(("n", "part"), [(2, 0), (2, 1), (3, 0), (3, 1)])
 def test_unlike_calls_in_processes(n: int, part: int) -> None:
     names = list(CASES)[part::2]
-    for rank, rows in enumerate(spmd.launch(refused_soon, names, timeout=200.0, x=n)):
-        for name, (seconds, text) in zip(names, rows, strict=True):
+    for rank, rows in enumerate(spmd.launch(refused_soon, names, x=n)):
+        for name, text in zip(names, rows, strict=True):
             assert "nothing was exchanged" in text and f"at (x={rank})" in text, (name, text)
             for shown in CASES[name][1:]:
                 assert shown in text, (name, text)
             assert text.count("test_unlike.py:") >= 2, (name, text)
-            assert seconds < 25.0, (name, seconds)  # no deadline: that is 30 s
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -153,7 +151,7 @@ def test_a_process_ends_after_unlike_calls() -> None:
         print(pmod.launch(f, x=2))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=spmd.LONG)
     assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, "['refused', 'refused']", "")
 
 

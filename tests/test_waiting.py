@@ -54,16 +54,17 @@ def me() -> int:
 def without_rank_2(name: str) -> tuple[float, str]:
     """Ranks 0 and 1 call, rank 2 does not; then all begin anew."""
     topology = pmod.current_mesh().topology
-    with pmod.set_mesh(pmod.make_mesh(data=3, timeout=1.0)):
+    with pmod.set_mesh(pmod.make_mesh(data=3, timeout=2.0)):
+        spmd.meet(3)
         CALLS[name]()
+        spmd.meet(3)
         began, text = time.monotonic(), ""
         if me() != 2:
             with pytest.raises(pmod.CollectiveTimeout) as caught:
                 CALLS[name]()
             text = str(caught.value)
         seconds = time.monotonic() - began
-        if me() == 2:
-            time.sleep(2.0)  # it lives, elsewhere
+        spmd.meet(3)  # until then rank 2 lives, elsewhere
     pmod.shutdown()
     again = pmod.make_mesh(data=3, topology=topology)
     assert pmod.psum(torch.tensor(1), again["data"]).item() == 3
@@ -77,16 +78,17 @@ def test_a_rank_that_never_comes_is_named(name: str) -> None:
         function = {"backward": "psum in backward", "start": "psum"}.get(name, name)
         first, called, *_ = text.split("\n")
         assert first == (
-            f"pmod.{function}(axis='data') at (data={rank}): not all ranks came within 1 s; absent: rank 2 (data=2)."
+            f"pmod.{function}(axis='data') at (data={rank}): not all ranks came within 2 s; absent: rank 2 (data=2)."
         )
         assert called.startswith("Called at ") and "test_waiting.py:" in called
-        assert 0.9 < seconds < 6.0
+        assert seconds > 1.9
 
 
 def elsewhere() -> str:
     with pmod.set_mesh(pmod.make_mesh(a=2, b=2, timeout=3.0)):
         pmod.psum(small(), ("a", "b"))
         axis = "a" if me() in (0, 3) else "b"
+        spmd.meet(4)
         with pytest.raises(pmod.CollectiveTimeout) as caught:
             pmod.psum(small(), axis)  # the one line
     pmod.shutdown()
@@ -119,33 +121,34 @@ def test_a_late_rank_is_waited_for() -> None:
 
 
 class Slow:
-    """A work that is over after some looks."""
+    """A work that is over when the test says so."""
 
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
+    def __init__(self) -> None:
+        self.over = threading.Event()
 
     def is_completed(self) -> bool:
-        return self.looks <= 0
+        return self.over.is_set()
 
     def wait(self, timeout: timedelta | None = None, /) -> None:
-        self.looks -= 1
-        if self.looks > 0:
-            time.sleep(0.05)
+        if not self.over.wait(0.05):
             raise RuntimeError("not yet")
 
 
 def two_long_waits_of_one_call() -> list[list[int]]:
     """A large sum waits twice; each time the board says so, and nothing is left on it."""
-    with pmod.set_mesh(pmod.make_mesh(data=2, timeout=2.0)):
+    with pmod.set_mesh(pmod.make_mesh(data=2, timeout=spmd.LONG)):
         CALLS["barrier"]()
         wait = _waiting.Wait(pmod.current_mesh().bind("data", "test"), Said("psum", 1))
         board, seen = _waiting.board(), list[list[int]]()
         assert board is not None
         for _ in range(2):
-            thread = threading.Thread(target=wait.until_done, args=(Slow(24),))
+            work = Slow()
+            thread = threading.Thread(target=wait.until_done, args=(work,))
             thread.start()
-            time.sleep(0.9)
+            while not board.read([me()]):
+                time.sleep(0.01)
             seen.append([rank for rank in board.read([me()]) if rank == me()])
+            work.over.set()
             thread.join()
             seen.append(list(board.read([me()])))
         CALLS["barrier"]()
@@ -160,41 +163,51 @@ def test_each_wait_of_a_call_is_told() -> None:
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 
-def interrupted(name: str) -> float:
+def is_waiting() -> bool:
+    """Whether the main thread stands in the wait for a message."""
+    main = threading.main_thread().ident
+    assert main is not None
+    frame = sys._current_frames()[main]
+    while frame is not None and frame.f_code is not _waiting._done_soon.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def interrupted(name: str) -> None:
     """Rank 0 is interrupted while it waits, and sends no more along these ranks: whether the others complete with what
     is on its way, as here, or take a later message for it, it cannot know. Then all begin anew."""
-    with pmod.set_mesh(pmod.make_mesh(data=pmod.current_mesh().size, timeout=20.0)):
+    size = pmod.current_mesh().size
+    with pmod.set_mesh(pmod.make_mesh(data=size, timeout=spmd.LONG)):
         CALLS[name]()
         if me() != 0:
-            time.sleep(1.0)
+            spmd.meet(size)  # nothing but the interrupt ends the wait of rank 0
             CALLS[name]()
-            seconds = 0.0
+            spmd.meet(size)
         else:
             before = signal.signal(signal.SIGINT, signal.default_int_handler)
-            sent: list[float] = []
 
             def press() -> None:
-                sent.append(time.monotonic())
+                while not is_waiting():
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGINT)
 
-            threading.Timer(0.4, press).start()
+            threading.Thread(target=press).start()
             try:
                 with pytest.raises(KeyboardInterrupt):
                     CALLS[name]()
-                seconds = time.monotonic() - sent[0]
             finally:
                 signal.signal(signal.SIGINT, before)
-            time.sleep(1.0)
+            spmd.meet(size)
+            spmd.meet(size)
             with pytest.raises(pmod.MismatchError, match="an earlier call along these ranks was cut off"):
                 CALLS[name]()
     pmod.shutdown()
-    assert pmod.psum(1, pmod.make_mesh(data=pmod.current_mesh().size)["data"]) == pmod.current_mesh().size
-    return seconds
+    assert pmod.psum(1, pmod.make_mesh(data=size)["data"]) == size
 
 
 @pytest.mark.parametrize(("name", "size"), [("psum", 2), ("psum", 3), ("all_gather", 3), ("backward", 2)])
 def test_ctrl_c_ends_a_wait_at_once(name: str, size: int) -> None:
-    assert spmd.launch(interrupted, name, data=size)[0] < 0.5
+    spmd.launch(interrupted, name, data=size)
 
 
 # --- death ----------------------------------------------------------------------------------------------------------
@@ -206,7 +219,7 @@ SCRIPT = """
 
     def connect(rank, size, port):
         place = pmod.Topology(rank=rank, world_size=size, master_addr="127.0.0.1", master_port=port)
-        return pmod.make_mesh(data=size, topology=place, timeout=30)
+        return pmod.make_mesh(data=size, topology=place, timeout=300)
 
     rank, victim, *ports = map(int, sys.argv[1:])
     mesh = connect(rank, 3, ports[0])
@@ -217,7 +230,7 @@ SCRIPT = """
             threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
         began = time.monotonic()
         try:
-            while time.monotonic() < began + 20:
+            while time.monotonic() < began + 200:
                 pmod.psum(x, "data")
                 began = time.monotonic() if time.monotonic() < began + 0.4 else began
         except pmod.CollectiveTimeout as error:
@@ -251,7 +264,7 @@ def test_a_killed_rank_is_named_and_the_others_go_on(victim: int) -> None:
         for rank in range(3)
     ]  # fmt: skip
     try:
-        ended = [rank.communicate(timeout=90) for rank in ranks]
+        ended = [rank.communicate(timeout=spmd.LONG) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -271,7 +284,7 @@ def test_a_dead_process_is_seen() -> None:
     try:
         assert _waiting._is_alive(process.pid)
         process.kill()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + spmd.LONG
         while _waiting._is_alive(process.pid) and time.monotonic() < deadline:  # before anybody waits for it
             time.sleep(0.01)
         assert not _waiting._is_alive(process.pid)

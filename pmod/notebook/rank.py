@@ -94,7 +94,8 @@ def failure() -> Failure:
     frames = list(traceback.walk_tb(error.__traceback__))
     lines = tuple(in_cell(f"{frame.f_code.co_filename}:{number}") for frame, number in frames)
     inside = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (pmod, torch, os))
-    last = max((i for i, line in enumerate(lines) if not line.startswith(inside)), default=-1)
+    # Python's own modules, some of which are frozen: `open` runs lines of <frozen codecs>
+    last = max((i for i, line in enumerate(lines) if not line.startswith((*inside, "<frozen "))), default=-1)
     began = any(line.startswith("line ") for line in lines)
     at = f"{lines[last]}: {linecache.getline(*_place(frames[last])).strip()}" if began else ""
     waits = [wait for wait in map(_wait_in, frames) if wait is not None]
