@@ -23,6 +23,7 @@ import torch
 
 import pmod
 from pmod import _groups, _waiting
+from pmod._meeting import Meeting
 from pmod._waiting import LEFT, WAITS, Post, Said
 from tests import spmd
 
@@ -303,21 +304,18 @@ def test_a_port_that_is_taken(launcher: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_store_of_one_host_listens_on_loopback_only() -> None:
     (port,) = free_ports(1)
-    other = threading.Thread(target=lambda: _groups.TCPStore("127.0.0.1", port, 2, timeout=timedelta(seconds=20)))
-    other.start()
     try:
-        _groups._store(place(0, port), timedelta(seconds=20))
+        _groups._store_of_job(place(0, port), timedelta(seconds=20))
         tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
         listening = [line.split()[1] for lines in tables for line in lines if line.split()[3] == "0A"]
         assert [local for local in listening if local.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
     finally:
         _groups._stores.pop(("127.0.0.1", port), None)
-        other.join()
 
 
 @pytest.mark.parametrize(
     ("rank", "given"),
-    [(0, "not all ranks came to 127.0.0.1:{} within 1 s (1/2 clients joined)"),
+    [(0, "not all 2 ranks came within 1 s; absent: rank 1"),
      (1, "rank 0 did not come to 127.0.0.1:{} within 1 s")],
 )  # fmt: skip
 def test_nobody_comes_to_the_store(rank: int, given: str) -> None:
@@ -334,7 +332,7 @@ def test_another_job_at_the_same_port_stays_a_stranger() -> None:
     stores: dict[str, Any] = {}
 
     def connect(where: pmod.Topology) -> None:
-        stores[where.job] = _groups._store(where, timedelta(seconds=20))
+        stores[where.job] = _groups._store_of_job(where, timedelta(seconds=20))
 
     threads = [threading.Thread(target=connect, args=(where,)) for where in places]
     try:
@@ -357,7 +355,7 @@ def attempt(store: Any, ranks: Sequence[int], seconds: float = 20.0, late: int |
         time.sleep(0.3 if rank == late else 0.0)
         where = pmod.Topology(rank=rank, world_size=3, launcher="env")
         try:
-            names[rank] = _groups._agreed_attempt(store, where, seconds)
+            names[rank] = Meeting(store, where).come(seconds)
         except pmod.CollectiveTimeout as error:
             names[rank] = str(error)
 
@@ -376,9 +374,11 @@ def test_an_attempt_has_a_name_that_no_earlier_one_knows() -> None:
         (name,) = set(attempt(store, (0, 1, 2), late=late))
         assert name != first
         first = name
-    for missing in ((0, 1), (1, 2)):
-        for said in attempt(store, missing, seconds=0.5):
-            assert said.startswith("pmod.make_mesh: not all 3 ranks came within 0.5 s.")
+    # rank 0 tells who has agreed to what it proposes; without a proposal nobody knows whose word is an old one
+    for came, absent in (((0, 1), "rank 2"), ((1, 2), None)):
+        for said in attempt(store, came, seconds=0.5):
+            assert said.startswith("pmod.make_mesh: not all 3 ranks came within 0.5 s; absent: ")
+            assert absent is None or said.split("\n")[0].endswith(f"absent: {absent}.")
     (name,) = set(attempt(store, (0, 1, 2), late=2))
     assert len(name) == 40 and name != first
 
