@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from pmod import _place
+from pmod._blocking import busy, hold_still
 from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
 from pmod._meeting import Meeting
 from pmod._numbers import as_real
@@ -452,6 +453,7 @@ def _at_exit() -> None:
     # interpreter, and where it is ending they abort the process ("terminate called without an active exception").
     time.sleep(0.05)
     shutdown()
+    hold_still()
 
 
 def shutdown() -> None:
@@ -523,12 +525,14 @@ def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
     taken_out, ended, errors = threading.Event(), threading.Event(), list[BaseException]()
 
     def end() -> None:
+        busy.add(threading.get_ident())
         try:
             _take_out(groups, whole_world)
         except BaseException as error:
             errors.append(error)
         taken_out.set()
         groups.clear()
+        busy.discard(threading.get_ident())
         ended.set()
 
     try:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import queue
 import re
 import socket
-import threading
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
@@ -26,6 +23,7 @@ import torch
 
 from pmod import _groups
 from pmod._ambient import ambient
+from pmod._blocking import InThread
 from pmod._errors import CollectiveTimeout, MismatchError, PmodError, call_site, coordinates, explain
 from pmod._meeting import process_state
 from pmod._mesh import Axis
@@ -544,7 +542,7 @@ class Wait:
             posts, dead = self._tell(lambda told: told.follow(self._others)), self._dead()
             self._hear(work)
             self._compare({rank: post for rank, post in (posts or {}).items() if rank in self._others}, work)
-            absent = [rank for rank in self._others if not self._is_here((posts or {}).get(rank))]
+            absent = [rank for rank in self._others if not self._is_here((posts or {}).get(rank), cause)]
             if cause is None and work.is_completed():
                 return
             if posts is None or dead or not absent or monotonic() > until:
@@ -572,10 +570,12 @@ class Wait:
             return not_here(known, {}, dead, timeout, broken, stopped)
         return f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
 
-    def _is_here(self, post: Post | None) -> bool:
+    def _is_here(self, post: Post | None, cause: RuntimeError | None) -> bool:
         if post is None:
             return False
-        return not self._ended_before(post) if post.state == ENDED else post.meeting == self._meeting
+        if post.state == ENDED:  # where a connection is broken, it has not sent all that it began to send
+            return cause is None and not self._ended_before(post)
+        return post.meeting == self._meeting
 
 
 def _short(error: RuntimeError) -> str:
@@ -605,55 +605,3 @@ def _tell_the_end() -> None:
 
 
 _groups.before_end.append(_tell_the_end)
-
-
-# --- works that only a blocking call can wait for ---------------------------------------------------
-
-
-class InThread:
-    """gloo's sends and receives block, for their connection and for their end, and cannot be looked at: in a thread."""
-
-    def __init__(self, f: Callable[[], None], cut: Callable[[], None] = lambda: None) -> None:
-        self._f = f
-        self.cut = cut  # ends what f waits for
-        self._over = threading.Lock()
-        self._over.acquire()
-        self._error: BaseException | None = None
-        try:
-            worker = _idle.pop()
-        except IndexError:
-            worker = queue.SimpleQueue()
-            threading.Thread(target=_serve, args=(worker,), name="pmod sends", daemon=True).start()
-        worker.put(self)
-
-    def run(self) -> None:
-        try:
-            self._f()
-        except BaseException as error:
-            self._error = error
-
-    def release(self) -> None:
-        self._over.release()
-
-    def is_completed(self) -> bool:
-        return not self._over.locked()
-
-    def wait(self, timeout: timedelta | None = None) -> None:
-        if not self._over.acquire(timeout=-1 if timeout is None else timeout.total_seconds()):
-            raise RuntimeError("not done yet")
-        self._over.release()
-        if self._error is not None:
-            raise self._error
-
-
-_idle: list[queue.SimpleQueue[InThread]] = []
-os.register_at_fork(after_in_child=_idle.clear)  # threads stay behind
-
-
-def _serve(jobs: queue.SimpleQueue[InThread]) -> None:
-    while True:
-        job = jobs.get()
-        job.run()
-        _idle.append(jobs)
-        job.release()
-        del job  # with the tensors that it holds

@@ -30,6 +30,7 @@ import attrs
 
 ACTIONS = ("kill", "stop", "interrupt", "early", "delay")
 DEADLINES = {"kill": 30.0, "stop": 4.0, "interrupt": 30.0, "early": 8.0, "delay": 30.0}  # timeout= of the ranks' mesh
+AGAIN = 40.0  # and of the mesh that the survivors make, some of which wait for the first one until its deadline
 PATIENCE = 60.0  # seconds until a rank that is still there counts as a hang
 STEPS = 40  # of a job that is only held up
 
@@ -92,11 +93,11 @@ def be_rank(plan: Plan, rank: int, ports: Sequence[int], file: Path) -> None:
     pmod.shutdown()
     say("shutdown", time.monotonic() - began)
     if plan.action == "interrupt":  # all are still there
-        again = pmod.make_mesh(plan.sizes, topology=place(rank, plan.size, ports[0]), timeout=deadline)
+        again = pmod.make_mesh(plan.sizes, topology=place(rank, plan.size, ports[0]), timeout=AGAIN)
     else:
         others = plan.others
         where = place(others.index(rank), len(others), ports[1])
-        again = pmod.make_mesh({"a": len(others)}, topology=where, timeout=deadline)
+        again = pmod.make_mesh({"a": len(others)}, topology=where, timeout=AGAIN)
     with pmod.set_mesh(again):
         say("again", pmod.psum(rank, tuple(again.axis_names)))
 
