@@ -32,7 +32,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvou
 
 from pmod import _place
 from pmod._blocking import busy, hold_still
-from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
+from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, call_site, explain
 from pmod._meeting import Meeting
 from pmod._numbers import as_real
 from pmod._topology import Topology
@@ -413,14 +413,14 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
     name = f"pmod:{digest}:{_state.made[key]}"
     _state.made[key] += 1
     private: Any = c10d
+    store = _own_connection(private._get_default_store())
     with _lazy_gloo():
         group, _ = private._new_process_group_helper(
             len(ranks),
             ranks.index(dist.get_rank()),
             ranks,
             dist.get_backend_config(),
-            # a connection of its own: a group that waits in the store for its members would lock out the next group
-            private._get_default_store().clone(),
+            store,
             name,
             timeout=timeout,
             group_desc=f"pmod over ranks {ranks if len(ranks) <= 8 else f'{ranks[0]}..{ranks[-1]}'}",
@@ -428,6 +428,17 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
     # what new_group does after the helper: global rank -> rank within the group
     private._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
     return group
+
+
+def _own_connection(store: Store) -> Store:
+    """One more to this store: a group that waits in the store for its members would lock out the next group."""
+    try:
+        store.check([PLACE.format(0)])  # fails at once where its server is gone; to connect is tried until the deadline
+        return store.clone()
+    except RuntimeError:
+        given = "the store of the world cannot be reached, which rank 0 or the launcher serves"
+        right = "Has rank 0 ended? Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh."
+        raise CollectiveTimeout(explain(call_site()[0] or "make_mesh", given, right)) from None
 
 
 def blackboard() -> Store | None:

@@ -166,4 +166,4 @@ class Meeting:
 def _some(ranks: list[int]) -> str:
     """`rank 1; rank 2; and 3 more`."""
     more = [f"and {len(ranks) - _COMPANY} more"] if len(ranks) > _COMPANY else []
-    return "; ".join([*(f"rank {rank}" for rank in ranks[:_COMPANY]), *more])
+    return "; ".join([*(f"rank {rank}" for rank in ranks[:_COMPANY]), *more]) or "none, so one came too late"

@@ -564,7 +564,11 @@ class Wait:
         if posts is not None:
             waiters = roots(absent, posts, dead)
             return not_here(list(waiters) or absent, posts, dead, timeout, broken, stopped, waiters)
-        # the rank that served the board may be any of these
+        # the rank that served the board is one of these, if it is of this host: its connections end a little before it
+        until = monotonic() + self._pause
+        while told is not None and not (dead or stopped) and monotonic() < until:
+            sleep(self._pause / 10)
+            dead = told.dead(self._node)
         known = [rank for rank in self._node if rank in dead or rank in stopped]
         if known:
             return not_here(known, {}, dead, timeout, broken, stopped)

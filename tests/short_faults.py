@@ -2,14 +2,17 @@
 
 A trial forks its ranks from a process that has imported torch already, so that it costs about a second. What a rank
 goes through, it writes into a file: that it met the others, the error that it got, how long `shutdown` took, what the
-survivors' new mesh adds up to. A verdict is "ok", "HANG", "WRONG" or "NAMELESS" (an error that names no hurt rank).
+survivors' new mesh adds up to. A verdict is "ok", "HANG", "WRONG", "NAMELESS" (an error that does not name the hurt
+rank) or "ALSO" (one that blames another, too).
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import re
@@ -117,7 +120,7 @@ def _work(plan: Plan, rank: int, say: Any) -> None:
         step += 1
         name, axis = draw.choice(("psum", "all_gather", "pshift", "barrier")), draw.choice(list(mesh.axis_names))
         x = torch.full((draw.choice((1, 100, 50_000)),), float(100 * step + rank))
-        ranks = mesh.ranks_along(axis) if hasattr(mesh, "ranks_along") else _ranks_along(mesh, axis)
+        ranks = list(mesh.bind(axis, "test").ranks)
         index = ranks.index(rank)
         if name == "psum":
             right = bool((pmod.psum(x, axis) == sum(100 * step + other for other in ranks)).all())
@@ -131,10 +134,6 @@ def _work(plan: Plan, rank: int, say: Any) -> None:
         if not right:
             say("wrong", f"step {step}: {name} along {axis}")
         time.sleep(own.uniform(0.0, 0.01))
-
-
-def _ranks_along(mesh: Any, axis: str) -> list[int]:
-    return list(mesh.bind(axis, "test").ranks)
 
 
 # --- its parent -----------------------------------------------------------------------------------
@@ -304,15 +303,18 @@ def run(seeds: Sequence[int], actions: Sequence[str], beside: int, deadline: flo
     return sum(n for (_, verdict), n in counts.items() if verdict != "ok")
 
 
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m tests.short_faults", description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trials; 1 where one is not ok."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults --short", description=__doc__)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beside", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--beside", type=int, default=0, help="so many processes compute all the while")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no trial later than this")
     parser.add_argument("--actions", nargs="+", choices=ACTIONS, default=ACTIONS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     seeds = range(options.seed, options.seed + options.trials)
-    sys.exit(1 if run(seeds, options.actions, options.beside, options.seconds) else 0)
+    return 1 if run(seeds, options.actions, options.beside, options.seconds) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
