@@ -177,7 +177,8 @@ class _Words:
     def _expired(self, axis: Axis, meeting: str, origin: Origin, dead: dict[int, str]) -> CollectiveTimeout:
         posts = self.board.read(axis.ranks)
         here = {axis.topology.rank, *(rank for rank, post in posts.items() if post.meeting == meeting)}
-        given = not_here([rank for rank in axis.ranks if rank not in here], posts, dead, axis.timeout)
+        absent, stopped = [rank for rank in axis.ranks if rank not in here], self.board.stopped(axis.ranks)
+        given = not_here(absent, posts, dead, axis.timeout, stopped=stopped)
         function, right = origin[0].removeprefix(BACKWARD), f"Called at {origin[1]}"
         return CollectiveTimeout(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
 
