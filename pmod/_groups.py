@@ -430,7 +430,7 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
     return group
 
 
-def _own_connection(store: Store) -> Store:
+def _own_connection(store: Any) -> Store:
     """One more to this store: a group that waits in the store for its members would lock out the next group."""
     try:
         store.check([PLACE.format(0)])  # fails at once where its server is gone; to connect is tried until the deadline

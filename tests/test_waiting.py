@@ -653,4 +653,4 @@ def test_a_group_that_is_made_when_the_store_is_gone() -> None:
             raise torch.distributed.DistNetworkError("Connection reset by peer")
 
     with pytest.raises(pmod.CollectiveTimeout, match="the store of the world cannot be reached, which rank 0"):
-        _groups._own_connection(Gone())  # type: ignore[arg-type]
+        _groups._own_connection(Gone())
