@@ -500,7 +500,8 @@ def test_what_somebody_else_holds_is_left_behind(monkeypatch: pytest.MonkeyPatch
     left: list[Any] = []
     monkeypatch.setattr(_groups, "leave_behind", left.append)
     held, other = Unending(), Unending()
-    held.go.set(), other.go.set()
+    held.go.set()
+    other.go.set()
     asked = other.asked
     groups: list[Any] = [held, other]
     del other
