@@ -237,7 +237,8 @@ class _Exchanges:
     def _expired(self, axis: Axis, meeting: str, origin: Origin, dead: dict[int, str]) -> CollectiveTimeout:
         posts = self.board.read(axis.ranks)
         here = {axis.topology.rank, *(rank for rank, post in posts.items() if post.meeting == meeting)}
-        given = not_here([rank for rank in axis.ranks if rank not in here], posts, dead, axis.timeout)
+        absent, stopped = [rank for rank in axis.ranks if rank not in here], self.board.stopped(axis.ranks)
+        given = not_here(absent, posts, dead, axis.timeout, stopped=stopped)
         return _absent(given, axis, origin, "")
 
     def _out_of_reach(self, axis: Axis, origin: Origin, error: RuntimeError) -> CollectiveTimeout:

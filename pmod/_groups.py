@@ -17,11 +17,10 @@ import hashlib
 import ipaddress
 import logging
 import os
-import re
 import socket
 import threading
 import time
-import uuid
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from datetime import timedelta
@@ -35,7 +34,9 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvou
 from torch.distributed.rendezvous import _torchelastic_use_agent_store
 
 from pmod import _place
-from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
+from pmod._blocking import busy, hold_still
+from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, call_site, explain
+from pmod._meeting import Meeting
 from pmod._numbers import as_real
 from pmod._topology import Topology
 
@@ -58,13 +59,16 @@ class _State:
         self.meetings: Counter[str] = Counter()  # how often each rank set was sent along
         self.histories: dict[str, deque[tuple[int, Any]]] = {}  # the last calls along each rank set
         self.witness: Any = None  # compares the calls whose messages have no tags
+        self.places: dict[int, tuple[str, int]] = {}  # the host and the process of those that this one has met
+        self.farewells: list[Callable[[], None]] = []  # what the waits that failed say to the others at the end
 
 
 _state = _State()
 _lock = threading.RLock()
-# The stores outlive a shutdown: the ranks that come back must not meet at a server that is about to end. The number is
-# that of the connection, which keeps one from reading the keys of another.
-_stores: dict[tuple[str, int], tuple[Store, int]] = {}
+# The stores outlive a shutdown: the ranks that come back must not meet at a server that is about to end.
+_stores: dict[tuple[str, int], Store] = {}
+_launched_worlds = 0  # how often `launch` has connected this rank
+before_end: list[Callable[[], None]] = []  # what the modules above say to the others when a world ends
 # Where `launch` put this process, which no environment variable says.
 launched: Topology | None = None
 
@@ -187,12 +191,20 @@ def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
         if topology.device.type == "cuda":
             torch.cuda.set_device(topology.device)  # what NCCL takes for a barrier, and plain "cuda" for a tensor
         timeout = timedelta(seconds=seconds)
-        store = _store(topology, timeout)
-        with _lazy_gloo():
-            dist.init_process_group(
-                topology.backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
-            )
-        _enter_world(topology, started=True)
+        store, places = _store(topology, timeout)
+        try:
+            with _lazy_gloo():
+                dist.init_process_group(
+                    topology.backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
+                )
+            _enter_world(topology, started=True)
+            _state.places = places
+        except BaseException:
+            # Ctrl-C came in between. Nobody else has a world that is half there, so the next make_mesh may not use it.
+            if dist.is_initialized():
+                _end(_all_groups(), whole_world=True)
+            _state.__init__()
+            raise
         atexit.register(_at_exit)
         announce(topology, mesh)
 
@@ -219,6 +231,11 @@ def _enter_world(topology: Topology, *, started: bool) -> None:
     if store is not None:
         with contextlib.suppress(RuntimeError):  # a user's store may hold nothing (torch's fake one)
             store.set(PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}")
+
+
+def place_of_process(rank: int) -> tuple[str, int] | None:
+    """The host and the process of a rank, where this process has met it."""
+    return _state.places.get(rank)
 
 
 def next_meeting(key: str) -> int:
@@ -253,12 +270,31 @@ def _begin_anew() -> None:
 _left_behind: set[dist.ProcessGroup] = set()
 
 
-def leave_behind(group: dist.ProcessGroup) -> None:
-    """Never end this group: a message of it waits for ever, and so would the group's end."""
+def leave_behind(group: dist.ProcessGroup, farewell: Callable[[], None] | None = None) -> None:
+    """Never use or end this group: a message of it waits for ever or has failed, and so might the group's end.
+
+    farewell: what `shutdown` does first, for those that may wait for this rank.
+    """
     with _lock:
+        if not _left_behind:
+            _end_without_destructors()
         if group not in _left_behind:
             _left_behind.add(group)
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # beyond the end of Python, too
+        if farewell is not None:
+            _state.farewells.append(farewell)
+
+
+def _end_without_destructors() -> None:
+    """Leave at once where the process has ended but for C++: its destructors meet the threads of what was left behind.
+
+    The exit status stays, and so does what was printed. Where the C library has no `on_exit`, nothing is done.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):
+        # called in the reverse order: first what C has buffered is written, then the process is over
+        libc.on_exit(libc._exit, None)
+        libc.__cxa_atexit(libc.fflush, None, None)
 
 
 def is_left_behind(group: dist.ProcessGroup) -> bool:
@@ -282,7 +318,21 @@ def _join(topology: Topology) -> None:
         _enter_world(topology, started=False)
 
 
-def _store(topology: Topology, timeout: timedelta) -> Store:
+def _store(topology: Topology, timeout: timedelta) -> tuple[Store, dict[int, tuple[str, int]]]:
+    """A store of this connection alone, and where the processes are whose ranks have come together there."""
+    global _launched_worlds
+    store = _store_of_job(topology, timeout)
+    if topology.world_size == 1:
+        return store, {}
+    if topology.launcher == "launch":  # whose ranks all end where one fails, so that all have counted alike
+        _launched_worlds += 1
+        return PrefixStore(str(_launched_worlds), store), {}
+    meeting = Meeting(store, topology)
+    return PrefixStore(meeting.come(timeout.total_seconds()), store), meeting.places
+
+
+def _store_of_job(topology: Topology, timeout: timedelta) -> Store:
+    """The store where the ranks of this job meet, now and whenever they connect anew."""
     if topology.world_size == 1:
         return HashStore()
     if topology.master_addr is None or topology.master_port is None:
@@ -294,51 +344,15 @@ def _store(topology: Topology, timeout: timedelta) -> Store:
             )
         )
     address, port = topology.master_addr, topology.master_port
-    store, number = _stores.get((address, port), (None, 0))
+    store = _stores.get((address, port))
     if store is None and topology.launcher == "launch":  # the parent of the ranks serves the store
-        store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout)
+        store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
     elif store is None:
         store = _meet(address, port, topology, timeout)
     else:
         store.set_timeout(timeout)  # it had that of the mesh before
-    _stores[address, port] = store, number + 1
-    # neither another job nor an earlier connection of this one may be read
-    store = PrefixStore(f"pmod/{topology.job}/{number}", store)
-    if topology.launcher != "env":
-        return store
-    return PrefixStore(_agreed_attempt(store, topology, timeout.total_seconds()), store)
-
-
-def _agreed_attempt(store: Store, topology: Topology, seconds: float) -> str:
-    """A name for this start of the ranks, which no process of an earlier one knows.
-
-    torchrun's agents outlive their workers, and so does what those wrote into the store; and each agent counts restarts
-    for itself (TORCHELASTIC_RESTART_COUNT), so that the counts of two hosts differ after one worker has died. So each
-    rank writes down a word of its own. Rank 0 proposes the words that it finds; whoever finds its word among them
-    agrees, which the dead cannot; and what all have agreed to is the name.
-    """
-    rank, size, word = topology.rank, topology.world_size, uuid.uuid4().hex
-    words = [f"word/{other}" for other in range(size)]
-    store.set(words[rank], word)
-    until, proposed, agreed, pause = time.monotonic() + seconds, "", "", 0.002
-    while time.monotonic() < until:
-        if rank == 0 and store.check(words):
-            found = ",".join(text.decode() for text in store.multi_get(words))
-            if found != proposed:  # one of them was of a rank that is no more
-                proposed = found
-                store.set("proposed", found)
-        elif rank != 0 and store.check(["proposed"]):
-            proposed = store.get("proposed").decode()
-        name = hashlib.sha1(proposed.encode()).hexdigest()
-        if word in proposed and name != agreed:
-            agreed = name
-            store.add(f"agreed/{name}", 1)
-        if agreed and store.add(f"agreed/{agreed}", 0) == size:
-            return agreed
-        time.sleep(pause)
-        pause = min(1.5 * pause, 0.25)
-    right = "Were all ranks started, and with the same MASTER_ADDR and MASTER_PORT?"
-    raise CollectiveTimeout(explain("make_mesh", f"not all {size} ranks came within {seconds:g} s", right))
+    _stores[address, port] = store
+    return PrefixStore(f"pmod/{topology.job}", store)  # another job may not be read
 
 
 def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> Store:
@@ -349,12 +363,13 @@ def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> St
         listener = _listener(loopback, port, topology) if loopback is not None and topology.rank == 0 else None
         if listener is not None:
             return TCPStore(
-                address, port, topology.world_size, is_master=True, timeout=timeout, multi_tenant=True,
-                master_listen_fd=listener.detach(),
+                address, port, topology.world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+                multi_tenant=True, master_listen_fd=listener.detach(),
             )  # fmt: skip
         host = loopback or address
         host = f"[{host}]" if ":" in host else host
-        meeting = rendezvous(f"tcp://{host}:{port}", topology.rank, topology.world_size, timeout=timeout)
+        # a world of one: it would wait for the others without a look at them, as `Meeting` has
+        meeting = rendezvous(f"tcp://{host}:{port}", topology.rank, 1, timeout=timeout)
         return next(iter(meeting))[0]
     except (dist.DistNetworkError, OSError) as error:
         if "EADDRINUSE" in str(error) or "ddress already in use" in str(error):
@@ -365,9 +380,6 @@ def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> St
             right = "Set MASTER_PORT to a port that this process may listen at."
             raise TopologyError(explain("make_mesh", f"port {port} of {address}: {error.strerror}", right)) from None
         given = f"rank 0 did not come to {address}:{port} within {seconds}"
-    except dist.DistStoreError as error:
-        came = re.search("[0-9]+/[0-9]+ clients joined", str(error))
-        given = f"not all ranks came to {address}:{port} within {seconds}{f' ({came[0]})' if came else ''}"
     right = "Were all ranks started, and with the same MASTER_ADDR and MASTER_PORT? May they reach that port?"
     raise CollectiveTimeout(explain("make_mesh", given, right))
 
@@ -449,14 +461,14 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
     name = f"pmod:{digest}:{_state.made[key]}"
     _state.made[key] += 1
     private: Any = c10d
+    store = _own_connection(private._get_default_store())
     with _lazy_gloo():
         group, _ = private._new_process_group_helper(
             len(ranks),
             ranks.index(dist.get_rank()),
             ranks,
             dist.get_backend_config(),
-            # a connection of its own: a group that waits in the store for its members would lock out the next group
-            private._get_default_store().clone(),
+            store,
             name,
             timeout=timeout,
             group_desc=f"pmod over ranks {ranks if len(ranks) <= 8 else f'{ranks[0]}..{ranks[-1]}'}",
@@ -464,6 +476,17 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
     # what new_group does after the helper: global rank -> rank within the group
     private._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
     return group
+
+
+def _own_connection(store: Any) -> Store:
+    """One more to this store: a group that waits in the store for its members would lock out the next group."""
+    try:
+        store.check([PLACE.format(0)])  # fails at once where its server is gone; to connect is tried until the deadline
+        return store.clone()
+    except RuntimeError:
+        given = "the store of the world cannot be reached, which rank 0 or the launcher serves"
+        right = "Has rank 0 ended? Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh."
+        raise CollectiveTimeout(explain(call_site()[0] or "make_mesh", given, right)) from None
 
 
 def blackboard() -> Store | None:
@@ -489,28 +512,120 @@ def _at_exit() -> None:
     # interpreter, and where it is ending they abort the process ("terminate called without an active exception").
     time.sleep(0.05)
     shutdown()
+    hold_still()
 
 
 def shutdown() -> None:
     """End what `make_mesh` started: its process groups, and the world if pmod connected it.
 
     Runs at exit by itself, and may be called any number of times. A process group that the user initialized is left
-    alone. Afterwards `make_mesh` starts afresh.
+    alone. Afterwards `make_mesh` starts afresh. After a failed wait the connections stay as they are until the process
+    ends, because gloo might wait for ever to end them; the ranks that wait for this one are told.
 
     >>> pmod.shutdown()
     """
     with _lock:
         atexit.unregister(_at_exit)
-        ours, started = list(_state.groups.values()), _state.started_world
+        started = _state.started_world
         connected = dist.is_initialized() and dist.group.WORLD is _state.world
+        if connected:
+            for farewell in _state.farewells or (before_end if started else []):
+                with contextlib.suppress(RuntimeError):  # the store may be gone, or Python too near its end
+                    farewell()
+        if connected and started:
+            _end(_all_groups(), whole_world=True)
+        elif connected:
+            _end(_made_groups(), whole_world=False)
         if started or not connected:
             _begin_anew()
             _place.record(launched)
         else:  # the user's world goes on, and so do its store and the names used in it
-            _state.groups = {}
-    if connected and started:
+            _state.groups, _state.farewells = {}, []
+
+
+def meetings() -> dict[str, int]:
+    """How often this rank has sent along each rank set."""
+    return dict(_state.meetings)
+
+
+def groups_in_use() -> list[dist.ProcessGroup]:
+    """Those along which something was sent."""
+    return [group for key, group in _state.groups.items() if _state.meetings[key]]
+
+
+def _made_groups() -> list[dist.ProcessGroup]:
+    """Those that pmod has made within a world of the user's."""
+    ours = [group for group in _state.groups.values() if group.group_name.startswith("pmod:")]
+    return [group for group in ours if group is not dist.group.WORLD]
+
+
+def _all_groups() -> list[dist.ProcessGroup]:
+    import torch.distributed.distributed_c10d as c10d
+
+    private: Any = c10d
+    return list(private._world.pg_map)
+
+
+_PATIENCE = 5.0  # seconds for a group to end: some hundredths do where nothing is wrong
+
+
+def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
+    """Take the groups out of torch.distributed, and end those that can be ended; `groups` is emptied.
+
+    A group that was left behind stays, and so do all others of its world, whose connections the same death has broken:
+    gloo ends a group's thread at a moment without an event (Loop::run), and a connection that breaks once it is asked
+    to end is never taken off its list, so that this moment never comes. A death that nobody has noticed yet can do the
+    same to any group. So groups end in a thread, for which this one waits so long and no longer. A group that somebody
+    else holds would end elsewhere, without a bound: it stays as well.
+    """
+    if any(group in _left_behind for group in groups):
+        _leave_all_behind(groups)
+    watched = [weakref.ref(group) for group in groups]
+    taken_out, ended, errors = threading.Event(), threading.Event(), list[BaseException]()
+
+    def end() -> None:
+        busy.add(threading.get_ident())
+        try:
+            _take_out(groups, whole_world)
+        except BaseException as error:
+            errors.append(error)
+        taken_out.set()
+        groups.clear()
+        busy.discard(threading.get_ident())
+        ended.set()
+
+    try:
+        threading.Thread(target=end, name="pmod ends", daemon=True).start()
+    except RuntimeError:  # Python is too near its end
+        _leave_all_behind(groups)
+        return
+    try:
+        taken_out.wait()
+    except BaseException:  # Ctrl-C, and yet a world that is half there could be taken for a whole one
+        taken_out.wait()
+        raise
+    if not ended.wait(_PATIENCE):
+        log.warning("gloo does not end a process group within %g s, so it is left behind", _PATIENCE)
+        _end_without_destructors()
+    for reference in watched:
+        group = reference()
+        if group is not None:
+            leave_behind(group)
+    if errors:
+        raise errors[0]
+
+
+def _leave_all_behind(groups: list[dist.ProcessGroup]) -> None:
+    for group in groups:
+        leave_behind(group)
+
+
+def _take_out(groups: list[dist.ProcessGroup], whole_world: bool) -> None:
+    """Make torch.distributed forget the groups, all while `groups` holds them."""
+    if whole_world:
         dist.destroy_process_group()
-    elif connected:
-        for group in ours:
-            if group is not dist.group.WORLD and group.group_name.startswith("pmod:"):
-                dist.destroy_process_group(group)
+        _state.world = None
+    else:
+        for group in groups:
+            dist.destroy_process_group(group)
+    _state.groups = {}

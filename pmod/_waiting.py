@@ -8,24 +8,24 @@ says which call it makes, too: ranks that make unlike calls have sent messages t
 from __future__ import annotations
 
 import contextlib
-import os
-import queue
+import json
 import re
 import socket
-import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property, lru_cache
-from pathlib import Path
 from time import monotonic, sleep
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 
 from pmod import _groups
 from pmod._ambient import ambient
-from pmod._errors import CollectiveTimeout, MismatchError, call_site, coordinates, explain
+from pmod._blocking import InThread
+from pmod._errors import CollectiveTimeout, MismatchError, PmodError, call_site, coordinates, explain
+from pmod._meeting import process_state
 from pmod._mesh import Axis
 
 LOOK = 1.0  # seconds between looks at what the others say; less where the deadline is near
@@ -34,7 +34,7 @@ NEAR = 32  # with so many next ranks of the axis a rank compares its call: if an
 _ANSWER = timedelta(seconds=2)  # so long the store may take
 _CHUNK = timedelta(seconds=0.05)  # so long a signal waits for Python to handle it
 
-WAITS, LEFT = "waits", "left"
+WAITS, LEFT, ENDED = "waits", "left", "ended"
 ALIKE = "All ranks of an axis must make the same calls in the same order, with shapes that fit."
 _SOMEBODY_LEFT = "pmod/left"
 _FOUND = "pmod/unlike/{}"  # the ranks of an axis -> how their calls differ
@@ -87,7 +87,7 @@ class Said(NamedTuple):
 class Post(NamedTuple):
     """What a rank that waits says."""
 
-    state: str  # WAITS, or LEFT: it raised, and comes no more
+    state: str  # WAITS, or LEFT: it raised, and comes no more; or ENDED: its world is over, as far as it is concerned
     meeting: str  # the axis and the number of the call
     ranks: tuple[int, ...]  # for which it waits
     where: str
@@ -95,6 +95,7 @@ class Post(NamedTuple):
     what: str = ""  # and in words: the shapes and the dtype,
     params: str = ""  # and the parameters
     parts: str = ""  # of an exchange of parts: its number, and for ranks nearby what is sent and expected, in bytes
+    met: str = ""  # of one that has ended: how often it has sent along which ranks
     before: str = ""  # its last calls along these ranks: an empty one is over at once, whatever the others do
 
     def text(self) -> str:
@@ -103,7 +104,7 @@ class Post(NamedTuple):
     @staticmethod
     def of(text: str) -> Post:
         state, meeting, ranks, *rest = text.split("\x1f")
-        return Post(state, meeting, tuple(map(int, ranks.split(","))), *rest)
+        return Post(state, meeting, tuple(map(int, ranks.split(","))) if ranks else (), *rest)
 
 
 def unlike(ours: Post, me: int, theirs: Post, other: int) -> str | None:
@@ -159,7 +160,7 @@ class Board:
 
     def write(self, rank: int, post: Post) -> None:
         self.store.set(f"pmod/waits/{rank}", post.text())
-        if post.state == LEFT:
+        if post.state != WAITS:
             self.store.set(_SOMEBODY_LEFT, "1")
 
     def somebody_left(self) -> bool:
@@ -211,18 +212,28 @@ class Board:
     def learn(self, ranks: Sequence[int]) -> None:
         """Ask where these ranks are, once: the store may be gone when it matters."""
         for rank in ranks:
-            if rank not in self._places:
+            known = _groups.place_of_process(rank)
+            if known is not None:
+                self._places[rank] = known
+            elif rank not in self._places:
                 host, _, pid = self._get(_groups.PLACE.format(rank)).partition("\x1f")
                 if pid:
                     self._places[rank] = host, int(pid)
 
     def dead(self, ranks: Sequence[int]) -> dict[int, str]:
         """Those, of the ranks that it has learned of, whose process was on this host and is no more."""
+        return self._whose_process(ranks, lambda pid: not _is_alive(pid), "is dead")
+
+    def stopped(self, ranks: Sequence[int]) -> dict[int, str]:
+        """Those, of the ranks that it has learned of, whose process on this host stands still until it is continued."""
+        return self._whose_process(ranks, lambda pid: process_state(pid) in ("T", "t"), "is stopped")
+
+    def _whose_process(self, ranks: Sequence[int], does: Callable[[int], bool], what: str) -> dict[int, str]:
         found: dict[int, str] = {}
         for rank in ranks:
             host, pid = self._places.get(rank, ("", 0))
-            if host == socket.gethostname() and not _is_alive(pid):
-                found[rank] = f"process {pid} on {host} is dead"
+            if host == socket.gethostname() and does(pid):
+                found[rank] = f"process {pid} on {host} {what}"
         return found
 
     def _get(self, key: str) -> str:
@@ -230,17 +241,7 @@ class Board:
 
 
 def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"  # dead, and not yet waited for by its parent
-    except OSError:
-        return not stat.parent.parent.exists()
+    return process_state(pid) != ""
 
 
 _board: Board | None = None
@@ -271,18 +272,55 @@ def neighbours(axis: Axis) -> list[int]:
     return [rank for rank in axis.ranks if first <= rank < first + place.local_world_size and rank != place.rank][:MANY]
 
 
+def roots(absent: Sequence[int], posts: dict[int, Post], dead: Collection[int]) -> dict[int, int | None]:
+    """Of the absent ranks, and those for which they wait in their turn, the ones that wait for nobody: who is to blame.
+
+    With each, the rank that waits for it, None where that is this one. Empty where all wait in a circle.
+    """
+    found: dict[int, int | None] = {}
+    seen: set[int] = set()
+    left: list[tuple[int, int | None]] = [(rank, None) for rank in absent]
+    while left:
+        rank, waiter = left.pop(0)
+        if rank in seen:
+            continue
+        seen.add(rank)
+        further = _awaited(rank, posts)
+        if not further or (rank in dead and posts[rank].state != LEFT):
+            found[rank] = waiter
+        left += [(other, rank) for other in further]
+    return found
+
+
+def _awaited(rank: int, posts: dict[int, Post]) -> list[int]:
+    """The ranks for which a rank waits, or waited when it raised, and that have not come to it."""
+    post = posts.get(rank)
+    if post is None:
+        return []
+    others = [other for other in post.ranks if other != rank]
+    return [other for other in others if other not in posts or posts[other].meeting != post.meeting]
+
+
+_DOES = {WAITS: "waits in ", LEFT: "raised in ", ENDED: "has ended its mesh"}
+
+
 def not_here(
-    absent: Sequence[int], posts: dict[int, Post], dead: dict[int, str], timeout: float, broken: bool = False
-) -> str:
+    absent: Sequence[int], posts: dict[int, Post], dead: dict[int, str], timeout: float, broken: bool = False,
+    stopped: Mapping[int, str] = MappingProxyType({}), waiters: Mapping[int, int | None] = MappingProxyType({}),
+) -> str:  # fmt: skip
     """What is wrong, for an error: these ranks did not come, and what is known of them. broken: a connection is."""
-    gone = [rank for rank in absent if rank in dead or (rank in posts and posts[rank].state == LEFT)]
+    gone = [rank for rank in absent if rank in dead or (rank in posts and posts[rank].state != WAITS)]
+    still = [rank for rank in absent if rank in stopped]
     rows: list[str] = []
-    for rank in gone or absent:  # beside those that come no more, the others may just be late
+    for rank in gone or still or absent:  # beside those that come no more, the others may just be late
         row = place_of(rank)
-        if rank in dead:
-            row += f", whose {dead[rank]}"
+        if rank in dead or rank in stopped:
+            row += f", whose {dead.get(rank) or stopped[rank]}"
         elif rank in posts:
-            row += f", which {'raised' if posts[rank].state == LEFT else 'waits'} in {posts[rank].where}"
+            row += f", which {_DOES[posts[rank].state]}{posts[rank].where}"
+        waiter = waiters.get(rank)
+        if waiter is not None:
+            row += f", for which {place_of(waiter)} waits in {posts[waiter].where}"
         rows.append(row)
     given = "a connection failed" if broken else f"not all ranks came within {timeout:g} s"
     given = "some ranks come no more" if gone else given
@@ -295,8 +333,9 @@ def not_here(
 class Wait:
     """The wait for one collective, which other ranks of the axis know by the same number."""
 
-    def __init__(self, axis: Axis, said: Said) -> None:
+    def __init__(self, axis: Axis, said: Said, cut_off: Callable[[Any], None] = lambda group: None) -> None:
         self._axis, self._said = axis, said
+        self._cut_off = cut_off  # closes the connections of a group
         self.number = _groups.next_meeting(axis.group_key)
         self._history = _groups.history(axis.group_key)
         self._history.append((self.number, self._said))
@@ -306,7 +345,7 @@ class Wait:
         if self.number == 1:
             board()  # connected while the rank that serves it is there
         elif self.number == 2:  # by now all ranks of the axis have connected
-            self._tell(lambda told: told.learn(self._neighbours))
+            self._tell(lambda told: told.learn(self._node))
 
     @property
     def _meeting(self) -> str:
@@ -323,6 +362,15 @@ class Wait:
     @cached_property
     def _others(self) -> list[int]:
         return [rank for rank in self._axis.ranks if rank != self._rank][:MANY]
+
+    @cached_property
+    def _node(self) -> list[int]:
+        """The other ranks of this node, whose processes can be looked at; those of the axis first."""
+        place = self._axis.topology
+        first = place.rank - place.local_rank
+        node = range(first, min(first + place.local_world_size, place.world_size))
+        others = [rank for rank in node if rank != place.rank and rank not in self._neighbours]
+        return [*self._neighbours, *others][:MANY]
 
     @cached_property
     def _neighbours(self) -> list[int]:
@@ -347,7 +395,7 @@ class Wait:
 
     def refuse(self) -> NoReturn:
         """Raise, because an earlier wait along these ranks was cut off; and say so to those that wait for this rank."""
-        self._write(LEFT)
+        self._leave_word()
         function, _ = self._origin()
         given = "an earlier call along these ranks was cut off while it waited, so messages no longer pair up"
         right = "Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh; in a notebook, %mesh."
@@ -364,18 +412,46 @@ class Wait:
                 self._wait_long(work)
         except RuntimeError as error:  # gloo's: a connection broke, or its own deadline passed
             self._give_up(work, error)
-        except BaseException:
+        except PmodError:
+            raise
+        except BaseException:  # Ctrl-C: others may still take what was sent, so the connections go with the world only
             if not work.is_completed():
-                _groups.leave_behind(self._axis.group)
+                post = self._farewell()
+                _groups.leave_behind(self._axis.group, lambda: self._say_farewell(post, work))
             raise
 
     def _leave(self, work: Work) -> None:
         """Never use this group again. What waits in it in a thread ends, which Python's own end would abort."""
-        _groups.leave_behind(self._axis.group)
-        if isinstance(work, InThread) and not work.is_completed():
+        _groups.leave_behind(self._axis.group, self._cut_all)
+        self._cut(work)
+
+    def _cut(self, work: Work) -> None:
+        """Close the connections of a message that has failed, so that those who wait for this rank hear of it."""
+        if isinstance(work, InThread):
             with contextlib.suppress(RuntimeError):
                 InThread(work.cut).wait(_ANSWER)
                 work.wait(_ANSWER)
+
+    def _farewell(self) -> Post:
+        """What tells the others that this rank comes no more, to no meeting, and waits for nobody."""
+        return self._post(LEFT)._replace(meeting="", ranks=(self._rank,))
+
+    def _leave_word(self) -> None:
+        post = self._farewell()
+        self._tell(lambda told: told.write(self._rank, post))
+
+    def _say_farewell(self, post: Post, work: Work) -> None:
+        self._tell(lambda told: told.write(self._rank, post))
+        self._cut(work)
+        self._cut_all()
+
+    def _cut_all(self) -> None:
+        """Close the connections of the world, so that those who wait for this rank elsewhere hear of it."""
+        cuts = [InThread(lambda group=group: self._cut_off(group)) for group in _groups.groups_in_use()]
+        until = monotonic() + _ANSWER.total_seconds()
+        for one in cuts:
+            with contextlib.suppress(RuntimeError):  # a group without a connection waits for one
+                one.wait(timedelta(seconds=max(0.0, until - monotonic())))
 
     def _wait_long(self, work: Work) -> None:
         started = looked = monotonic()
@@ -421,7 +497,7 @@ class Wait:
         key = self._axis.group_key
         calls = [(f"{key}#{n}", str(s.code), s.what, str(s.params)) for n, s in self._history if n != self.number]
         before = "\x1e".join("\x1d".join(call) for call in calls)
-        return Post(state, self._meeting, ranks, where, str(said.code), said.what, str(said.params), parts, before)
+        return Post(state, self._meeting, ranks, where, str(said.code), said.what, str(said.params), parts, "", before)
 
     def _origin(self) -> tuple[str, str]:
         function, site = call_site()
@@ -440,7 +516,11 @@ class Wait:
         if not self._tell(Board.somebody_left):
             return False
         posts = self._tell(lambda told: told.read(self._others)) or {}
-        return any(post.state == LEFT for post in posts.values())
+        return any(post.state == LEFT or self._ended_before(post) for post in posts.values())
+
+    def _ended_before(self, post: Post) -> bool:
+        """Whether its rank has ended without this call."""
+        return post.state == ENDED and json.loads(post.met).get(self._axis.group_key, 0) < self.number
 
     def _hear(self, work: Work) -> None:
         """Raise where another rank has found unlike calls."""
@@ -464,7 +544,7 @@ class Wait:
         raise MismatchError(explain(function, given, ALIKE, axis=axis.label, coords=dict(axis.coords)))
 
     def _dead(self) -> dict[int, str]:
-        self._tell(lambda told: told.learn(self._neighbours))
+        self._tell(lambda told: told.learn(self._node))
         told = board()
         return {} if told is None else told.dead(self._neighbours)
 
@@ -473,29 +553,47 @@ class Wait:
         axis, until = self._axis, monotonic() + 1.25 * self._pause  # by then who has come has said so
         self._write(LEFT)
         while True:
-            posts, dead = self._tell(lambda told: told.read(self._others)), self._dead()
+            posts, dead = self._tell(lambda told: told.follow(self._others)), self._dead()
             self._hear(work)
-            self._compare(posts, work)
-            absent = [rank for rank in self._others if not self._is_here((posts or {}).get(rank))]
+            self._compare({rank: post for rank, post in (posts or {}).items() if rank in self._others}, work)
+            absent = [rank for rank in self._others if not self._is_here((posts or {}).get(rank), cause)]
             if cause is None and work.is_completed():
                 return
             if posts is None or dead or not absent or monotonic() > until:
                 break
             sleep(self._pause / 4)
-        if not work.is_completed():
-            self._leave(work)
+        self._leave(work)
         broken = cause is not None and "imed out" not in str(cause)
-        given = not_here(absent, posts or {}, dead, axis.timeout, broken)
-        if posts is None and not dead:
-            given = f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
+        given = self._who_is_missing(absent, posts, broken)
         function, site = self._origin()
         right = f"Called at {site}" + ("" if cause is None else f"\ngloo says: {_short(cause)}")
         if cause is not None and axis.topology.num_nodes > 1 and "closed by peer" not in str(cause):
             right += f"\n{_groups.INTERFACE}"
         raise CollectiveTimeout(explain(function, given, right, axis=axis.label, coords=dict(axis.coords))) from None
 
-    def _is_here(self, post: Post | None) -> bool:
-        return post is not None and post.meeting == self._meeting
+    def _who_is_missing(self, absent: Sequence[int], posts: dict[int, Post] | None, broken: bool) -> str:
+        """The ranks to blame: those that nobody keeps waiting, though others wait for them."""
+        told, timeout = board(), self._axis.timeout
+        dead, stopped = ({}, {}) if told is None else (told.dead(self._node), told.stopped(self._node))
+        if posts is not None:
+            waiters = roots(absent, posts, dead)
+            return not_here(list(waiters) or absent, posts, dead, timeout, broken, stopped, waiters)
+        # the rank that served the board is one of these, if it is of this host: its connections end a little before it
+        until = monotonic() + self._pause
+        while told is not None and not (dead or stopped) and monotonic() < until:
+            sleep(self._pause / 10)
+            dead = told.dead(self._node)
+        known = [rank for rank in self._node if rank in dead or rank in stopped]
+        if known:
+            return not_here(known, {}, dead, timeout, broken, stopped)
+        return f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
+
+    def _is_here(self, post: Post | None, cause: RuntimeError | None) -> bool:
+        if post is None:
+            return False
+        if post.state == ENDED:  # where a connection is broken, it has not sent all that it began to send
+            return cause is None and not self._ended_before(post)
+        return post.meeting == self._meeting
 
 
 def _short(error: RuntimeError) -> str:
@@ -514,53 +612,14 @@ def _done_soon(work: Work) -> bool:
     return True
 
 
-# --- works that only a blocking call can wait for ---------------------------------------------------
+def _tell_the_end() -> None:
+    """Say of this rank that its world is over, for those that wait for a connection to it, or for a message."""
+    told = board()
+    if told is None or not told.reachable:
+        return
+    rank, met = _groups.here().rank, json.dumps(_groups.meetings())
+    post = Post(ENDED, "", (rank,), "", met=met)
+    InThread(lambda: told.write(rank, post)).wait(_ANSWER)
 
 
-class InThread:
-    """gloo's sends and receives block, for their connection and for their end, and cannot be looked at: in a thread."""
-
-    def __init__(self, f: Callable[[], None], cut: Callable[[], None] = lambda: None) -> None:
-        self._f = f
-        self.cut = cut  # ends what f waits for
-        self._over = threading.Lock()
-        self._over.acquire()
-        self._error: BaseException | None = None
-        try:
-            worker = _idle.pop()
-        except IndexError:
-            worker = queue.SimpleQueue()
-            threading.Thread(target=_serve, args=(worker,), name="pmod sends", daemon=True).start()
-        worker.put(self)
-
-    def run(self) -> None:
-        try:
-            self._f()
-        except BaseException as error:
-            self._error = error
-
-    def release(self) -> None:
-        self._over.release()
-
-    def is_completed(self) -> bool:
-        return not self._over.locked()
-
-    def wait(self, timeout: timedelta | None = None) -> None:
-        if not self._over.acquire(timeout=-1 if timeout is None else timeout.total_seconds()):
-            raise RuntimeError("not done yet")
-        self._over.release()
-        if self._error is not None:
-            raise self._error
-
-
-_idle: list[queue.SimpleQueue[InThread]] = []
-os.register_at_fork(after_in_child=_idle.clear)  # threads stay behind
-
-
-def _serve(jobs: queue.SimpleQueue[InThread]) -> None:
-    while True:
-        job = jobs.get()
-        job.run()
-        _idle.append(jobs)
-        job.release()
-        del job  # with the tensors that it holds
+_groups.before_end.append(_tell_the_end)

@@ -296,13 +296,7 @@ class GroupWire(Wire):
             for work in works:
                 work.wait()
 
-        return InThread(run, lambda: self._cut([rank for _, rank in [*sent, *received]]))
-
-    def _cut(self, ranks: Sequence[int]) -> None:
-        """Close the connections to these ranks: gloo does so where a receive does not come in time."""
-        for rank in ranks:
-            with contextlib.suppress(RuntimeError):
-                self.group.recv([torch.empty(1)], rank, TAG).wait(timedelta(milliseconds=1))
+        return InThread(run, lambda: _cut_off(self.group, [rank for _, rank in [*sent, *received]]))
 
     def _tags(self) -> Callable[[Tensor], int]:
         """The tags of one exchange. gloo gives a message to whoever asks for its tag, and trusts its length."""
@@ -351,7 +345,7 @@ class GroupWire(Wire):
             for work in [self.group.send([x], rank, tag) for rank in below]:
                 work.wait()
 
-        return InThread(run, lambda: self._cut([*below, (place - span + root) % size]))
+        return InThread(run, lambda: _cut_off(self.group, [*below, (place - span + root) % size]))
 
     def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
         if self.by_nccl(x):
@@ -475,6 +469,18 @@ class _Metered:
 TAG = 0x706D  # of what belongs to no call
 
 
+def _cut_off(group: Any, ranks: Sequence[int] | None = None) -> None:
+    """Close the connections of a group: gloo does so, with all of them, where a receive does not come in time.
+
+    ranks: those of its ranks with which it is connected; the neighbours, unless it is known better.
+    """
+    if ranks is None:
+        ranks = [(group.rank() + step) % group.size() for step in (1, -1)]
+    for rank in ranks:
+        with contextlib.suppress(RuntimeError):
+            group.recv([torch.empty(1)], rank, TAG).wait(timedelta(milliseconds=1))
+
+
 def _broadcast(group: Any, x: Tensor, root: int) -> Any:
     options = torch.distributed.BroadcastOptions()
     options.rootRank = root
@@ -489,7 +495,7 @@ def wire_of(axis: Axis, row: str = "", said: Said | None = None) -> Wire:
     said = said or Said(row, code_of(row))
     if _groups.simulated is not None and hasattr(_groups.simulated, "wire"):
         return _groups.simulated.wire(axis, said)
-    group, wait = axis.group, Wait(axis, said)
+    group, wait = axis.group, Wait(axis, said, _cut_off)
     if _groups.is_left_behind(group):
         wait.refuse()
     if not has_tags(axis):

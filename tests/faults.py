@@ -3,6 +3,8 @@
 A rank is killed, stopped for good (SIGSTOP), or held up for a while. The others of one that is killed or stopped must
 end with an error that says so, and how long that took is printed; a job that was only held up must end as an
 undisturbed one, to the last bit. Anything else is a hang or a wrong result, and the exit status is 1.
+
+`python -m tests.faults --short --trials 300 --beside 4`: many more, of small jobs and more kinds (`short_faults`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
+
+from tests import short_faults
 
 ROOT = Path(__file__).parents[1]
 DEADLINE = 6.0  # PMOD_TIMEOUT of the ranks
@@ -174,11 +178,15 @@ def _as_it_should_fail(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trials; 1 where one hangs or is wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--short" in given:
+        given.remove("--short")
+        return short_faults.main(given)
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.rank:
         rank_main()
         return 0

@@ -486,7 +486,7 @@ def patience_of_the_store() -> list[float]:
     for seconds in (3.0, 20.0):
         pmod.shutdown()
         pmod.barrier(pmod.make_mesh(x=3, topology=place, timeout=seconds))
-        ((store, _),) = _groups._stores.values()
+        (store,) = _groups._stores.values()
         found.append(store.timeout.total_seconds())
     pmod.shutdown()
     return found

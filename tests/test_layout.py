@@ -19,12 +19,12 @@ SOURCE = Path(pmod.__file__).parent
 
 # Reading order is import order: a module imports only what stands above it.
 ORDER = [
-    "_version", "_numbers", "_errors", "_topology", "_place", "_groups", "_factors", "_draw", "_svg", "_mesh",
-    "_ambient", "_waiting", "_rolling", "_wire", "_inductor", "_autodiff", "_start", "_arguments", "_pytree",
-    "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_used", "_parallel", "_random",
-    "_data", "_sampler", "_lineage", "_debug", "_specs", "_captured", "_traced", "_kinds", "_shard_map", "_trace",
-    "_launch", "_simulate", "_estimate", "_explain", "_draw_tensor", "_draw_collective", "testing", "__init__",
-    "notebook", "demo", "bench", "doctor", "__main__",
+    "_version", "_numbers", "_errors", "_topology", "_place", "_meeting", "_blocking", "_groups", "_factors",
+    "_draw", "_svg", "_mesh", "_ambient", "_waiting", "_rolling", "_wire", "_inductor", "_autodiff", "_start",
+    "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_used",
+    "_parallel", "_random", "_data", "_sampler", "_lineage", "_debug", "_specs", "_captured", "_traced", "_kinds",
+    "_shard_map", "_trace", "_launch", "_simulate", "_estimate", "_explain", "_draw_tensor", "_draw_collective",
+    "testing", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
 ]  # fmt: skip
 
 

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 import pmod
-from pmod import _groups, _waiting
+from pmod import _groups, _meeting, _waiting
+from pmod._meeting import Meeting, process_state
 from pmod._waiting import LEFT, WAITS, Post, Said
 from tests import spmd
 
@@ -316,21 +317,18 @@ def test_a_port_that_is_taken(launcher: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_store_of_one_host_listens_on_loopback_only() -> None:
     (port,) = free_ports(1)
-    other = threading.Thread(target=lambda: _groups.TCPStore("127.0.0.1", port, 2, timeout=timedelta(seconds=20)))
-    other.start()
     try:
-        _groups._store(place(0, port), timedelta(seconds=20))
+        _groups._store_of_job(place(0, port), timedelta(seconds=20))
         tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
         listening = [line.split()[1] for lines in tables for line in lines if line.split()[3] == "0A"]
         assert [local for local in listening if local.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
     finally:
         _groups._stores.pop(("127.0.0.1", port), None)
-        other.join()
 
 
 @pytest.mark.parametrize(
     ("rank", "given"),
-    [(0, "not all ranks came to 127.0.0.1:{} within 1 s (1/2 clients joined)"),
+    [(0, "not all 2 ranks came within 1 s; absent: rank 1"),
      (1, "rank 0 did not come to 127.0.0.1:{} within 1 s")],
 )  # fmt: skip
 def test_nobody_comes_to_the_store(rank: int, given: str) -> None:
@@ -347,7 +345,7 @@ def test_another_job_at_the_same_port_stays_a_stranger() -> None:
     stores: dict[str, Any] = {}
 
     def connect(where: pmod.Topology) -> None:
-        stores[where.job] = _groups._store(where, timedelta(seconds=20))
+        stores[where.job] = _groups._store_of_job(where, timedelta(seconds=20))
 
     threads = [threading.Thread(target=connect, args=(where,)) for where in places]
     try:
@@ -370,7 +368,7 @@ def attempt(store: Any, ranks: Sequence[int], seconds: float = 20.0, late: int |
         time.sleep(0.3 if rank == late else 0.0)
         where = pmod.Topology(rank=rank, world_size=3, launcher="env")
         try:
-            names[rank] = _groups._agreed_attempt(store, where, seconds)
+            names[rank] = Meeting(store, where).come(seconds)
         except pmod.CollectiveTimeout as error:
             names[rank] = str(error)
 
@@ -389,9 +387,11 @@ def test_an_attempt_has_a_name_that_no_earlier_one_knows() -> None:
         (name,) = set(attempt(store, (0, 1, 2), late=late))
         assert name != first
         first = name
-    for missing in ((0, 1), (1, 2)):
-        for said in attempt(store, missing, seconds=0.5):
-            assert said.startswith("pmod.make_mesh: not all 3 ranks came within 0.5 s.")
+    # rank 0 tells who has agreed to what it proposes; without a proposal nobody knows whose word is an old one
+    for came, absent in (((0, 1), "rank 2"), ((1, 2), None)):
+        for said in attempt(store, came, seconds=0.5):
+            assert said.startswith("pmod.make_mesh: not all 3 ranks came within 0.5 s; absent: ")
+            assert absent is None or said.split("\n")[0].endswith(f"absent: {absent}.")
     (name,) = set(attempt(store, (0, 1, 2), late=2))
     assert len(name) == 40 and name != first
 
@@ -477,3 +477,194 @@ def test_a_group_with_a_message_in_it_is_never_ended() -> None:
         _groups.leave_behind(group)  # type: ignore[arg-type]
     assert sys.getrefcount(group) == count + 2  # the set's, and one for good
     _groups._left_behind.discard(group)  # type: ignore[arg-type]
+
+
+# --- groups that are never ended, and ends that wait for nobody -----------------------------------------------------
+
+
+class Unending:
+    """A group whose end does not come."""
+
+    def __init__(self) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def __del__(self) -> None:
+        self.asked.set()
+        self.go.wait()
+
+
+def test_a_group_that_does_not_end_is_waited_for_no_longer_than_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_groups, "_take_out", lambda groups, whole_world: None)
+    monkeypatch.setattr(_groups, "_PATIENCE", 0.2)
+    monkeypatch.setattr(_groups, "_end_without_destructors", lambda: None)
+    group = Unending()
+    asked, go = group.asked, group.go
+    groups: list[Any] = [group]
+    del group
+    try:
+        _groups._end(groups, whole_world=True)
+        assert asked.is_set() and not groups
+    finally:
+        go.set()
+
+
+def test_what_somebody_else_holds_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_groups, "_take_out", lambda groups, whole_world: None)
+    left: list[Any] = []
+    monkeypatch.setattr(_groups, "leave_behind", left.append)
+    held, other = Unending(), Unending()
+    held.go.set()
+    other.go.set()
+    asked = other.asked
+    groups: list[Any] = [held, other]
+    del other
+    _groups._end(groups, whole_world=True)
+    assert left == [held] and not held.asked.is_set() and asked.is_set()
+
+
+def broken_by_a_leaver() -> list[bool]:
+    """Rank 1 goes; what rank 0 waits for fails at once, and is over."""
+    topology = pmod.current_mesh().topology
+    found: list[bool] = []
+    with pmod.set_mesh(pmod.make_mesh(data=2, timeout=20.0)):
+        CALLS["psum"]()
+        CALLS["psum"]()
+        if me() == 1:
+            pmod.shutdown()
+        else:
+            group = pmod.current_mesh().group("data")
+            with pytest.raises(pmod.CollectiveTimeout, match=r"rank 1 \(data=1\), which has ended its mesh"):
+                CALLS["psum"]()
+            found = [_groups.is_left_behind(group)]
+    pmod.shutdown()
+    assert pmod.psum(1, pmod.make_mesh(data=2, topology=topology)["data"]) == 2
+    return found
+
+
+def test_a_group_whose_message_has_failed_is_left_behind_though_the_message_is_over() -> None:
+    assert spmd.launch(broken_by_a_leaver, data=2) == [[True], []]
+
+
+BLOCKED = """
+    import datetime, socket, sys, time
+    import pmod
+    from pmod._waiting import InThread
+    from torch.distributed import TCPStore
+
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach())
+    pmod.make_mesh(data=1).group("data")
+
+    class Slow:
+        def __del__(self, sleep=time.sleep):
+            sleep(1.0)
+
+    slow = Slow()  # Python's end takes so long, in the midst of which the call returns
+    InThread(lambda: store.wait(["what nobody writes"], datetime.timedelta(seconds=0.4)))
+    time.sleep(0.1)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="halts threads by a real-time signal")
+def test_a_call_that_returns_while_python_ends_does_not_abort_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BLOCKED)], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+
+
+# --- who is to blame ------------------------------------------------------------------------------------------------
+
+
+def test_the_one_that_keeps_all_others_waiting_is_found() -> None:
+    waits = Post(WAITS, "b#1", (0, 1), "psum at a.py:1")
+    further = Post(WAITS, "a#1", (1, 3), "psum at b.py:2")
+    posts = {0: Post(LEFT, "b#1", (0, 1), "psum at a.py:1"), 1: further}
+    assert _waiting.roots([1], posts, {}) == {3: 1}  # 0 waits for 1, and 1 for 3, of which nothing is known
+    posts[1] = further._replace(state=LEFT)
+    assert _waiting.roots([1], posts, {1: "dead by now"}) == {3: 1}  # it raised before, because of 3
+    assert _waiting.roots([1], {0: waits, 1: further}, {1: "dead"}) == {1: None, 3: 1}
+    assert _waiting.roots([1], {0: waits, 1: Post(WAITS, "a#1", (0, 1), "")}, {}) == {}  # each waits for the other
+    given = _waiting.not_here([3], posts, {}, 5.0, stopped={3: "process 9 on n is stopped"}, waiters={3: 1})
+    assert given == (
+        "not all ranks came within 5 s; absent: rank 3, whose process 9 on n is stopped, "
+        "for which rank 1 waits in psum at b.py:2"
+    )
+
+
+def test_a_rank_that_has_ended_waits_for_nobody() -> None:
+    posts = {1: Post(_waiting.ENDED, "", (1,), "", met='{"a": 3}')}
+    assert Post.of(posts[1].text()) == posts[1]
+    assert _waiting.roots([1], posts, {}) == {1: None}
+    assert _waiting.not_here([1], posts, {}, 5.0) == "some ranks come no more; absent: rank 1, which has ended its mesh"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_stands_still_is_seen() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        assert process_state(process.pid) == "T"
+        told: Any = object.__new__(_waiting.Board)
+        told._places = {1: (socket.gethostname(), process.pid), 2: ("elsewhere", process.pid)}
+        assert told.stopped([1, 2, 3]) == {1: f"process {process.pid} on {socket.gethostname()} is stopped"}
+        assert told.dead([1, 2, 3]) == {}
+    finally:
+        process.kill()
+        process.wait()
+    assert process_state(process.pid) == ""
+
+
+def test_one_that_dies_while_the_others_come_is_named() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    store = _groups.HashStore()
+    where = pmod.Topology(rank=0, world_size=3, local_rank=0, local_world_size=3)
+    word = _meeting._Word.new()
+    store.set("word/1", attrs.evolve(word, pid=process.pid).text())
+    process.kill()
+    process.wait()
+    with pytest.raises(pmod.CollectiveTimeout) as caught:
+        Meeting(store, where).come(60.0)
+    assert str(caught.value).split("\n")[0] == (
+        f"pmod.make_mesh: some ranks come no more; absent: rank 1, whose process {process.pid} on "
+        f"{socket.gethostname()} is dead."
+    )
+    # one of an earlier meeting may have been started anew, and is waited for
+    store.set("word/1", attrs.evolve(word, pid=process.pid, at=0.0).text())
+    with pytest.raises(pmod.CollectiveTimeout, match=r"not all 3 ranks came within 0\.5 s; absent: rank 2\."):
+        Meeting(store, where).come(0.5)
+
+
+def test_ranks_meet_though_one_of_them_has_given_up_before() -> None:
+    (port,) = free_ports(1)
+    seconds = timedelta(seconds=20)
+    stores: dict[int, Any] = {}
+
+    def connect(rank: int) -> None:
+        stores[rank] = _groups._store(place(rank, port), seconds)[0]
+
+    try:
+        with pytest.raises(pmod.CollectiveTimeout):
+            _groups._store(place(0, port), timedelta(seconds=0.2))
+        threads = [threading.Thread(target=connect, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stores[0].set("said", "by rank 0")
+        assert stores[1].check(["said"])
+    finally:
+        _groups._stores.pop(("127.0.0.1", port), None)
+
+
+def test_a_group_that_is_made_when_the_store_is_gone() -> None:
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    with pytest.raises(pmod.CollectiveTimeout, match="the store of the world cannot be reached, which rank 0"):
+        _groups._own_connection(Gone())

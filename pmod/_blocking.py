@@ -1,0 +1,82 @@
+"""Calls that block and cannot be looked at, in threads of their own, and what becomes of those threads at the end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+
+class InThread:
+    """gloo's sends and receives block, for their connection and for their end, and cannot be looked at: in a thread."""
+
+    def __init__(self, f: Callable[[], None], cut: Callable[[], None] = lambda: None) -> None:
+        self._f = f
+        self.cut = cut  # ends what f waits for
+        self._over = threading.Lock()
+        self._over.acquire()
+        self._error: BaseException | None = None
+        try:
+            worker = _idle.pop()
+        except IndexError:
+            worker = queue.SimpleQueue()
+            threading.Thread(target=_serve, args=(worker,), name="pmod sends", daemon=True).start()
+        worker.put(self)
+
+    def run(self) -> None:
+        try:
+            self._f()
+        except BaseException as error:
+            self._error = error
+
+    def release(self) -> None:
+        self._over.release()
+
+    def is_completed(self) -> bool:
+        return not self._over.locked()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        if not self._over.acquire(timeout=-1 if timeout is None else timeout.total_seconds()):
+            raise RuntimeError("not done yet")
+        self._over.release()
+        if self._error is not None:
+            raise self._error
+
+
+_idle: list[queue.SimpleQueue[InThread]] = []
+busy: set[int] = set()  # the threads that are in a call which may block
+os.register_at_fork(after_in_child=_idle.clear)  # threads stay behind
+os.register_at_fork(after_in_child=busy.clear)
+
+
+def _serve(jobs: queue.SimpleQueue[InThread]) -> None:
+    here = threading.get_ident()
+    while True:
+        job = jobs.get()
+        busy.add(here)
+        job.run()
+        busy.discard(here)
+        _idle.append(jobs)
+        job.release()
+        del job  # with the tensors that it holds
+
+
+def hold_still() -> None:
+    """Halt the threads that are in such a call, for good, where Python is about to end.
+
+    A call that returns while Python ends wants the interpreter, does not get it, and aborts the process ("terminate
+    called without an active exception"). What it waits for often ends just then: the other ranks end, too.
+    """
+    number = getattr(signal, "SIGRTMAX", None)
+    if not busy or number is None:
+        return
+    libc = ctypes.CDLL(None)
+    # The handler is C's own `pause`: it needs no interpreter and does not return. This thread has the interpreter, so
+    # none that is halted has it.
+    libc.signal(int(number), libc.pause)
+    for thread in list(busy):
+        signal.pthread_kill(thread, number)
