@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from pmod import _place
-from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain
+from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, explain, quoted
 from pmod._numbers import as_real
 from pmod._topology import Topology
 
@@ -153,7 +153,7 @@ def deadline(timeout: object) -> float:
     if timeout is not None:
         seconds = as_real(timeout)
         if seconds is None or not 0 < seconds < LONGEST:
-            raise AxisError(explain("make_mesh", f"timeout is {timeout!r}", "Pass seconds, a number above 0."))
+            raise AxisError(explain("make_mesh", f"timeout is {quoted(timeout)}", "Pass seconds, a number above 0."))
         return seconds
     text = os.environ.get("PMOD_TIMEOUT", str(DEFAULT_TIMEOUT))
     try:

@@ -39,7 +39,7 @@ from pmod._autodiff import (
     tensors_in,
     told,
 )
-from pmod._errors import ArgumentError, PmodError, explain
+from pmod._errors import ArgumentError, PmodError, explain, quoted
 from pmod._wire import Sent
 
 T = TypeVar("T")
@@ -398,6 +398,8 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
     >>> pending.wait()  # after some other work
     tensor([1., 1.])
     """
+    if not callable(f):
+        raise ArgumentError(explain("start", f"f is {quoted(f)}", "Pass a function, then its arguments."))
     name = getattr(f, "__name__", type(f).__name__)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         result = f(*args, **kwargs)
