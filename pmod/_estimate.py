@@ -146,7 +146,7 @@ def estimate(
 
 def _checked_rate(rate: Rate, name: str, mesh: Mesh) -> Rate:
     for axis, value in rate.items() if isinstance(rate, Mapping) else [(None, rate)]:
-        for part in (axis,) if isinstance(axis, str) else axis or ():
+        for part in () if axis is None else axis if isinstance(axis, tuple) else (axis,):
             if part not in mesh.axis_names:
                 given = f"{name} has no axis {quoted(part)} to be for{near_miss(part, mesh.axis_names)}"
                 raise AxisError(explain("estimate", given, f"The mesh has {mesh.shape}."))

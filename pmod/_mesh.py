@@ -263,6 +263,8 @@ class Mesh:
         if isinstance(axis, Mesh):
             return axis.bind(axis.label, function)
         label, numbers = self._numbers(axis, function)
+        if label in self._bound:  # asked for by a list of names, which is not hashable: the same axis again
+            return self._bound[label]
         if self._coords is None and not self._fits():
             raise self._misfit(function, axis)
         if self._coords is None:

@@ -62,7 +62,7 @@ class _Dim(NamedTuple):
 
 def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
     """One axis, names in a tuple flattened as everywhere; with a dim for each of them, each by itself."""
-    if not many or axis == ():
+    if not many or (isinstance(axis, tuple) and not axis):
         return (resolve(axis, name),)
     if isinstance(axis, Mesh):
         return resolve_each(axis, name)

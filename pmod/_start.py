@@ -23,6 +23,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch import pyfunctorch
+from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch
 
 from pmod._ambient import ambient, under, watchers
@@ -173,7 +174,7 @@ class _Piece(Generic[T]):
 
     def __init__(self, f: Callable[[], T], name: str, tensors: Sequence[Tensor]) -> None:
         self._name = name
-        self._tensors = [x for x in tensors if not x.is_inference()]
+        self._tensors = [x for x in tensors if not is_lazy(x) and not x.is_inference()]
         self._versions = [x._version for x in self._tensors]
         self._enter = _surroundings()
         self._results: list[T] = []

@@ -121,6 +121,8 @@ def test_wrong_calls_of_processes() -> None:
     Draw("assert_invariant", {"rtol": (repr(10**400)[:40], False)}),
     Draw("fft.fftfreq", {"d": (repr(10**400)[:40], False)}),
     Draw("fft.ifftn", {"axis": ("()", False)}, {"out_dim": "(0, 1)"}),
+    Draw("start", {"axis": ("lazy buffer", False)}),
+    Draw("estimate", {"bandwidth": ("{0.5: 'x'}", False)}),
     Draw("psum", {"reduce_dtype": ("torch.float8_e4m3fn", False)}),
 ], ids=str)  # fmt: skip
 def test_what_was_raw_or_taken(draw: Draw) -> None:
