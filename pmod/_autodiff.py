@@ -597,7 +597,8 @@ def refilled(tree: Any, filled: dict[Any, Any]) -> Any:
 
 def _shared(values: Sequence[Any], most: int) -> tuple[int, ...]:
     """The first dims that all of them have, at most so many."""
-    shapes = [tuple(getattr(value, "batch_size", value.shape)) for value in values if value is not None]
+    known = [value for value in values if value is not None]
+    shapes = [tuple(getattr(value, "batch_size" if is_mapping(value) else "shape", ())) for value in known]
     shared: list[int] = []
     for lengths in zip(*[shape[:most] for shape in shapes], strict=False):
         if len(set(lengths)) > 1:

@@ -104,7 +104,7 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     V -> I. Transpose: pvary (its gradient needs no message).
     Shapes: x (...) -> (...).
     Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks, (n-1) x, in one round trip.
-    16-bit floats add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
+    Floats of 16 and 8 bits add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
     Trees travel as one message per dtype and device. Numbers, numpy's scalars too, come back as Python numbers, and
     have the same type on every rank (0.0, not 0, where others hold a float). Ints of up to 64 bits and bools (which are
     counted) add up exactly, to an int of any size; integer tensors wrap around in their dtype, as torch's sums do.

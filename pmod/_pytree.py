@@ -1,7 +1,8 @@
 """Maps over the leaves of nested dicts, lists, tuples and namedtuples; leaves of one dtype and device sent together.
 
 Our own forty lines, because the order of the leaves decides which message is sent first: it must be the same on every
-rank, so dicts are walked by sorted key (torch's pytree walks them by insertion). None is a leaf that stays None.
+rank, so dicts are walked by sorted key (torch's pytree walks them by insertion), and so are other mappings that can be
+filled, such as a TensorDict. None is a leaf that stays None.
 """
 
 from __future__ import annotations
