@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._arguments import check_sizes, check_tensor, wrong
+from pmod._arguments import LONGEST, check_sizes, check_tensor, wrong
 from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss, quoted
 from pmod._halo import Cut, Plan, axes_by_dim, by_dim, carry_out, places_of, settled, too_wide, window_plan
 from pmod._mesh import Axis, AxisLike
@@ -104,7 +104,7 @@ Wrong = Callable[[str, str], PmodError]
 def _ints(given: Any, name: str, count: int, least: int, error: Wrong) -> list[int]:
     """One number for each spatial dim."""
     listed = list(given) if isinstance(given, tuple | list) else [given]
-    parsed = [number for number in map(as_int, listed) if number is not None and number >= least]
+    parsed = [number for number in map(as_int, listed) if number is not None and least <= number <= LONGEST]
     if len(parsed) != len(listed) or len(parsed) not in (1, count):
         of = f"an int of {least} or more" + (f", or {count} of them" if count > 1 else "")
         raise error(f"{name} is {quoted(given)}", f"Pass {of}.")
