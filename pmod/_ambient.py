@@ -175,7 +175,7 @@ def resolve(axis: AxisLike, function: str) -> Axis:
         raise _no_mesh(function, axis)
     try:
         return mesh._bound[label]
-    except (KeyError, TypeError):  # not looked up yet, or not hashable (a list of names, a mistake)
+    except (KeyError, TypeError, ValueError):  # not looked up yet, or not hashable (a list of names, a mistake)
         bind = mesh.bind
     return bind(axis, function)  # not in the handler: its error would be shown as a consequence of this one
 

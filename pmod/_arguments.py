@@ -5,18 +5,22 @@ Whatever is wrong is found here, before anything is sent; inside, nothing is che
 
 from __future__ import annotations
 
+import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pmod import _groups
-from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
+from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain, quoted
 from pmod._mesh import Axis
-from pmod._numbers import as_int, as_number, as_real, halves, joined
+from pmod._numbers import as_int, as_ints, as_list, as_number, as_real, halves, joined
+from pmod._topology import MOST_RANKS
 
 
 def wrong(kind: type[PmodError], function: str, axis: Axis, given: str, right: str) -> PmodError:
@@ -24,28 +28,51 @@ def wrong(kind: type[PmodError], function: str, axis: Axis, given: str, right: s
     return kind(explain(function, given, right, axis=axis.label, coords=dict(axis.coords)))
 
 
+_FLAGS: Any = (bool, np.bool_)  # a union would be made anew where torch.compile follows this
+
+
 def check_flag(on: object, function: str, name: str) -> None:
     """A text such as "no" would count as true."""
-    if not isinstance(on, bool | np.bool_):
-        raise ArgumentError(explain(function, f"{name} is {on!r}", "Pass True or False."))
+    if not isinstance(on, _FLAGS):
+        raise ArgumentError(explain(function, f"{name} is {quoted(on)}", "Pass True or False."))
 
 
-def check_function(fn: object, function: str) -> None:
-    """What `launch` and `simulate` run on every rank."""
+def check_function(fn: object, function: str, name: str = "fn") -> None:
+    """What is run on the ranks."""
     if not callable(fn):
         right = "Pass the function that the ranks run, then its args."
-        raise ArgumentError(explain(function, f"fn is {fn!r}", right))
+        raise ArgumentError(explain(function, f"{name} is {quoted(fn)}", right))
 
 
-def check_tolerance(rtol: object, function: str) -> None:
+def as_width(width: object) -> tuple[int, int] | None:
+    """Rows before and after, or as many on both sides; None where it is neither."""
+    rows = as_int(width)
+    pair = as_ints(width) if rows is None else (rows, rows)
+    if pair is None or len(pair) != 2 or min(pair) < 0:
+        return None
+    before, after = pair
+    return operator.index(before), operator.index(after)  # constants in a compiled graph
+
+
+def check_tolerance(rtol: object, function: str) -> float:
     """A real number of 0 or more."""
     real = as_real(rtol)
     if real is None or not 0 <= real < float("inf"):
-        raise ArgumentError(explain(function, f"rtol is {rtol!r}", "Pass a number of 0 or more, such as 1e-6."))
+        raise ArgumentError(explain(function, f"rtol is {quoted(rtol)}", "Pass a number of 0 or more, such as 1e-6."))
+    return float(real)
+
+
+# Of the others torch only stores the bits: it neither copies nor converts them, or has no zero among them.
+_SENT = frozenset({
+    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128,
+})  # fmt: skip
 
 
 def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> None:
-    """x is a dense tensor on a device that the ranks of the mesh send from."""
+    """x is a dense tensor of numbers, on a device that the ranks of the mesh send from: what any message is made of."""
     if not isinstance(x, Tensor):
         raise wrong(
             ArgumentError,
@@ -55,20 +82,38 @@ def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> No
             f"Pass a tensor, torch.from_numpy({name})." if isinstance(x, np.ndarray)
             else "Pass a tensor, or a dict, list or tuple of them.",
         )
-    if type(x) is not Tensor and hasattr(x, "to_local"):
-        raise wrong(ArgumentError, function, axis, f"{name} is a DTensor", f"Pass its shard, {name}.to_local().")
-    if x.layout is not torch.strided:
-        right = f"Pass a dense tensor, {name}.to_dense()."
-        raise wrong(ArgumentError, function, axis, f"{name} has layout {x.layout}", right)
+    unfit = _unfit_kind(x, name)
+    if unfit is not None:
+        raise wrong(ArgumentError, function, axis, *unfit)
     if not x.is_cpu and x.device != _groups.here().device and not _groups.alone():
         here = _groups.here().device
-        raise wrong(
-            ArgumentError,
-            function,
-            axis,
-            f"{name} is on {x.device}",
-            f"This rank sends from {here}: pass {name}.to({str(here)!r}).",
-        )
+        right = f"This rank sends from {here}: pass {name}.to({str(here)!r})."
+        if x.is_meta:
+            right = f"It has no values: pass a tensor on {here}, or see what would be sent with pmod.estimate."
+        raise wrong(ArgumentError, function, axis, f"{name} is on {x.device}", right)
+
+
+LONGEST = sys.maxsize // torch.complex128.itemsize
+"""The longest dim that can be addressed, of the largest numbers."""
+
+
+def _unfit_kind(x: Tensor, name: str) -> tuple[str, str] | None:
+    """What is wrong with the kind of a tensor, and what would be right; None for a dense tensor of numbers."""
+    if type(x) is not Tensor:
+        if is_lazy(x):
+            given = f"{name} is a {type(x).__name__}, which has no shape yet"
+            return given, "Call its module once, which gives it one."
+        if hasattr(x, "to_local"):
+            return f"{name} is a DTensor", f"Pass its shard, {name}.to_local()."
+    if x.is_nested:
+        return f"{name} is a nested tensor", f"Pass the list of its parts, list({name}.unbind())."
+    if x.layout is not torch.strided:
+        return f"{name} has layout {x.layout}", f"Pass a dense tensor, {name}.to_dense()."
+    if x.is_quantized:
+        return f"{name} is quantized, {_name(x.dtype)}", f"Pass {name}.dequantize(), or {name}.int_repr()."
+    if x.dtype not in _SENT:
+        return f"{name} is {_name(x.dtype)}, which torch only stores", f"Pass its bytes, {name}.view(torch.uint8)."
+    return None
 
 
 def check_sum(x: Tensor, function: str, axis: Axis) -> None:
@@ -109,7 +154,7 @@ def dim_from_end(
     ndim = x.dim() + extra
     parsed = as_int(dim)
     if parsed is None:
-        raise wrong(ShapeError, function, axis, f"{name} is {dim!r}, a {type(dim).__name__}", "Pass an int.")
+        raise wrong(ShapeError, function, axis, f"{name} is {quoted(dim)}, a {type(dim).__name__}", "Pass an int.")
     if not -ndim <= parsed < ndim:
         right = f"Pass {name} from {-ndim} to {ndim - 1}." if ndim else no_dims
         raise wrong(ShapeError, function, axis, f"{name} is {parsed} but x has {x.dim()} dims", right)
@@ -145,25 +190,16 @@ def from_number(x: Any, least: type, function: str, axis: Axis) -> Any:
         raise wrong(ArgumentError, function, axis, f"x is {x}, too large for {dtype}", "Pass a float.") from None
 
 
-def _ints(xs: Any) -> tuple[int, ...] | None:
-    """The numbers of a sequence, None where it is none or one of them is no int."""
-    try:
-        parsed = [as_int(x) for x in xs]
-    except TypeError:  # not a sequence
-        return None
-    ints = [x for x in parsed if x is not None]
-    return tuple(ints) if len(ints) == len(parsed) else None
-
-
 def check_sizes(sizes: Sequence[int], function: str, axis: Axis, *, name: str = "sizes") -> tuple[int, ...]:
     """One length per rank of the axis."""
-    parsed = _ints(sizes) or ()
+    parsed = as_ints(sizes) or ()
     if len(parsed) != axis.size:
-        raise wrong(
-            ShapeError, function, axis, f"{name} is {sizes!r}", f"Pass {axis.size} ints, one per rank of the axis."
-        )
+        right = f"Pass {axis.size} ints, one per rank of the axis."
+        raise wrong(ShapeError, function, axis, f"{name} is {quoted(sizes)}", right)
     if min(parsed) < 0:
         raise wrong(ShapeError, function, axis, f"{name} is {parsed}", "A size is 0 or more.")
+    if sum(parsed) > LONGEST:
+        raise wrong(ShapeError, function, axis, f"{name} is {parsed}", "No machine addresses so much memory.")
     return parsed
 
 
@@ -186,22 +222,18 @@ def check_root(root: object, function: str, axis: Axis, *, name: str) -> int:
     """An index along the axis."""
     parsed = as_int(root)
     if parsed is None or not 0 <= parsed < axis.size:
-        raise wrong(
-            AxisError, function, axis, f"{name} is {root!r}", f"Pass an index along the axis, 0 to {axis.size - 1}."
-        )
+        right = f"Pass an index along the axis, 0 to {axis.size - 1}."
+        raise wrong(AxisError, function, axis, f"{name} is {quoted(root)}", right)
     return parsed
 
 
 def targets_of(perm: Sequence[tuple[int, int]], function: str, axis: Axis) -> tuple[int, ...]:
     """(source, target) pairs as a table: where each rank's value goes, -1 for nowhere."""
     targets = [-1] * axis.size
-    try:
-        pairs = [_ints(pair) for pair in perm]
-    except TypeError:  # not a sequence
-        pairs = [None]
-    for pair in pairs:
+    listed = as_list(perm)
+    for pair in [None] if listed is None else map(as_ints, listed):
         if pair is None or len(pair) != 2:
-            raise _wrong_perm(f"perm is {perm!r}", function, axis)
+            raise _wrong_perm(f"perm is {quoted(perm)}", function, axis)
         source, target = pair
         if not (0 <= source < axis.size and 0 <= target < axis.size):
             raise _wrong_perm(f"perm holds {(source, target)}, outside the axis", function, axis)
@@ -220,29 +252,32 @@ def _wrong_perm(given: str, function: str, axis: Axis) -> PmodError:
 
 def check_permutation(perm: Sequence[int], function: str, axis: Axis) -> tuple[int, ...]:
     """Every index along the axis, once each."""
-    parsed = _ints(perm) or ()
+    parsed = as_ints(perm) or ()
     if sorted(parsed) != list(range(axis.size)):
         raise wrong(
             AxisError,
             function,
             axis,
-            f"perm is {perm!r}, no permutation",
+            f"perm is {quoted(perm)}, no permutation",
             f"Pass each index 0 to {axis.size - 1} once; perm[i] is where output i comes from.",
         )
     return parsed
+
+
+_ADDED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def accumulate_in(reduce_dtype: torch.dtype | None, function: str, axis: Axis) -> str | None:
     """The name of the dtype to add up in, None for the default."""
     if reduce_dtype is None:
         return None
-    if not isinstance(reduce_dtype, torch.dtype) or not reduce_dtype.is_floating_point:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(reduce_dtype, torch.dtype) or reduce_dtype not in _ADDED_IN:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise wrong(
             ArgumentError,
             function,
             axis,
-            f"reduce_dtype is {reduce_dtype!r}",
-            "Pass a floating dtype, torch.float32 say.",
+            f"reduce_dtype is {quoted(reduce_dtype)}",
+            "Pass a floating dtype of 16 bits or more, such as torch.float32.",
         )
     return _name(reduce_dtype)
 
@@ -262,7 +297,7 @@ def split_sizes(n: int, parts: int | tuple[int, ...] | list[int]) -> tuple[int, 
     The convention of torch.chunk and DTensor, so that a shard is the same thing to pmod, DTensor, FSDP2 and DCP. With
     one number per axis, a dim that is cut over several axes: first along the first, then each part along the next.
 
-    Raises: ShapeError where n is negative or parts is less than 1.
+    Raises: ShapeError where n is negative, or parts is less than 1 or more than there can be ranks.
 
     >>> pmod.split_sizes(10, 4)
     (3, 3, 3, 1)
@@ -271,15 +306,24 @@ def split_sizes(n: int, parts: int | tuple[int, ...] | list[int]) -> tuple[int, 
     >>> pmod.split_sizes(9, (2, 2))
     (3, 2, 2, 2)
     """
-    if isinstance(parts, tuple | list):
-        lengths = split_sizes(n, 1)
-        for each in parts:
-            lengths = tuple([part for length in lengths for part in split_sizes(length, each)])
-        return lengths
-    length, count = as_int(n), as_int(parts)
-    if length is None or count is None or length < 0 or count < 1:
-        given = f"n is {n!r} and parts is {parts!r}"
+    listed = as_list(parts)
+    if listed is None:
+        listed = [parts]
+    length, counts = as_int(n), [number for number in map(as_int, listed) if number is not None and number > 0]
+    if length is None or length < 0 or len(counts) != len(listed):
+        given = f"n is {quoted(n)} and parts is {quoted(parts)}"
         raise ShapeError(explain("split_sizes", given, "Pass a length of 0 or more and 1 or more parts."))
-    length = operator.index(length)  # plain: sizes go into the call, whose text torch.compile cannot write with symbols
+    if math.prod(counts) > MOST_RANKS:
+        raise ShapeError(explain("split_sizes", f"parts is {quoted(parts)}", f"There are at most {MOST_RANKS} ranks."))
+    # plain: sizes go into the call, whose text torch.compile cannot write with symbols
+    lengths: tuple[int, ...] = (operator.index(length),)
+    for count in counts:
+        lengths = tuple([part for whole in lengths for part in _cut(whole, count)])
+    return lengths
+
+
+def _cut(length: int, count: int) -> tuple[int, ...]:
     step = -(-length // count)
-    return tuple(max(0, min(step, length - step * i)) for i in range(count))
+    whole, rest = divmod(length, step) if step else (0, 0)
+    parts = (step,) * whole + (rest,) * (rest > 0)
+    return parts + (0,) * (count - len(parts))

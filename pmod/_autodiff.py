@@ -16,10 +16,11 @@ I; the transpose does the reverse, with respect to the inner product that counts
 from __future__ import annotations
 
 import ast
+import copy
 import math
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
@@ -34,7 +35,7 @@ from torch._library.effects import EffectType
 from torch.overrides import handle_torch_function
 
 from pmod._ambient import Watcher, watchers
-from pmod._errors import PmodError, call_site, explain
+from pmod._errors import PmodError, call_site, endless, explain
 from pmod._inductor import keep_order
 from pmod._mesh import Axis, named
 from pmod._waiting import Said, code_of
@@ -603,11 +604,62 @@ def _plain(xs: list[Tensor]) -> bool:
     return True
 
 
+_MAPPINGS: Any = (dict, MutableMapping)
+
+
+def is_mapping(tree: Any) -> bool:
+    """Whether a tree branches by keys: a dict, or what behaves as one and can be filled anew, such as a TensorDict."""
+    return isinstance(tree, _MAPPINGS)
+
+
+def refilled(tree: Any, filled: dict[Any, Any]) -> Any:
+    """A mapping like this one, with what it knows besides its items, in which the values are these."""
+    if type(tree) is dict:
+        return {key: filled[key] for key in tree}
+    like: Any = tree
+    # the copy() of a subclass of dict is a dict; that of a TensorDict can be changed where the TensorDict is locked
+    plain = isinstance(tree, dict) or not hasattr(tree, "copy")
+    out: Any = copy.copy(like) if plain else like.copy()
+    if not hasattr(like, "batch_size"):
+        for key, value in filled.items():
+            out[key] = value
+        return out
+    # a TensorDict says which first dims all its tensors share; they are others where a collective changes a length
+    out.batch_size = ()
+    for key, value in filled.items():
+        out[key] = value
+    out.batch_size = _shared(list(filled.values()), len(like.batch_size))
+    return out
+
+
+def _shared(values: Sequence[Any], most: int) -> tuple[int, ...]:
+    """The first dims that all of them have, at most so many."""
+    known = [value for value in values if value is not None]
+    shapes = [tuple(getattr(value, "batch_size" if is_mapping(value) else "shape", ())) for value in known]
+    shared: list[int] = []
+    for lengths in zip(*[shape[:most] for shape in shapes], strict=False):
+        if len(set(lengths)) > 1:
+            break
+        shared.append(lengths[0])
+    return tuple(shared)
+
+
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in dicts, lists, tuples and slices."""
+    try:
+        return list(_tensors_in(tree))
+    except RecursionError:
+        raise endless() from None
+
+
+def _tensors_in(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, slice):
-        tree = (tree.start, tree.stop, tree.step)
-    branches: Any = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return [x for branch in branches for x in tensors_in(branch)]
+        yield tree
+    elif isinstance(tree, slice):
+        yield from _tensors_in((tree.start, tree.stop, tree.step))
+    elif is_mapping(tree):
+        for branch in tree.values():
+            yield from _tensors_in(branch)
+    elif isinstance(tree, list | tuple):
+        for branch in cast(Sequence[Any], tree):
+            yield from _tensors_in(branch)

@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function
 from pmod._ambient import resolve
 from pmod._arguments import (
     accumulate_in,
+    check_flag,
     check_mean,
     check_order,
     check_own_size,
@@ -34,13 +35,13 @@ from pmod._arguments import (
     wrong,
 )
 from pmod._autodiff import Call, I, Params, Row, V, bind, origin, pair, told, unmoved, without_derivative
-from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain
+from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain, quoted
 from pmod._mesh import Axis, AxisLike
 from pmod._numbers import as_int, as_number
 from pmod._pytree import Tree, map_leaves, together
 from pmod._start import as_piece
 from pmod._waiting import Said, code_of
-from pmod._wire import Reduction, Sent, Wire, accumulator, is_eight_bits, real_sum, wire_of
+from pmod._wire import SIGNED, Reduction, Sent, Wire, accumulator, computed_in, is_eight_bits, real_sum, wire_of
 
 Check = Callable[[Tensor, str, Axis], None]
 
@@ -104,7 +105,7 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     V -> I. Transpose: pvary (its gradient needs no message).
     Shapes: x (...) -> (...).
     Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks, (n-1) x, in one round trip.
-    16-bit floats add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
+    Floats of 16 and 8 bits add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
     Trees travel as one message per dtype and device. Numbers, numpy's scalars too, come back as Python numbers, and
     have the same type on every rank (0.0, not 0, where others hold a float). Ints of up to 64 bits and bools (which are
     counted) add up exactly, to an int of any size; integer tensors wrap around in their dtype, as torch's sums do.
@@ -176,7 +177,7 @@ def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:
         return weight.to(x.dtype)
     number = as_number(weight)
     if number is None or isinstance(number, complex):
-        raise wrong(ArgumentError, "pmean", axis, f"weight is {weight!r}", "Pass a real number, or a tensor.")
+        raise wrong(ArgumentError, "pmean", axis, f"weight is {quoted(weight)}", "Pass a real number, or a tensor.")
     try:
         return torch.tensor(number, dtype=x.dtype, device=x.device)
     except (OverflowError, RuntimeError):  # torch raises either
@@ -220,6 +221,11 @@ def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -
 
 def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
     how: Reduction = params[0]
+    if x.dtype in SIGNED:  # with the first bit turned over, signed numbers are in the order of the unsigned ones
+        signed = SIGNED[x.dtype]
+        first = torch.iinfo(signed).min
+        sent = wire.all_reduce(x.view(signed) ^ first, how, signed, 1)
+        return sent.then(lambda y: (y ^ first).view(x.dtype))
     carried = x.to(torch.uint8) if x.dtype == torch.bool else x.to(torch.bfloat16) if is_eight_bits(x) else x
     return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
 
@@ -285,8 +291,8 @@ def differentiated(x: Tensor) -> bool:
 
 
 def _computable(x: Tensor) -> Tensor:
-    """x in a dtype that torch computes in, which 8-bit floats are not."""
-    return x.float() if is_eight_bits(x) else x
+    """x in a dtype that torch computes in."""
+    return x.to(computed_in(x.dtype))
 
 
 def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
@@ -572,9 +578,10 @@ def pshift(
     [tensor([0, 1]), tensor([], dtype=torch.int64), tensor([0])]
     """
     bound = resolve(axis, "pshift")
+    check_flag(wrap, "pshift", "wrap")
     steps = as_int(offset)
     if steps is None:
-        raise wrong(AxisError, "pshift", bound, f"offset is {offset!r}", "Pass an int.")
+        raise wrong(AxisError, "pshift", bound, f"offset is {quoted(offset)}", "Pass an int.")
     n = bound.size
     targets = tuple([(rank + steps) % n if wrap or 0 <= rank + steps < n else -1 for rank in range(n)])
     return _permuted("pshift", x, bound, targets, sizes, dim)

@@ -28,9 +28,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pmod import _groups
 from pmod._ambient import Watcher, ambient, resolve, watchers
-from pmod._arguments import check_flag, check_tolerance, wrong
+from pmod._arguments import check_flag, check_tensor, check_tolerance, from_number, wrong
 from pmod._autodiff import BACKWARD, Call, Origin, backward_of, on_behalf_of, structure
-from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, Site, call_site, explain
+from pmod._errors import ArgumentError, CollectiveTimeout, MismatchError, Site, call_site, explain, quoted
 from pmod._factors import few
 from pmod._lineage import Found, calls_in, lineage, name_of
 from pmod._mesh import Axis, AxisLike
@@ -414,17 +414,21 @@ def _difference(xs: Sequence[Tensor], names: Sequence[str], axis: Axis, rtol: fl
 def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
     """Raise where a value that all ranks of the axis should hold alike is not the same on all of them.
 
+    The leaves are tensors or numbers.
     rtol: the largest difference between ranks, relative to the largest magnitude; 0 asks for the same bits. Usable with
     and without debug. All ranks of the axis call it, with trees of the same shapes.
     Cost: one small message; two of the size of the tree where it differs or rtol is not 0.
-    Raises: MismatchError on every rank, with the largest difference and where it is.
+    Raises: MismatchError on every rank, with the largest difference and where it is; ArgumentError for other leaves.
 
     >>> pmod.assert_invariant(torch.ones(2), mesh["model"])
     """
     bound = resolve(axis, "assert_invariant")
-    check_tolerance(rtol, "assert_invariant")
+    rtol = check_tolerance(rtol, "assert_invariant")
     leaves: list[Any] = []
     flatten(tree, "assert_invariant", bound, leaves)
+    leaves = [from_number(leaf, int, "assert_invariant", bound) for leaf in leaves]
+    for leaf in leaves:
+        check_tensor(leaf, "assert_invariant", bound)
     if bound.size == 1:
         return
     names = ["x"] if isinstance(tree, Tensor) else [f"leaf {i}" for i in range(len(leaves))]
@@ -660,7 +664,7 @@ class debug:  # lower case: it reads as the function it is called as
 
     def __init__(self, on: bool = True, *, rtol: float = 0.0) -> None:
         check_flag(on, "debug", "on")
-        check_tolerance(rtol, "debug")
+        rtol = check_tolerance(rtol, "debug")
         self._before = list(watchers())
         kept = [w for w in self._before if not isinstance(w, _Checker)]
         self._change([*kept, _Checker(rtol)] if on and not _groups.alone() else kept)
@@ -702,7 +706,8 @@ def checked(f: F) -> F:
     tensor([2., 2.])
     """
     if not callable(f):
-        raise ArgumentError(explain("checked", f"f is {f!r}", "Pass a step function: @pmod.checked above its def."))
+        right = "Pass a step function: @pmod.checked above its def."
+        raise ArgumentError(explain("checked", f"f is {quoted(f)}", right))
     seen: set[Any] = set()
 
     @wraps(f)

@@ -12,8 +12,8 @@ from attrs import frozen
 from torch import Tensor
 
 from pmod import _collectives, _groups, _halo, _ragged, _slices
-from pmod._ambient import current_mesh
-from pmod._errors import AxisError, coordinates, explain, near_miss
+from pmod._ambient import given_mesh
+from pmod._errors import ArgumentError, AxisError, coordinates, explain, near_miss, quoted
 from pmod._mesh import AxisLike, Mesh
 from pmod._simulate import simulate
 from pmod._svg import LINE, Picture, Svg, colour, letters, table
@@ -128,11 +128,16 @@ def draw_collective(name: str, mesh: Mesh | None = None, axis: AxisLike | None =
     rank 0 (model=0)  a0      →  a0 b0
     rank 1 (model=1)  b0      →  a0 b0
     """
-    example = _EXAMPLES.get(name)
+    example = _EXAMPLES.get(name) if isinstance(name, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if example is None:
-        given = f"no collective {name!r} is drawn{near_miss(name, _EXAMPLES)}"
+        given = f"no collective {quoted(name)} is drawn{near_miss(name, _EXAMPLES)}"
         raise AxisError(explain("draw_collective", given, f"There are {', '.join(_EXAMPLES)}."))
-    mesh = current_mesh() if mesh is None else mesh
+    mesh = given_mesh(mesh, "draw_collective")
+    known = [*inspect.signature(example.function).parameters][2:]
+    for argument in arguments:
+        if argument not in known:
+            given = f"{name} has no argument {argument!r}{near_miss(argument, known)}"
+            raise ArgumentError(explain("draw_collective", given, f"It has {', '.join(known) or 'none'}."))
     bound = mesh.bind(mesh.label if axis is None else axis, "draw_collective")
     size = min(bound.size, _MOST)
     before, after = _run(example, size, arguments, invariant=_kinds(name)[0] == "I")

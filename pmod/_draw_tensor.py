@@ -8,12 +8,15 @@ from itertools import accumulate, islice, pairwise, product
 from typing import Any
 
 from attrs import frozen
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from pmod._ambient import current_mesh
-from pmod._arguments import split_sizes
+from pmod._ambient import given_mesh
+from pmod._arguments import as_width, split_sizes
 from pmod._draw import shown_of
-from pmod._errors import ArgumentError, AxisError, ShapeError, coordinates, explain, near_miss
+from pmod._errors import ArgumentError, AxisError, ShapeError, coordinates, explain, near_miss, quoted
 from pmod._mesh import Mesh
+from pmod._numbers import as_ints, as_list
 from pmod._specs import Entry, P
 from pmod._svg import LINE, Picture, Svg, colour, letters, table
 
@@ -63,20 +66,23 @@ def draw(x: Any, spec: P | Iterable[Entry], mesh: Mesh | None = None, *, halo: A
     0:3  0 1
     3:5  2 3
     """
-    mesh = current_mesh() if mesh is None else mesh
-    shape = _shape(x)
-    spec = spec if isinstance(spec, P) else P(*spec)
+    mesh, shape = given_mesh(mesh, "draw"), _shape(x)
+    if not isinstance(spec, P):
+        entries = as_list(spec)
+        if entries is None:
+            raise ArgumentError(explain("draw", f"spec is {quoted(spec)}", "Pass a pmod.P, or a list of its entries."))
+        spec = P(*entries)
     held = _Held(mesh, _dims(shape, spec, mesh, halo))
     title = f"{shape} by {spec} on {', '.join(f'{n}={s}' for n, s in mesh.shape.items())}: {held.summary()}"
     return Picture("\n".join([title, *_text(held)]), _html(held, title))
 
 
 def _shape(x: Any) -> tuple[int, ...]:
-    shape = getattr(x, "shape", x)
-    try:
-        lengths = tuple(int(length) for length in shape)
-    except TypeError:
-        raise ArgumentError(explain("draw", f"x is a {type(x).__name__}", "Pass a tensor, or a shape.")) from None
+    shapeless = isinstance(x, Tensor) and (is_lazy(x) or x.is_nested)
+    lengths = None if shapeless else as_ints(getattr(x, "shape", x))
+    if lengths is None or min(lengths, default=0) < 0:
+        given = f"x is a {type(x).__name__}" if lengths is None else f"x is {quoted(x)}"
+        raise ArgumentError(explain("draw", given, "Pass a tensor, or a shape."))
     if not 1 <= len(lengths) <= 3:
         given = f"x has {len(lengths)} dims, {lengths}"
         raise ShapeError(explain("draw", given, "One to three can be drawn: leave out dims that are not cut."))
@@ -85,6 +91,10 @@ def _shape(x: Any) -> tuple[int, ...]:
 
 def _dims(shape: tuple[int, ...], spec: P, mesh: Mesh, halo: Any) -> list[_Dim]:
     entries, sizes = spec.entries, dict(spec.sizes)
+    uncut = [dim for dim in halo if dim not in _cut_dims(spec)] if isinstance(halo, Mapping) else []
+    if uncut:
+        given = f"halo names dim {quoted(uncut[0])}, which {spec} does not cut"
+        raise ShapeError(explain("draw", given, "Name dims that an entry cuts, counted from 0."))
     if len(entries) > len(shape):
         given = f"spec has {len(entries)} entries, and x has {len(shape)} dims"
         raise ShapeError(explain("draw", given, "An entry a dim; those left out are None."))
@@ -107,11 +117,14 @@ def _dims(shape: tuple[int, ...], spec: P, mesh: Mesh, halo: Any) -> list[_Dim]:
 
 
 def _pair(halo: Any, dim: int) -> tuple[int, int]:
-    width = halo.get(dim, 0) if isinstance(halo, Mapping) else halo
-    before, after = (width, width) if isinstance(width, int) else width
-    if min(before, after) < 0:
-        raise ShapeError(explain("draw", f"halo is {halo!r}", "A width is 0 or more, or a pair of such."))
-    return before, after
+    width = as_width(halo.get(dim, 0) if isinstance(halo, Mapping) else halo)
+    if width is None:
+        raise ShapeError(explain("draw", f"halo is {quoted(halo)}", "A width is 0 or more, or a pair of such."))
+    return width
+
+
+def _cut_dims(spec: P) -> list[int]:
+    return [dim for dim, entry in enumerate(spec.entries) if entry is not None]
 
 
 @frozen

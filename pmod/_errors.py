@@ -52,6 +52,24 @@ def coordinates(coords: Mapping[str, int] | None) -> str:
     return "(" + ", ".join(f"{name}={index}" for name, index in coords.items()) + ")"
 
 
+_LONGEST = 200  # characters of a value in a message, which is to be read in one look
+
+
+def quoted(value: object) -> str:
+    """A value as messages write it: its repr in one line, not too long.
+
+    >>> quoted([1, 2]), quoted("model")
+    ('[1, 2]', "'model'")
+    """
+    try:
+        text = repr(value)
+    except Exception:  # a __repr__ raises what it likes, that of a tensor of 1-bit ints too
+        return f"a {type(value).__name__}"
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
 def explain(
     function: str,
     given: str,
@@ -66,15 +84,21 @@ def explain(
     pmod.shard(axis='model') at (model=1): x.shape[0] is 5.
     Pass sizes=(3, 2).
     """
-    call = f"pmod.{function}" + ("" if axis is None else f"(axis={axis!r})")
+    call = f"pmod.{function}" + ("" if axis is None else f"(axis={quoted(axis)})")
     place = "" if coords is None else f" at {coordinates(coords)}"
     stop = "" if given.endswith("?") else "."
     return f"{call}{place}: {given}{stop}" + (f"\n{right}" if right else "")
 
 
+def endless(function: str = "") -> ArgumentError:
+    """The error of a tree in which a walk came to no end; by default of the public function that was called."""
+    given = "a tree holds itself, or is nested too deeply"
+    return ArgumentError(explain(function or call_site()[0], given, "Pass containers that do not hold themselves."))
+
+
 def near_miss(given: object, known: Iterable[str]) -> str:
     """``; did you mean 'model'?`` where one of the known names is close, else nothing."""
-    close = difflib.get_close_matches(str(given), list(known), n=1)
+    close = difflib.get_close_matches(given, list(known), n=1) if isinstance(given, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

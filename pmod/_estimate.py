@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pmod import _groups
 from pmod._ambient import set_mesh
-from pmod._errors import ArgumentError, AxisError, PmodError, explain, near_miss
+from pmod._arguments import check_function
+from pmod._errors import ArgumentError, AxisError, PmodError, explain, near_miss, quoted
 from pmod._mesh import Axis, Mesh, make_mesh
 from pmod._numbers import as_real
 from pmod._simulate import check_axis_sizes
@@ -134,6 +135,7 @@ def estimate(
     >>> t.total_bytes("data")
     7992000
     """
+    check_function(fn, "estimate")
     with alone_on(mesh, "estimate") as here:
         rates = [_checked_rate(bandwidth, "bandwidth", here), _checked_rate(latency, "latency", here)]
         with trace() as found:
@@ -144,14 +146,14 @@ def estimate(
 
 def _checked_rate(rate: Rate, name: str, mesh: Mesh) -> Rate:
     for axis, value in rate.items() if isinstance(rate, Mapping) else [(None, rate)]:
-        for part in (axis,) if isinstance(axis, str) else axis or ():
+        for part in () if axis is None else axis if isinstance(axis, tuple) else (axis,):
             if part not in mesh.axis_names:
-                given = f"{name} has no axis {part!r} to be for{near_miss(part, mesh.axis_names)}"
+                given = f"{name} has no axis {quoted(part)} to be for{near_miss(part, mesh.axis_names)}"
                 raise AxisError(explain("estimate", given, f"The mesh has {mesh.shape}."))
         number = as_real(value)
         if number is None or not (number > 0 if name == "bandwidth" else number >= 0):
             right = "Pass bytes per second, above 0." if name == "bandwidth" else "Pass seconds, 0 or more."
-            raise ArgumentError(explain("estimate", f"{name} is {value!r}", right, axis=axis))
+            raise ArgumentError(explain("estimate", f"{name} is {quoted(value)}", right, axis=axis))
     return rate
 
 

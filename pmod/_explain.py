@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pmod import _errors
 from pmod._ambient import ambient, watchers
+from pmod._arguments import check_function
 from pmod._autodiff import BACKWARD, ROWS, Call, Origin, tensors_in
 from pmod._errors import NoMeshError, call_source, coordinates
 from pmod._estimate import alone_on
@@ -213,6 +214,7 @@ def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | 
     <BLANKLINE>
     In all this rank sends 12 B forward and 36 B backward.
     """
+    check_function(f, "explain", "f")
     mesh = ambient() if mesh is None else mesh
     if mesh is None:
         right = "Pass mesh={'data': 4}, or set one, pmod.set_mesh(pmod.make_mesh())."

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pmod._errors import AxisError, explain
+from pmod._errors import AxisError, explain, quoted
 from pmod._numbers import as_int
 
 Factors: TypeAlias = tuple[tuple[int, int], ...]
@@ -98,10 +98,11 @@ def _listed(ranks: Sequence[int]) -> list[int]:
     """The ranks as ints, from nested sequences or an array."""
     try:
         array = np.asarray(ranks)
-    except ValueError:  # ragged
+    except Exception:  # ragged; or it tells numpy what it likes, as a tensor without values does
         array = np.asarray("")
     if array.ndim == 0 or (array.size > 0 and array.dtype.kind not in "iu"):
-        raise AxisError(explain("make_mesh", f"ranks is {ranks!r}", "List the ranks that the mesh covers, as ints."))
+        right = "List the ranks that the mesh covers, as ints."
+        raise AxisError(explain("make_mesh", f"ranks is {quoted(ranks)}", right))
     return [int(rank) for rank in array.reshape(-1)]
 
 
@@ -119,9 +120,9 @@ def check_names(names: Iterable[object], function: str) -> None:
     seen: set[object] = set()
     for name in names:
         if not isinstance(name, str) or not name:
-            raise AxisError(explain(function, f"{name!r} is no axis name", "Name axes with non-empty strings."))
+            raise AxisError(explain(function, f"{quoted(name)} is no axis name", "Name axes with non-empty strings."))
         if name in seen:
-            raise AxisError(explain(function, f"two axes are called {name!r}", "Give each axis its own name."))
+            raise AxisError(explain(function, f"two axes are called {quoted(name)}", "Give each axis its own name."))
         seen.add(name)
 
 
@@ -133,7 +134,7 @@ def fill_in(sizes: Mapping[str, int], total: int, function: str, have: str) -> d
         size = as_int(given)
         if size is None or (size < 1 and size != -1):
             raise AxisError(
-                explain(function, f"{name}={given!r} is no size", "Sizes are ints of 1 or more; one may be -1.")
+                explain(function, f"{name}={quoted(given)} is no size", "Sizes are ints of 1 or more; one may be -1.")
             )
         parsed[name] = size
     sizes = parsed

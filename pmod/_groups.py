@@ -35,7 +35,7 @@ from torch.distributed.rendezvous import _torchelastic_use_agent_store
 
 from pmod import _place
 from pmod._blocking import busy, hold_still
-from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, call_site, explain
+from pmod._errors import AxisError, CollectiveTimeout, PmodError, TopologyError, call_site, explain, quoted
 from pmod._meeting import Meeting
 from pmod._numbers import as_real
 from pmod._topology import Topology
@@ -161,7 +161,7 @@ def deadline(timeout: object) -> float:
     if timeout is not None:
         seconds = as_real(timeout)
         if seconds is None or not 0 < seconds < LONGEST:
-            raise AxisError(explain("make_mesh", f"timeout is {timeout!r}", "Pass seconds, a number above 0."))
+            raise AxisError(explain("make_mesh", f"timeout is {quoted(timeout)}", "Pass seconds, a number above 0."))
         return seconds
     text = os.environ.get("PMOD_TIMEOUT", str(DEFAULT_TIMEOUT))
     try:

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from pmod._ambient import resolve
-from pmod._arguments import check_own_size, check_sizes, check_sum, check_tensor, dim_from_end, wrong
+from pmod._arguments import as_width, check_own_size, check_sizes, check_sum, check_tensor, dim_from_end, wrong
 from pmod._autodiff import Call, bind_all, memory_format, unmoved
 from pmod._collectives import PERMUTE
-from pmod._errors import ArgumentError, AxisError, ShapeError, explain, near_miss
+from pmod._errors import ArgumentError, AxisError, ShapeError, explain, near_miss, quoted
 from pmod._mesh import Axis, AxisLike
-from pmod._numbers import as_int
 from pmod._pytree import Tree, map_leaves
 from pmod._ragged import _others, _swapped_alike
 from pmod._start import as_piece
+from pmod._wire import addable, as_added
 
 Width: TypeAlias = int | tuple[int, int]
 """Rows before and after, or as many on both sides."""
@@ -307,18 +307,16 @@ class Cut(NamedTuple):
 
 
 def _parsed(function: str, axis: Axis, dim: object, width: object, boundary: object, sizes: Any) -> Cut:
-    pair = (width, width) if as_int(width) is not None else width
-    parsed = [as_int(rows) for rows in pair] if isinstance(pair, tuple | list) else []
-    rows = [operator.index(number) for number in parsed if number is not None and number >= 0]  # a constant in a graph
-    if len(rows) != 2 or len(parsed) != 2:
+    rows = as_width(width)
+    if rows is None:
         right = "Pass an int of 0 or more, or two: the rows before and after."
-        raise wrong(ShapeError, function, axis, f"width is {width!r}", right)
+        raise wrong(ShapeError, function, axis, f"width is {quoted(width)}", right)
     if not isinstance(boundary, str) or boundary not in BOUNDARIES:
         right = "Pass 'zeros' (torch.nn.functional.pad's constant), 'periodic' (circular), 'reflect' or 'replicate'."
-        given = f"boundary is {boundary!r}{near_miss(boundary, BOUNDARIES)}"
+        given = f"boundary is {quoted(boundary)}{near_miss(boundary, BOUNDARIES)}"
         raise wrong(ArgumentError, function, axis, given, right)
     told = None if sizes is None else check_sizes(sizes, function, axis)
-    cut = Cut(axis, dim, (rows[0], rows[1]), boundary, told)
+    cut = Cut(axis, dim, rows, boundary, told)
     if told is not None:
         _check_width(cut, sum(told), function)
     return cut
@@ -349,7 +347,8 @@ def axes_by_dim(function: str, axis: Any, dim: int | None, default: int) -> list
     bound = [(key, resolve(axis[key], function)) for key in sorted(axis, key=repr)]
     first = bound[0][1]
     if dim is not None:
-        raise wrong(ArgumentError, function, first, f"dim is {dim!r} and axis a mapping", "The mapping names the dims.")
+        given = f"dim is {quoted(dim)} and axis a mapping"
+        raise wrong(ArgumentError, function, first, given, "The mapping names the dims.")
     seen: set[str] = set()
     for _, of in bound:
         names = {of.label} if isinstance(of.label, str) else set(of.label)
@@ -367,7 +366,7 @@ def by_dim(function: str, given: Any, name: str, axis: Any, bound: list[tuple[An
         return [given]
     if name == "sizes" and given is not None and not isinstance(given, Mapping):
         right = "Pass {dim: sizes}, as axis is {dim: axis}; None for a dim whose sizes are to be exchanged."
-        raise wrong(ShapeError, function, first, f"sizes is {given!r}", right)
+        raise wrong(ShapeError, function, first, f"sizes is {quoted(given)}", right)
     if not isinstance(given, Mapping):
         return [given] * len(bound)
     if set(given) != {key for key, _ in bound}:
@@ -452,11 +451,17 @@ def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x:
         if not xs:
             return xs
         given, dims = xs, places_of(function, cuts, xs)
+        if back:
+            xs = [addable(x) for x in xs]
         for cut, ats in list(zip(settled(function, cuts, xs, dims, back), dims, strict=True))[::step]:
             assert cut.sizes is not None
             if cut.width != (0, 0):
                 xs = carry_out(plan_of(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
-        return unmoved(xs) if xs is given else xs
+        if back:
+            xs = [as_added(y, x.dtype) for x, y in zip(given, xs, strict=True)]
+        if all(y is x for x, y in zip(given, xs, strict=True)):
+            return unmoved(xs)
+        return xs
 
     return map_leaves(as_piece(run, function), x, function, cuts[0].axis)
 

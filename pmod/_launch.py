@@ -36,7 +36,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from pmod import _groups
 from pmod._ambient import set_mesh
 from pmod._arguments import check_function
-from pmod._errors import ArgumentError, AxisError, CollectiveTimeout, PmodError, coordinates, explain
+from pmod._errors import ArgumentError, AxisError, CollectiveTimeout, PmodError, coordinates, explain, quoted
 from pmod._mesh import make_mesh
 from pmod._topology import Topology
 
@@ -114,7 +114,7 @@ def _checked_sizes(axis_sizes: Mapping[str, int]) -> dict[str, int]:
             right = "Sizes are ints of 1 or more; their product is the number of processes."
             if sizes[name] == -1:
                 right = "Nothing here says how many ranks there are, so -1 cannot be worked out: give the size."
-            raise AxisError(explain("launch", f"{name}={size!r} is no size", right))
+            raise AxisError(explain("launch", f"{name}={quoted(size)} is no size", right))
     return sizes
 
 

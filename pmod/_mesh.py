@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import attrs
@@ -18,7 +18,7 @@ from torch.overrides import handle_torch_function
 
 from pmod import _groups, _place
 from pmod._draw import mesh_html, mesh_text
-from pmod._errors import ArgumentError, AxisError, PmodError, TopologyError, call_site, explain, near_miss
+from pmod._errors import ArgumentError, AxisError, PmodError, TopologyError, call_site, explain, near_miss, quoted
 from pmod._factors import (
     Factors,
     all_places,
@@ -31,8 +31,8 @@ from pmod._factors import (
     take_fastest,
 )
 from pmod._groups import DEFAULT_TIMEOUT
-from pmod._numbers import as_int
-from pmod._topology import Topology, warn_of_straddling
+from pmod._numbers import as_int, as_ints, as_real
+from pmod._topology import MOST_RANKS, Topology, warn_of_straddling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -172,6 +172,7 @@ class Mesh:
     _bound: dict[object, Axis] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
+        _check_made(self)
         set_once = object.__setattr__
         set_once(self, "_axes", tuple(merged(factors) for factors in self._axes))
         set_once(self, "_sizes", tuple(math.prod(size for size, _ in factors) for factors in self._axes))
@@ -239,7 +240,7 @@ class Mesh:
         """
         number = as_int(rank)
         if number is None:
-            raise AxisError(explain("Mesh.coords_of", f"rank is {rank!r}", "Pass the number of a rank, an int."))
+            raise AxisError(explain("Mesh.coords_of", f"rank is {quoted(rank)}", "Pass the number of a rank, an int."))
         coords = self._coords_of(number)
         return None if coords is None else dict(zip(self.axis_names, coords, strict=True))
 
@@ -288,6 +289,8 @@ class Mesh:
         if isinstance(axis, Mesh):
             return axis.bind(axis.label, function)
         label, numbers = self._numbers(axis, function)
+        if label in self._bound:  # asked for by a list of names, which is not hashable: the same axis again
+            return self._bound[label]
         if self._coords is None and not self._fits():
             raise self._misfit(function, axis)
         if self._coords is None:
@@ -322,7 +325,7 @@ class Mesh:
             raise AxisError(
                 explain(
                     function,
-                    f"axis is {axis!r}, a {type(axis).__name__}",
+                    f"axis is {quoted(axis)}, a {type(axis).__name__}",
                     f"Pass a name of {self.axis_names}, a tuple of names, or a sub-mesh such as mesh['{self._any()}'].",
                     coords=self._shown_coords(),
                 )
@@ -439,7 +442,7 @@ class Mesh:
         whole = self._sizes[number]
         if not sizes:
             raise AxisError(explain("Mesh.split", "no size is given", "Name the new axes: split('data', a=2, b=-1)."))
-        cut = fill_in(sizes, whole, "Mesh.split", f"axis {axis!r} has {whole}")
+        cut = fill_in(sizes, whole, "Mesh.split", f"axis {quoted(axis)} has {whole}")
         parts: list[tuple[str, Factors]] = []
         rest = self._axes[number]
         for name, size in reversed(cut.items()):
@@ -561,6 +564,37 @@ class Mesh:
         return mesh_html(self.axis_names, self._sizes, self._rank_at, coords=self._coords, node_of=self._node_of)
 
 
+def _check_made(mesh: Mesh) -> None:
+    """Raise where someone calls the class with what `make_mesh` would not make it of."""
+    names, axes, base = mesh.axis_names, mesh._axes, mesh._base
+    offset = as_int(mesh._offset)
+    fits = {
+        "axis_names": type(names) is tuple and all(type(name) is str for name in names),
+        "axes": type(axes) is tuple and all(map(_are_factors, axes)),
+        "offset": offset is not None and 0 <= offset <= MOST_RANKS,
+        "base": base is None or (type(base) is tuple and as_ints(base) is not None),
+        "topology": isinstance(mesh.topology, Topology),  # pyright: ignore[reportUnnecessaryIsInstance]
+        "timeout": as_real(mesh._timeout) is not None,
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
+    if not wrong and len(axes) != len(names):
+        wrong = ["axes"]
+    if not wrong and base is not None and all_places(mesh._offset, axes).max(initial=0) >= len(base):
+        wrong = ["base"]
+    if wrong:
+        given = getattr(mesh, wrong[0] if hasattr(mesh, wrong[0]) else f"_{wrong[0]}")
+        right = "Make a mesh with pmod.make_mesh, or from another mesh."
+        raise ArgumentError(explain("Mesh", f"{wrong[0]} is {quoted(given)}", right))
+
+
+def _are_factors(axis: object) -> bool:
+    """Whether it is pairs of a size and a stride."""
+    if type(axis) is not tuple:
+        return False
+    pairs = [as_ints(pair) for pair in cast(tuple[Any, ...], axis)]
+    return all(pair is not None and len(pair) == 2 and min(pair) >= 1 for pair in pairs)
+
+
 AxisLike: TypeAlias = str | tuple[str, ...] | Mesh
 """What every ``axis`` argument takes: a name, a tuple of names (the flattened group), or a sub-mesh."""
 
@@ -636,7 +670,7 @@ def make_mesh(
     Mesh(data=1) at (data=0)
     """
     if not isinstance(axes, Mapping | None) or not isinstance(topology, Topology | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        given = f"axes is {axes!r}" if not isinstance(axes, Mapping | None) else f"topology is {topology!r}"
+        given = f"axes is {quoted(axes)}" if not isinstance(axes, Mapping | None) else f"topology is {quoted(topology)}"
         raise ArgumentError(explain("make_mesh", given, "Pass {'data': 2} or data=2, and a pmod.Topology."))
     sizes = {**(axes or {}), **axis_sizes}
     twice = set(axes or {}) & set(axis_sizes)

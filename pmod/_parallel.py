@@ -23,9 +23,9 @@ from torch.nn.parameter import is_lazy
 
 from pmod._ambient import resolve
 from pmod._arguments import check_root, check_tensor, wrong
-from pmod._autodiff import called_as
+from pmod._autodiff import called_as, is_mapping, refilled
 from pmod._collectives import PICK, PSUM, PVARY, differentiated, pick
-from pmod._errors import ArgumentError, PmodError
+from pmod._errors import ArgumentError, PmodError, endless, explain, quoted
 from pmod._mesh import Axis, AxisLike
 from pmod._pytree import flatten, map_leaves, together
 from pmod._start import Pending, start
@@ -39,8 +39,17 @@ Reduce: TypeAlias = Literal["sum", "mean"]
 def _checked(module: object, reduce: object, function: str, axis: Axis) -> None:
     if not isinstance(module, nn.Module):
         raise wrong(ArgumentError, function, axis, f"module is a {type(module).__name__}", "Pass an nn.Module.")
-    if reduce not in ("sum", "mean"):
-        raise wrong(ArgumentError, function, axis, f"reduce is {reduce!r}", "Pass 'sum' or 'mean'.")
+    if not isinstance(reduce, str) or reduce not in ("sum", "mean"):
+        raise wrong(ArgumentError, function, axis, f"reduce is {quoted(reduce)}", "Pass 'sum' or 'mean'.")
+    _state(module, function, axis)
+
+
+def _state(module: nn.Module, function: str, axis: Axis) -> dict[str, Tensor]:
+    """The parameters and buffers by name, each of which can be sent."""
+    state: dict[str, Tensor] = dict((*module.named_parameters(), *module.named_buffers()))
+    for name, tensor in state.items():
+        check_tensor(tensor, function, axis, name=name)
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 # --- the same values ------------------------------------------------------------------------------
@@ -61,7 +70,7 @@ def replicate(x: T, axis: AxisLike, *, src: int = 0) -> T:
     bound = resolve(axis, "replicate")
     check_root(src, "replicate", bound, name="src")
     if isinstance(x, nn.Module):
-        state = {name: tensor.detach() for name, tensor in (*x.named_parameters(), *x.named_buffers())}
+        state = _state(x, "replicate", bound)
         equal = pick(state, axis, src=src)
         with torch.no_grad():
             for name, tensor in state.items():
@@ -292,25 +301,27 @@ def _linked(output: Any, shared: list[Tensor]) -> Any:
 
 def map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """f on the tensors of what a function takes or returns, whatever else is in it."""
+    try:
+        return _mapped(f, tree)
+    except RecursionError:
+        raise endless() from None
+
+
+def _mapped(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return f(tree)
     if tree is None:
         return None
-    if type(tree) is dict:
-        return {key: map_tensors(f, value) for key, value in tree.items()}
-    if isinstance(tree, dict):
-        out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
-        for key, value in tree.items():
-            out[key] = map_tensors(f, value)
-        return out
+    if is_mapping(tree):
+        return refilled(tree, {key: _mapped(f, value) for key, value in tree.items()})
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(f, value) for value in tree))
+        return type(tree)(*(_mapped(f, value) for value in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(f, value) for value in tree)
+        return type(tree)(_mapped(f, value) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         filled = copy.copy(tree)
         for field in dataclasses.fields(tree):
-            object.__setattr__(filled, field.name, map_tensors(f, getattr(tree, field.name)))
+            object.__setattr__(filled, field.name, _mapped(f, getattr(tree, field.name)))
         return filled
     return tree
 
@@ -636,6 +647,9 @@ def remove_data_parallel(module: M) -> M:
     >>> pmod.remove_data_parallel(layer) is layer
     True
     """
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"module is a {type(module).__name__}"
+        raise ArgumentError(explain("remove_data_parallel", given, "Pass an nn.Module."))
     for hook in [*module._forward_hooks.values()]:
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, _Reducer):

@@ -1,12 +1,12 @@
 """Maps over the leaves of nested dicts, lists, tuples and namedtuples; leaves of one dtype and device sent together.
 
 Our own forty lines, because the order of the leaves decides which message is sent first: it must be the same on every
-rank, so dicts are walked by sorted key (torch's pytree walks them by insertion). None is a leaf that stays None.
+rank, so dicts are walked by sorted key (torch's pytree walks them by insertion), and so are other mappings that can be
+filled, such as a TensorDict. None is a leaf that stays None.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pmod._ambient import watchers
 from pmod._arguments import check_tensor, wrong
-from pmod._autodiff import Call, Params, Row, bind, bind_all, of_tree
-from pmod._errors import ArgumentError
+from pmod._autodiff import Call, Params, Row, bind, bind_all, is_mapping, of_tree, refilled
+from pmod._errors import ArgumentError, endless
 from pmod._mesh import Axis
 
 Tree = TypeVar("Tree")
@@ -25,14 +25,21 @@ Tree = TypeVar("Tree")
 
 def flatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
     """Append the leaves in order; None is skipped."""
+    try:
+        _walk(tree, function, axis, leaves)
+    except RecursionError:
+        raise endless(function) from None
+
+
+def _walk(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
     if tree is None:
         return
-    if isinstance(tree, dict):
+    if is_mapping(tree):
         for key in sorted_keys(tree, function, axis):
-            flatten(tree[key], function, axis, leaves)
+            _walk(tree[key], function, axis, leaves)
     elif isinstance(tree, list | tuple):
-        for branch in tree:
-            flatten(branch, function, axis, leaves)
+        for branch in cast(Sequence[Any], tree):
+            _walk(branch, function, axis, leaves)
     else:
         leaves.append(tree)
 
@@ -41,13 +48,9 @@ def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
     """`tree` with its leaves replaced by those in `leaves`, which are used up from the front."""
     if tree is None:
         return None
-    if isinstance(tree, dict):
-        filled = {key: unflatten(tree[key], function, axis, leaves) for key in sorted_keys(tree, function, axis)}
-        if type(tree) is dict:
-            return {key: filled[key] for key in tree}
-        out = copy.copy(cast(dict[Any, Any], tree))  # keeps what a subclass knows besides its items
-        out.update(filled)
-        return out
+    if is_mapping(tree):
+        keys = sorted_keys(tree, function, axis)
+        return refilled(tree, {key: unflatten(tree[key], function, axis, leaves) for key in keys})
     if isinstance(tree, list | tuple):
         branches = [unflatten(branch, function, axis, leaves) for branch in tree]
         if isinstance(tree, list):
@@ -70,7 +73,7 @@ def map_leaves(f: Callable[[list[Any]], Sequence[Any]], tree: Tree, function: st
 
 def outline(tree: Any, function: str, axis: Axis) -> str:
     """The structure of a tree, in which a leaf is *: the same text on all ranks, where their trees are alike."""
-    if isinstance(tree, dict):
+    if is_mapping(tree):
         keys = sorted_keys(tree, function, axis)
         return "{" + ", ".join([f"{_shown(key)}: {outline(tree[key], function, axis)}" for key in keys]) + "}"
     if isinstance(tree, list | tuple):
@@ -87,12 +90,13 @@ def _shown(key: Any) -> str:
     return type(key).__name__ if " at 0x" in text else text
 
 
-def sorted_keys(tree: dict[Any, Any], function: str, axis: Axis) -> list[Any]:
+def sorted_keys(tree: Any, function: str, axis: Axis) -> list[Any]:
     """The order in which a dict is walked."""
+    keys = list(tree.keys())  # a TensorDict iterates over its first dim
     try:
-        return sorted(tree)
+        return sorted(keys)
     except TypeError:
-        kinds = sorted({type(key).__name__ for key in tree})
+        kinds = sorted({type(key).__name__ for key in keys})
         given = f"a dict has keys of types {kinds}, which do not sort"
         right = "Use keys of one type: ranks walk a dict in the order of its keys."
         raise wrong(ArgumentError, function, axis, given, right) from None

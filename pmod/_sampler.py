@@ -12,22 +12,23 @@ from torch.utils.data import default_collate
 
 from pmod._ambient import resolve
 from pmod._arguments import wrong
-from pmod._errors import ArgumentError, PmodError, ShapeError
+from pmod._errors import ArgumentError, PmodError, ShapeError, quoted
 from pmod._mesh import Axis, AxisLike
-from pmod._numbers import as_int
+from pmod._numbers import as_int, as_number
 from pmod._random import check_seed, hashed
 
 
 def _count(x: object, function: str, axis: Axis, *, name: str, least: int) -> int:
     parsed = as_int(x)
     if parsed is None or parsed < least:
-        raise wrong(ShapeError, function, axis, f"{name} is {x!r}", f"Pass an int of {least} or more.")
+        raise wrong(ShapeError, function, axis, f"{name} is {quoted(x)}", f"Pass an int of {least} or more.")
     return parsed
 
 
 def _flag(x: object, axis: Axis, *, name: str) -> bool:
-    if x not in (True, False):  # 0, 1 and numpy's are as good; a text would count as true
-        raise wrong(ArgumentError, "sampler", axis, f"{name} is {x!r}", "Pass True or False.")
+    number = as_number(x)  # 0, 1 and numpy's are as good; a text would count as true
+    if number is None or number not in (True, False):
+        raise wrong(ArgumentError, "sampler", axis, f"{name} is {quoted(x)}", "Pass True or False.")
     return bool(x)
 
 
@@ -208,7 +209,8 @@ def _as_state(state: object, axis: Axis) -> dict[str, int]:
     for key, (low, high) in _RANGES.items():
         number = int(held[key]) if isinstance(held[key], bool) and key == "shuffle" else as_int(held[key])
         if number is None:
-            raise wrong(ArgumentError, _LOAD, axis, f"{key} is {held[key]!r}, a {type(held[key]).__name__}", right)
+            given = f"{key} is {quoted(held[key])}, a {type(held[key]).__name__}"
+            raise wrong(ArgumentError, _LOAD, axis, given, right)
         if not low <= number <= high:
             span = "0 or 1" if high == 1 else "0 or more"
             raise wrong(ShapeError, _LOAD, axis, f"{key} is {number}", f"It is {span}. {right}")

@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,10 +22,10 @@ from pmod import _groups
 from pmod._ambient import Watcher, set_mesh, watchers
 from pmod._arguments import check_function
 from pmod._autodiff import origin
-from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain
+from pmod._errors import AxisError, MismatchError, PmodError, call_site, coordinates, explain, quoted
 from pmod._mesh import Axis, make_mesh
 from pmod._numbers import as_int
-from pmod._topology import Topology
+from pmod._topology import MOST_RANKS, Topology
 from pmod._waiting import ALIKE, WAITS, Post, Said, unlike
 from pmod._wire import Sent, Wire, count_bytes, count_parts
 
@@ -69,6 +70,14 @@ class _World:
 
     def begin(self) -> None:
         self._batons[0].release()
+
+    def stop_before(self, rank: int) -> None:
+        """Let the ranks that have a thread end, because this one and those after it have none."""
+        given = f"this system starts {rank} threads, and there are {self.size} ranks"
+        self.error = PmodError(explain("simulate", given, "Simulate fewer ranks."))
+        self._left.update(range(rank, self.size))
+        if rank == 0:
+            self.over.release()
 
     def bring(self, rank: int, axis: Axis, what: Any) -> _Meeting:
         """Take part in the next exchange of this axis, without waiting for the others."""
@@ -244,8 +253,11 @@ def check_axis_sizes(sizes: Mapping[str, int], function: str, example: str) -> d
     for name, given in sizes.items():
         size = as_int(given)
         if size is None or size < 1:
-            raise AxisError(explain(function, f"{name}={given!r} is no size", "Sizes are ints of 1 or more."))
+            raise AxisError(explain(function, f"{name}={quoted(given)} is no size", "Sizes are ints of 1 or more."))
         parsed[name] = size
+    if math.prod(parsed.values()) > MOST_RANKS:
+        given = f"{', '.join(f'{name}={size}' for name, size in parsed.items())} are too many ranks"
+        raise AxisError(explain(function, given, f"There are at most {MOST_RANKS}."))
     return parsed
 
 
@@ -302,8 +314,13 @@ def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, i
         world.leave(rank, error)
 
     threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
+    for rank, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more
+            world.stop_before(rank)
+            break
+    threads = [thread for thread in threads if thread.ident is not None]
     world.begin()
     world.over.acquire()
     for thread in threads:

@@ -16,6 +16,7 @@ from pmod._ambient import resolve
 from pmod._arguments import (
     accumulate_in,
     check_adds_up,
+    check_flag,
     check_own_size,
     check_root,
     check_sizes,
@@ -25,7 +26,7 @@ from pmod._arguments import (
     wrong,
 )
 from pmod._autodiff import I, Params, Row, V, pair
-from pmod._errors import ShapeError
+from pmod._errors import ShapeError, quoted
 from pmod._mesh import Axis, AxisLike
 from pmod._numbers import as_int
 from pmod._pytree import Tree, each, map_leaves
@@ -118,6 +119,7 @@ def all_gather(
     [tensor([1., 0., 1., 1.]), tensor([1., 0., 1., 1.])]
     """
     bound = resolve(axis, "all_gather")
+    check_flag(tiled, "all_gather", "tiled")
     asked = accumulate_in(reduce_dtype, "all_gather", bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
@@ -143,6 +145,7 @@ def psum_scatter(
     [tensor([0., 2.]), tensor([4., 6.])]
     """
     bound = resolve(axis, "psum_scatter")
+    check_flag(tiled, "psum_scatter", "tiled")
     asked = accumulate_in(reduce_dtype, "psum_scatter", bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
@@ -240,7 +243,8 @@ def unshard(
     if length is not None:
         whole = as_int(length)
         if whole is None or whole < 0:
-            raise wrong(ShapeError, "unshard", bound, f"length is {length!r}", "Pass the whole length, 0 or more.")
+            right = "Pass the whole length, 0 or more."
+            raise wrong(ShapeError, "unshard", bound, f"length is {quoted(length)}", right)
         given = shares(whole, bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
@@ -412,6 +416,7 @@ def all_to_all(
     [tensor([0, 2]), tensor([1, 3])]
     """
     bound = resolve(axis, "all_to_all")
+    check_flag(tiled, "all_to_all", "tiled")
     if not tiled:
         if split_sizes is not None or concat_sizes is not None:
             raise wrong(ShapeError, "all_to_all", bound, "tiled=False and sizes are given", "Sizes need tiled=True.")

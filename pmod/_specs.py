@@ -16,11 +16,12 @@ from torch import Tensor
 
 from pmod._ambient import given_mesh, resolve, watchers
 from pmod._arguments import check_tensor, shares, split_sizes, wrong
+from pmod._autodiff import is_mapping
 from pmod._collectives import psum, pvary
 from pmod._debug import compare_claimed
-from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, explain, near_miss
+from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, endless, explain, near_miss, quoted
 from pmod._mesh import Axis, Mesh
-from pmod._numbers import as_int
+from pmod._numbers import as_int, as_ints, as_list
 from pmod._parallel import map_tensors
 from pmod._pytree import sorted_keys, unflatten
 from pmod._ragged import held_lengths
@@ -40,7 +41,7 @@ def _entry(given: Any) -> Entry:
     names = given if isinstance(given, tuple | list) else (given,)
     if given is not None and not (names and all(isinstance(name, str) and name for name in names)):
         right = "An entry is None, an axis name, or a tuple of axis names."
-        raise AxisError(explain("P", f"{given!r} is no entry of a spec", right))
+        raise AxisError(explain("P", f"{quoted(given)} is no entry of a spec", right))
     return tuple(names) if isinstance(given, tuple | list) else given
 
 
@@ -54,7 +55,7 @@ def _lengths_by_dim(sizes: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
     whole = isinstance(sizes, Mapping) and len(ints) == len(cast(Mapping[Any, Any], sizes))
     if not whole or min(sum(ints.values(), (0,))) < 0:
         right = "Pass {dim: one length per rank of its axis}, all of them ints of 0 or more."
-        raise ShapeError(explain("P", f"sizes is {sizes!r}", right))
+        raise ShapeError(explain("P", f"sizes is {quoted(sizes)}", right))
     return tuple(sorted(ints.items()))
 
 
@@ -128,7 +129,8 @@ class P:
         """
         from torch.distributed.tensor import Replicate, Shard
 
-        check_spec(self, [0] * len(self), given_mesh(mesh, "P.placements"), "P.placements", "the spec")
+        mesh = given_mesh(mesh, "P.placements")
+        check_spec(self, [0] * len(self), mesh, "P.placements", "the spec")
         cut: dict[str, int] = {}
         for dim, entry in enumerate(self.entries):
             names = () if entry is None else (entry,) if isinstance(entry, str) else entry
@@ -153,15 +155,18 @@ class P:
         """
         from torch.distributed.tensor import Replicate, Shard
 
-        if len(placements) != len(given_mesh(mesh, "P.from_placements").axis_names):
-            given, right = f"placements are {placements!r}", f"Pass one for each axis of the mesh: {mesh.axis_names}."
+        mesh, listed = given_mesh(mesh, "P.from_placements"), as_list(placements)
+        if listed is None or len(listed) != len(mesh.axis_names):
+            given = f"placements are {quoted(placements)}"
+            right = f"Pass one for each axis of the mesh: {mesh.axis_names}."
             raise ShapeError(explain("P.from_placements", given, right))
         cut: dict[int, list[str]] = {}
-        for name, placement in zip(mesh.axis_names, placements, strict=True):
+        for name, placement in zip(mesh.axis_names, listed, strict=True):
             if type(placement) is Shard:
                 cut.setdefault(placement.dim, []).append(name)
             elif type(placement) is not Replicate:
-                given, right = f"{placement!r} along {name!r} is no spec", "Redistribute to Shard and Replicate first."
+                given = f"{quoted(placement)} along {name!r} is no spec"
+                right = "Redistribute to Shard and Replicate first."
                 raise ShapeError(explain("P.from_placements", given, right))
         entries = [cut.get(dim, [None]) for dim in range(max(cut, default=-1) + 1)]
         return P(*[entry[0] if len(entry) == 1 else tuple(name for name in entry if name) for entry in entries])
@@ -214,15 +219,22 @@ def sizes_of(
 
 def with_specs(tree: Any, specs: Specs, function: str, where: str, axis: Axis) -> list[tuple[Any, P, str]]:
     """The leaves of a tree in the order in which trees are walked, each with its spec and its path."""
+    try:
+        return _with_specs(tree, specs, function, where, axis)
+    except RecursionError:
+        raise endless(function) from None
+
+
+def _with_specs(tree: Any, specs: Specs, function: str, where: str, axis: Axis) -> list[tuple[Any, P, str]]:
     if tree is None:
         return []
     branches: list[tuple[Any, Specs, str]] = []
     one = WHOLE if specs is None else specs if isinstance(specs, P) else None  # for all that is below
-    if isinstance(tree, dict) and (one is not None or fits(tree, specs)):
+    if is_mapping(tree) and (one is not None or fits(tree, specs)):
         for key in sorted_keys(tree, function, axis):
             branches.append((tree[key], _below(specs, key, one), f"{where}[{key!r}]"))
     elif isinstance(tree, list | tuple) and (one is not None or fits(tree, specs)):
-        for i, branch in enumerate(tree):
+        for i, branch in enumerate(cast(Sequence[Any], tree)):
             branches.append((branch, _below(specs, i, one), f"{where}[{i}]"))
     elif one is not None:
         return [(tree, one, where)]
@@ -230,7 +242,7 @@ def with_specs(tree: Any, specs: Specs, function: str, where: str, axis: Axis) -
         given = f"{where} is {_outline(tree)} and its specs are {_outline(specs)}"
         right = "Specs are a P for all that is below it, or have the structure of what they are for."
         raise wrong(ArgumentError, function, axis, given, right)
-    return [leaf for branch in branches for leaf in with_specs(branch[0], branch[1], function, branch[2], axis)]
+    return [leaf for branch in branches for leaf in _with_specs(branch[0], branch[1], function, branch[2], axis)]
 
 
 def _below(specs: Any, key: Any, one: P | None) -> Specs:
@@ -239,14 +251,14 @@ def _below(specs: Any, key: Any, one: P | None) -> Specs:
 
 def fits(tree: Any, specs: Any) -> bool:
     """Whether specs are one for each branch of a tree: of the same keys, or as many."""
-    if isinstance(tree, dict):
-        return isinstance(specs, dict) and set(specs) == set(tree)
+    if is_mapping(tree):
+        return is_mapping(specs) and set(specs.keys()) == set(tree.keys())
     return isinstance(tree, list | tuple) and isinstance(specs, list | tuple) and len(specs) == len(tree)
 
 
 def _outline(tree: Any) -> str:
-    if isinstance(tree, dict):
-        return f"a dict with the keys {sorted(map(str, tree))}"
+    if is_mapping(tree):
+        return f"a {type(tree).__name__} with the keys {sorted(map(str, tree.keys()))}"
     if isinstance(tree, list | tuple):
         return f"a {type(tree).__name__} of {len(tree)}"
     return f"a {type(tree).__name__}"
@@ -319,7 +331,8 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     A leaf is V along the axes that its spec names and I along the others; the result is I along all of them. 16-bit
     leaves add up in float32.
     Shapes: any -> (). Cost: one number for each set of axes that specs name. optax: global_norm.
-    Raises: as `enter`; under `debug` MismatchError where a leaf differs along an axis that its spec leaves out.
+    Raises: as `enter`; ArgumentError for bools and ints. Under `debug` MismatchError where a leaf differs along an axis
+    that its spec leaves out.
 
     >>> def norm():
     ...     shard, bias = torch.full((2,), 3.0), torch.full((1,), 8.0)
@@ -327,10 +340,13 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     >>> pmod.simulate(norm, model=2)
     [tensor(10.), tensor(10.)]
     """
-    mesh, _, found = _checked(tree, specs, mesh, "global_norm")
+    mesh, everywhere, found = _checked(tree, specs, mesh, "global_norm")
+    for x, _, where in found:
+        if not (x.is_floating_point() or x.is_complex()):
+            given = f"{where} is {str(x.dtype).removeprefix('torch.')}, which has no norm"
+            raise wrong(ArgumentError, "global_norm", everywhere, given, f"Pass {where}.float().")
     _compare_left_out(found, mesh, "global_norm")
-    sizes = [x.abs() for x, _, _ in found]
-    squares = [size.to(accumulator(size.dtype, None)).square().sum() for size in sizes]
+    squares = [x.to(accumulator(x.dtype, None)).abs().square().sum() for x, _, _ in found]
     cut_along = [tuple(name for name in mesh.axis_names if name in spec.axes) for _, spec, _ in found]
     total = torch.zeros(())
     for names, members in sorted(_in_groups(cut_along).items()):
@@ -411,7 +427,8 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
     """
     mesh, everywhere, found = _checked(tree, specs, mesh, "to_dtensors")
     _compare_left_out(found, mesh, "to_dtensors")
-    sizes, device_mesh = whole_shapes(found, mesh, "to_dtensors"), mesh.device_mesh
+    device_mesh = mesh.device_mesh  # raises where there is none, before anything is sent
+    sizes = whole_shapes(found, mesh, "to_dtensors")
     made = [
         as_dtensor(x.detach(), spec, held, device_mesh, mesh, "to_dtensors", where)
         for (x, spec, where), held in zip(found, sizes, strict=True)
@@ -446,16 +463,13 @@ def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> t
     """
     mesh = given_mesh(mesh, "local_slice")
     if not isinstance(spec, P):  # pyright: ignore[reportUnnecessaryIsInstance]
-        given = f"spec is {spec!r}, a {type(spec).__name__}"
+        given = f"spec is {quoted(spec)}, a {type(spec).__name__}"
         raise ArgumentError(explain("local_slice", given, "Pass a pmod.P.", coords=mesh._shown_coords()))
-    given_shape = shape
-    try:
-        lengths = [as_int(length) for length in shape]
-    except TypeError:  # not a sequence
-        lengths = [None]
-    shape = tuple([-1 if length is None else length for length in lengths])
-    if min(shape, default=0) < 0:
-        raise ShapeError(explain("local_slice", f"shape is {given_shape!r}", "Pass a length of 0 or more per dim."))
+    lengths = as_ints(shape)
+    if lengths is None or min(lengths, default=0) < 0:
+        right = "Pass a length of 0 or more per dim."
+        raise ShapeError(explain("local_slice", f"shape is {quoted(shape)}", right))
+    shape = lengths
     check_spec(spec, shape, mesh, "local_slice", "shape")
     slices = [slice(0, length) for length in shape]
     for dim, entry in enumerate(spec.entries):

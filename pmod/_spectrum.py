@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmod._ambient import resolve, resolve_each
-from pmod._arguments import check_tensor, dim_from_end, shares, wrong
+from pmod._arguments import LONGEST, check_tensor, dim_from_end, shares, wrong
 from pmod._autodiff import Call, bind
-from pmod._errors import ArgumentError, PmodError, ShapeError
+from pmod._errors import ArgumentError, PmodError, ShapeError, quoted
 from pmod._mesh import Axis, AxisLike, Mesh
-from pmod._numbers import as_int
+from pmod._numbers import as_int, as_list
 from pmod._ragged import _check_eager, _sizes_of_leaves
 from pmod._slices import ALL_TO_ALL, SHARD, UNSHARD
 
@@ -62,7 +62,7 @@ class _Dim(NamedTuple):
 
 def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
     """One axis, names in a tuple flattened as everywhere; with a dim for each of them, each by itself."""
-    if not many:
+    if not many or (isinstance(axis, tuple) and not axis):
         return (resolve(axis, name),)
     if isinstance(axis, Mesh):
         return resolve_each(axis, name)
@@ -71,18 +71,20 @@ def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
 
 def _list(given: Any, what: str, kind: _Kind) -> list[int | None]:
     """An int, or several; None stays."""
-    listed = list(given) if isinstance(given, Sequence) else [given]
+    listed = as_list(given)
+    if listed is None:
+        listed = [given]
     parsed = [None if one is None else as_int(one) for one in listed]
     for one, number in zip(listed, parsed, strict=True):
         if one is not None and number is None:
-            raise kind.wrong(f"{what} holds {one!r}, a {type(one).__name__}", "Pass ints.")
+            raise kind.wrong(f"{what} holds {quoted(one)}, a {type(one).__name__}", "Pass ints.")
     return parsed
 
 
 def _check_input(x: Tensor, kind: _Kind) -> Tensor:
     """x as torch.fft would take it: floating or complex."""
-    if kind.norm not in (None, "backward", "ortho", "forward"):
-        given = f"norm is {kind.norm!r}"
+    if kind.norm is not None and not (isinstance(kind.norm, str) and kind.norm in ("backward", "ortho", "forward")):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"norm is {quoted(kind.norm)}"
         raise wrong(ArgumentError, kind.name, kind.axes[0], given, "Pass 'backward', 'ortho' or 'forward'.")
     if not (x.is_floating_point() or x.is_complex()):
         return x.to(torch.get_default_dtype())
@@ -103,10 +105,12 @@ def _parse_dims(x: Tensor, s: Any, dim: Any, kind: _Kind) -> tuple[list[int], li
     ats = [dim_from_end(one, x, kind.name, kind.axes[0]) for one in listed]
     if not ats or len(set(ats)) < len(ats):
         raise kind.wrong(f"dim is {tuple(listed)}", "Pass one dim or more, each once.")
+    if kind.lengths == "n" and len(ats) > 1:
+        raise kind.wrong(f"dim is {tuple(listed)}", f"Pass one dim, or use {kind.function}n.")
     if asked is None:
         asked = [None] * len(ats)
     if len(asked) != len(ats):
-        given = f"{kind.lengths} is {s!r} and dim has {len(ats)} dims"
+        given = f"{kind.lengths} is {quoted(s)} and dim has {len(ats)} dims"
         raise kind.wrong(given, "Pass a length for each dim.")
     return ats, [None if n == -1 and kind.lengths == "s" else n for n in asked]
 
@@ -131,7 +135,7 @@ def _cut(x: Tensor, given: Any, name: str, kind: _Kind) -> list[int]:
     listed = list(given) if isinstance(given, Sequence) else [given]
     ats = [dim_from_end(one, x, kind.name, axis, name=name) for one, axis in zip(listed, kind.axes, strict=False)]
     if len(listed) != len(kind.axes) or len(set(ats)) < len(ats):
-        raise kind.wrong(f"{name} is {given!r}", f"Pass {len(kind.axes)} of them, each once: a dim per axis.")
+        raise kind.wrong(f"{name} is {quoted(given)}", f"Pass {len(kind.axes)} of them, each once: a dim per axis.")
     return ats
 
 
@@ -139,9 +143,9 @@ def _held(x: Tensor, ins: list[int], sizes: Any, many: bool, kind: _Kind) -> lis
     """How long the shards are along the dim that each axis cuts: as given, or as the ranks say."""
     if sizes is None:
         _check_eager(kind.name, kind.axes[0])
-    given = [None] * len(ins) if sizes is None else list(sizes) if many else [sizes]
-    if len(given) != len(ins):
-        raise kind.wrong(f"sizes is {sizes!r}", f"Pass {len(ins)} tuples of sizes, one per axis.")
+    given = [None] * len(ins) if sizes is None else as_list(sizes) if many else [sizes]
+    if given is None or len(given) != len(ins):
+        raise kind.wrong(f"sizes is {quoted(sizes)}", f"Pass {len(ins)} tuples of sizes, one per axis.")
     cuts = zip(kind.axes, ins, given, strict=True)
     return [next(_sizes_of_leaves(x, at, one, kind.name, axis))[1] for axis, at, one in cuts]
 
@@ -152,23 +156,27 @@ def _measure(
     """The transformed dims with all their lengths, which fit together; those that are not known yet are left out."""
     kept = [None] * len(ats) if modes is None else _list(modes, "modes", kind)
     if len(kept) != len(ats):
-        raise kind.wrong(f"modes is {modes!r} and dim has {len(ats)} dims", "Pass one for each dim, or None.")
+        raise kind.wrong(f"modes is {quoted(modes)} and dim has {len(ats)} dims", "Pass one for each dim, or None.")
     dims: list[_Dim] = []
     for at, n, few in zip(ats, asked, kept, strict=True):
         half, length = kind.real and at == ats[-1], lengths[at]
         if few is not None and kind.inverse and n is None:
-            raise kind.wrong(f"modes is {modes!r} without the length of the signal", f"Pass {kind.lengths} as well.")
+            given = f"modes is {quoted(modes)} without the length of the signal"
+            raise kind.wrong(given, f"Pass {kind.lengths} as well.")
         if few is not None and kind.inverse and length is not None and few != length:
-            raise kind.wrong(f"modes is {modes!r} and x has {length} along dim {at}", "Pass the number that x has.")
+            given = f"modes is {quoted(modes)} and x has {length} along dim {at}"
+            raise kind.wrong(given, "Pass the number that x has.")
         if n is None and length is not None:
             n = 2 * (length - 1) if half and kind.inverse else length
         if n is None:
             continue
+        if n > LONGEST:
+            raise kind.wrong(f"the signal has {n} points along dim {at}", "No machine addresses so much memory.")
         if n < 1:
             raise kind.wrong(f"the signal has {n} points along dim {at}", f"Pass {kind.lengths} of 1 or more.")
         whole = n // 2 + 1 if half else n
         if few is not None and not 1 <= few <= whole:
-            raise kind.wrong(f"modes is {modes!r} and dim {at} has {whole}", f"Pass from 1 to {whole}.")
+            raise kind.wrong(f"modes is {quoted(modes)} and dim {at} has {whole}", f"Pass from 1 to {whole}.")
         dims.append(_Dim(at, n, few, half))
     return dims
 
@@ -345,7 +353,10 @@ def transform(function: str, x: Tensor, s: Any, dim: Any, norm: str | None, cut:
         dims = _measure(lengths, ats, asked, cut.modes, kind)
     spread = [number for number, axis in enumerate(axes) if axis.size > 1]
     if not spread and cut.modes is None and x.numel():
-        return getattr(torch.fft, function)(x, s, dim, norm)
+        told = [dim.n for dim in dims] if s is not None else None
+        if kind.lengths == "n":
+            return getattr(torch.fft, function)(x, told[0] if told else None, ats[0], norm)
+        return getattr(torch.fft, function)(x, told, ats, norm)
     moves = _moves(x, ats, [ins[number] for number in spread], [outs[number] for number in spread])
     return _run(x, dims, [ins[number] for number in spread], moves, [sizes[number] for number in spread], kind)
 

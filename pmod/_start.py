@@ -23,6 +23,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch import pyfunctorch
+from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch
 
 from pmod._ambient import ambient, under, watchers
@@ -39,7 +40,7 @@ from pmod._autodiff import (
     tensors_in,
     told,
 )
-from pmod._errors import ArgumentError, PmodError, explain
+from pmod._errors import ArgumentError, PmodError, explain, quoted
 from pmod._wire import Sent
 
 T = TypeVar("T")
@@ -173,7 +174,7 @@ class _Piece(Generic[T]):
 
     def __init__(self, f: Callable[[], T], name: str, tensors: Sequence[Tensor]) -> None:
         self._name = name
-        self._tensors = [x for x in tensors if not x.is_inference()]
+        self._tensors = [x for x in tensors if not is_lazy(x) and not x.is_inference()]
         self._versions = [x._version for x in self._tensors]
         self._enter = _surroundings()
         self._results: list[T] = []
@@ -398,6 +399,8 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
     >>> pending.wait()  # after some other work
     tensor([1., 1.])
     """
+    if not callable(f):
+        raise ArgumentError(explain("start", f"f is {quoted(f)}", "Pass a function, then its arguments."))
     name = getattr(f, "__name__", type(f).__name__)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         result = f(*args, **kwargs)

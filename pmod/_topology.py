@@ -16,19 +16,20 @@ from typing import Any
 import attrs
 import torch
 
-from pmod._errors import TopologyError, explain, near_miss
+from pmod._errors import TopologyError, explain, near_miss, quoted
 from pmod._numbers import as_int
 
 _log = logging.getLogger("pmod")
+MOST_RANKS = 2**31 - 1  # torch numbers ranks in 32 bits
 _FILLED: Any = None  # the default of a field that _fill works out from the others
 
 
 def _as_device(device: torch.device | str) -> torch.device:
     try:
         return torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):  # torch raises any of them
         right = "Pass a torch.device, or its name: 'cpu', 'cuda:0'."
-        raise TopologyError(explain("Topology", f"device is {device!r}", right)) from None
+        raise TopologyError(explain("Topology", f"device is {quoted(device)}", right)) from None
 
 
 @attrs.frozen
@@ -64,19 +65,18 @@ class Topology:
     job: str = ""
 
     def __attrs_post_init__(self) -> None:
-        _check(self, "world_size", 1)
+        _check(self, "world_size", 1, high=MOST_RANKS)
         _check(self, "rank", 0, "world_size")
         _check(self, "local_world_size", 1, "world_size", optional=True)
         _check(self, "num_nodes", 1, "world_size", optional=True)
         _fill(self)
-        _check(self, "local_rank", 0, "local_world_size")
         _check(self, "node_rank", 0, "num_nodes")
         _check(self, "master_port", 1, high=65535, optional=True)
         _check(self, "restart_count", 0)
         for name, optional in (("backend", False), ("launcher", False), ("master_addr", True), ("job", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and optional):
-                raise TopologyError(explain("Topology", f"{name} is {value!r}", f"{name} is a text."))
+                raise TopologyError(explain("Topology", f"{name} is {quoted(value)}", f"{name} is a text."))
         others, elsewhere = self.num_nodes - 1, self.world_size - self.local_world_size
         if others > elsewhere or (elsewhere and not others):
             sizes = f"local_world_size is {self.local_world_size}, and world_size is {self.world_size}"
@@ -101,6 +101,11 @@ class Topology:
         ('env', 3, device(type='cuda', index=1), 'cpu:gloo,cuda:nccl')
         """
         told = os.environ if environ is None else environ
+        if not isinstance(told, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise _refuse(f"environ is {quoted(environ)}", "Pass a mapping of names to texts, such as os.environ.")
+        count = 0 if device_count is None else as_int(device_count)
+        if count is None or count < 0:
+            raise _refuse(f"device_count is {quoted(device_count)}", "Pass a number of GPUs, 0 or more.")
         visible = torch.cuda.device_count() if device_count is None else device_count
         launcher = _choose(told)
         here = cls(rank=0, world_size=1) if launcher is None else _told(told, launcher, visible)
@@ -126,7 +131,7 @@ def _check(topology: Topology, name: str, low: int, below: str = "", high: float
     limit = getattr(topology, below) if below else None
     high = high if limit is None else limit - 1 + low
     if not low <= number <= high:
-        given = f"{name} is {value!r}" + (f", and {below} is {limit}" if below else "")
+        given = f"{name} is {quoted(value)}" + (f", and {below} is {limit}" if below else "")
         span = f"{low} up" if high == inf else f"{low} to {high}"
         raise TopologyError(explain("Topology", given, f"{name} is a whole number from {span}."))
     _put(topology, name, number)
@@ -141,6 +146,7 @@ def _fill(topology: Topology) -> None:
         _put(t, "num_nodes", -(-size // t.local_world_size))
     if t.local_rank is _FILLED:
         _put(t, "local_rank", t.rank % t.local_world_size)
+    _check(t, "local_rank", 0, "local_world_size")
     if t.node_rank is _FILLED:
         _put(t, "node_rank", _node(t))
     if t.backend is _FILLED:
@@ -249,6 +255,8 @@ def _refuse(given: str, right: str) -> TopologyError:
 def _text(environ: Mapping[str, str], *names: str) -> str | None:
     """The first of these variables that is set."""
     name = next((name for name in names if name in environ), None)
+    if name is not None and not isinstance(environ[name], str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise _refuse(f"{name} is {quoted(environ[name])}", "Variables are texts, as in os.environ.")
     if name is not None and not environ[name].strip():
         raise _refuse(f"{name} is empty", f"Give {name} a value, or unset it.")
     return None if name is None else environ[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from pmod import _groups
 from pmod._ambient import ambient, watchers
 from pmod._autodiff import BACKWARD, Call, Origin
 from pmod._collectives import barrier
-from pmod._errors import ArgumentError, explain
+from pmod._errors import ArgumentError, explain, quoted
 from pmod._mesh import Mesh, named
 from pmod._ragged import all_gather_v
 from pmod._wire import Meter, Traffic, meters
@@ -285,7 +286,7 @@ class trace:  # lower case: it reads as the function it is called as
         shown._repr_png_ = partial(_png, figure)  # IPython knows no Figure until pyplot has drawn one
         return figure
 
-    def chrome(self, path: str | Path) -> None:
+    def chrome(self, path: str | os.PathLike[str]) -> None:
         """Write the events of all ranks of the current mesh, on one clock, for Perfetto or chrome://tracing.
 
         All ranks call it; the first one writes. Without a mesh, this process's own; so those of `estimate`.
@@ -294,6 +295,8 @@ class trace:  # lower case: it reads as the function it is called as
         >>> with tempfile.TemporaryDirectory() as folder, pmod.trace() as t:
         ...     t.chrome(f"{folder}/trace.json")
         """
+        if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError(explain("trace.chrome", f"path is {quoted(path)}", "Pass the name of a file."))
         mesh = ambient()
         if mesh is None or mesh.size == 1 or mesh.coords is None or self._estimated:
             _write(path, [_entry(event, 0.0) for event in self.events])
@@ -343,7 +346,7 @@ def _entry(event: Event, offset: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write(path: str | Path, entries: list[dict[str, Any]]) -> None:
+def _write(path: str | os.PathLike[str], entries: list[dict[str, Any]]) -> None:
     first = min((entry["ts"] for entry in entries), default=0.0)
     lanes = {axis: number for number, axis in enumerate(dict.fromkeys(entry["tid"] for entry in entries))}
     names: dict[tuple[int, int], str] = {}

@@ -63,10 +63,14 @@ def arrived(x: Tensor) -> Sent:
     return Sent((), lambda: x)
 
 
+# torch neither adds nor compares these; the sums of their bits, taken as signed, are theirs, as both wrap around
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 def accumulator(dtype: torch.dtype, asked: str | None) -> torch.dtype:
     """The dtype that a sum of `dtype` adds up in: what was asked for, else float32 for floats of 16 bits or fewer."""
     if not dtype.is_floating_point:
-        return dtype
+        return computed_in(dtype)
     if asked is not None:
         return getattr(torch, asked)
     return torch.float32 if dtype.itemsize <= 2 else dtype
@@ -100,6 +104,23 @@ def _extreme(a: Tensor, b: Tensor, how: Reduction) -> Tensor:
     return torch.where(a == b, both(a.view(ints), b.view(ints)).view(a.dtype), y)
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: another one where torch only stores it, as floats of 8 bits and pairs of halves."""
+    if dtype == torch.complex32:
+        return torch.complex64
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+
+
+def addable(x: Tensor) -> Tensor:
+    """x as what torch adds up, and `as_added` the other way: unsigned ints as signed ones of the same bits."""
+    return x.view(SIGNED[x.dtype]) if x.dtype in SIGNED else x.to(computed_in(x.dtype))
+
+
+def as_added(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum of what `addable` gave, in the dtype of what was added."""
+    return y.view(dtype) if dtype in SIGNED else y.to(dtype)
+
+
 def is_eight_bits(x: Tensor) -> bool:
     """Whether x has a floating dtype that torch stores and does not compute in."""
     return x.dtype.itemsize == 1 and x.is_floating_point()
@@ -110,7 +131,12 @@ def scaled(total: Tensor, divisor: int) -> Tensor:
 
 
 def real_sum(flat: Tensor, send: Callable[[Tensor, int], Sent]) -> Sent:
-    """Send a complex message as pairs of reals, which add up the same; `send` gets the factor on its counts."""
+    """Send what torch does not add up as what adds up the same: complex as pairs of reals, unsigned ints as signed.
+
+    `send` gets the factor on its counts.
+    """
+    if flat.dtype in SIGNED:
+        return send(flat.view(SIGNED[flat.dtype]), 1).then(lambda y: y.view(flat.dtype))
     if not flat.is_complex():
         return send(flat, 1)
     sent = send(torch.view_as_real(flat).reshape(-1), 2)

@@ -31,15 +31,17 @@ What is wrong raises before anything is sent; what only the whole length shows, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pmod._ambient import resolve
-from pmod._arguments import check_adds_up, check_sizes, shares
-from pmod._errors import ShapeError, explain
+from pmod._arguments import LONGEST, check_adds_up, check_sizes, shares
+from pmod._errors import ArgumentError, ShapeError, explain, quoted
 from pmod._mesh import AxisLike
+from pmod._numbers import as_int, as_real
 from pmod._spectrum import Cut, Ints, Some, lowest, transform
 
 # --- one dim --------------------------------------------------------------------------------------
@@ -356,19 +358,53 @@ def irfftn(
 # --- frequencies ----------------------------------------------------------------------------------
 
 
-def _frequencies(function: str, whole: Tensor, few: int | None, axis: AxisLike | None, sizes: Any) -> Tensor:
+class _Wanted(NamedTuple):
+    """What fftfreq and rfftfreq were given."""
+
+    n: object
+    d: object
+    axis: AxisLike | None
+    sizes: Any
+    modes: object
+    dtype: object
+    device: object
+
+
+def _device(device: Any, function: str) -> torch.device | None:
+    """A device that this process has."""
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # torch raises any of them
+        right = "Pass a torch.device that is here, or its name: 'cpu', 'cuda:0'."
+        raise ArgumentError(explain(function, f"device is {quoted(device)}", right)) from None
+
+
+def _frequencies(name: str, wanted: _Wanted) -> Tensor:
     """This rank's share of the frequencies that are kept."""
-    if few is not None and not 1 <= few <= whole.shape[0]:
-        given = f"modes is {few!r} and there are {whole.shape[0]}"
-        raise ShapeError(explain(f"fft.{function}", given, f"Pass from 1 to {whole.shape[0]}."))
-    kept = whole if few is None else lowest(whole, -1, few, function == "rfftfreq")
-    if axis is None:
+    function, n, d, few = f"fft.{name}", as_int(wanted.n), as_real(wanted.d), as_int(wanted.modes)
+    if n is None or not 1 <= n <= LONGEST:
+        raise ShapeError(explain(function, f"n is {quoted(wanted.n)}", "Pass a length of 1 or more."))
+    if d is None or d == 0 or not abs(d) < inf:
+        raise ArgumentError(explain(function, f"d is {quoted(wanted.d)}", "Pass the distance of two points."))
+    if wanted.dtype is not None and not (isinstance(wanted.dtype, torch.dtype) and wanted.dtype.is_floating_point):
+        raise ArgumentError(explain(function, f"dtype is {quoted(wanted.dtype)}", "Pass a floating dtype."))
+    whole = n // 2 + 1 if name == "rfftfreq" else n
+    if wanted.modes is not None and (few is None or not 1 <= few <= whole):
+        given = f"modes is {quoted(wanted.modes)} and there are {whole}"
+        raise ShapeError(explain(function, given, f"Pass from 1 to {whole}."))
+    bound = None if wanted.axis is None else resolve(wanted.axis, function)
+    cut = None if bound is None or wanted.sizes is None else check_sizes(wanted.sizes, function, bound)
+    device = _device(wanted.device, function)
+    kept: Tensor = getattr(torch.fft, name)(n, float(d), dtype=wanted.dtype, device=device)
+    if few is not None:
+        kept = lowest(kept, -1, few, name == "rfftfreq")
+    if bound is None:
         return kept
-    bound = resolve(axis, f"fft.{function}")
-    cut = shares(int(kept.shape[0]), bound)
-    if sizes is not None:
-        cut = check_sizes(sizes, f"fft.{function}", bound)
-        check_adds_up(kept, -1, cut, f"fft.{function}", bound)
+    if cut is None:
+        cut = shares(int(kept.shape[0]), bound)
+    check_adds_up(kept, -1, cut, function, bound)
     return kept.narrow(0, sum(cut[: bound.index]), cut[bound.index])
 
 
@@ -386,12 +422,12 @@ def fftfreq(
 
     axis, sizes: how the spectrum is cut; without an axis all of it. modes: of the lowest only.
     Shapes: (sizes[i],) on rank i, by default the shares of `split_sizes`. Cost: nothing is sent.
-    Raises: ShapeError where sizes or modes do not fit.
+    Raises: ShapeError where n, sizes or modes do not fit; ArgumentError for another d, dtype or device.
 
     >>> pmod.simulate(lambda: pmod.fft.fftfreq(4, 1 / 4, axis="model"), model=2)
     [tensor([0., 1.]), tensor([-2., -1.])]
     """
-    return _frequencies("fftfreq", torch.fft.fftfreq(n, d, dtype=dtype, device=device), modes, axis, sizes)
+    return _frequencies("fftfreq", _Wanted(n, d, axis, sizes, modes, dtype, device))
 
 
 def rfftfreq(
@@ -408,9 +444,9 @@ def rfftfreq(
 
     axis, sizes: how the spectrum is cut; without an axis all of it. modes: of the lowest only.
     Shapes: (sizes[i],) on rank i, by default the shares of `split_sizes`. Cost: nothing is sent.
-    Raises: ShapeError where sizes or modes do not fit.
+    Raises: ShapeError where n, sizes or modes do not fit; ArgumentError for another d, dtype or device.
 
     >>> pmod.simulate(lambda: pmod.fft.rfftfreq(4, 1 / 4, axis="model"), model=2)
     [tensor([0., 1.]), tensor([2.])]
     """
-    return _frequencies("rfftfreq", torch.fft.rfftfreq(n, d, dtype=dtype, device=device), modes, axis, sizes)
+    return _frequencies("rfftfreq", _Wanted(n, d, axis, sizes, modes, dtype, device))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pmod._ambient import current_mesh, resolve
+from pmod._arguments import check_function, check_tolerance
 from pmod._collectives import psum
 from pmod._debug import varying
-from pmod._errors import ArgumentError, coordinates, explain
+from pmod._errors import ArgumentError, coordinates, explain, quoted
 from pmod._mesh import Mesh, named
+from pmod._numbers import as_int, as_list
 from pmod._pytree import unflatten
 from pmod._simulate import simulate
 from pmod._specs import P, Specs, check_spec, local_slice, whole_shapes, with_specs
@@ -56,10 +58,16 @@ def assert_matches_serial(
     ...     loss, lambda w, x: (x @ w).square().sum(), (w, x),
     ...     in_specs=(pmod.P(), pmod.P("data")), out_specs=pmod.P(), data=2)
     """
-    if order not in (0, 1, 2):
-        given = f"order is {order!r}"
-        raise ArgumentError(explain("testing.assert_matches_serial", given, "Pass 0, 1 or 2 derivatives."))
-    check = _Check(f, serial, tuple(args), in_specs, out_specs, order, rtol)
+    derivatives, listed = as_int(order), as_list(args)
+    if derivatives not in (0, 1, 2):
+        raise ArgumentError(explain(_NAME, f"order is {quoted(order)}", "Pass 0, 1 or 2 derivatives."))
+    if listed is None:
+        raise ArgumentError(explain(_NAME, f"args is {quoted(args)}", "Pass the arguments of f, in a tuple."))
+    for name, function in (("f", f), ("serial", serial), ("run", run)):
+        check_function(function, _NAME, name)
+    if rtol is not None:
+        rtol = check_tolerance(rtol, _NAME)
+    check = _Check(f, serial, tuple(listed), in_specs, out_specs, derivatives, rtol)
     if axis_sizes:
         run(check, **axis_sizes)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -220,6 +221,18 @@ class Local(Tensor):
         return X
 
 
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, as torch says each time
+        return torch.nested.nested_tensor([X, X[:1]], layout=layout)
+
+
+def quantized() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
+
+
 NOT_TENSORS: list[tuple[Any, str]] = [
     ("x", "x is a str.\nPass a tensor, or a dict, list or tuple of them."),
     (np.ones((4, 2)), "x is a ndarray.\nPass a tensor, torch.from_numpy(x)."),
@@ -227,7 +240,19 @@ NOT_TENSORS: list[tuple[Any, str]] = [
     ({1, 2}, "x is a set.\nPass a tensor, or a dict, list or tuple of them."),
     (X.to_sparse(), "x has layout torch.sparse_coo.\nPass a dense tensor, x.to_dense()."),
     (X.as_subclass(Local), "x is a DTensor.\nPass its shard, x.to_local()."),
-    (X.to("meta"), "x is on meta.\nThis rank sends from cpu: pass x.to('cpu')."),
+    (X.to("meta"),
+     "x is on meta.\nIt has no values: pass a tensor on cpu, or see what would be sent with pmod.estimate."),
+    (torch.nn.UninitializedParameter(),
+     "x is a UninitializedParameter, which has no shape yet.\nCall its module once, which gives it one."),
+    (nested(torch.strided), "x is a nested tensor.\nPass the list of its parts, list(x.unbind())."),
+    (nested(torch.jagged), "x is a nested tensor.\nPass the list of its parts, list(x.unbind())."),
+    (quantized(), "x is quantized, qint8.\nPass x.dequantize(), or x.int_repr()."),
+    (torch.zeros(4, 2, dtype=torch.bits8),
+     "x is bits8, which torch only stores.\nPass its bytes, x.view(torch.uint8)."),
+    (torch.zeros(4, 2, dtype=torch.int3),
+     "x is int3, which torch only stores.\nPass its bytes, x.view(torch.uint8)."),
+    (torch.zeros(4, 2, dtype=torch.float8_e8m0fnu),
+     "x is float8_e8m0fnu, which torch only stores.\nPass its bytes, x.view(torch.uint8)."),
 ]
 
 
@@ -309,7 +334,8 @@ def dtype_cases() -> Iterator[Wrong]:
     for function, dtype in itertools.product(functions, (torch.int32, torch.bool, torch.complex64, "float32", 32)):
         yield Wrong(
             lambda n, call=CALLS[function], dtype=dtype: call(X, "model", reduce_dtype=dtype),
-            pmod.ArgumentError, function, f"reduce_dtype is {dtype!r}.\nPass a floating dtype, torch.float32 say.",
+            pmod.ArgumentError, function, f"reduce_dtype is {dtype!r}.\n"
+            "Pass a floating dtype of 16 bits or more, such as torch.float32.",
         )  # fmt: skip
 
 

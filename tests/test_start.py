@@ -498,3 +498,8 @@ def test_one_rank() -> None:
         x = rows().requires_grad_()
         y = pmod.start(pmod.psum, x * 2, "x").wait()
         same(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 2).detach(), "gradient")
+
+
+def test_an_axis_that_is_a_list_of_names():
+    """It is not hashable, and the same axis whenever it is asked for."""
+    assert pmod.simulate(lambda: pmod.start(pmod.psum, torch.ones(()), ["x"]).wait().item(), x=2) == [2.0, 2.0]

@@ -428,7 +428,7 @@ def test_what_is_left_out_is_filled_in(given_: Mapping[str, int], place: tuple[i
     [
         ({"rank": 4, "world_size": 4}, "rank is 4, and world_size is 4.\nrank is a whole number from 0 to 3."),
         ({"rank": -1, "world_size": 4}, "rank is -1, and world_size is 4.\nrank is a whole number from 0 to 3."),
-        ({"rank": 0, "world_size": 0}, "world_size is 0.\nworld_size is a whole number from 1 up."),
+        ({"rank": 0, "world_size": 0}, "world_size is 0.\nworld_size is a whole number from 1 to 2147483647."),
         ({"rank": "0", "world_size": 4}, "rank is '0', and world_size is 4.\nrank is a whole number from 0 to 3."),
         ({"rank": None, "world_size": 4}, "rank is None, and world_size is 4.\nrank is a whole number from 0 to 3."),
         ({"rank": 0, "world_size": 4, "local_rank": 4},

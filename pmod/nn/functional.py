@@ -41,9 +41,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._arguments import check_sizes, check_tensor, wrong
+from pmod._arguments import LONGEST, check_sizes, check_tensor, wrong
 from pmod._autodiff import memory_format
-from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss
+from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss, quoted
 from pmod._halo import (
     Cut,
     Plan,
@@ -117,10 +117,10 @@ Wrong = Callable[[str, str], PmodError]
 def _ints(given: Any, name: str, count: int, least: int, error: Wrong) -> list[int]:
     """One number for each spatial dim."""
     listed = list(given) if isinstance(given, tuple | list) else [given]
-    parsed = [number for number in map(as_int, listed) if number is not None and number >= least]
+    parsed = [number for number in map(as_int, listed) if number is not None and least <= number <= LONGEST]
     if len(parsed) != len(listed) or len(parsed) not in (1, count):
         of = f"an int of {least} or more" + (f", or {count} of them" if count > 1 else "")
-        raise error(f"{name} is {given!r}", f"Pass {of}.")
+        raise error(f"{name} is {quoted(given)}", f"Pass {of}.")
     constants = [operator.index(number) for number in parsed]  # also in compiled code: plans are made of them
     return constants * count if len(parsed) == 1 else constants
 
@@ -129,16 +129,16 @@ def _dims(kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, error
     count = len(kernel)
     strides = _ints(stride, "stride", count, 1, error)
     dilations = _ints(dilation, "dilation", count, 1, error)
-    if padding == "same":
+    if isinstance(padding, str) and padding == "same":
         if set(strides) != {1}:
-            raise error(f"padding is 'same' and stride {stride!r}", "Pass padding as numbers, as torch has it.")
+            raise error(f"padding is 'same' and stride {quoted(stride)}", "Pass padding as numbers, as torch has it.")
         totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
         paddings = [(total // 2, total - total // 2) for total in totals]
     elif isinstance(padding, str) and padding != "valid":
         right = "Pass 'same' or 'valid', an int, or one for each spatial dim."
-        raise error(f"padding is {padding!r}{near_miss(padding, ('same', 'valid'))}", right)
+        raise error(f"padding is {quoted(padding)}{near_miss(padding, ('same', 'valid'))}", right)
     else:
-        paddings = [(p, p) for p in _ints(0 if padding == "valid" else padding, "padding", count, 0, error)]
+        paddings = [(p, p) for p in _ints(0 if isinstance(padding, str) else padding, "padding", count, 0, error)]
     return [_Dim(*each) for each in zip(kernel, strides, paddings, dilations, strict=True)]
 
 
@@ -170,7 +170,7 @@ def conv_sizes(
     listed = list(sizes) if isinstance(sizes, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
     held = tuple([size for size in map(as_int, listed) if size is not None and size >= 0])
     if not held or len(held) != len(listed):
-        raise error(f"sizes is {sizes!r}", "Pass ints of 0 or more, one per rank of the axis.")
+        raise error(f"sizes is {quoted(sizes)}", "Pass ints of 0 or more, one per rank of the axis.")
     (of,) = _dims(_ints(kernel_size, "kernel_size", 1, 1, error), stride, padding, dilation, error)
     _check_length(of, sum(held), "", error)
     return tuple(end - first for first, end in pairwise(of.starts(held)))
@@ -200,7 +200,7 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Any, 
         raise wrong(ShapeError, function, of, shapes(), right)
     number = as_int(groups)
     if number is None or number < 1:
-        raise wrong(ShapeError, function, of, f"groups is {groups!r}", "Pass an int of 1 or more.")
+        raise wrong(ShapeError, function, of, f"groups is {quoted(groups)}", "Pass an int of 1 or more.")
     made, taken, *kernel = weight.shape
     if x.shape[-count - 1] != taken * number or made < 1 or made % number or min(kernel) < 1:
         right = "A weight is (out, in / groups, ...), out a multiple of groups, and its windows are not empty."
@@ -227,7 +227,7 @@ def _parse(spread: _Spread, count: int, x: Any, weight: Any, bias: Any, groups: 
             check_tensor(tensor, function, first, name=name)
     _check_tensors(x, weight, bias, groups, count, first)
     if not isinstance(spread.padding_mode, str) or spread.padding_mode not in BOUNDARIES:  # pyright: ignore[reportUnnecessaryIsInstance]
-        given = f"padding_mode is {spread.padding_mode!r}{near_miss(spread.padding_mode, BOUNDARIES)}"
+        given = f"padding_mode is {quoted(spread.padding_mode)}{near_miss(spread.padding_mode, BOUNDARIES)}"
         raise wrong(ArgumentError, function, first, given, "Pass 'zeros', 'circular', 'reflect' or 'replicate'.")
     told = by_dim(function, spread.sizes, "sizes", spread.axis, bound)
     return [
