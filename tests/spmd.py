@@ -38,11 +38,16 @@ def launch(fn: Callable[..., Any], /, *args: Any, timeout: float = LONG, **axis_
     if pool is None:
         pool = _pools[size] = Ranks(size)
     try:
-        return pool.run(Task.of(_as_test, (fn, args, timeout, list(warnings.filters)), axis_sizes), timeout)
+        returned = pool.run(Task.of(_as_test, (fn, args, timeout, list(warnings.filters)), axis_sizes), timeout)
     except BaseException:
         del _pools[size]
         pool.close(patience=0)
         raise
+    # gloo's threads of groups that were left behind look for messages 100 times a second, as long as their process lives
+    if any(left for _, left in returned):
+        del _pools[size]
+        pool.close(patience=1.0)
+    return [result for result, _ in returned]
 
 
 _met = 0
@@ -60,13 +65,16 @@ def meet(size: int) -> None:
         time.sleep(0.01)
 
 
-def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filters: list[Any]) -> Any:
-    """In a rank: treat warnings as the test does; before the deadline, show on stderr where the rank hangs."""
+def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filters: list[Any]) -> tuple[Any, bool]:
+    """In a rank: treat warnings as the test does; before the deadline, show on stderr where the rank hangs.
+
+    Also returns whether this process has left groups behind.
+    """
     faulthandler.dump_traceback_later(0.9 * timeout)
     try:
         with warnings.catch_warnings():
             warnings.filters[:] = filters
-            return fn(*args)
+            return fn(*args), bool(_groups._left_behind)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -463,7 +463,6 @@ def nobody_comes() -> float | None:
 def test_the_deadline_ends_a_collective_that_the_others_never_call():
     seconds = spmd.launch(nobody_comes, timeout=DEADLINE, ring=3)[0]
     assert seconds > 0.5
-    spmd._pools.pop(3).close()  # their group is broken: the next test has new ranks
 
 
 def timeouts() -> list[float]:
