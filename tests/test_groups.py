@@ -449,7 +449,7 @@ def test_a_mesh_that_is_only_drawn_changes_nothing():
 
 def nobody_comes() -> float | None:
     """Rank 0 calls a collective that ranks 1 and 2 never call."""
-    mesh = pmod.make_mesh(x=3, ranks=[1, 2, 0], topology=here(), timeout=1.0)
+    mesh = pmod.make_mesh(x=3, ranks=[1, 2, 0], topology=here(), timeout=3.0)
     mesh.group("x")
     seconds = None
     if here().rank == 0:

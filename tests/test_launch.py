@@ -281,7 +281,7 @@ def test_what_cannot_be_brought_back_as_it_is_comes_as_text(monkeypatch):
     assert "Unpicklable: holds a lock" in text
     assert "OtherSignature: 1 and 2" in text
     assert "fn returned a generator, which cannot be sent back: cannot pickle 'generator' object" in text
-    assert len(caught.value.__notes__) == 3
+    assert sum(note.startswith("also rank") for note in caught.value.__notes__) == 3  # whichever was the first
     assert sorted(re.findall(r"model=(\d)", text)) == ["0", "1", "2", "3"]
 
 
