@@ -43,7 +43,7 @@ def launch(fn: Callable[..., Any], /, *args: Any, timeout: float = LONG, **axis_
         del _pools[size]
         pool.close(patience=0)
         raise
-    # gloo's threads of groups that were left behind look for messages 100 times a second, as long as their process lives
+    # gloo's threads of groups that were left behind look for messages 100 times a second, until their process ends
     if any(left for _, left in returned):
         del _pools[size]
         pool.close(patience=1.0)
