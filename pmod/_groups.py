@@ -67,7 +67,7 @@ _state = _State()
 _lock = threading.RLock()
 # The stores outlive a shutdown: the ranks that come back must not meet at a server that is about to end.
 _stores: dict[tuple[str, int], Store] = {}
-_launched_worlds = 0  # how often `launch` has connected this rank
+_launch_meetings: Counter[tuple[str | None, int | None]] = Counter()  # how often this rank met at each store of `launch`
 before_end: list[Callable[[], None]] = []  # what the modules above say to the others when a world ends
 # Where `launch` put this process, which no environment variable says.
 launched: Topology | None = None
@@ -320,13 +320,13 @@ def _join(topology: Topology) -> None:
 
 def _store(topology: Topology, timeout: timedelta) -> tuple[Store, dict[int, tuple[str, int]]]:
     """A store of this connection alone, and where the processes are whose ranks have come together there."""
-    global _launched_worlds
     store = _store_of_job(topology, timeout)
     if topology.world_size == 1:
         return store, {}
     if topology.launcher == "launch":  # whose ranks all end where one fails, so that all have counted alike
-        _launched_worlds += 1
-        return PrefixStore(str(_launched_worlds), store), {}
+        place = topology.master_addr, topology.master_port  # a notebook that replaces an engine has a new store
+        _launch_meetings[place] += 1
+        return PrefixStore(str(_launch_meetings[place]), store), {}
     meeting = Meeting(store, topology)
     return PrefixStore(meeting.come(timeout.total_seconds()), store), meeting.places
 
