@@ -26,9 +26,9 @@ import attrs
 import torch
 
 import pmod
+from pmod._collectives.objects import gather_json
 from pmod._errors import coordinates
-from pmod._topology import shown_variables
-from pmod._trace import gather_json
+from pmod._ranks.launchers import shown_variables
 from pmod.demo.console import paint
 
 TIMES = 11  # of a psum, after a first one that connects

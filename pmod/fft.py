@@ -37,12 +37,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmod._ambient import resolve
-from pmod._arguments import LONGEST, check_adds_up, check_sizes, shares
-from pmod._errors import ArgumentError, ShapeError, explain, quoted
-from pmod._mesh import AxisLike
+from pmod._collectives.spectrum import Cut, Ints, Some, lowest, transform
+from pmod._core.arguments import LONGEST, check_adds_up, check_sizes, shares
+from pmod._errors import ArgumentError, ShapeError, phrase, quoted
+from pmod._mesh.ambient import resolve
+from pmod._mesh.mesh import AxisLike
 from pmod._numbers import as_int, as_real
-from pmod._spectrum import Cut, Ints, Some, lowest, transform
 
 # --- one dim --------------------------------------------------------------------------------------
 
@@ -378,22 +378,22 @@ def _device(device: Any, function: str) -> torch.device | None:
         return torch.empty(0, device=device).device
     except (RuntimeError, TypeError, ValueError, AssertionError):  # torch raises any of them
         right = "Pass a torch.device that is here, or its name: 'cpu', 'cuda:0'."
-        raise ArgumentError(explain(function, f"device is {quoted(device)}", right)) from None
+        raise ArgumentError(phrase(function, f"device is {quoted(device)}", right)) from None
 
 
 def _frequencies(name: str, wanted: _Wanted) -> Tensor:
     """This rank's share of the frequencies that are kept."""
     function, n, d, few = f"fft.{name}", as_int(wanted.n), as_real(wanted.d), as_int(wanted.modes)
     if n is None or not 1 <= n <= LONGEST:
-        raise ShapeError(explain(function, f"n is {quoted(wanted.n)}", "Pass a length of 1 or more."))
+        raise ShapeError(phrase(function, f"n is {quoted(wanted.n)}", "Pass a length of 1 or more."))
     if d is None or d == 0 or not abs(d) < inf:
-        raise ArgumentError(explain(function, f"d is {quoted(wanted.d)}", "Pass the distance of two points."))
+        raise ArgumentError(phrase(function, f"d is {quoted(wanted.d)}", "Pass the distance of two points."))
     if wanted.dtype is not None and not (isinstance(wanted.dtype, torch.dtype) and wanted.dtype.is_floating_point):
-        raise ArgumentError(explain(function, f"dtype is {quoted(wanted.dtype)}", "Pass a floating dtype."))
+        raise ArgumentError(phrase(function, f"dtype is {quoted(wanted.dtype)}", "Pass a floating dtype."))
     whole = n // 2 + 1 if name == "rfftfreq" else n
     if wanted.modes is not None and (few is None or not 1 <= few <= whole):
         given = f"modes is {quoted(wanted.modes)} and there are {whole}"
-        raise ShapeError(explain(function, given, f"Pass from 1 to {whole}."))
+        raise ShapeError(phrase(function, given, f"Pass from 1 to {whole}."))
     bound = None if wanted.axis is None else resolve(wanted.axis, function)
     cut = None if bound is None or wanted.sizes is None else check_sizes(wanted.sizes, function, bound)
     device = _device(wanted.device, function)

@@ -8,17 +8,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pmod._ambient import current_mesh, resolve
-from pmod._arguments import check_function, check_tolerance
-from pmod._collectives import psum
-from pmod._debug import varying
-from pmod._errors import ArgumentError, coordinates, explain, quoted
-from pmod._mesh import Mesh, named
+from pmod._collectives.objects import gather_json
+from pmod._collectives.values import psum
+from pmod._core.arguments import check_function, check_tolerance
+from pmod._core.marks import varying
+from pmod._core.tree import unflatten
+from pmod._errors import ArgumentError, coordinates, phrase, quoted
+from pmod._mesh.ambient import current_mesh, resolve
+from pmod._mesh.axis import named
+from pmod._mesh.mesh import Mesh
 from pmod._numbers import as_int, as_list
-from pmod._pytree import unflatten
-from pmod._simulate import simulate
-from pmod._specs import P, Specs, check_spec, local_slice, whole_shapes, with_specs
-from pmod._trace import gather_json
+from pmod._run.simulate import simulate
+from pmod._shard.spec import P, Specs, check_spec
+from pmod._shard.specs import local_slice, whole_shapes, with_specs
 
 Leaf: TypeAlias = tuple[Any, P, str]
 
@@ -60,9 +62,9 @@ def assert_matches_serial(
     """
     derivatives, listed = as_int(order), as_list(args)
     if derivatives not in (0, 1, 2):
-        raise ArgumentError(explain(_NAME, f"order is {quoted(order)}", "Pass 0, 1 or 2 derivatives."))
+        raise ArgumentError(phrase(_NAME, f"order is {quoted(order)}", "Pass 0, 1 or 2 derivatives."))
     if listed is None:
-        raise ArgumentError(explain(_NAME, f"args is {quoted(args)}", "Pass the arguments of f, in a tuple."))
+        raise ArgumentError(phrase(_NAME, f"args is {quoted(args)}", "Pass the arguments of f, in a tuple."))
     for name, function in (("f", f), ("serial", serial), ("run", run)):
         check_function(function, _NAME, name)
     if rtol is not None:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pmod import _launch
-from pmod._simulate import _MemoryWire
+from pmod._run import launch
+from pmod._wire.memory import MemoryWire
 
 # torch asks the name server about each process that connects to a store. Where an answer is lost, ask again soon: a
 # deadline that a test gives is shorter than the 5 s of the resolver.
@@ -79,14 +79,14 @@ def ranks_are_forked() -> Iterator[None]:
         forked = method == "spawn" and _environment() == before
         return multiprocessing.get_context("forkserver" if forked else method)
 
-    with mock.patch.object(_launch, "get_context", context):
+    with mock.patch.object(launch, "get_context", context):
         yield
 
 
 @pytest.fixture
 def spawned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks of this test start as they do for users."""
-    monkeypatch.setattr(_launch, "get_context", multiprocessing.get_context)
+    monkeypatch.setattr(launch, "get_context", multiprocessing.get_context)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -109,11 +109,11 @@ def one_thread() -> Iterator[None]:
 def talks(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
     """(from, to) of simulated ranks -> how many messages of elements went."""
     pairs: Counter[tuple[int, int]] = Counter()
-    all_to_all = _MemoryWire.all_to_all
+    all_to_all = MemoryWire.all_to_all
 
     def noted(self: Any, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Any:
         pairs.update((self.index, to) for to, count in enumerate(send) if count)
         return all_to_all(self, x, send, recv)
 
-    monkeypatch.setattr(_MemoryWire, "all_to_all", noted)
+    monkeypatch.setattr(MemoryWire, "all_to_all", noted)
     return pairs

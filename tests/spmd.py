@@ -22,8 +22,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from pmod import _groups
-from pmod._launch import Ranks, Task
+from pmod._ranks import world
+from pmod._run.launch import Ranks
+from pmod._run.task import Task
 
 LONG = 600.0
 """Seconds that only a hang reaches, on however busy a machine."""
@@ -57,7 +58,7 @@ def meet(size: int) -> None:
     """In a rank: go on when all have come here. It asks the store, so that it needs no group that still works."""
     global _met
     _met += 1
-    store = _groups.blackboard()
+    store = world.blackboard()
     assert store is not None
     key = f"test/meets {_met}"
     store.add(key, 1)
@@ -74,7 +75,7 @@ def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filt
     try:
         with warnings.catch_warnings():
             warnings.filters[:] = filters
-            return fn(*args), bool(_groups._left_behind)
+            return fn(*args), bool(world.left_behind)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

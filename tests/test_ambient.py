@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import pmod
-from pmod import _ambient, _groups
+from pmod._mesh import ambient
+from pmod._ranks import world
 from tests import spmd
 
 
@@ -38,10 +39,10 @@ def c() -> pmod.Mesh:
 
 @pytest.fixture(autouse=True)
 def _no_mesh_before_and_after() -> Iterator[None]:
-    assert _ambient.ambient() is None
+    assert ambient.ambient() is None
     yield
-    _ambient._put(None)
-    assert _groups.simulated is None
+    ambient._put(None)
+    assert world.simulated is None
 
 
 def current() -> pmod.Mesh | None:
@@ -274,7 +275,7 @@ def test_the_mesh_is_found_inside_backward_in_a_simulation():
 def test_a_backward_outside_the_with_keeps_to_the_groups_of_the_forward():
     def rank(other: str) -> float:
         mesh = pmod.current_mesh()
-        _ambient._put(None)
+        ambient._put(None)
         x = torch.tensor(1.0, requires_grad=True)
         with pmod.set_mesh(mesh):
             y = pmod.pvary(x, "x") * 10.0 ** (2 * pmod.axis_index("x") + pmod.axis_index("y"))
@@ -299,7 +300,7 @@ def block(x: Tensor) -> Tensor:
 def gradient(run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], after: str, passes: int = 1) -> Tensor:
     """The gradient of a block whose forward ran inside `with set_mesh(mesh)`, and the backward after it."""
     mesh = pmod.current_mesh()
-    _ambient._put(None)
+    ambient._put(None)
     x = (torch.arange(2.0) + pmod.axis_index(mesh["x", "y"])).requires_grad_()
     with pmod.set_mesh(mesh):
         loss = run(block, x)
@@ -361,7 +362,7 @@ def test_keep_mesh_when_backward_runs_twice():
 def test_keep_mesh_keeps_that_there_was_no_mesh():
     def rank() -> bool:
         mesh = pmod.current_mesh()
-        _ambient._put(None)
+        ambient._put(None)
         x = torch.ones(1, requires_grad=True)
         seen: list[pmod.Mesh | None] = []
         loss = kept(lambda x: (seen.append(current()), pmod.psum(x, mesh["x"]).sin().sum())[1], x)

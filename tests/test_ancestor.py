@@ -222,7 +222,7 @@ def test_18_sizes_left_out(run: Any) -> None:
 
 
 def test_18_one_process_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pmod._groups, "connect", lambda *_: pytest.fail("a process group was asked for"))
+    monkeypatch.setattr(pmod._ranks.groups, "connect", lambda *_: pytest.fail("a process group was asked for"))
     x = ones(3).requires_grad_()
     rows = torch.tensor([2, 2, 0])
     with pmod.set_mesh(pmod.make_mesh(x=1)):

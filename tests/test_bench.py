@@ -64,11 +64,11 @@ def test_raw_calls_give_what_pmod_gives():
 
 
 def test_cases_cover_the_collectives():
-    import pmod._autodiff
+    import pmod._core.row
 
     assert set(bench.MESSAGES) <= set(bench.CASES)
     composed = {"pmean", "pmax", "pmin", "ppermute", "pshuffle", "pshift"}
-    assert set(pmod._autodiff.ROWS) - {"permute", "extremum"} | composed == set(bench.CASES) | {"pmin"}
+    assert set(pmod._core.row.ROWS) - {"permute", "extremum"} | composed == set(bench.CASES) | {"pmin"}
 
 
 def test_order_is_random_and_covers_each_block_once_a_round():

@@ -34,9 +34,9 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pmod
-from pmod._autodiff import ROWS
-from pmod._simulate import _MemoryWire
-from pmod._wire import GroupWire
+from pmod._core.row import ROWS
+from pmod._wire.memory import MemoryWire
+from pmod._wire.process_group import GroupWire
 from tests import oracle, spmd
 from tests.oracle import Arrays
 from tests.table import CASES, Case, Choices, Here
@@ -430,7 +430,7 @@ def listening() -> Iterator[None]:
         return noted
 
     with pytest.MonkeyPatch.context() as patch:
-        for wire, name in itertools.product((_MemoryWire, GroupWire), _SENDING):
+        for wire, name in itertools.product((MemoryWire, GroupWire), _SENDING):
             patch.setattr(wire, name, noting(getattr(wire, name)))
         yield
 
@@ -881,7 +881,7 @@ def test_places(run: Any) -> None:
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """World size 1 without a launcher: no process group, by no road."""
-    monkeypatch.setattr(pmod._groups, "connect", lambda *_: pytest.fail("a process group was asked for"))
+    monkeypatch.setattr(pmod._ranks.groups, "connect", lambda *_: pytest.fail("a process group was asked for"))
     with pmod.set_mesh(pmod.make_mesh(a=1, x=1)):
         for prop, case in PAIRS:
             if prop in ("value", "gradient", "transforms", "dtypes", "duals"):

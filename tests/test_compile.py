@@ -12,7 +12,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import pmod
-from pmod._autodiff import decode, encode
+from pmod._core.row import decode, encode
 from tests import spmd
 from tests.table import CASES, Here, _as_tensors
 from tests.test_collectives import counted, listening, same
@@ -240,7 +240,7 @@ def test_graphs_hold_no_process() -> None:
             call = decode(text)
             assert encode(call.row.name, call.axis.key, call.params) == text
             assert (call.axis.ranks, call.axis.index, call.axis.size) == ([0, 1], index, 2)
-    read = "import sys, pmod._autodiff as a; c = a.decode(sys.argv[1]); print(a.encode(c[0].name, c[1].key, c[2]))"
+    read = "import sys, pmod._core.row as a; c = a.decode(sys.argv[1]); print(a.encode(c[0].name, c[1].key, c[2]))"
     text = next(text for text in of_ranks[1] if text.startswith("unshard"))
     printed = subprocess.run([sys.executable, "-c", read, text], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == text

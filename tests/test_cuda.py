@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import pmod
-from pmod import _groups
-from pmod._wire import GroupWire
+from pmod._ranks import world
+from pmod._wire.process_group import GroupWire
 from tests.test_single import IDENTITIES, ZEROS
 
 pytestmark = [
@@ -236,7 +236,7 @@ def test_a_world_of_the_user_with_nccl_alone(x):
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-    assert not _groups._state.groups
+    assert not world.state.groups
 
 
 def test_shard_map_and_its_relatives(mesh, x):

@@ -602,7 +602,7 @@ def test_it_can_be_a_statement_and_leaves_nothing_behind() -> None:
 
 
 def watching() -> bool:
-    return bool(pmod._ambient.watchers())
+    return bool(pmod._core.watch.watchers())
 
 
 def test_a_simulation_is_watched_as_its_caller_is() -> None:

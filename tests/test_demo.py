@@ -18,7 +18,7 @@ import scipy.sparse.linalg
 import torch
 
 import pmod
-from pmod import _wire
+from pmod._wire import base
 from pmod.demo import compare, console, darcy, fno, parallel, picture, serial
 from pmod.demo.__main__ import main
 from pmod.demo.darcy import Fields, conductances, outflow, permeability, random_fields, solve
@@ -214,14 +214,14 @@ def test_the_serial_model_multiplies_the_modes_it_says():
 
 def test_gradients_arrive_in_one_message(monkeypatch):
     sent: list[int] = []
-    all_reduce = _wire.Wire.all_reduce
+    all_reduce = base.Wire.all_reduce
 
-    def counted(self: _wire.Wire, x: torch.Tensor, *rest: object) -> object:
+    def counted(self: base.Wire, x: torch.Tensor, *rest: object) -> object:
         if self.size == 4 and self.index == 0:  # the axis ("data", "space")
             sent.append(x.numel())
         return all_reduce(self, x, *rest)
 
-    monkeypatch.setattr(_wire.Wire, "all_reduce", counted)
+    monkeypatch.setattr(base.Wire, "all_reduce", counted)
     ours, _ = models(3)
     pmod.simulate(on_a_rank, ours, *torch.randn(2, 4, 8, 8, dtype=torch.float64), data=2, space=2)
     assert sent == [sum(parameter.numel() for parameter in ours.parameters())]

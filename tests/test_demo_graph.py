@@ -21,7 +21,7 @@ import torch
 import trimesh
 
 import pmod
-from pmod import _simulate
+from pmod._wire import memory
 from pmod.demo.__main__ import main
 from pmod.demo.graph import command, files, net, parallel, picture, whole
 from pmod.demo.graph.options import Options, check_fit, local_sizes, parse
@@ -409,9 +409,9 @@ def test_all_ranks_take_the_mesh_of_the_first():
 def test_messages_in_a_step(monkeypatch):
     """Ghosts once a round and once back, the loss, the gradients of all parameters together."""
     sent: list[int] = []
-    exchange = _simulate._MemoryWire._exchange
+    exchange = memory.MemoryWire._exchange
 
-    def noted(self: _simulate._MemoryWire, what: object) -> object:
+    def noted(self: memory.MemoryWire, what: object) -> object:
         if self.index == 0:
             sent.append(self.size)
         return exchange(self, what)
@@ -425,7 +425,7 @@ def test_messages_in_a_step(monkeypatch):
             sent.clear()
         trainer.loss(torch.arange(6)).backward()
 
-    monkeypatch.setattr(_simulate._MemoryWire, "_exchange", noted)
+    monkeypatch.setattr(memory.MemoryWire, "_exchange", noted)
     pmod.simulate(step, data=1, graph=2)
     assert sent == [2] * (3 + 3 + 1 + 1)
 

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import pmod
-from pmod import _ambient
+from pmod._mesh import ambient
 from pmod.demo import fno
 from pmod.demo.graph import net
 from pmod.demo.pinn import net as pinn
@@ -85,12 +85,12 @@ MPIRUN = ("mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "--bind-to
 
 def _here(text: str) -> str:
     """What a script prints in this process, which is left as it was."""
-    before, printed = _ambient.ambient(), io.StringIO()
+    before, printed = ambient.ambient(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             exec(compile(text, "README", "exec"), {"__name__": "__main__"})
     finally:
-        _ambient._put(before)
+        ambient._put(before)
         pmod.shutdown()
     return printed.getvalue()
 
@@ -227,11 +227,11 @@ def test_docstring_examples(name: str) -> None:
     module = importlib.import_module(name)
     mesh = pmod.make_mesh(data=1, model=1)
     names = {"pmod": pmod, "torch": torch, "mesh": mesh, **vars(module)}
-    before = _ambient.ambient()
+    before = ambient.ambient()
     try:
         result = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     finally:
-        _ambient._put(before)
+        ambient._put(before)
         pmod.shutdown()
     assert result.failed == 0
 
@@ -316,7 +316,7 @@ def test_docstrings_of_what_is_composed_of_collectives() -> None:
     """They have the form of a collective's (for those, see test_layout.py)."""
     for home, thing in API.items():
         moves = inspect.isfunction(thing) and {"x", "input"} & {*inspect.signature(thing).parameters}
-        if moves and home.startswith(("pmod.fft.", "pmod.nn.", "pmod._halo.")):
+        if moves and home.startswith(("pmod.fft.", "pmod.nn.", "pmod._collectives.halo.")):
             doc = inspect.getdoc(thing) or ""
             assert re.search(r"^[VI] -> [VI]\. ", doc, re.MULTILINE), f"{home}: V -> V opens a line"
             assert [word for word in ("Shapes", "Cost", "Raises") if word not in doc] == [], home

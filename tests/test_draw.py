@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmod._draw import mesh_html, mesh_text
+from pmod._mesh.picture import mesh_html, mesh_text
 
 
 def c_order(sizes: tuple[int, ...]) -> Callable[[tuple[int, ...]], int]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import pmod
-from pmod import _ambient
-from pmod._errors import coordinates, explain, near_miss
-from pmod._simulate import _MemoryWire
+from pmod._errors import coordinates, near_miss, phrase
+from pmod._mesh import ambient
+from pmod._wire.memory import MemoryWire
 
 X = torch.ones(4, 2)  # wrong calls get it, so that nothing else is wrong with them
 SIZES = {"data": 2, "model": 2}
@@ -24,7 +24,7 @@ SIZES = {"data": 2, "model": 2}
 
 def sizes() -> list[int]:
     """All of X to the first rank, on an axis of any size; also where there is no mesh, or none with this rank."""
-    mesh = _ambient.ambient()
+    mesh = ambient.ambient()
     return [4] + [0] * ((2 if mesh is None else mesh.shape["model"]) - 1)
 
 
@@ -96,20 +96,20 @@ class Wrong:
 def messages(monkeypatch) -> list[Any]:
     """What was sent, on any rank of a simulation."""
     sent: list[Any] = []
-    exchange = _MemoryWire._exchange
+    exchange = MemoryWire._exchange
 
-    def counted(self: _MemoryWire, what: Any) -> Any:
+    def counted(self: MemoryWire, what: Any) -> Any:
         sent.append(what)
         return exchange(self, what)
 
-    monkeypatch.setattr(_MemoryWire, "_exchange", counted)
+    monkeypatch.setattr(MemoryWire, "_exchange", counted)
     return sent
 
 
 @pytest.fixture(autouse=True)
 def _no_mesh_left() -> Iterator[None]:
     yield
-    assert _ambient.ambient() is None
+    assert ambient.ambient() is None
 
 
 def raised_by(call: Callable[[], Any]) -> BaseException | None:
@@ -171,7 +171,7 @@ def test_what_names_no_axis(function, messages):
 @pytest.mark.parametrize("function", [*CALLS, *NO_TENSOR])
 def test_no_mesh(function, messages):
     def without() -> None:
-        _ambient._put(None)
+        ambient._put(None)
         if "nothing" in function or "pshuffle" in function:  # they ask for the size in this file
             pmod.ppermute(X, "model", []) if "nothing" in function else pmod.pshuffle(X, "model", [])
         with_axis(function, "model")
@@ -676,10 +676,10 @@ def test_what_the_types_are_caught_as():
 
 
 def test_explain():
-    assert explain("psum", "x is odd") == "pmod.psum: x is odd."
-    assert explain("psum", "why?", "Do so.") == "pmod.psum: why?\nDo so."
-    assert explain("psum", "x", axis=("a", "b")) == "pmod.psum(axis=('a', 'b')): x."
-    assert explain("psum", "x", "y", axis="a", coords={"a": 1, "b": 0}) == "pmod.psum(axis='a') at (a=1, b=0): x.\ny"
+    assert phrase("psum", "x is odd") == "pmod.psum: x is odd."
+    assert phrase("psum", "why?", "Do so.") == "pmod.psum: why?\nDo so."
+    assert phrase("psum", "x", axis=("a", "b")) == "pmod.psum(axis=('a', 'b')): x."
+    assert phrase("psum", "x", "y", axis="a", coords={"a": 1, "b": 0}) == "pmod.psum(axis='a') at (a=1, b=0): x.\ny"
     assert coordinates(None) == "(outside the mesh)" and coordinates({}) == "()"
     assert near_miss("dta", ("data", "model")) == "; did you mean 'data'?"
     assert near_miss("zzz", ("data", "model")) == ""

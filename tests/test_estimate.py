@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import pmod
-from pmod import _ambient, _groups
+from pmod._core import watch
+from pmod._ranks import world
 from tests import spmd
 from tests.table import CASES, Here
 
@@ -222,8 +223,8 @@ def test_the_world_is_as_before() -> None:
         with pytest.raises(ZeroDivisionError):
             pmod.estimate(lambda: 1 // 0, mesh={"a": 3})
         pmod.estimate(lambda: pmod.set_mesh(pmod.make_mesh(b=3)), mesh={"a": 3})
-        assert pmod.current_mesh() is mesh and _groups.simulated is None
-        assert _ambient.watchers() == [outer] and outer.events == []
+        assert pmod.current_mesh() is mesh and world.simulated is None
+        assert watch.watchers() == [outer] and outer.events == []
 
 
 def test_debug_has_nobody_to_compare_with() -> None:

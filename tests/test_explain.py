@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import pmod
-from pmod import _ambient
-from pmod._autodiff import _TRANSPOSES, ROWS
+from pmod._core import watch
+from pmod._core.row import _TRANSPOSES, ROWS
 from tests import spmd
 from tests.table import CASES, Here
 
@@ -144,7 +144,7 @@ def test_the_ambient_mesh_and_none() -> None:
     with pmod.set_mesh(mesh):
         found = pmod.explain(loss, torch.ones(3, device="meta"), torch.ones(3, device="meta"))
         assert str(found).startswith("loss, as rank 3 (data=1, model=1) of Mesh(data=500, model=2)\n")
-        assert pmod.current_mesh() is mesh and _ambient.watchers() == []
+        assert pmod.current_mesh() is mesh and watch.watchers() == []
     with pytest.raises(pmod.NoMeshError, match=r"pmod\.explain: no mesh is set"):
         pmod.explain(loss, torch.ones(3), torch.ones(3))
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 import pmod
-from pmod import _groups
+from pmod._ranks import groups
+from pmod._ranks import world as _world
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -485,7 +486,7 @@ def patience_of_the_store() -> list[float]:
     for seconds in (3.0, 20.0):
         pmod.shutdown()
         pmod.barrier(pmod.make_mesh(x=3, topology=place, timeout=seconds))
-        (store,) = _groups._stores.values()
+        (store,) = _world.stores.values()
         found.append(store.timeout.total_seconds())
     pmod.shutdown()
     return found
@@ -699,7 +700,7 @@ def test_the_helper_registers_a_group_as_new_group_does():
     pmod.shutdown()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        group = _groups._make_group("test", [0], dist.default_pg_timeout)
+        group = groups._make_group("test", [0], dist.default_pg_timeout)
         assert group is dist.group.WORLD  # the whole world needs no other
         made, _ = c10d._new_process_group_helper(
             1, 0, [0], "gloo", c10d._get_default_store(), "pmod:test:0", timeout=dist.default_pg_timeout, group_desc="x"

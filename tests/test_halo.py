@@ -13,8 +13,8 @@ import torch
 from torch.func import grad, hessian, jvp, vjp, vmap
 
 import pmod
-from pmod import _halo
-from pmod._wire import GroupWire
+from pmod._collectives import halo_plan
+from pmod._wire.process_group import GroupWire
 from tests import spmd
 from tests.test_collectives import counted, on_processes, on_threads, same
 from tests.test_errors import check, messages, on_all_ranks
@@ -520,7 +520,7 @@ def test_plans_transpose() -> None:
     """A plan is its transpose's transpose, step by step."""
     for sizes, boundary in itertools.product([(3, 0, 2), (1, 4), (5,)], PADDING):
         for index in range(len(sizes)):
-            plan = _halo._plan(index, sizes, (2, 1), boundary)
+            plan = halo_plan.exchange_of(index, sizes, (2, 1), boundary)
             assert [(c.of, c.to) for c in plan.T.takes] == [(c.to, c.of) for c in plan.places]
             assert plan.T.T[:3] == plan[:3]
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 import pmod
-from pmod import _launch, _place
+from pmod._ranks import place as _place
+from pmod._run import launch, task
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -245,9 +246,9 @@ def die(how: str) -> None:
 
 def test_messages_place_ranks_as_the_mesh_does():
     sizes = {"pod": 2, "data": 3, "model": 2}
-    assert _launch._coords(0, sizes) == {"pod": 0, "data": 0, "model": 0}
-    assert _launch._coords(7, sizes) == {"pod": 1, "data": 0, "model": 1}
-    assert list(_launch._coords(10, sizes).items()) == [("pod", 1), ("data", 2), ("model", 0)]
+    assert launch._coords(0, sizes) == {"pod": 0, "data": 0, "model": 0}
+    assert launch._coords(7, sizes) == {"pod": 1, "data": 0, "model": 1}
+    assert list(launch._coords(10, sizes).items()) == [("pod", 1), ("data", 2), ("model", 0)]
 
 
 class Unpicklable(Exception):
@@ -273,7 +274,7 @@ def fail_oddly() -> object:
 
 
 def test_what_cannot_be_brought_back_as_it_is_comes_as_text(monkeypatch):
-    monkeypatch.setattr(_launch, "_GRACE", spmd.LONG)  # until all four have failed
+    monkeypatch.setattr(launch, "_GRACE", spmd.LONG)  # until all four have failed
     with pytest.raises(pmod.PmodError) as caught:
         pmod.launch(fail_oddly, model=4)
     text = text_of(caught.value)
@@ -295,7 +296,7 @@ def hang_on_one() -> None:
 
 
 def test_the_pool_stays_until_a_rank_dies_or_hangs(monkeypatch):
-    monkeypatch.setattr(_launch, "_GRACE", spmd.LONG)  # until both have failed
+    monkeypatch.setattr(launch, "_GRACE", spmd.LONG)  # until both have failed
     first = spmd.launch(pid, model=2)
     assert spmd.launch(pid, data=2) == first
     ranks = spmd._pools[2]
@@ -307,7 +308,7 @@ def test_the_pool_stays_until_a_rank_dies_or_hangs(monkeypatch):
     assert caught.value.__notes__ == ["also rank 0 (model=0): RuntimeError: rank 1 is gone"]
     assert gone(first, within=0)
     with pytest.raises(pmod.PmodError, match=r"^pmod.launch: these ranks have ended"):
-        ranks.run(_launch.Task.of(pid, (), {"model": 2}))
+        ranks.run(task.Task.of(pid, (), {"model": 2}))
 
     second = spmd.launch(pid, model=2)
     assert not set(first) & set(second)
@@ -437,7 +438,7 @@ def test_a_worker_of_a_simulated_rank():
 
 
 def test_where_multiprocessing_keeps_what_children_get():
-    """`_place` writes there. A process that is started by a plain one has no place but its own."""
+    """`_ranks/place.py` writes there. A process that is started by a plain one has no place but its own."""
     assert isinstance(multiprocessing.current_process()._config, dict)
     assert _place.of_parent() is None and not _place.is_no_rank()
 

@@ -5,27 +5,37 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pmod
-from pmod._autodiff import _TRANSPOSES, ROWS, Row
+from pmod._core.row import _TRANSPOSES, ROWS, Row
 from tests.table import CASES, Here
 
 SOURCE = Path(pmod.__file__).parent
 
-# Reading order is import order: a module imports only what stands above it.
-ORDER = [
-    "_version", "_numbers", "_errors", "_topology", "_place", "_meeting", "_blocking", "_groups", "_factors",
-    "_draw", "_svg", "_mesh", "_ambient", "_waiting", "_rolling", "_wire", "_inductor", "_autodiff", "_start",
-    "_arguments", "_pytree", "_collectives", "_slices", "_ragged", "_spectrum", "fft", "_halo", "nn", "_used",
-    "_parallel", "_random", "_data", "_sampler", "_lineage", "_debug", "_specs", "_captured", "_traced", "_kinds",
-    "_shard_map", "_trace", "_launch", "_simulate", "_estimate", "_explain", "_draw_tensor", "_draw_collective",
-    "testing", "__init__", "notebook", "demo", "bench", "doctor", "__main__",
-]  # fmt: skip
+# The import law: a floor imports what stands above it in this list, and its own files.
+FLOORS = """
+    _version _numbers _errors _site
+    _ranks
+    _mesh
+    _wire
+    _core
+    _collectives
+    fft nn _run _train
+    _debug
+    _shard
+    _draw
+    testing
+    __init__
+    notebook demo
+    bench doctor
+    __main__
+"""
+LEVEL = {name: level for level, names in enumerate(FLOORS.strip().splitlines()) for name in names.split()}
 
 
 def modules() -> list[Path]:
@@ -33,7 +43,7 @@ def modules() -> list[Path]:
 
 
 def place(path: Path) -> str:
-    """The entry of ORDER that a file belongs to."""
+    """The entry of FLOORS that a file belongs to."""
     return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 
@@ -41,34 +51,49 @@ def nodes(path: Path) -> Iterator[ast.AST]:
     return ast.walk(ast.parse(path.read_text()))
 
 
-def imported(path: Path) -> set[str]:
-    """The entries of ORDER that a file imports, wherever in the file."""
-    found: set[str] = set()
-    for node in nodes(path):
+def imported(found: Iterable[ast.AST]) -> set[tuple[str, str]]:
+    """The modules of pmod that these nodes import from, and the names: '' where it is the module."""
+    names: set[tuple[str, str]] = set()
+    for node in found:
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            module = node.module or ""
-            names = [f"{module}.{alias.name}" for alias in node.names]
+            assert node.level == 0, "imports are absolute"
+            names |= {(node.module or "", alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "pmod":
-                found.add(parts[1] if len(parts) > 1 and parts[1] in ORDER else "__init__")
-    return found
+            names |= {(alias.name, "") for alias in node.names}
+    return {(module, name) for module, name in names if module.split(".")[0] == "pmod"}
+
+
+def floor_of(module: str, name: str) -> str:
+    """The entry of FLOORS of what is imported from a module; that may itself be a module."""
+    part = [*module.split("."), name][1]
+    return part if part in LEVEL else "__init__"
 
 
 def test_every_file_has_its_place() -> None:
-    assert {place(path) for path in modules()} == set(ORDER)
+    assert {place(path) for path in modules()} == set(LEVEL)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_imports_go_downward(path: Path) -> None:
     here = place(path)
-    for other in imported(path):
-        assert ORDER.index(other) < ORDER.index(here) or other == here, f"{here} imports {other}"
+    for module, name in imported(nodes(path)):
+        other = floor_of(module, name)
+        assert LEVEL[other] < LEVEL[here] or other == here, f"{here} imports {other}"
+        private = name.startswith("_") and not name.startswith("__") and name not in LEVEL
+        assert other == here or not private, f"{here} takes {name} from {other}"
+
+
+def test_no_circle_within_a_floor() -> None:
+    """The files can be read in an order in which each uses, when it is imported, only those before it."""
+    needs: dict[str, set[str]] = {}
+    for path in modules():
+        names = imported(ast.parse(path.read_text()).body)
+        module = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+        needs[module] = {found for module, name in names for found in (module, f"{module}.{name}")}
+    left = set(needs)
+    while free := {module for module in left if not needs[module] & left}:
+        left -= free
+    assert not left
 
 
 def test_init_only_exports() -> None:
@@ -87,7 +112,7 @@ SENDING = {
 
 
 def test_one_file_sends() -> None:
-    """What moves data, of a process group or of torch.distributed, is in _wire.py; bench measures itself against it."""
+    """What moves data, of a process group or of torch.distributed, is in _wire/; bench measures itself against it."""
     found = {
         place(path)
         for path in modules()
@@ -108,7 +133,7 @@ def test_one_autograd_function() -> None:
         if isinstance(node, ast.ClassDef)
         and any(re.search(r"autograd\.Function|_SingleLevelFunction", ast.unparse(base)) for base in node.bases)
     ]
-    assert functions == ["_autodiff._Linear"]
+    assert functions == ["_core._Linear"]
 
 
 # --- rows and collectives -----------------------------------------------------------------------------------------
@@ -136,7 +161,7 @@ def test_every_collective_has_a_case() -> None:
 def calls_of(name: str) -> list[Any]:
     """What a collective binds when it is called, over some draws."""
     calls: list[Any] = []
-    begin = pmod._autodiff._begin
+    begin = pmod._core.send.begin
 
     def noted(call: Any, *args: Any) -> Any:
         calls.append(call)
@@ -147,7 +172,7 @@ def calls_of(name: str) -> list[Any]:
         h.call(h.mine(h.xs))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pmod._autodiff, "_begin", noted)
+        patch.setattr(pmod._core.send, "begin", noted)
         for seed in range(4):
             pmod.simulate(forward, seed, x=2)
     return calls

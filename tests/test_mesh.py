@@ -26,8 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pmod
-from pmod import _groups, _mesh
-from pmod._mesh import Axis
+from pmod._mesh import axis as _axis
+from pmod._mesh import mesh as _mesh
+from pmod._mesh.axis import Axis
+from pmod._ranks import world
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -542,17 +544,17 @@ def test_a_pickled_mesh_finds_its_own_place(monkeypatch):
         mesh_at(0, a=2, b=2).flatten(("b", "a"), "c"),
     ]
     for rank in range(4):
-        monkeypatch.setattr(_groups, "launched", at(rank, 4))
+        monkeypatch.setattr(world, "launched", at(rank, 4))
         for mesh in meshes:
             loaded = pickle.loads(pickle.dumps(mesh))
             same(mesh, loaded)
             assert loaded.topology == at(rank, 4)
             assert loaded.coords == mesh.coords_of(rank)
             assert loaded.axis_index(loaded.axis_names) == loaded.ranks.reshape(-1).tolist().index(rank)
-    monkeypatch.setattr(_groups, "launched", at(5, 6))
+    monkeypatch.setattr(world, "launched", at(5, 6))
     assert pickle.loads(pickle.dumps(meshes[0])).coords is None
     row = mesh_at(0, a=2, b=2)["b"]  # the row of rank 0: another rank is outside
-    monkeypatch.setattr(_groups, "launched", at(2, 4))
+    monkeypatch.setattr(world, "launched", at(2, 4))
     assert pickle.loads(pickle.dumps(row)).coords is None
 
 
@@ -880,7 +882,7 @@ def check(views: list[pmod.Mesh], model: Model, names: tuple[str, ...]) -> None:
 def alive() -> Counter[str]:
     """How many meshes and axes there are in this process."""
     gc.collect()
-    return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in (pmod.Mesh, Axis, _mesh._Last))
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in (pmod.Mesh, Axis, _axis.Last))
 
 
 def named_once(number: int) -> None:
@@ -897,11 +899,11 @@ def named_once(number: int) -> None:
 def test_meshes_and_axes_that_nobody_refers_to_are_let_go() -> None:
     named_once(0)
     before = alive()
-    meshes, axes = len(_mesh._meshes), len(_mesh._axes)
+    meshes, axes = len(_mesh._meshes), len(_axis.parsed_axes)
     for number in range(1, 1001):
         named_once(number)
     assert not alive() - before
-    assert len(_mesh._meshes) <= meshes and len(_mesh._axes) <= axes
+    assert len(_mesh._meshes) <= meshes and len(_axis.parsed_axes) <= axes
 
 
 def test_equal_meshes_are_one_to_compiled_code_while_one_of_them_lives() -> None:
@@ -919,5 +921,5 @@ def test_equal_meshes_are_one_to_compiled_code_while_one_of_them_lives() -> None
     key = axis.key
     del kept, axis
     gc.collect()
-    assert key not in _mesh._axes
+    assert key not in _axis.parsed_axes
     assert Axis.parse(key).ranks == [1, 3]  # read, as in a process that never had it

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pmod
 import pmod.nn.functional as sharded
-from pmod._autodiff import memory_format
+from pmod._core.send import memory_format
 from tests import spmd
 from tests.test_collectives import counted, on_processes, on_threads, same
 from tests.test_errors import check, messages, on_all_ranks

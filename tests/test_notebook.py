@@ -27,8 +27,8 @@ from jupyter_client.manager import KernelManager
 from traitlets.config import Config
 
 import pmod
-from pmod import _ambient
 from pmod import notebook as nb
+from pmod._mesh import ambient
 from pmod.notebook import cells, magics, rank, shown
 from pmod.notebook.shown import Places
 
@@ -499,10 +499,10 @@ def test_a_kernel_shows_a_bar_is_stopped_and_takes_its_engines_along(kernel: Ker
 
 def test_without_a_mesh_cells_run_here(shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(magics, "_session", None)
-    before = _ambient.ambient()
+    before = ambient.ambient()
     Cell(shell, "%load_ext pmod.notebook")
     try:
-        _ambient._put(None)
+        ambient._put(None)
         run = Cell(shell, "%%spmd\nimport pmod, torch\nx = torch.ones(1)\nprint('here')\npmod.psum(x, 'data')")
         assert re.fullmatch(r"here\nOut\[\d+\]: tensor\(\[1\.\]\)\n", run.text), run.text
         assert [x.tolist() for x in nb.pull("x")] == [[1]] and nb.pull("x", dim=0).tolist() == [1]
@@ -514,7 +514,7 @@ def test_without_a_mesh_cells_run_here(shell: InteractiveShell, monkeypatch: pyt
         assert Cell(shell, "%%spmd model=0\npmod.psum(x, 'model')").text.endswith(": tensor([1.])\n")
         assert Cell(shell, "%mesh").value == pmod.current_mesh()
     finally:
-        _ambient._put(before)
+        ambient._put(before)
 
 
 def test_outside_ipython_there_are_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,7 +609,7 @@ def test_names_of_cells_are_lines() -> None:
 
 
 def test_shortened_tracebacks_keep_what_is_the_users() -> None:
-    inside = f"File {Path(pmod.__file__).parent}/_wire.py:3, in wait\n    x"
+    inside = f"File {Path(pmod.__file__).parent}/_wire/base.py:3, in wait\n    x"
     failure = rank.Failure((), "", "", ours=True)
     text = "\n\n".join(["Traceback\nCell In[1], line 1\n    f()", inside, inside, "AxisError: no axis"])
     outcome = cells.Outcome("raised", traceback=text, failure=failure)

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 import pmod
-from pmod import _autodiff, _collectives, _slices, _wire
-from pmod._autodiff import _TRANSPOSES, ROWS, Call, I, Row, V, bind, decode, pair
+from pmod._collectives import permutes, slices, values
+from pmod._core import bind as _bind
+from pmod._core import send as _send
+from pmod._core.bind import bind
+from pmod._core.row import _TRANSPOSES, ROWS, Call, I, Row, V, decode, pair
+from pmod._wire import base
 from tests import oracle
 from tests import test_collectives as properties
 
@@ -85,7 +89,7 @@ def change(patch: Patch, row: str, **changes: Any) -> None:
     """Another row under the same name, for the public functions and for who looks it up."""
     old, new = ROWS[row], attrs.evolve(ROWS[row], **changes)
     patch.setitem(ROWS, row, new)
-    for module in (_collectives, _slices):
+    for module in (permutes, slices, values):
         for name, value in list(vars(module).items()):
             if value is old:
                 patch.setattr(module, name, new)
@@ -180,11 +184,11 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
     ),
     # values
     "shard gives the next rank's slice": (
-        row("shard", send=lambda x, w, p: shard(x, _wire.ShapesOnly(w.size, (w.index + 1) % w.size), p)),
+        row("shard", send=lambda x, w, p: shard(x, base.ShapesOnly(w.size, (w.index + 1) % w.size), p)),
         [("value", "shard"), ("gradient", "unshard")],
     ),
     "uneven shards are longest at the end": (
-        lambda patch: patch.setattr(_slices, "shares", lambda n, axis: pmod.split_sizes(n, axis.parts)[::-1]),
+        lambda patch: patch.setattr(slices, "shares", lambda n, axis: pmod.split_sizes(n, axis.parts)[::-1]),
         [("value", "shard"), ("value", "unshard")],
     ),
     "place puts it on the next rank": (
@@ -206,23 +210,23 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
     ),
     # the mechanism
     "tangents stay local": (
-        lambda patch: patch.setattr(_autodiff._Linear, "jvp", staticmethod(local_tangents)),
+        lambda patch: patch.setattr(_bind._Linear, "jvp", staticmethod(local_tangents)),
         [("transforms", "psum"), ("jacobians", "pshift"), ("batched", "reduce")],
     ),
     "backward cannot be differentiated": (
-        lambda patch: patch.setattr(_autodiff._Linear, "backward", staticmethod(detached)),
+        lambda patch: patch.setattr(_bind._Linear, "backward", staticmethod(detached)),
         [("higher", "all_gather"), ("checkpointed", "psum")],
     ),
     "gradients share storage": (
-        lambda patch: patch.setattr(_autodiff._Linear, "backward", staticmethod(without_clones)),
+        lambda patch: patch.setattr(_bind._Linear, "backward", staticmethod(without_clones)),
         [("accumulated", "psum"), ("accumulated", "unshard")],
     ),
     "elements are sent in the order of memory": (
-        lambda patch: patch.setattr(_autodiff, "_laid_out", memory_order),
+        lambda patch: patch.setattr(_send, "_laid_out", memory_order),
         [("layouts", "psum"), ("layouts", "all_gather")],
     ),
     "a conjugate view is sent as it lies in memory": (
-        lambda patch: patch.setattr(_autodiff, "_laid_out", forgotten_conjugate),
+        lambda patch: patch.setattr(_send, "_laid_out", forgotten_conjugate),
         [("layouts", "psum"), ("layouts", "gather")],
     ),
     "an input is changed": (
@@ -234,12 +238,12 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         [("untouched", "broadcast")],
     ),
     "dicts are walked as they were filled": (
-        lambda patch: patch.setattr(pmod._pytree, "sorted_keys", lambda tree, *_: list(tree)),
+        lambda patch: patch.setattr(pmod._core.tree, "sorted_keys", lambda tree, *_: list(tree)),
         [("trees", "psum"), ("trees", "all_gather")],
     ),
     "backward sends what all ranks hold": (sends_in_backward, [("messages", "psum"), ("messages", "pmean")]),
     "16-bit sums are rounded at each step": (
-        lambda patch: [patch.setattr(m, "accumulator", lambda dtype, _: dtype) for m in (_collectives, _slices)],
+        lambda patch: [patch.setattr(m, "accumulator", lambda dtype, _: dtype) for m in (slices, values)],
         [("dtypes", "psum")],
     ),
 }
@@ -268,7 +272,7 @@ def test_broken_rules(patch: Patch, what: str, prop: str, case: str) -> None:
 
 BROKEN_OTHERWISE: dict[str, tuple[Callable[[Patch], Any], Callable[[], Any]]] = {
     "one message per leaf": (
-        lambda patch: patch.setattr(_collectives, "together", one_by_one),
+        lambda patch: patch.setattr(values, "together", one_by_one),
         lambda: properties.test_fused_messages(properties.on_threads),
     ),
     "16-bit sums are rounded at each step": (
@@ -280,7 +284,7 @@ BROKEN_OTHERWISE: dict[str, tuple[Callable[[Patch], Any], Callable[[], Any]]] = 
         partial(pmod.simulate, properties.extremum_on_rank, "pmax", torch.float64, x=3),
     ),
     "channels_last is lost": (
-        lambda patch: patch.setattr(_autodiff, "memory_format", lambda _: None),
+        lambda patch: patch.setattr(_send, "memory_format", lambda _: None),
         partial(pmod.simulate, properties.channels_last_on_rank, 4, x=2),
     ),
 }

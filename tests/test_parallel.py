@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import pmod
-from pmod import _parallel
+from pmod._train import data_parallel, share_parameters
 from tests import spmd
 from tests.test_collectives import counted, run, same
 
@@ -416,12 +416,12 @@ def test_backward_runs_the_numbered_nodes_last() -> None:
     """What the order of the sums rests on, and torch does not promise: it shows here where torch changes it."""
     ran: list[str] = []
     leaf = torch.ones(2, requires_grad=True)
-    _parallel._run_last([], 2)
+    share_parameters._run_last([], 2)
     nodes = {name: leaf.view_as(leaf) for name in ("second", "first", "other")}
     for name, y in nodes.items():
         y.grad_fn.register_prehook(lambda gradients, name=name: ran.append(name))
-    _parallel._run_last([nodes["second"].grad_fn], 1)
-    _parallel._run_last([nodes["first"].grad_fn], 2)
+    share_parameters._run_last([nodes["second"].grad_fn], 1)
+    share_parameters._run_last([nodes["first"].grad_fn], 2)
     sum(y.sum() for y in nodes.values()).backward()
     assert ran == ["other", "first", "second"]
 
@@ -528,16 +528,16 @@ def buckets_on_rank(events: list[list[str]]) -> None:
 
 def test_buckets_travel_while_backward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[list[str]] = [[], []]
-    together = _parallel.together
+    together = data_parallel.together
 
     def noted(row: Any, tensors: list[Tensor], axis: Any, params: Any) -> list[Tensor]:
         if tensors[0].dim() == 2:  # a weight; its bias travels alone
             events[axis.index].append(f"send {int(tensors[0].sum())}")
         return together(row, tensors, axis, params)
 
-    monkeypatch.setattr(_parallel, "FIRST_BUCKET", 1)
-    monkeypatch.setattr(_parallel, "BUCKET", 1)
-    monkeypatch.setattr(_parallel, "together", noted)
+    monkeypatch.setattr(data_parallel, "FIRST_BUCKET", 1)
+    monkeypatch.setattr(data_parallel, "BUCKET", 1)
+    monkeypatch.setattr(data_parallel, "together", noted)
     pmod.simulate(buckets_on_rank, events, x=2)
     waits = ["send 600", "send 60", "send 6"]  # `start` runs its function again
     assert events[0] == ["after c", "send 600", "after b", "send 60", "after a", "send 6", *waits]
@@ -681,8 +681,8 @@ class Raising(torch.autograd.Function):
 
 def broken_pass_on_rank(to_none: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_parallel, "FIRST_BUCKET", 1)
-        patch.setattr(_parallel, "BUCKET", 1)
+        patch.setattr(data_parallel, "FIRST_BUCKET", 1)
+        patch.setattr(data_parallel, "BUCKET", 1)
         module = pmod.data_parallel(set_values(small()), "x")
     x = data(pmod.axis_index("x"))
     with pytest.raises(ValueError, match="in the middle"):

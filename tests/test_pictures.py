@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pmod
-from pmod import _draw_collective
-from pmod._draw import mesh_html
-from pmod._svg import FONT, Picture
+from pmod._draw import collective
+from pmod._draw.svg import FONT, Picture
+from pmod._mesh.picture import mesh_html
 from tests.table import CASES
 
 NAME = "{http://www.w3.org/2000/svg}"
@@ -274,7 +274,7 @@ def test_before_and_after(name: str) -> None:
     assert (before, after) == BEFORE_AFTER[name]
 
 
-@pytest.mark.parametrize("name", _draw_collective._EXAMPLES)
+@pytest.mark.parametrize("name", collective._EXAMPLES)
 def test_every_collective_is_drawn(name: str) -> None:
     picture = pmod.draw_collective(name, GRID, "model")
     kinds = ("V", "V") if name == "halo_exchange" else (CASES[name].takes, CASES[name].gives)
@@ -287,7 +287,7 @@ def test_every_collective_is_drawn(name: str) -> None:
 
 def test_collectives_without_a_picture() -> None:
     """Those whose arguments no example can choose."""
-    assert set(CASES) - set(_draw_collective._EXAMPLES) == {"indexed_all_to_all_v"}
+    assert set(CASES) - set(collective._EXAMPLES) == {"indexed_all_to_all_v"}
 
 
 def test_colours_follow_the_blocks() -> None:

@@ -20,7 +20,10 @@ from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pmod
-from pmod import P, _debug, _groups, _waiting
+from pmod import P
+from pmod._debug import compare
+from pmod._ranks import world
+from pmod._wire import waiting
 from tests import spmd
 
 Tensor = torch.Tensor
@@ -535,7 +538,7 @@ def is_named(name: str, kind: str, text: str) -> bool:
 
 def all_are_done(name: str) -> None:
     """A meeting that is none of pmod's: a rank that has finished waits for the others, and says nothing."""
-    store, size = _groups.blackboard(), pmod.axis_size("x")
+    store, size = world.blackboard(), pmod.axis_size("x")
     assert store is not None
     store.add(f"test/{name}", 1)
     while store.add(f"test/{name}", 0) < size:
@@ -547,7 +550,7 @@ def unlike_on_ranks(names: Sequence[str], debug: bool) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     topology = pmod.current_mesh().topology
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_waiting, _debug):
+        for module in (waiting, compare):
             patch.setattr(module, "LOOK", 0.2)  # nothing but this is waited for
         for name in names:
             program = UNLIKE[name]

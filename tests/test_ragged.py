@@ -14,8 +14,8 @@ from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pmod
-from pmod._ragged import HEAD
-from pmod._wire import GroupWire
+from pmod._collectives.exchange import HEAD
+from pmod._wire.process_group import GroupWire
 from tests import oracle, spmd
 from tests.test_collectives import counted, listening, run, same
 from tests.test_errors import check, messages, on_all_ranks, raised_by

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import pmod
-from pmod import _groups, _rolling, _waiting, _wire
-from pmod._ambient import resolve
-from pmod._rolling import MARK, SHOWN, Calls, Told, Witness, as_text, first_unlike, of_text
-from pmod._waiting import Said
+from pmod._mesh.ambient import resolve
+from pmod._ranks import world
+from pmod._wire import process_group, rolling, waiting
+from pmod._wire.board import Said
+from pmod._wire.rolling import MARK, SHOWN, Calls, Told, Witness, as_text, first_unlike, of_text
 from tests import spmd
 
 
@@ -26,10 +27,10 @@ def without_tags() -> Generator[None]:
     """A world of its own, whose calls nothing but a thread compares."""
     before = pmod.current_mesh()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_rolling, "LOOK", 0.05)
-        patch.setattr(_waiting, "LOOK", 0.2)  # where one rank has heard of it, and another still waits for its message
-        patch.setattr(_wire, "has_tags", lambda axis: False)
-        patch.setattr(_waiting.Wait, "tag", lambda wait, stage, nbytes: _wire.TAG)
+        patch.setattr(rolling, "LOOK", 0.05)
+        patch.setattr(waiting, "LOOK", 0.2)  # where one rank has heard of it, and another still waits for its message
+        patch.setattr(process_group, "has_tags", lambda axis: False)
+        patch.setattr(waiting.Wait, "tag", lambda wait, stage, nbytes: process_group.TAG)
         pmod.shutdown()
         pmod.set_mesh(pmod.make_mesh(x=-1, topology=before.topology))
         yield
@@ -62,7 +63,7 @@ def heard_of(name: str, before: int, after: int) -> str:
                 pmod.pshift(torch.ones(2), "x")
             until = monotonic() + 50.0
             while monotonic() < until:  # as a call asks, sending nothing
-                _groups.witness(Witness).check(resolve("x", "probe"), Said("probe", 0))
+                world.witness(Witness).check(resolve("x", "probe"), Said("probe", 0))
                 sleep(0.02)
         with pytest.raises(pmod.MismatchError):  # from now on
             pmod.psum(torch.ones(2), "x")

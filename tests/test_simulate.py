@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import pmod
-from pmod import _ambient, _groups
+from pmod._mesh import ambient
+from pmod._ranks import world
 
 
 def index() -> int:
@@ -29,11 +30,11 @@ def _nothing_is_left_behind() -> Iterator[None]:
     import torch._functorch.eager_transforms as eager_transforms
 
     threads = set(threading.enumerate())
-    before = (eager_transforms.JVP_NESTING, forward_ad._current_level, torch.is_grad_enabled(), _ambient.ambient())
+    before = (eager_transforms.JVP_NESTING, forward_ad._current_level, torch.is_grad_enabled(), ambient.ambient())
     yield
-    after = (eager_transforms.JVP_NESTING, forward_ad._current_level, torch.is_grad_enabled(), _ambient.ambient())
+    after = (eager_transforms.JVP_NESTING, forward_ad._current_level, torch.is_grad_enabled(), ambient.ambient())
     assert after == before
-    assert _groups.simulated is None
+    assert world.simulated is None
     assert not set(threading.enumerate()) - threads
     assert not dist.is_initialized()
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pmod
 import pmod.nn.functional
-from pmod import _start
+from pmod._core import start as _start
 from tests.test_collectives import counted, run, same
 
 __all__ = ["run"]  # the fixture

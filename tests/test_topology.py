@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pmod._errors import TopologyError
-from pmod._topology import Topology
+from pmod._ranks.topology import Topology
 
 Environ = dict[str, str]
 FIELDS = ("launcher", "rank", "world_size", "local_rank", "local_world_size", "node_rank", "num_nodes")

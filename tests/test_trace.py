@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pmod
-from pmod import _wire
+from pmod._wire import traffic
 from tests import spmd
 from tests.table import CASES, Here
 
@@ -92,9 +92,9 @@ def test_what_a_process_group_is_given_is_counted() -> None:
             return lambda *args: name
 
     x = torch.zeros(12, dtype=torch.float64)
-    group = _wire._Metered(Group(), 3, 1)
-    meter = _wire.Meter()
-    _wire.meters().append(meter)
+    group = traffic.Metered(Group(), 3, 1)
+    meter = traffic.Meter()
+    traffic.meters().append(meter)
     try:
         for name, args, nbytes in [
             ("alltoall_base", (x, x, [4, 4, 4], [1, 9, 2]), 8 * 3),
@@ -105,7 +105,7 @@ def test_what_a_process_group_is_given_is_counted() -> None:
             assert getattr(group, name)(*args) == name
             assert meter.total.sent - before == nbytes, name
     finally:
-        _wire.meters().remove(meter)
+        traffic.meters().remove(meter)
 
 
 # --- lines, modules, steps ----------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_nothing_is_left_behind() -> None:
         with pytest.raises(ZeroDivisionError), pmod.trace():
             pmod.psum(torch.ones(1), "x")
             _ = 1 / 0
-        assert pmod._ambient.watchers() == [] and _wire.meters() == []
+        assert pmod._core.watch.watchers() == [] and traffic.meters() == []
 
     pmod.simulate(run, x=2)
     assert not nn.modules.module._global_forward_pre_hooks

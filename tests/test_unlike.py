@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import pmod
-from pmod import _waiting
-from pmod._waiting import LEFT, NEAR, WAITS, Post, unlike
+from pmod._wire import waiting
+from pmod._wire.board import LEFT, WAITS, Post, unlike
+from pmod._wire.waiting import NEAR
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -98,7 +99,7 @@ def refused(name: str) -> str:
 
 def refused_soon(names: Sequence[str]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_waiting, "LOOK", 0.2)  # nothing but this is waited for
+        patch.setattr(waiting, "LOOK", 0.2)  # nothing but this is waited for
         return refused_in_processes(names)
 
 

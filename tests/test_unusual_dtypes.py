@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pmod
-from pmod._wire import SMALL
+from pmod._wire.base import SMALL
 from tests import spmd
 
 UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]

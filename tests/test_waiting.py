@@ -22,9 +22,12 @@ import pytest
 import torch
 
 import pmod
-from pmod import _groups, _meeting, _waiting
-from pmod._meeting import Meeting, process_state
-from pmod._waiting import LEFT, WAITS, Post, Said
+from pmod._ranks import connect as _connect
+from pmod._ranks import meeting, world
+from pmod._ranks.meeting import Meeting, process_state
+from pmod._wire import board as _board
+from pmod._wire import waiting
+from pmod._wire.board import LEFT, WAITS, Post, Said
 from tests import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -112,7 +115,7 @@ def late() -> float:
             time.sleep(2.5)
         total = CALLS["psum"]()[0].item()
         CALLS["barrier"]()
-        board = _waiting.board()
+        board = _board.board()
         assert board is not None and board.read([0, 1, 2]) == {} and not board.somebody_left()
     return total
 
@@ -139,8 +142,8 @@ def two_long_waits_of_one_call() -> list[list[int]]:
     """A large sum waits twice; each time the board says so, and nothing is left on it."""
     with pmod.set_mesh(pmod.make_mesh(data=2, timeout=spmd.LONG)):
         CALLS["barrier"]()
-        wait = _waiting.Wait(pmod.current_mesh().bind("data", "test"), Said("psum", 1))
-        board, seen = _waiting.board(), list[list[int]]()
+        wait = waiting.Wait(pmod.current_mesh().bind("data", "test"), Said("psum", 1))
+        board, seen = _board.board(), list[list[int]]()
         assert board is not None
         for _ in range(2):
             work = Slow()
@@ -169,7 +172,7 @@ def is_waiting() -> bool:
     main = threading.main_thread().ident
     assert main is not None
     frame = sys._current_frames()[main]
-    while frame is not None and frame.f_code is not _waiting._done_soon.__code__:
+    while frame is not None and frame.f_code is not waiting._done_soon.__code__:
         frame = frame.f_back
     return frame is not None
 
@@ -283,15 +286,15 @@ def test_a_killed_rank_is_named_and_the_others_go_on(victim: int) -> None:
 def test_a_dead_process_is_seen() -> None:
     process = subprocess.Popen(["sleep", "60"])
     try:
-        assert _waiting._is_alive(process.pid)
+        assert _board._is_alive(process.pid)
         process.kill()
         deadline = time.monotonic() + spmd.LONG
-        while _waiting._is_alive(process.pid) and time.monotonic() < deadline:  # before anybody waits for it
+        while _board._is_alive(process.pid) and time.monotonic() < deadline:  # before anybody waits for it
             time.sleep(0.01)
-        assert not _waiting._is_alive(process.pid)
+        assert not _board._is_alive(process.pid)
     finally:
         process.wait()
-    assert not _waiting._is_alive(process.pid)
+    assert not _board._is_alive(process.pid)
 
 
 # --- meeting --------------------------------------------------------------------------------------------------------
@@ -318,12 +321,12 @@ def test_a_port_that_is_taken(launcher: str) -> None:
 def test_the_store_of_one_host_listens_on_loopback_only() -> None:
     (port,) = free_ports(1)
     try:
-        _groups._store_of_job(place(0, port), timedelta(seconds=20))
+        _connect._store_of_job(place(0, port), timedelta(seconds=20))
         tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
         listening = [line.split()[1] for lines in tables for line in lines if line.split()[3] == "0A"]
         assert [local for local in listening if local.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
     finally:
-        _groups._stores.pop(("127.0.0.1", port), None)
+        world.stores.pop(("127.0.0.1", port), None)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +348,7 @@ def test_another_job_at_the_same_port_stays_a_stranger() -> None:
     stores: dict[str, Any] = {}
 
     def connect(where: pmod.Topology) -> None:
-        stores[where.job] = _groups._store_of_job(where, timedelta(seconds=20))
+        stores[where.job] = _connect._store_of_job(where, timedelta(seconds=20))
 
     threads = [threading.Thread(target=connect, args=(where,)) for where in places]
     try:
@@ -357,7 +360,7 @@ def test_another_job_at_the_same_port_stays_a_stranger() -> None:
         assert stores["first"].check(["address of rank 0"])
         assert not stores["second"].check(["address of rank 0"])
     finally:
-        _groups._stores.pop(("127.0.0.1", port), None)
+        world.stores.pop(("127.0.0.1", port), None)
 
 
 def attempt(store: Any, ranks: Sequence[int], seconds: float = 20.0, late: int | None = None) -> list[str]:
@@ -381,7 +384,7 @@ def attempt(store: Any, ranks: Sequence[int], seconds: float = 20.0, late: int |
 
 
 def test_an_attempt_has_a_name_that_no_earlier_one_knows() -> None:
-    store = _groups.HashStore()
+    store = _connect.HashStore()
     (first,) = set(attempt(store, (0, 1, 2)))
     for late in (0, 1, 2, None):  # the others find what an earlier attempt of this rank wrote
         (name,) = set(attempt(store, (0, 1, 2), late=late))
@@ -441,32 +444,32 @@ def test_a_post_is_read_as_it_was_written() -> None:
 
 def test_what_an_error_says_of_the_absent() -> None:
     posts = {1: Post(WAITS, "m", (0, 1), "pmax at a.py:1"), 2: Post(LEFT, "m", (2, 3), "pmin at b.py:2")}
-    assert _waiting.not_here([1, 3], posts, {}, 5.0) == (
+    assert _board.not_here([1, 3], posts, {}, 5.0) == (
         "not all ranks came within 5 s; absent: rank 1, which waits in pmax at a.py:1; rank 3"
     )
     # one that is only late is no news beside those that come no more
-    assert _waiting.not_here([1, 2, 3], posts, {3: "process 9 on n is dead"}, 5.0) == (
+    assert _board.not_here([1, 2, 3], posts, {3: "process 9 on n is dead"}, 5.0) == (
         "some ranks come no more; absent: rank 2, which raised in pmin at b.py:2; rank 3, whose process 9 on n is dead"
     )
-    assert _waiting.not_here([3], {}, {}, 5.0, broken=True) == "a connection failed; absent: rank 3"
-    assert _waiting.not_here([], {}, {}, 5.0).endswith("absent: none, so a connection is broken or slow")
+    assert _board.not_here([3], {}, {}, 5.0, broken=True) == "a connection failed; absent: rank 3"
+    assert _board.not_here([], {}, {}, 5.0).endswith("absent: none, so a connection is broken or slow")
 
 
 def test_a_blocking_call_in_a_thread() -> None:
     go = threading.Event()
-    job = _waiting.InThread(lambda: go.wait(10) and None)
+    job = waiting.InThread(lambda: go.wait(10) and None)
     with pytest.raises(RuntimeError, match="not done yet"):
         job.wait(timedelta(seconds=0.01))
     assert not job.is_completed()
     go.set()
     job.wait()
     assert job.is_completed()
-    failing = _waiting.InThread(lambda: [][0])
+    failing = waiting.InThread(lambda: [][0])
     with pytest.raises(IndexError):
         failing.wait()
     before = threading.active_count()
     for _ in range(5):
-        _waiting.InThread(lambda: None).wait()
+        waiting.InThread(lambda: None).wait()
     assert threading.active_count() == before  # threads are used again
 
 
@@ -474,9 +477,9 @@ def test_a_group_with_a_message_in_it_is_never_ended() -> None:
     group = object()
     count = sys.getrefcount(group)
     for _ in range(2):
-        _groups.leave_behind(group)  # type: ignore[arg-type]
+        world.leave_behind(group)  # type: ignore[arg-type]
     assert sys.getrefcount(group) == count + 2  # the set's, and one for good
-    _groups._left_behind.discard(group)  # type: ignore[arg-type]
+    world.left_behind.discard(group)  # type: ignore[arg-type]
 
 
 # --- groups that are never ended, and ends that wait for nobody -----------------------------------------------------
@@ -494,31 +497,31 @@ class Unending:
 
 
 def test_a_group_that_does_not_end_is_waited_for_no_longer_than_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_groups, "_take_out", lambda groups, whole_world: None)
-    monkeypatch.setattr(_groups, "_PATIENCE", 0.2)
-    monkeypatch.setattr(_groups, "_end_without_destructors", lambda: None)
+    monkeypatch.setattr(_connect, "_take_out", lambda groups, whole_world: None)
+    monkeypatch.setattr(_connect, "_PATIENCE", 0.2)
+    monkeypatch.setattr(world, "end_without_destructors", lambda: None)
     group = Unending()
     asked, go = group.asked, group.go
     groups: list[Any] = [group]
     del group
     try:
-        _groups._end(groups, whole_world=True)
+        _connect._end(groups, whole_world=True)
         assert asked.is_set() and not groups
     finally:
         go.set()
 
 
 def test_what_somebody_else_holds_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_groups, "_take_out", lambda groups, whole_world: None)
+    monkeypatch.setattr(_connect, "_take_out", lambda groups, whole_world: None)
     left: list[Any] = []
-    monkeypatch.setattr(_groups, "leave_behind", left.append)
+    monkeypatch.setattr(world, "leave_behind", left.append)
     held, other = Unending(), Unending()
     held.go.set()
     other.go.set()
     asked = other.asked
     groups: list[Any] = [held, other]
     del other
-    _groups._end(groups, whole_world=True)
+    _connect._end(groups, whole_world=True)
     assert left == [held] and not held.asked.is_set() and asked.is_set()
 
 
@@ -535,7 +538,7 @@ def broken_by_a_leaver() -> list[bool]:
             group = pmod.current_mesh().group("data")
             with pytest.raises(pmod.CollectiveTimeout, match=r"rank 1 \(data=1\), which has ended its mesh"):
                 CALLS["psum"]()
-            found = [_groups.is_left_behind(group)]
+            found = [world.is_left_behind(group)]
     pmod.shutdown()
     assert pmod.psum(1, pmod.make_mesh(data=2, topology=topology)["data"]) == 2
     return found
@@ -548,7 +551,7 @@ def test_a_group_whose_message_has_failed_is_left_behind_though_the_message_is_o
 BLOCKED = """
     import datetime, socket, sys, time
     import pmod
-    from pmod._waiting import InThread
+    from pmod._ranks.blocking import InThread
     from torch.distributed import TCPStore
 
     server = socket.create_server(("127.0.0.1", 0))
@@ -583,12 +586,12 @@ def test_the_one_that_keeps_all_others_waiting_is_found() -> None:
     waits = Post(WAITS, "b#1", (0, 1), "psum at a.py:1")
     further = Post(WAITS, "a#1", (1, 3), "psum at b.py:2")
     posts = {0: Post(LEFT, "b#1", (0, 1), "psum at a.py:1"), 1: further}
-    assert _waiting.roots([1], posts, {}) == {3: 1}  # 0 waits for 1, and 1 for 3, of which nothing is known
+    assert _board.roots([1], posts, {}) == {3: 1}  # 0 waits for 1, and 1 for 3, of which nothing is known
     posts[1] = further._replace(state=LEFT)
-    assert _waiting.roots([1], posts, {1: "dead by now"}) == {3: 1}  # it raised before, because of 3
-    assert _waiting.roots([1], {0: waits, 1: further}, {1: "dead"}) == {1: None, 3: 1}
-    assert _waiting.roots([1], {0: waits, 1: Post(WAITS, "a#1", (0, 1), "")}, {}) == {}  # each waits for the other
-    given = _waiting.not_here([3], posts, {}, 5.0, stopped={3: "process 9 on n is stopped"}, waiters={3: 1})
+    assert _board.roots([1], posts, {1: "dead by now"}) == {3: 1}  # it raised before, because of 3
+    assert _board.roots([1], {0: waits, 1: further}, {1: "dead"}) == {1: None, 3: 1}
+    assert _board.roots([1], {0: waits, 1: Post(WAITS, "a#1", (0, 1), "")}, {}) == {}  # each waits for the other
+    given = _board.not_here([3], posts, {}, 5.0, stopped={3: "process 9 on n is stopped"}, waiters={3: 1})
     assert given == (
         "not all ranks came within 5 s; absent: rank 3, whose process 9 on n is stopped, "
         "for which rank 1 waits in psum at b.py:2"
@@ -596,10 +599,10 @@ def test_the_one_that_keeps_all_others_waiting_is_found() -> None:
 
 
 def test_a_rank_that_has_ended_waits_for_nobody() -> None:
-    posts = {1: Post(_waiting.ENDED, "", (1,), "", met='{"a": 3}')}
+    posts = {1: Post(_board.ENDED, "", (1,), "", met='{"a": 3}')}
     assert Post.of(posts[1].text()) == posts[1]
-    assert _waiting.roots([1], posts, {}) == {1: None}
-    assert _waiting.not_here([1], posts, {}, 5.0) == "some ranks come no more; absent: rank 1, which has ended its mesh"
+    assert _board.roots([1], posts, {}) == {1: None}
+    assert _board.not_here([1], posts, {}, 5.0) == "some ranks come no more; absent: rank 1, which has ended its mesh"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -609,7 +612,7 @@ def test_a_process_that_stands_still_is_seen() -> None:
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         assert process_state(process.pid) == "T"
-        told: Any = object.__new__(_waiting.Board)
+        told: Any = object.__new__(_board.Board)
         told._places = {1: (socket.gethostname(), process.pid), 2: ("elsewhere", process.pid)}
         assert told.stopped([1, 2, 3]) == {1: f"process {process.pid} on {socket.gethostname()} is stopped"}
         assert told.dead([1, 2, 3]) == {}
@@ -621,9 +624,9 @@ def test_a_process_that_stands_still_is_seen() -> None:
 
 def test_one_that_dies_while_the_others_come_is_named() -> None:
     process = subprocess.Popen(["sleep", "60"])
-    store = _groups.HashStore()
+    store = _connect.HashStore()
     where = pmod.Topology(rank=0, world_size=3, local_rank=0, local_world_size=3)
-    word = _meeting._Word.new()
+    word = meeting._Word.new()
     store.set("word/1", attrs.evolve(word, pid=process.pid).text())
     process.kill()
     process.wait()
@@ -645,11 +648,11 @@ def test_ranks_meet_though_one_of_them_has_given_up_before() -> None:
     stores: dict[int, Any] = {}
 
     def connect(rank: int) -> None:
-        stores[rank] = _groups._store(place(rank, port), seconds)[0]
+        stores[rank] = _connect._store(place(rank, port), seconds)[0]
 
     try:
         with pytest.raises(pmod.CollectiveTimeout):
-            _groups._store(place(0, port), timedelta(seconds=0.2))
+            _connect._store(place(0, port), timedelta(seconds=0.2))
         threads = [threading.Thread(target=connect, args=(rank,)) for rank in (0, 1)]
         for thread in threads:
             thread.start()
@@ -658,7 +661,7 @@ def test_ranks_meet_though_one_of_them_has_given_up_before() -> None:
         stores[0].set("said", "by rank 0")
         assert stores[1].check(["said"])
     finally:
-        _groups._stores.pop(("127.0.0.1", port), None)
+        world.stores.pop(("127.0.0.1", port), None)
 
 
 def test_a_group_that_is_made_when_the_store_is_gone() -> None:
@@ -667,4 +670,4 @@ def test_a_group_that_is_made_when_the_store_is_gone() -> None:
             raise torch.distributed.DistNetworkError("Connection reset by peer")
 
     with pytest.raises(pmod.CollectiveTimeout, match="the store of the world cannot be reached, which rank 0"):
-        _groups._own_connection(Gone())
+        _connect.own_connection(Gone())

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pmod._wire import SMALL, GroupWire, Meter, Traffic, meters
+from pmod._wire.base import SMALL
+from pmod._wire.process_group import GroupWire
+from pmod._wire.traffic import Meter, Traffic, meters
 
 Tensor = torch.Tensor
 

@@ -32,8 +32,9 @@ from torch import nn
 
 import pmod
 from pmod import P
-from pmod._launch import Ranks, Task
-from pmod._wire import Meter, meters
+from pmod._run.launch import Ranks
+from pmod._run.task import Task
+from pmod._wire.traffic import Meter, meters
 
 F = pmod.nn.functional
 OUTCOMES = ("accepted", "clear", "memory", "raw", "raw after sending", "late", "hung")

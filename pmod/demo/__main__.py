@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pmod._errors import PmodError, explain, near_miss
+from pmod._errors import PmodError, near_miss, phrase
 from pmod.demo import parallel, picture, ranks, serial
 from pmod.demo.compare import compare, curve_bound, report
 from pmod.demo.console import check_extra, paint, say
@@ -49,7 +49,7 @@ def _other(job: str, arguments: Sequence[str]) -> int:
     if job in JOBS:
         return JOBS[job](arguments)
     given, right = f"no job {job!r}{near_miss(job, JOBS)}", f"Pass {', '.join(JOBS)}, or none for Darcy flow."
-    print(explain("demo", given, right), file=sys.stderr)
+    print(phrase("demo", given, right), file=sys.stderr)
     return 2
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import pmod
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 from pmod.demo.console import say
 
 _STEP = "step-"
@@ -71,7 +71,7 @@ class Checkpoints:
         if unlike:
             there, here = (", ".join(f"{name}={held.get(name)}" for name in unlike) for held in (theirs, ours))
             given = f"the checkpoint {newest.path} is of another problem or model: it has {there}, this run {here}"
-            raise PmodError(explain("demo", given, "Pass the options of that run, or another --checkpoint folder."))
+            raise PmodError(phrase("demo", given, "Pass the options of that run, or another --checkpoint folder."))
         return newest
 
     def _whole(self) -> Found | None:
@@ -88,7 +88,7 @@ class Checkpoints:
             damaged.append(f"{path.name} is damaged: {wrong}")
         if damaged:
             given = f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}"
-            raise PmodError(explain("demo", given, "Remove these folders to begin anew, or pass another --checkpoint."))
+            raise PmodError(phrase("demo", given, "Remove these folders to begin anew, or pass another --checkpoint."))
         return None
 
     def resume(
@@ -226,7 +226,7 @@ def _check_ours(path: Path) -> None:
         given = f"other users may write to {path} (its mode is {held.st_mode & 0o777:o})"
         right = f"If it holds nothing but what you wrote: chmod -R go-w {path}"
     if given:
-        raise PmodError(explain("demo", f"a checkpoint is taken only from where nobody else can write: {given}", right))
+        raise PmodError(phrase("demo", f"a checkpoint is taken only from where nobody else can write: {given}", right))
 
 
 def _damage(path: Path) -> str:

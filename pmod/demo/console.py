@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -22,7 +22,7 @@ def check_extra(*names: str, extra: str = "demo") -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         right = f'Install the demo\'s extra: pip install "pmod[{extra}]"'
-        raise PmodError(explain("demo", f"{' and '.join(missing)} cannot be imported", right))
+        raise PmodError(phrase("demo", f"{' and '.join(missing)} cannot be imported", right))
 
 
 def progress(*, total: int, what: str, unit: str, quiet: bool) -> Bar:

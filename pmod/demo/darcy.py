@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pmod
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 from pmod.demo.console import progress
 
 PERMEABLE, TIGHT = 12.0, 3.0
@@ -137,7 +137,7 @@ def solve(a: Tensor, f: Tensor | float = 1.0) -> Tensor:
         p = z + rz / before.clamp_min(torch.finfo(a.dtype).tiny) * p
     worst = residual(faces, u, right)
     raise PmodError(
-        explain("demo", f"after {_ITERATIONS} steps a Darcy problem has a residual of {worst:.1e}, above {TOLERANCE}",
+        phrase("demo", f"after {_ITERATIONS} steps a Darcy problem has a residual of {worst:.1e}, above {TOLERANCE}",
                 "The permeability must be positive; the solver wants it within a few powers of ten.")
     )  # fmt: skip
 
@@ -190,4 +190,4 @@ def read(path: Path) -> Fields:
 
 def _unreadable(path: Path, why: str) -> PmodError:
     right = "It should hold a dict of x (N, n, n), bool, and y (N, n, n), float32, saved with torch.save."
-    return PmodError(explain("demo", f"cannot use {path}: {why.rstrip('.')}", right))
+    return PmodError(phrase("demo", f"cannot use {path}: {why.rstrip('.')}", right))

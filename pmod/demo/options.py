@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from pmod._errors import PmodError, explain, near_miss
+from pmod._errors import PmodError, near_miss, phrase
 
 AXES = ("data", "space")
 LEARNING_RATE = 8e-3
@@ -249,4 +249,4 @@ def check_rules(rules: Sequence[tuple[bool, str, str]]) -> None:
     """Raise PmodError for the first that does not hold: what was given, and what would be right."""
     for holds, given, right in rules:
         if not holds:
-            raise PmodError(explain("demo", given, right))
+            raise PmodError(phrase("demo", given, right))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 from pmod.demo.darcy import PERMEABLE, TIGHT, permeability
 from pmod.demo.options import shown
 from pmod.demo.parallel import Outcome
@@ -32,7 +32,7 @@ def check_output(path: Path) -> None:
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in known:
         given = f"--output {path} is no kind of picture that matplotlib writes"
-        raise PmodError(explain("demo", given, f"End it in .{', .'.join(sorted(known))}."))
+        raise PmodError(phrase("demo", given, f"End it in .{', .'.join(sorted(known))}."))
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 import pmod
-from pmod._errors import PmodError, explain
-from pmod._waiting import place_of
+from pmod._errors import PmodError, phrase
+from pmod._wire.board import place_of
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ def together(f: Callable[[], T]) -> list[T]:
         outcome = None, str(error)
     except Exception as error:  # of the disk, of DCP: the other ranks wait for this one
         given = f"{place_of(mesh.topology.rank)} cannot read or write a checkpoint: {type(error).__name__}: {error}"
-        outcome = None, explain("demo", given)
+        outcome = None, phrase("demo", given)
     outcomes = _exchanged(outcome, mesh)
     for _, wrong in outcomes:
         if wrong:

@@ -41,22 +41,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._arguments import LONGEST, check_sizes, check_tensor, wrong
-from pmod._autodiff import memory_format
-from pmod._errors import ArgumentError, PmodError, ShapeError, explain, near_miss, quoted
-from pmod._halo import (
-    Cut,
-    Plan,
-    _laid_out_as,
-    axes_by_dim,
-    by_dim,
-    carry_out,
-    places_of,
-    settled,
-    too_wide,
-    window_plan,
-)
-from pmod._mesh import Axis, AxisLike
+from pmod._collectives.cuts import Cut, axes_by_dim, by_dim, places_of, settled, too_wide
+from pmod._collectives.halo import carry_out, laid_out_as
+from pmod._collectives.halo_plan import Plan, window_plan
+from pmod._core.arguments import LONGEST, check_sizes, check_tensor, wrong
+from pmod._core.send import memory_format
+from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase, quoted
+from pmod._mesh.axis import Axis
+from pmod._mesh.mesh import AxisLike
 from pmod._numbers import as_int
 
 Ints = int | Sequence[int]
@@ -165,7 +157,7 @@ def conv_sizes(
     """
 
     def error(given: str, right: str) -> PmodError:
-        return ShapeError(explain("nn.functional.conv_sizes", given, right))
+        return ShapeError(phrase("nn.functional.conv_sizes", given, right))
 
     listed = list(sizes) if isinstance(sizes, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
     held = tuple([size for size in map(as_int, listed) if size is not None and size >= 0])
@@ -303,7 +295,7 @@ def _conv(
     x, left = _window(x, dims, held, BOUNDARIES[spread.padding_mode], axis)
     empty, kept = [at for at in held if x.shape[at] == 0], memory_format(x)
     for at in empty:  # torch gives no empty result: a window of zeros is convolved, and the row dropped
-        x = _laid_out_as(F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent]), kept)
+        x = laid_out_as(F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent]), kept)
     strides, dilations = [of.stride for of in parsed], [of.dilation for of in parsed]
     y = getattr(F, f"conv{count}d")(x, weight, bias, strides, left, dilations, operator.index(groups))
     for at in empty:

@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import define, field
 
-from pmod._waiting import WAITS, Board, Post
+from pmod._wire.board import WAITS, Board, Post
 from pmod.notebook import rank as on_rank
 from pmod.notebook.engines import Engine
 

@@ -20,9 +20,9 @@ from typing import Any
 from attrs import frozen
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from pmod._errors import PmodError, explain
-from pmod._groups import PLACE
-from pmod._waiting import Board
+from pmod._errors import PmodError, phrase
+from pmod._ranks.world import PLACE
+from pmod._wire.board import Board
 from pmod.notebook import rank as on_rank
 
 _LOOPBACK = "127.0.0.1"
@@ -56,7 +56,7 @@ def check_installed() -> None:
     """Raises: PmodError that names the extra."""
     if importlib.util.find_spec("ipyparallel") is None:
         right = 'Install the extra: pip install "pmod[notebook]". Without %mesh, cells run in this process.'
-        raise PmodError(explain("notebook", "%mesh needs ipyparallel, which is not installed", right))
+        raise PmodError(phrase("notebook", "%mesh needs ipyparallel, which is not installed", right))
 
 
 @frozen
@@ -123,7 +123,7 @@ class Engines:
         while not done():
             if monotonic() > until or any(process.poll() is not None for process in processes):
                 logs = "\n".join(path.read_text()[-2000:] for path in sorted(self._folder.glob("*.log")))
-                raise PmodError(explain("notebook", given, f"What was logged last:\n{logs}"))
+                raise PmodError(phrase("notebook", given, f"What was logged last:\n{logs}"))
             sleep(0.02)
 
     def start(self, places: Sequence[int], tell: Callable[[int], None]) -> None:
@@ -183,7 +183,7 @@ class Engines:
         for engine, call in zip(engines, calls, strict=True):
             while not call.wait(0.05):
                 if not engine.is_alive:
-                    raise PmodError(explain("notebook", engine.death(), "Run the cell again: a new one is started."))
+                    raise PmodError(phrase("notebook", engine.death(), "Run the cell again: a new one is started."))
         results = [call.get() for call in calls]
         self.forget(calls)
         return results

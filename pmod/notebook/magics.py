@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
-from pmod import _groups
-from pmod._ambient import ambient, current_mesh, set_mesh
-from pmod._arguments import split_sizes
-from pmod._data import is_first
-from pmod._draw import mesh_html, mesh_text
-from pmod._errors import ArgumentError, AxisError, PmodError, explain, near_miss
-from pmod._groups import shutdown
-from pmod._mesh import Mesh, make_mesh
+from pmod._core.arguments import split_sizes
+from pmod._errors import ArgumentError, AxisError, PmodError, near_miss, phrase
+from pmod._mesh.ambient import ambient, current_mesh, set_mesh
+from pmod._mesh.mesh import Mesh, make_mesh
+from pmod._mesh.picture import mesh_html, mesh_text
+from pmod._ranks import world
+from pmod._ranks.connect import shutdown
+from pmod._train.first import is_first
 from pmod.notebook import peers
 from pmod.notebook import rank as on_rank
 from pmod.notebook.cells import Cell, plain
@@ -115,7 +115,7 @@ def _sizes(line: str, function: str) -> dict[str, int]:
         match = re.fullmatch(r"(\w+)=(-?\d+)", part)
         if match is None or match[1] in found:
             given = f"{part!r} is no name=number" if match is None else f"{match[1]!r} is given twice"
-            raise AxisError(explain(function, given, f"Write {function} data=2 model=2, say.").removeprefix("pmod."))
+            raise AxisError(phrase(function, given, f"Write {function} data=2 model=2, say.").removeprefix("pmod."))
         found[match[1]] = int(match[2])
     return found
 
@@ -124,10 +124,10 @@ def _check_indices(chosen: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     for name, index in chosen.items():
         if name not in sizes:
             given = f"no axis {name!r}{near_miss(name, sizes)}"
-            raise AxisError(explain("%%spmd", given, f"The mesh has {dict(sizes)}.").removeprefix("pmod."))
+            raise AxisError(phrase("%%spmd", given, f"The mesh has {dict(sizes)}.").removeprefix("pmod."))
         if not 0 <= index < sizes[name]:
             right = f"Indices along it go from 0 to {sizes[name] - 1}."
-            raise AxisError(explain("%%spmd", f"{name}={index} is not on the mesh", right).removeprefix("pmod."))
+            raise AxisError(phrase("%%spmd", f"{name}={index} is not on the mesh", right).removeprefix("pmod."))
 
 
 class _Picture:
@@ -160,14 +160,14 @@ class PmodMagics(Magics):
         sizes = _sizes(line, "%mesh")
         if not sizes:
             return current_mesh() if _session is None else _Picture(_session.places.sizes)
-        if _session is None and _groups.here().world_size > 1:  # this process is a rank already
+        if _session is None and world.here().world_size > 1:  # this process is a rank already
             shutdown()  # begins anew, also where a wait was cut off
             set_mesh(make_mesh(sizes))
             return current_mesh()
         for name, size in sizes.items():
             if size < 1:
                 right = "Sizes are 1 or more; their product is the number of engines."
-                raise AxisError(explain("%mesh", f"{name}={size} is no size", right).removeprefix("pmod."))
+                raise AxisError(phrase("%mesh", f"{name}={size} is no size", right).removeprefix("pmod."))
         if _session is None:
             _session = Session(self.shell)
         _session.use(sizes)
@@ -239,7 +239,7 @@ def _check_dims(name: str, value: Any, dims: Iterable[int], function: str) -> No
             given = f"{name} has no dim {dim}, its shape is {tuple(value.shape)}"
         else:
             continue
-        raise ArgumentError(explain(f"notebook.{function}", given, "Leave dim and axis out: one value per rank."))
+        raise ArgumentError(phrase(f"notebook.{function}", given, "Leave dim and axis out: one value per rank."))
 
 
 def _joined(values: list[Any], axes: list[tuple[int, tuple[str, ...]]], at: dict[str, int], places: Places) -> Any:
@@ -300,12 +300,12 @@ def _dims(axis: Any, dim: int | None, function: str) -> dict[int, tuple[str, ...
     sizes = _places().sizes
     if isinstance(axis, Mapping):
         if dim is not None:
-            raise ArgumentError(explain(f"notebook.{function}", "axis says which dims, and dim does, too", "Give one."))
+            raise ArgumentError(phrase(f"notebook.{function}", "axis says which dims, and dim does, too", "Give one."))
         asked = {int(key): (name,) if isinstance(name, str) else tuple(name) for key, name in axis.items()}
     elif dim is None:
         if axis is not None:
             given = f"axis is {axis!r}, and no dim is given"
-            raise ArgumentError(explain(f"notebook.{function}", given, "Pass dim=0, say."))
+            raise ArgumentError(phrase(f"notebook.{function}", given, "Pass dim=0, say."))
         return {}
     else:
         asked = {dim: tuple(sizes) if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)}
@@ -313,7 +313,7 @@ def _dims(axis: Any, dim: int | None, function: str) -> dict[int, tuple[str, ...
     for name in named:
         if name not in sizes or named.count(name) > 1:
             given = f"no axis {name!r}{near_miss(name, sizes)}" if name not in sizes else f"{name!r} is named twice"
-            raise AxisError(explain(f"notebook.{function}", given, f"The mesh has {sizes}."))
+            raise AxisError(phrase(f"notebook.{function}", given, f"The mesh has {sizes}."))
     return asked
 
 
@@ -327,5 +327,5 @@ def _fetched(name: str, places: Places) -> list[Any]:
     lacking = [rank for rank, (is_there, _) in enumerate(found) if not is_there]
     if lacking:
         where = "any rank" if len(lacking) == places.size else places.label(lacking)
-        raise NameError(explain("notebook.pull", f"{name!r} is not defined on {where}"))
+        raise NameError(phrase("notebook.pull", f"{name!r} is not defined on {where}"))
     return [value for _, value in found]

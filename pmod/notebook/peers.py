@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pmod import _groups
-from pmod._errors import ArgumentError, explain
-from pmod._mesh import Mesh
-from pmod._ragged import all_gather_v
-from pmod._slices import all_gather
+from pmod._collectives.ragged import all_gather_v
+from pmod._collectives.slices import all_gather
+from pmod._errors import ArgumentError, phrase
+from pmod._mesh.mesh import Mesh
+from pmod._ranks import world
 
 # what numpy's arrays and numbers are made with, besides what torch knows
 _NUMPY: list[Any] = [
@@ -32,7 +32,7 @@ def gathered(value: object, mesh: Mesh, function: str) -> list[Any]:
     """
     if mesh.size == 1:
         return [value]
-    packed = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8).to(_groups.number_device())
+    packed = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8).to(world.number_device())
     sizes = all_gather(packed.new_tensor([packed.numel()], dtype=torch.int64), mesh).tolist()
     parts = all_gather_v(packed, mesh, sizes=sizes).cpu().split(sizes)
     values: list[Any] = []
@@ -40,7 +40,7 @@ def gathered(value: object, mesh: Mesh, function: str) -> list[Any]:
         value, refused = _unpacked(part.numpy().tobytes())
         if refused:
             right = "Between ranks go tensors, arrays, numbers, texts, and dicts, lists and tuples of them."
-            raise ArgumentError(explain(f"notebook.{function}", f"on rank {rank} the value holds {refused}", right))
+            raise ArgumentError(phrase(f"notebook.{function}", f"on rank {rank} the value holds {refused}", right))
         values.append(value)
     return values
 

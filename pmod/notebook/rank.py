@@ -19,20 +19,23 @@ import torch.distributed as dist
 from attrs import frozen
 
 import pmod
-from pmod import _groups, _launch, _waiting
-from pmod._ambient import set_mesh
-from pmod._errors import _HERE, PmodError, explain
-from pmod._groups import shutdown
-from pmod._mesh import make_mesh
-from pmod._parallel import map_tensors
+from pmod._core.leaves import map_tensors
+from pmod._errors import PmodError, phrase
+from pmod._mesh.ambient import set_mesh
+from pmod._mesh.mesh import make_mesh
+from pmod._ranks import world
+from pmod._ranks.connect import shutdown
+from pmod._run import launch
+from pmod._site import HERE
+from pmod._wire import waiting
 
 
 def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
     """Leave what this process was connected to, connect as this rank, and set the mesh."""
     shutdown()
-    _launch.settle_in(size)
-    place = _launch.topology_of(rank, size, port)
-    _groups.launch_as(place)
+    launch.settle_in(size)
+    place = launch.topology_of(rank, size, port)
+    world.launch_as(place)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     set_mesh(make_mesh(axes))
@@ -103,27 +106,27 @@ def failure() -> Failure:
     return Failure(lines, at, waited, isinstance(error, PmodError))
 
 
-def _wait_in(entry: tuple[FrameType, int]) -> _waiting.Wait | None:
+def _wait_in(entry: tuple[FrameType, int]) -> waiting.Wait | None:
     """The wait that a method belongs to: its own, or that of a wire which was about to wait."""
     owner: Any = entry[0].f_locals.get("self")
-    wait = owner if isinstance(owner, _waiting.Wait) else getattr(owner, "_wait", None)
-    return wait if isinstance(wait, _waiting.Wait) else None
+    wait = owner if isinstance(owner, waiting.Wait) else getattr(owner, "_wait", None)
+    return wait if isinstance(wait, waiting.Wait) else None
 
 
 def _place(entry: tuple[FrameType, int]) -> tuple[str, int]:
     return entry[0].f_code.co_filename, entry[1]
 
 
-def _waited(frames: list[tuple[FrameType, int]], wait: _waiting.Wait) -> str:
+def _waited(frames: list[tuple[FrameType, int]], wait: waiting.Wait) -> str:
     """`psum(axis='data')`: the public function, and the axis of the wait it came to."""
-    ours = [frame.f_code.co_name for frame, _ in frames if frame.f_code.co_filename.startswith(_HERE)]
+    ours = [frame.f_code.co_name for frame, _ in frames if frame.f_code.co_filename.startswith(HERE)]
     function = next((name for name in ours if hasattr(pmod, name)), f"{wait._said.row} in backward")
     return f"pmod.{function}(axis={wait._axis.label!r})"
 
 
 def sent() -> dict[tuple[int, ...], int]:
     """How many messages went along which ranks, since they were connected."""
-    state = _groups._state
+    state = world.state
     return {tuple(dist.get_process_group_ranks(group)): state.meetings[key] for key, group in state.groups.items()}
 
 
@@ -140,7 +143,7 @@ def fetch(name: str) -> tuple[bool, object]:
 
 def keep(values: dict[str, object]) -> None:
     """Set names, the tensors on this rank's device."""
-    device = _groups.here().device
+    device = world.here().device
     _names().update({name: map_tensors(lambda x: x.to(device), value) for name, value in values.items()})
 
 
@@ -154,5 +157,5 @@ def _shell() -> Any:
     shell = get_ipython()
     if shell is None:
         right = "pull and push are for a notebook, where IPython runs."
-        raise PmodError(explain("notebook", "there are no variables of cells here", right))
+        raise PmodError(phrase("notebook", "there are no variables of cells here", right))
     return shell

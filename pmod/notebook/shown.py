@@ -11,7 +11,8 @@ from html import escape
 from time import monotonic
 from typing import Any
 
-from pmod._errors import _HERE, coordinates
+from pmod._errors import coordinates
+from pmod._site import HERE
 from pmod.notebook.cells import Cell, Outcome, plain
 
 _TAIL = 12  # lines of what a cell has printed, below the bar
@@ -151,7 +152,7 @@ def _shortened(outcome: Outcome) -> str:
     if outcome.failure is None or not outcome.failure.ours:
         return outcome.traceback.rstrip()
     parts = outcome.traceback.rstrip().split("\n\n")
-    kept = [part for part in parts[:-1] if not plain(part).startswith(f"File {_HERE}")]
+    kept = [part for part in parts[:-1] if not plain(part).startswith(f"File {HERE}")]
     left_out = len(parts) - 1 - len(kept)
     note = [f"({left_out} more inside pmod)"] if left_out else []
     return "\n\n".join([*kept, *note, parts[-1]])

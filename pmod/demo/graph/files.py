@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 from pmod.demo.console import check_extra
 from pmod.demo.graph.surface import Numbers, Reals, Surface, clean
 
@@ -57,7 +57,7 @@ def read(path: Path) -> tuple[Surface, list[str]]:
 
 
 def _unusable(path: Path, given: str, right: str) -> PmodError:
-    return PmodError(explain("demo", f"cannot use {path}: {given}", right))
+    return PmodError(phrase("demo", f"cannot use {path}: {given}", right))
 
 
 def _meshio(path: Path) -> Found:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import pmod
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 from pmod.demo.console import progress
 from pmod.demo.graph.surface import Numbers, Reals, Surface
 
@@ -93,7 +93,7 @@ class Elements:
         residual = float(np.linalg.norm(right - matrix @ u) / max(np.linalg.norm(right), np.finfo(float).tiny))
         if not residual <= TOLERANCE:
             given = f"a problem on this mesh is solved to a residual of {residual:.1e} only, above {TOLERANCE}"
-            raise PmodError(explain("demo", given, "Its triangles are too thin or too unlike in size."))
+            raise PmodError(phrase("demo", given, "Its triangles are too thin or too unlike in size."))
         return u
 
     def smooth(self, noise: Reals) -> Reals:

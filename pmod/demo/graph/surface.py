@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 
 Reals = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -78,7 +78,7 @@ def clean(points: Reals, triangles: Numbers) -> tuple[Surface, list[str]]:
     _note(said, len(triangles) - len(once), "triangle", "given twice left out")
     triangles = triangles[np.sort(once)]
     if not len(triangles):
-        raise PmodError(explain("demo", "the mesh has no triangle with an area"))
+        raise PmodError(phrase("demo", "the mesh has no triangle with an area"))
     kept, corners = np.unique(triangles, return_inverse=True)
     _note(said, len(first) - len(kept), "point", "of such triangles left out")
     points = points[kept]
@@ -89,15 +89,15 @@ def clean(points: Reals, triangles: Numbers) -> tuple[Surface, list[str]]:
 
 def _check(points: Reals, triangles: Numbers) -> None:
     if points.ndim != 2 or points.shape[1] not in (2, 3):
-        raise PmodError(explain("demo", f"the points are {points.shape}", "They should be (n, 2) or (n, 3)."))
+        raise PmodError(phrase("demo", f"the points are {points.shape}", "They should be (n, 2) or (n, 3)."))
     if not len(triangles):
-        raise PmodError(explain("demo", "the mesh has no triangles"))
+        raise PmodError(phrase("demo", "the mesh has no triangles"))
     low, high = int(triangles.min()), int(triangles.max())
     if low < 0 or high >= len(points):
         given = f"a triangle has the corner {low if low < 0 else high}, and there are {len(points)} points"
-        raise PmodError(explain("demo", given, "Corners count from the first point of the file."))
+        raise PmodError(phrase("demo", given, "Corners count from the first point of the file."))
     if not np.isfinite(points[np.unique(triangles)]).all():
-        raise PmodError(explain("demo", "a corner of the mesh is not a finite point"))
+        raise PmodError(phrase("demo", "a corner of the mesh is not a finite point"))
 
 
 def _note(said: list[str], count: int, what: str, did: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import attrs
 from torch import Tensor
 
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 from pmod.demo import ranks
 from pmod.demo.compare import Check, report
 from pmod.demo.console import check_extra, paint, say
@@ -59,7 +59,7 @@ def gather(options: Options) -> Job:
     rows, columns = winds.grid
     if not rows % 2 or columns % 2:
         given = f"the error of differences on {rows} x {columns} points cannot be estimated from every second one"
-        raise PmodError(explain("demo", given, "Pass an odd number of rows and an even one of columns."))
+        raise PmodError(phrase("demo", given, "Pass an odd number of rows and an even one of columns."))
     return Job(winds, source, published=fields)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmod._errors import PmodError, explain
+from pmod._errors import PmodError, phrase
 from pmod.demo.console import check_extra
 from pmod.demo.wind.winds import Winds
 
@@ -81,4 +81,4 @@ def _coordinate(path: Path, held: dict[str, Any], names: tuple[str, ...]) -> Any
 
 
 def _unusable(path: Path, given: str, right: str) -> PmodError:
-    return PmodError(explain("demo", f"cannot use {path}: {given}", right))
+    return PmodError(phrase("demo", f"cannot use {path}: {given}", right))

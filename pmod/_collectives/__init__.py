@@ -1,0 +1,1 @@
+"""The table of collectives, and what is composed of it."""

@@ -1,0 +1,111 @@
+"""The exchange of lengths, where ranks hold shards of any length."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmod._collectives.slices import ALL_TO_ALL
+from pmod._core.ahead import once
+from pmod._core.arguments import check_own_size, check_sizes, check_tensor, dim_from_end, wrong
+from pmod._core.row import Call
+from pmod._core.tree import flatten
+from pmod._core.watch import told
+from pmod._errors import ArgumentError, MismatchError
+from pmod._mesh.axis import Axis
+from pmod._ranks import world
+from pmod._site import origin
+from pmod._wire.process_group import wire_of
+
+Sizes = tuple[int, ...]
+
+HEAD = 8  # numbers in the message that tells sizes; trees of more leaves send a second one
+
+
+def check_eager(function: str, axis: Axis) -> None:
+    if torch.compiler.is_compiling():
+        given = "sizes are left out under torch.compile"
+        raise wrong(ArgumentError, function, axis, given, "Pass them: a compiled graph is fixed.")
+
+
+def swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis) -> list[list[int]]:
+    """numbers[j] goes to rank j; what arrives, by rank. As many numbers for each."""
+    if axis.size == 1:
+        return [list(row) for row in numbers]
+    width = len(numbers[0])
+    if device.type == "meta":
+        device = world.number_device()
+
+    def send() -> list[list[int]]:
+        counts = [width] * axis.size
+        # plain numbers, in any transform and mode
+        with torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction(), torch.no_grad():
+            flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
+            with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
+                return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
+
+    return once(send)
+
+
+def others(x: Tensor, at: int) -> str:
+    """The shape and dtype of x, without the length along the dim: they must be the same on all ranks."""
+    shape = ["..." if i == x.dim() + at else str(size) for i, size in enumerate(x.shape)]
+    return f"({', '.join(shape)}) {str(x.dtype).removeprefix('torch.')}"
+
+
+def swapped_alike(
+    numbers: Sequence[Sequence[int]], fits: str, device: torch.device, function: str, axis: Axis
+) -> list[list[int]]:
+    """`_swapped`, where all ranks must hold what `fits` says."""
+    check_eager(function, axis)
+    mine = zlib.crc32(fits.encode())
+    rows = [[mine, *row] for row in numbers]
+    # as long on every rank, so that one with another number of leaves is seen too, not waited for or aborted by gloo
+    arrived = swapped([(row + [0] * HEAD)[:HEAD] for row in rows], device, axis)
+    strangers = [rank for rank, row in enumerate(arrived) if row[0] != mine]
+    if strangers:
+        given = f"x is {fits} here, and of another shape or dtype at index {', '.join(map(str, strangers))} of the axis"
+        right = "Shards differ in length along dim only."
+        raise wrong(MismatchError, function, axis, given, right)
+    if len(rows[0]) > HEAD:
+        more = swapped([row[HEAD:] for row in rows], device, axis)
+        arrived = [head + tail for head, tail in zip(arrived, more, strict=True)]
+    return [row[1 : len(rows[0])] for row in arrived]
+
+
+def leaves_of(tree: Any, dim: int, function: str, axis: Axis) -> list[tuple[Tensor, int]]:
+    """The leaves with their dim counted from the end."""
+    leaves: list[Any] = []
+    flatten(tree, function, axis, leaves)
+    for x in leaves:
+        check_tensor(x, function, axis)
+    return [(x, dim_from_end(dim, x, function, axis)) for x in leaves]
+
+
+def sizes_of_leaves(
+    tree: Any, dim: int, sizes: Sequence[int] | None, function: str, axis: Axis
+) -> Iterator[tuple[int, Sizes]]:
+    """The dim and the sizes of every leaf: those given, or what the ranks hold."""
+    leaves = leaves_of(tree, dim, function, axis)
+    if sizes is not None:
+        given = check_sizes(sizes, function, axis)
+        for x, at in leaves:
+            fitting = (*given[: axis.index], int(x.shape[at]), *given[axis.index + 1 :])
+            right = f"Pass sizes={fitting}, or leave sizes out to exchange them."
+            check_own_size(x, at, given, function, axis, right)
+        return iter([(at, given) for _, at in leaves])
+    return zip([at for _, at in leaves], held_lengths(leaves, function, axis), strict=True)
+
+
+def held_lengths(leaves: Sequence[tuple[Tensor, int]], function: str, axis: Axis) -> list[Sizes]:
+    """For each (tensor, dim from the end) what the ranks hold: told by all to all, in one message."""
+    if not leaves:
+        return []
+    lengths = [int(x.shape[at]) for x, at in leaves]
+    fits = ", ".join(others(x, at) for x, at in leaves)
+    held = swapped_alike([lengths] * axis.size, fits, leaves[0][0].device, function, axis)
+    return list(zip(*held, strict=True))

@@ -1,0 +1,199 @@
+"""`ppermute`, `pshift` and `pshuffle`: each rank sends to one rank at most, and receives from one at most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor
+
+from pmod._collectives.values import anything, fused
+from pmod._core.arguments import (
+    check_flag,
+    check_own_size,
+    check_permutation,
+    check_sizes,
+    check_tensor,
+    dim_from_end,
+    targets_of,
+    wrong,
+)
+from pmod._core.bind import unmoved
+from pmod._core.row import Params, Row, V, pair
+from pmod._core.start import as_piece
+from pmod._core.tree import Tree, map_leaves, together
+from pmod._errors import AxisError, quoted
+from pmod._mesh.ambient import resolve
+from pmod._mesh.axis import Axis
+from pmod._mesh.mesh import AxisLike
+from pmod._numbers import as_int
+from pmod._wire.base import Wire
+from pmod._wire.sent import Sent
+
+
+def _send_permute(x: Tensor, wire: Wire, params: Params) -> Sent:
+    targets, *uneven = params
+    source = targets.index(wire.index) if wire.index in targets else None
+    target = targets[wire.index] if targets[wire.index] >= 0 else None
+    return wire.permute(x, target, source, uneven[-1] if uneven else None)
+
+
+def _inverse(params: Params) -> Params:
+    targets, *uneven = params
+    inverse = tuple(targets.index(rank) if rank in targets else -1 for rank in range(len(targets)))
+    if not uneven:
+        return (inverse,)
+    dim, held, given = uneven
+    return inverse, dim, given, held
+
+
+def _given(params: Params, xs: Sequence[Tensor], index: int) -> list[list[int]] | None:
+    if len(params) == 1:
+        return None
+    _, dim, _, given = params
+    return [[*x.shape[:dim], given[index], *x.shape[x.dim() + dim + 1 :]] for x in xs]
+
+
+def _but_for_length(params: Params, shape: tuple[int, ...]) -> tuple[Params, tuple[int, ...]]:
+    """With sizes, the ranks hold different lengths along the dim."""
+    if len(params) == 1:
+        return params, shape
+    at = len(shape) + params[1]
+    return params, (*shape[:at], -1, *shape[at + 1 :])
+
+
+# targets: where each rank's value goes, -1 for nowhere. If the ranks hold different lengths along a dim: that dim, the
+# lengths that they hold, and those that they are given. A rank to which nobody sends keeps its own length (zeros), so
+# that equal sizes change nothing; in the transpose its length is that of what it held
+PERMUTE = Row(
+    "permute", V, V, _send_permute, flip=_inverse, fused=True, alone=False, agreed=_but_for_length, resized=_given,
+    why="each value's gradient goes back to the rank that it came from",
+)  # fmt: skip
+pair(PERMUTE, PERMUTE)
+
+
+def _stay(function: str, axis: Axis, leaves: list[Any]) -> list[Any]:
+    for x in leaves:
+        check_tensor(x, function, axis)
+    return [unmoved([x])[0] for x in leaves]
+
+
+def _permuted(
+    function: str, x: Tree, axis: Axis, targets: tuple[int, ...], sizes: Sequence[int] | None, dim: int
+) -> Tree:
+    if sizes is not None:
+        return _permuted_uneven(function, x, axis, targets, check_sizes(sizes, function, axis), dim)
+    if targets == tuple(range(axis.size)):  # nothing moves
+        if isinstance(x, Tensor):
+            check_tensor(x, function, axis)
+            return cast(Tree, unmoved([x])[0])
+        return map_leaves(partial(_stay, function, axis), x, function, axis)
+    return fused(function, PERMUTE, x, axis, (targets,), anything)
+
+
+def _permuted_uneven(
+    function: str, tree: Tree, axis: Axis, targets: tuple[int, ...], sizes: tuple[int, ...], dim: int
+) -> Tree:
+    """Each rank gets the length of the rank that sends to it, or zeros of its own length."""
+    given = tuple([sizes[targets.index(rank) if rank in targets else rank] for rank in range(axis.size)])
+
+    def run(leaves: list[Any]) -> list[Any]:
+        at: list[int] = []
+        for x in leaves:
+            check_tensor(x, function, axis)
+            at.append(dim_from_end(dim, x, function, axis))
+            check_own_size(x, at[-1], sizes, function, axis, "Pass the length that each rank holds along dim.")
+        if targets == tuple(range(axis.size)):  # nothing moves
+            return _stay(function, axis, leaves)
+        if len(set(sizes)) == 1:
+            return together(PERMUTE, leaves, axis, (targets,))
+        # one message per dtype and device, where the dim is as far from the end
+        out: dict[int, Any] = {}
+        for end in sorted(set(at)):
+            some = [i for i, one in enumerate(at) if one == end]
+            ys = together(PERMUTE, [leaves[i] for i in some], axis, (targets, end, sizes, given))
+            out.update(zip(some, ys, strict=True))
+        return [out[i] for i in range(len(leaves))]
+
+    return map_leaves(as_piece(run, function), tree, function, axis)
+
+
+def ppermute(
+    x: Tree, axis: AxisLike, perm: Sequence[tuple[int, int]], *, sizes: Sequence[int] | None = None, dim: int = 0
+) -> Tree:
+    """Send along (source, target) pairs of indices; zeros where nothing arrives.
+
+    V -> V. Transpose: the inverse permutation.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
+    x (..., sizes[i], ...) on rank i -> (..., sizes[s], ...), s being the rank that sends to it; where nothing arrives
+    zeros like x.
+    Cost: x sent once; where nothing moves, nothing is sent.
+    Raises: AxisError where an index is outside the axis, or a source or a target comes twice; ShapeError where sizes[i]
+    is not this rank's length.
+    JAX: lax.ppermute, which numbers the ranks of a tuple of axes in mesh order; here the first name is slowest.
+
+    >>> pmod.simulate(lambda: pmod.ppermute(torch.tensor(1 + pmod.axis_index("model")), "model", [(0, 1)]), model=2)
+    [tensor(0), tensor(1)]
+    >>> def swap():
+    ...     mine = torch.full((1 + pmod.axis_index("model"),), pmod.axis_index("model"))
+    ...     return pmod.ppermute(mine, "model", [(0, 1), (1, 0)], sizes=(1, 2))
+    >>> pmod.simulate(swap, model=2)
+    [tensor([1, 1]), tensor([0])]
+    """
+    bound = resolve(axis, "ppermute")
+    return _permuted("ppermute", x, bound, targets_of(perm, "ppermute", bound), sizes, dim)
+
+
+def pshuffle(
+    x: Tree, axis: AxisLike, perm: Sequence[int], *, sizes: Sequence[int] | None = None, dim: int = 0
+) -> Tree:
+    """Output i comes from input perm[i].
+
+    V -> V. Transpose: the inverse permutation.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
+    x (..., sizes[i], ...) -> (..., sizes[perm[i]], ...) on rank i.
+    Cost: x sent once; where nothing moves, nothing is sent.
+    Raises: AxisError where perm is no permutation; ShapeError where sizes[i] is not this rank's length.
+    JAX: lax.pshuffle.
+
+    >>> pmod.simulate(lambda: pmod.pshuffle(torch.tensor(pmod.axis_index("x")), "x", [2, 0, 1]), x=3)
+    [tensor(2), tensor(0), tensor(1)]
+    """
+    bound = resolve(axis, "pshuffle")
+    sources = check_permutation(perm, "pshuffle", bound)
+    targets = sources if bound.size == 1 else tuple([sources.index(rank) for rank in range(bound.size)])
+    return _permuted("pshuffle", x, bound, targets, sizes, dim)
+
+
+def pshift(
+    x: Tree,
+    axis: AxisLike,
+    offset: int = 1,
+    *,
+    wrap: bool = True,
+    sizes: Sequence[int] | None = None,
+    dim: int = 0,
+) -> Tree:
+    """The value of the rank `offset` before: a step of a ring. Without wrap, zeros where nothing arrives.
+
+    V -> V. Transpose: the shift back.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
+    x (..., sizes[i], ...) on rank i -> (..., sizes[i - offset], ...); where nothing arrives zeros like x. A ring's next
+    step has these lengths: `sizes` shifted as the shards were.
+    Cost: x sent once.
+    Raises: AxisError where offset is no int; ShapeError where sizes[i] is not this rank's length.
+
+    >>> pmod.simulate(lambda: pmod.pshift(torch.tensor(pmod.axis_index("x")), "x"), x=3)
+    [tensor(2), tensor(0), tensor(1)]
+    >>> pmod.simulate(lambda: pmod.pshift(torch.arange(pmod.axis_index("x")), "x", sizes=(0, 1, 2)), x=3)
+    [tensor([0, 1]), tensor([], dtype=torch.int64), tensor([0])]
+    """
+    bound = resolve(axis, "pshift")
+    check_flag(wrap, "pshift", "wrap")
+    steps = as_int(offset)
+    if steps is None:
+        raise wrong(AxisError, "pshift", bound, f"offset is {quoted(offset)}", "Pass an int.")
+    n = bound.size
+    targets = tuple([(rank + steps) % n if wrap or 0 <= rank + steps < n else -1 for rank in range(n)])
+    return _permuted("pshift", x, bound, targets, sizes, dim)

@@ -1,0 +1,318 @@
+"""The one mechanism: a collective is a linear operator, declared once with its transpose.
+
+A `Row` says how to compute an operator and how its parameters turn into those of its transpose; `pair` declares two
+rows as each other's transposes. `bind` runs a row, and everything else follows here, once for all rows:
+
+- backward binds the transpose, so that it has a derivative itself, to any order;
+- jvp binds the same row on the tangent (the operator is linear);
+- vmap binds the same row on the tensor with the mapped dim moved to the front (dims are counted from the end);
+- torch.func and torch.compile see one library operator, ``pmod::linear(Tensor[] xs, str call) -> Tensor[]``. The call
+  travels as text, because a compiled graph may be cached and run by a process that never traced it.
+
+Along its axis a row takes V (varying: each rank its own value) or I (invariant: one value, held by all) and gives V or
+I; the transpose does the reverse, with respect to the inner product that counts a V once per rank and an I once.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.autograd.profiler as profiler
+from torch import Tensor
+from torch._library import simple_registry
+from torch._library.effects import EffectType
+from torch.overrides import handle_torch_function
+
+from pmod._core.inductor import keep_order
+from pmod._core.row import Call, decode, encode
+from pmod._core.send import begin, profiled_as, run, wire_for
+from pmod._core.watch import told, watchers
+from pmod._errors import PmodError, phrase
+from pmod._site import Origin, backward_of, on_behalf_of, origin, watched
+from pmod._wire.base import SMALL, ShapesOnly
+from pmod._wire.sent import Sent
+
+
+class _Linear(torch.autograd.function._SingleLevelFunction):
+    """Any row, on tensors of one dtype. `below` computes the value where it is not a matter of running the call.
+
+    The base is what torch makes for each level of torch.func: a Function of one level. `torch.autograd.Function` adds
+    the levels, and since torch 2.14 it does so even in an operator's kernel, where they are taken care of; it also
+    inspects its signature at each call (20 to 50 us).
+    """
+
+    @staticmethod
+    def forward(call: Call, below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None, *xs: Tensor) -> Any:
+        if below is None and call.row.local:
+            return tuple(run(call, xs))
+        # what arrives is private: where it is a view of a message, autograd need not know, and the user may change it
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return tuple(run(call, xs) if below is None else below(xs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call = inputs[0]
+        ctx.origin = watched.origin
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        needed = ctx.needs_input_grad[2:]
+        wanted = bind(ctx.call.T, [_dense(g) for g, need in zip(gs, needed, strict=True) if need], ctx.origin)
+        # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
+        # backward was called with
+        own = iter([y.clone() if y._is_view() else y for y in wanted])
+        return (None, None, *(next(own) if need else None for need in needed))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        moving = iter(bind(ctx.call, [t for t in tangents[2:] if t is not None]))
+        return tuple(None if t is None else next(moving) for t in tangents[2:])
+
+    # asked for by compiled autograd
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """An embedding with sparse=True makes a sparse gradient, and no message carries one."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+_apply: Callable[..., tuple[Tensor, ...]] = cast(Any, _Linear).apply
+
+_library = torch.library.Library("pmod", "FRAGMENT")
+_library.define("linear(Tensor[] xs, str call) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_operator: Any = torch.ops.pmod.linear.default
+
+
+def _fresh(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies where a result shares storage with an input or another result, which an operator's may not."""
+    taken = {x.untyped_storage()._cdata for x in xs}
+    out: list[Tensor] = []
+    for y in ys:
+        storage = y.untyped_storage()._cdata
+        out.append(y.clone() if storage in taken else y)
+        taken.add(storage)
+    return out
+
+
+def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
+    return _fresh(run(decode(call), xs), xs)
+
+
+def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
+    keep_order(_operator)
+    for watcher in watchers():
+        watcher.compiled()
+    decoded = decode(call)
+    return _fresh(begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs)
+
+
+def _refuse_second_derivative(call: Call) -> None:
+    """Raise where a compiled region runs backward with create_graph=True.
+
+    torch cuts the region's gradients off from what it was given: autograd.grad with respect to that leaves out the
+    second derivative, silently. Nothing tells an operator of create_graph; the stack does.
+    """
+    frame, grad = sys._getframe(), torch.is_grad_enabled()
+    while frame is not None:
+        # torch 2.13 and later end the gradients in a node that raises where it is reached, as torch 2.11 and 2.12 do
+        # where a gradient that comes in has a derivative; else these run the region as it is, in the caller's grad mode
+        name = frame.f_code.co_qualname
+        if name.endswith("CompiledFunctionBackward.forward") or (grad and name.endswith("CompiledFunction.backward")):
+            given = f"a compiled function that calls {call.row.T.name} runs backward with create_graph=True"
+            given += ", and what torch compiles has no second derivative"
+            right = "Take both derivatives inside the compiled function, with torch.func.grad, or leave it eager."
+            raise PmodError(phrase("torch.compile", given, right, axis=call.axis.label, coords=dict(call.axis.coords)))
+        frame = frame.f_back
+
+
+def _operator_autograd(keyset: Any, xs: list[Tensor], call: str) -> list[Tensor]:
+    if torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack() == 0:  # in a backward that runs
+        _refuse_second_derivative(decode(call))
+
+    def below(xs: Sequence[Tensor]) -> list[Tensor]:
+        # outer transforms differentiate what is done here, so autograd stays on for the levels below this one
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return _operator.redispatch(keyset & torch._C._after_autograd_keyset, list(xs), call)
+
+    allowed = torch._C._functorch.get_single_level_autograd_function_allowed()  # type: ignore[attr-defined]
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)  # type: ignore[attr-defined]
+    try:
+        return list(_apply(decode(call), below, *xs))
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(allowed)  # type: ignore[attr-defined]
+
+
+def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tuple[list[Tensor], list[int]]:
+    moved = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(xs, in_dims[0], strict=True)
+    ]
+    return _operator(moved, call), [0] * len(xs)
+
+
+_functions: Any = torch  # which the stubs leave out
+
+
+def _operator_batched(xs: list[Tensor], call: str) -> list[Tensor]:
+    """autograd's own vmap, older than torch.func's: is_grads_batched, functional.jacobian(vectorize=True)."""
+    innermost = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    for level in range(innermost, 0, -1):
+        # a tensor that is not mapped at this level gets a dim of the size that is asked for
+        one, two = ([_functions._remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2))
+        sizes = [a.shape[0] for a, b in zip(one, two, strict=True) if a.shape[0] == b.shape[0]]
+        if sizes:
+            moved = [x.expand(sizes[0], *x.shape[1:]) for x in one]
+            return [_functions._add_batch_dim(y, 0, level) for y in _operator(moved, call)]
+    raise AssertionError("no tensor is mapped")
+
+
+# A compiler must neither drop a call whose result one rank happens not to need (the others would wait for it), nor
+# change the order of calls, which ranks with other shapes would change otherwise.
+simple_registry.singleton.find("pmod::linear").effect.register(EffectType.ORDERED)
+_library.impl("linear", _operator_value, "CompositeExplicitAutograd")
+_library.impl("linear", _operator_autograd, "Autograd", with_keyset=True)
+_library.impl("linear", _operator_batched, "Batched")
+torch.library.register_fake("pmod::linear", _operator_shapes, lib=_library)
+torch.library.register_vmap("pmod::linear", _operator_vmap, lib=_library)
+
+
+def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequence[Tensor]:
+    """Run a call on tensors of one dtype and device; the results carry their derivative.
+
+    forward: the origin of the call that this one is the transpose of.
+    """
+    if call.axis.size == 1 and call.row.alone:
+        return unmoved(xs) if not call.row.local or _is_seen(xs) else carry(call, xs)
+    if torch._C._len_torch_function_stack() > 0:  # a mode (shard_map's) sees this as one operation
+        return handle_torch_function(bind, xs, call, xs, forward)
+    if torch.compiler.is_compiling():
+        return _operator(xs, encode(call.row.name, call.axis.key, call.params))
+    if watchers():
+        return _bind_watched(call, xs, forward)
+    return _bind(call, xs)
+
+
+_lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _is_seen(xs: list[Tensor]) -> bool:
+    return torch.compiler.is_compiling() or is_transformed(xs)
+
+
+def unmoved(xs: list[Tensor]) -> list[Tensor]:
+    """Return the same values as tensors of their own, where no message makes them: changing one changes no other.
+
+    Memory is copied when one of them is changed, and not before; what is small is copied now, which costs less.
+    """
+    if _is_seen(xs):
+        return [x.clone() for x in xs]
+    return [_unmoved(x) for x in xs]
+
+
+def _unmoved(x: Tensor) -> Tensor:
+    if x.nbytes > SMALL and x.is_contiguous():
+        try:
+            return _lazy_clone(x)
+        except RuntimeError:  # memory that is not torch's own, such as numpy's
+            pass
+    return x.clone()
+
+
+def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
+    of = origin() if forward is None else backward_of(forward)
+    with on_behalf_of(of):
+        if is_transformed(xs) or not is_ahead(call):
+            with told(call, xs, of):
+                return _bind(call, xs)
+        return _bind(call, xs)  # `start` tells them what is sent ahead, and what is waited for
+
+
+_is_key_included: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_included
+_OLDER_VMAP: Any = torch._C._dispatch_key_parse("VmapMode")
+
+
+def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
+    if is_transformed(xs):
+        return _operator(xs, encode(call.row.name, call.axis.key, call.params))
+    if started.by is not None and is_ahead(call):
+        return started.by.bind(call, xs)
+    return carry(call, xs)
+
+
+def is_transformed(xs: list[Tensor]) -> bool:
+    """Whether transforms, modes or subclasses of Tensor take part, which see the operator."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _is_key_included(_OLDER_VMAP)
+        or not _plain(xs)
+    )
+
+
+def carry(call: Call, xs: Sequence[Tensor], below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None) -> Any:
+    """Run a call on plain tensors, or let `below` bring its value, and attach the derivative."""
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+        return _apply(call, below, *xs)
+    if below is not None:
+        return below(xs)
+    ys = run(call, xs)
+    # What shares memory with x is another tensor, which requires no gradient. In a backward pass it stays x: torch
+    # takes a gradient that nobody else refers to for its own, and adds later ones into its memory.
+    if call.row.local and torch._C._current_graph_task_id() == -1:
+        return [x.detach() if y is x else y for x, y in zip(xs, ys, strict=True)]
+    return ys
+
+
+def send_ahead(call: Call, xs: Sequence[Tensor]) -> Sent:
+    """Send the message of a call that is waited for later."""
+    with profiler.record_function(profiled_as(call)), torch.no_grad():
+        return begin(call, xs, wire_for(call, xs))
+
+
+class Starter:
+    """What `start` does with the calls that are bound while it runs a function."""
+
+    def bind(self, call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
+        """Do what is done in place of running a call that is a message."""
+        raise NotImplementedError
+
+    def prepare(self, calls: Sequence[tuple[Call, list[Tensor]]]) -> None:
+        """See the calls that are bound next, none of which needs the result of another."""
+
+
+class _Started(threading.local):
+    by: Starter | None = None
+
+
+started = _Started()
+"""Who runs a started function on this thread."""
+
+
+def is_ahead(call: Call) -> bool:
+    """Whether `start` runs a function on this thread, and a call is a message that it sends ahead."""
+    return started.by is not None and not call.row.local and call.axis.size > 1
+
+
+def bind_all(calls: Sequence[tuple[Call, list[Tensor]]]) -> list[Sequence[Tensor]]:
+    """`bind` for several calls: under `start` all of them are sent ahead."""
+    if not torch.compiler.is_compiling() and started.by is not None:
+        started.by.prepare(calls)
+    return [bind(call, xs) for call, xs in calls]
+
+
+def _plain(xs: list[Tensor]) -> bool:
+    for x in xs:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter and type(x) is not torch.nn.Buffer:
+            return False
+    return True

@@ -1,0 +1,236 @@
+"""`explain`: a program's collectives and their transposes, line by line, and why each message is there."""
+
+from __future__ import annotations
+
+import ast
+import html
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from pmod._core.arguments import check_function
+from pmod._core.leaves import map_tensors, tensors_in
+from pmod._core.lineage import leaves_of
+from pmod._core.row import ROWS, Call
+from pmod._core.watch import watchers
+from pmod._debug.events import Event, in_bytes
+from pmod._debug.trace import trace
+from pmod._errors import NoMeshError, coordinates, phrase
+from pmod._mesh.ambient import ambient
+from pmod._mesh.axis import named
+from pmod._mesh.mesh import Mesh
+from pmod._run.alone import alone_on
+from pmod._site import BACKWARD, Origin, call_source
+
+Place = tuple[str, Any, str]
+"""A function, its axis and the user's line."""
+
+
+@attrs.define
+class _Messages:
+    calls: int = 0
+    nbytes: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.calls += 1
+        self.nbytes += nbytes
+
+    def __str__(self) -> str:
+        if not self.nbytes:
+            return ""
+        return (f", {self.calls} messages" if self.calls > 1 else "") + f", {in_bytes(self.nbytes)}"
+
+
+@attrs.define
+class Step:
+    """One line's collective, however often it was called, and what its backward called."""
+
+    place: Place
+    argument: str  # as the user wrote it
+    forward: _Messages = attrs.field(factory=_Messages)
+    backward: dict[str, _Messages] = attrs.field(factory=dict[str, _Messages])  # by row
+    kinds: str = ""
+
+    def add(self, event: Event) -> None:
+        """Count a call of it, or of its backward."""
+        if event.function.startswith(BACKWARD):
+            self.backward.setdefault(event.row, _Messages()).add(event.nbytes)
+            return
+        self.forward.add(event.nbytes)
+        if not self.kinds and event.row in ROWS:
+            self.kinds = f"{ROWS[event.row].takes} -> {ROWS[event.row].gives}. "
+
+    def title(self) -> str:
+        """`w: pvary(data) -> backward: psum, 12 MB`."""
+        function, axis, _ = self.place
+        forward = f"{self.argument}: " * bool(self.argument) + f"{function}({named(axis)}){self.forward}"
+        rows = "; ".join(f"{row}{messages}" for row, messages in self.backward.items())
+        if rows:
+            return f"{forward} -> backward: {rows}"
+        return f"{forward} -> no gradient comes back" if self.kinds else forward
+
+    def reasons(self) -> Iterator[str]:
+        """What the call does, and why each message of its backward is there."""
+        doc: str | None = getattr(getattr(sys.modules["pmod"], self.place[0], None), "__doc__", None)
+        if doc:
+            yield f"{self.kinds}{doc.splitlines()[0]}"
+        for row, messages in self.backward.items():
+            if row in ROWS and ROWS[row].why:
+                yield f"backward: {ROWS[row].why}" + ("." if messages.nbytes else "; nothing is sent.")
+
+
+@attrs.frozen
+class Explanation:
+    """What `explain` found; prints as text, and as a table in notebooks."""
+
+    of: str
+    steps: Sequence[Step]
+
+    def _total(self) -> str:
+        forward = sum(step.forward.nbytes for step in self.steps)
+        backward = sum(messages.nbytes for step in self.steps for messages in step.backward.values())
+        return f"In all this rank sends {in_bytes(forward)} forward and {in_bytes(backward)} backward."
+
+    def __str__(self) -> str:
+        lines = [self.of]
+        for step in self.steps:
+            lines += ["", step.place[2], f"  {step.title()}", *(f"    {reason}" for reason in step.reasons())]
+        return "\n".join([*lines, "", self._total()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='text-align:left'><code>{html.escape(step.place[2])}</code></td>"
+            f"<td style='text-align:left'><b>{html.escape(step.title())}</b><br>"
+            + "<br>".join(map(html.escape, step.reasons())) + "</td></tr>"
+            for step in self.steps
+        )  # fmt: skip
+        return f"<p>{html.escape(self.of)}</p><table>{rows}</table><p>{html.escape(self._total())}</p>"
+
+
+class _Reader:
+    """The watcher that reads in the user's source what each call was given."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[Place, str] = {}
+
+    def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
+        if xs and not origin[0].startswith(BACKWARD):
+            argument = _first_argument(origin[0], call_source())
+            self.arguments.setdefault((origin[0], call.axis.label, origin[1]), argument)
+
+    def after(self, call: Call) -> None:
+        pass
+
+    def waited(self, call: Call, seconds: float) -> None:
+        pass
+
+    def compiled(self) -> None:
+        pass
+
+
+def _first_argument(function: str, source: str) -> str:
+    """`w` of `pmod.pvary(w, "data")`, or of `pmod.start(pmod.pvary, w, "data")`; "" where it is no such call."""
+    try:
+        call = ast.parse(source.strip(), mode="eval").body
+    except SyntaxError:
+        return ""
+    if not isinstance(call, ast.Call):
+        return ""
+    given = [ast.unparse(arg) for arg in [*call.args, *(keyword.value for keyword in call.keywords)]]
+    names = [text.rpartition(".")[2] for text in (ast.unparse(call.func), *given[:1])]
+    at = 1 if names == ["start", function] else 0
+    return given[at] if names[at] == function and len(given) > at else ""
+
+
+@contextmanager
+def _gradients_kept(tensors: Sequence[Tensor]) -> Generator[None]:
+    """What stands in `.grad` stands there afterwards."""
+    kept = [x.grad for x in tensors]
+    for x in tensors:
+        x.grad = None
+    try:
+        yield
+    finally:
+        for x, gradient in zip(tensors, kept, strict=True):
+            x.grad = gradient
+
+
+def _differentiate(result: Any) -> bool:
+    """Backward from all of a result; whether there was anything to differentiate."""
+    roots = [x for x in tensors_in(result) if x.requires_grad]
+    with _gradients_kept([leaf for x in roots for leaf in leaves_of(x)]):
+        torch.autograd.backward(roots, [torch.ones_like(x) for x in roots])
+    return bool(roots)
+
+
+def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bool]:
+    """f and its backward, watched; whether there was one."""
+    reader = _Reader()
+    with trace() as found:
+        watchers().append(reader)
+        try:
+            result = f(*args)
+            inside = any(event.function.startswith(BACKWARD) for event in found.events)
+            differentiated = inside or _differentiate(result)
+        finally:
+            watchers().remove(reader)
+    return found, reader, differentiated
+
+
+def _requiring_grad(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x
+
+
+def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None) -> Explanation:
+    """The collectives of f(*args) and of its backward, line by line: what each sends, and why it is there.
+
+    f runs once, on one rank of the mesh, whose other ranks need not exist: nothing is sent, and no rank waits. Then
+    backward runs from all that f returns, unless f did that itself; where nothing requires a gradient, f runs again
+    with all of args requiring one. What f changes (parameters, by an optimizer's step) stays changed; `.grad` does not,
+    unless f calls backward. Tensors may be real or on the "meta" device.
+    mesh: by default the ambient mesh; or another one, or sizes, ``{"data": 1000}``.
+    Returns an object that prints as text, and as a table in notebooks. Raises: NoMeshError without any mesh.
+
+    >>> def loss(w, x):
+    ...     w = pmod.pvary(w, "data")
+    ...     return pmod.psum((w * x).sum(), "data")
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> print(pmod.explain(loss, w, torch.ones(3), mesh={"data": 4}))
+    loss, as rank 0 (data=0) of Mesh(data=4)
+    <BLANKLINE>
+    <doctest pmod._debug.explain.explain[0]>:2: w = pmod.pvary(w, "data")
+      w: pvary(data) -> backward: psum, 36 B
+        I -> V. Use an invariant value in varying computation: x itself, whose gradient is summed over the axis.
+        backward: every rank used the one value in its own way: its gradient is the sum of theirs.
+    <BLANKLINE>
+    <doctest pmod._debug.explain.explain[0]>:3: return pmod.psum((w * x).sum(), "data")
+      (w * x).sum(): psum(data), 12 B -> backward: pvary
+        V -> I. Sum over the axis: the same value on every rank.
+        backward: the result is one value, whose gradient is on every rank already; nothing is sent.
+    <BLANKLINE>
+    In all this rank sends 12 B forward and 36 B backward.
+    """
+    check_function(f, "explain", "f")
+    mesh = ambient() if mesh is None else mesh
+    if mesh is None:
+        right = "Pass mesh={'data': 4}, or set one, pmod.set_mesh(pmod.make_mesh())."
+        raise NoMeshError(phrase("explain", "no mesh is set", right))
+    with alone_on(mesh, "explain") as here:
+        found, reader, differentiated = _run(f, args)
+        if not differentiated and any(x.is_floating_point() or x.is_complex() for x in tensors_in(args)):
+            found, reader, _ = _run(f, map_tensors(_requiring_grad, args))
+    steps: dict[Place, Step] = {}
+    for event in found.events:
+        place = (event.function.removeprefix(BACKWARD), event.axis, event.site)
+        steps.setdefault(place, Step(place, reader.arguments.get(place, ""))).add(event)
+    name = getattr(f, "__name__", type(f).__name__)
+    sizes = ", ".join(f"{axis}={size}" for axis, size in here.shape.items())
+    rank = f"rank {here.topology.rank} {coordinates(here.coords)}"
+    return Explanation(f"{name}, as {rank} of Mesh({sizes})", tuple(steps.values()))

@@ -1,0 +1,176 @@
+"""The ambient mesh, and how an axis name becomes an `Axis`. The second and last place that holds state."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+
+import torch
+
+from pmod._errors import ArgumentError, NoMeshError, PmodError, phrase
+from pmod._mesh.axis import Axis
+from pmod._mesh.mesh import AxisLike, Mesh
+from pmod._ranks import world
+
+# Plain module variables, not ContextVars: autograd runs backward on threads of its own, which must find the same mesh,
+# and torch.compile cannot read a ContextVar. `_token` says which mesh it is, and where: compiled code reads it, so that
+# torch guards on its value and compiles again when the mesh has changed.
+_mesh: Mesh | None = None
+_token: str = ""
+
+
+def ambient() -> Mesh | None:
+    """The ambient mesh, or None."""
+    if world.simulated is not None and hasattr(world.simulated, "mesh"):
+        return world.simulated.mesh
+    return _mesh
+
+
+def _put(mesh: Mesh | None) -> None:
+    global _mesh, _token
+    if world.simulated is not None and hasattr(world.simulated, "mesh"):
+        world.simulated.mesh = mesh
+        return
+    _mesh = mesh
+    _token = "" if mesh is None else mesh._key
+
+
+class set_mesh:  # lower case: it reads as the function it is called as
+    """Set the ambient mesh, which gives axis names their meaning.
+
+    As a statement (a notebook cell, a script's top) it holds until further notice; as a context manager it restores
+    what was there, also after an exception. It is found inside backward, on whatever thread, and in compiled code.
+
+    >>> with pmod.set_mesh(pmod.make_mesh(model=1)):
+    ...     pmod.current_mesh().shape
+    {'model': 1}
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError(phrase("set_mesh", f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."))
+        self._mesh = mesh
+        self._before = [ambient()]  # what each exit restores; the first is for `with set_mesh(mesh):`
+        self._entered = 0
+        _put(mesh)
+
+    def __enter__(self) -> Mesh:
+        if self._entered or ambient() is not self._mesh:  # an object that was kept, or is entered inside itself
+            self._before.append(ambient())
+            _put(self._mesh)
+        self._entered += 1
+        return self._mesh
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered -= 1
+        _put(self._before.pop() if len(self._before) > 1 else self._before[0])
+
+
+def current_mesh() -> Mesh:
+    """The ambient mesh.
+
+    Raises: NoMeshError where none is set.
+
+    >>> with pmod.set_mesh(mesh):
+    ...     pmod.current_mesh() is mesh
+    True
+    """
+    mesh = ambient()
+    if mesh is None:
+        raise _no_mesh("current_mesh", None)
+    return mesh
+
+
+def given_mesh(mesh: Mesh | None, function: str) -> Mesh:
+    """The mesh that a function was given by `mesh=`, else the ambient one."""
+    if mesh is None:
+        return current_mesh()
+    if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(phrase(function, f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."))
+    return mesh
+
+
+def _no_mesh(function: str, axis: object) -> NoMeshError:
+    return NoMeshError(
+        phrase(
+            function,
+            "no mesh is set",
+            "Either set one, pmod.set_mesh(pmod.make_mesh(data=-1)), or pass a sub-mesh, axis=mesh['data'].",
+            axis=axis,
+        )
+    )
+
+
+def keep_mesh() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """For activation checkpointing: recompute under the mesh of the forward, whatever is set by then.
+
+    >>> from torch.utils.checkpoint import checkpoint
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> with pmod.set_mesh(pmod.make_mesh(model=1)):
+    ...     y = checkpoint(lambda x: pmod.psum(x.sin(), "model"), x, use_reentrant=False, context_fn=pmod.keep_mesh)
+    >>> y.sum().backward()
+    """
+    return contextlib.nullcontext(), under(ambient())
+
+
+class under:
+    """Put a state of the ambient mesh back, for a while: what is set on entering, and as often as one likes."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self._mesh = mesh
+        self._before: list[Mesh | None] = []
+
+    def __enter__(self) -> None:
+        self._before.append(ambient())
+        _put(self._mesh)
+
+    def __exit__(self, *error: object) -> None:
+        _put(self._before.pop())
+
+
+def resolve(axis: AxisLike, function: str) -> Axis:
+    """The axis that a collective was given, bound to this rank; `function` is for the error."""
+    if torch.compiler.is_compiling():
+        return (
+            _constant(axis._axis_key, None, function) if isinstance(axis, Mesh) else _constant(_token, axis, function)
+        )
+    if isinstance(axis, Mesh):
+        mesh, label = axis, axis.label
+    else:
+        mesh, label = ambient(), axis
+    if mesh is None:
+        raise _no_mesh(function, axis)
+    try:
+        return mesh._bound[label]
+    except (KeyError, TypeError, ValueError):  # not looked up yet, or not hashable (a list of names, a mistake)
+        bind = mesh.bind
+    return bind(axis, function)  # not in the handler: its error would be shown as a consequence of this one
+
+
+def resolve_each(mesh: Mesh, function: str) -> tuple[Axis, ...]:
+    """Each axis of a mesh that was given as an axis."""
+    if torch.compiler.is_compiling():
+        return tuple([_constant(key, None, function) for key in mesh._axis_keys])
+    return tuple([resolve(mesh[name], function) for name in mesh.axis_names])
+
+
+def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Axis:
+    """While torch.compile traces: the axis of a sub-mesh (its key), or of the ambient mesh (the token, and a name).
+
+    Both texts are guarded on, so what is returned is a constant of the compiled code.
+    """
+    if world.simulated is not None:
+        raise PmodError(
+            phrase(function, "a simulated rank runs compiled code", "Simulate the eager function.", axis=axis)
+        )
+    if axis is None and key:
+        return Axis.parse(key)
+    if _mesh is None:
+        raise _no_mesh(function, axis)
+    return _mesh.bind(axis, function)
+
+
+# what torch.compiler.assume_constant_result sets; that function imports torch._dynamo (2 s), and this does not
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,346 @@
+"""Connecting the processes: how they meet at a store, how the world starts, and how it ends."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Generator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (
+    HashStore,  # pyright: ignore[reportPrivateImportUsage]
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
+from torch.distributed.rendezvous import _torchelastic_use_agent_store
+
+from pmod._errors import CollectiveTimeout, TopologyError, phrase
+from pmod._ranks import place as _place
+from pmod._ranks import world
+from pmod._ranks.blocking import busy, hold_still
+from pmod._ranks.meeting import Meeting
+from pmod._ranks.topology import Topology
+from pmod._ranks.world import (
+    PLACE,
+    all_groups,
+    before_end,
+    begin_anew,
+    blackboard,
+    end_without_destructors,
+    leave_all_behind,
+    leave_behind,
+    left_behind,
+    log,
+    state,
+    stores,
+)
+from pmod._site import call_site
+
+_launch_meetings: Counter[tuple[str | None, int | None]] = Counter()  # how often this rank met at each store of `launch`
+
+
+def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
+    """Join the default process group, starting it where nobody has; `mesh` is for the log."""
+    with world._lock:
+        if topology.world_size > 1 and _place.is_no_rank():
+            raise _place.refusal(_place.of_parent() or topology)
+        if dist.is_initialized():
+            _join(topology)
+            return
+        if topology.device.type == "cuda":
+            torch.cuda.set_device(topology.device)  # what NCCL takes for a barrier, and plain "cuda" for a tensor
+        timeout = timedelta(seconds=seconds)
+        store, places = _store(topology, timeout)
+        try:
+            with lazy_gloo():
+                dist.init_process_group(
+                    topology.backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
+                )
+            _enter_world(topology, started=True)
+            state.places = places
+        except BaseException:
+            # Ctrl-C came in between. Nobody else has a world that is half there, so the next make_mesh may not use it.
+            if dist.is_initialized():
+                _end(all_groups(), whole_world=True)
+            state.__init__()
+            raise
+        atexit.register(_at_exit)
+        announce(topology, mesh)
+
+
+def announce(topology: Topology, mesh: str) -> None:
+    """One line in the log, by rank 0: who started what, and where."""
+    if topology.rank == 0:
+        size, nodes = topology.world_size, topology.num_nodes
+        met = "" if size == 1 else f", met at {topology.master_addr}:{topology.master_port}"
+        log.info(
+            "%d rank%s on %d node%s, started by %s%s: backend %s, device %s%s", size, "s" * (size > 1), nodes,
+            "s" * (nodes > 1), topology.launcher, met, topology.backend, topology.device, mesh and f", mesh {mesh}",
+        )  # fmt: skip
+
+
+def _enter_world(topology: Topology, *, started: bool) -> None:
+    begin_anew()
+    state.world, state.started_world, state.topology = dist.group.WORLD, started, topology
+    _place.record(topology)
+    store = blackboard()
+    if store is not None:
+        with contextlib.suppress(RuntimeError):  # a user's store may hold nothing (torch's fake one)
+            store.set(PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}")
+
+
+def _join(topology: Topology) -> None:
+    """The user (or an earlier mesh) initialized torch.distributed: use it, and check that it is the same world."""
+    actual = (dist.get_rank(), dist.get_world_size())
+    if actual != (topology.rank, topology.world_size):
+        raise TopologyError(
+            phrase(
+                "make_mesh",
+                f"torch.distributed is initialized as rank {actual[0]} of {actual[1]}, "
+                f"the topology says rank {topology.rank} of {topology.world_size}",
+                "Leave topology out, or call torch.distributed.destroy_process_group() first.",
+            )
+        )
+    if dist.group.WORLD is not state.world:
+        _enter_world(topology, started=False)
+
+
+def _store(topology: Topology, timeout: timedelta) -> tuple[Store, dict[int, tuple[str, int]]]:
+    """A store of this connection alone, and where the processes are whose ranks have come together there."""
+    store = _store_of_job(topology, timeout)
+    if topology.world_size == 1:
+        return store, {}
+    if topology.launcher == "launch":  # whose ranks all end where one fails, so that all have counted alike
+        place = topology.master_addr, topology.master_port  # a notebook that replaces an engine has a new store
+        _launch_meetings[place] += 1
+        return PrefixStore(str(_launch_meetings[place]), store), {}
+    meeting = Meeting(store, topology)
+    return PrefixStore(meeting.come(timeout.total_seconds()), store), meeting.places
+
+
+def _store_of_job(topology: Topology, timeout: timedelta) -> Store:
+    """The store where the ranks of this job meet, now and whenever they connect anew."""
+    if topology.world_size == 1:
+        return HashStore()
+    if topology.master_addr is None or topology.master_port is None:
+        raise TopologyError(
+            phrase(
+                "make_mesh",
+                f"{topology.launcher} says rank {topology.rank} of {topology.world_size} but not where to meet",
+                "Set MASTER_ADDR to the first rank's host and MASTER_PORT to a port that is free there, on every rank.",
+            )
+        )
+    address, port = topology.master_addr, topology.master_port
+    store = stores.get((address, port))
+    if store is None and topology.launcher == "launch":  # the parent of the ranks serves the store
+        store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    elif store is None:
+        store = _meet(address, port, topology, timeout)
+    else:
+        store.set_timeout(timeout)  # it had that of the mesh before
+    stores[address, port] = store
+    return PrefixStore(f"pmod/{topology.job}", store)  # another job may not be read
+
+
+def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> Store:
+    """The store that rank 0, or torchrun's agent, serves at this address."""
+    seconds = f"{timeout.total_seconds():g} s"
+    loopback = None if _torchelastic_use_agent_store() else _loopback(address)
+    try:
+        listener = _listener(loopback, port, topology) if loopback is not None and topology.rank == 0 else None
+        if listener is not None:
+            return TCPStore(
+                address, port, topology.world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+                multi_tenant=True, master_listen_fd=listener.detach(),
+            )  # fmt: skip
+        host = loopback or address
+        host = f"[{host}]" if ":" in host else host
+        # a world of one: it would wait for the others without a look at them, as `Meeting` has
+        meeting = rendezvous(f"tcp://{host}:{port}", topology.rank, 1, timeout=timeout)
+        return next(iter(meeting))[0]
+    except (dist.DistNetworkError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "ddress already in use" in str(error):
+            given = f"port {port} of {address} is taken, perhaps by another job"
+            right = "Set MASTER_PORT to a free port, the same on every rank."
+            raise TopologyError(phrase("make_mesh", given, right)) from None
+        if isinstance(error, OSError):
+            right = "Set MASTER_PORT to a port that this process may listen at."
+            raise TopologyError(phrase("make_mesh", f"port {port} of {address}: {error.strerror}", right)) from None
+        given = f"rank 0 did not come to {address}:{port} within {seconds}"
+    right = "Were all ranks started, and with the same MASTER_ADDR and MASTER_PORT? May they reach that port?"
+    raise CollectiveTimeout(phrase("make_mesh", given, right))
+
+
+def _loopback(address: str) -> str | None:
+    """The loopback address that is meant: of a host's name it may be one that other hosts do not see."""
+    if address == "localhost":
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
+        return min(found, key=lambda text: ":" in text)  # IPv4 where there is
+    with contextlib.suppress(ValueError):
+        return address if ipaddress.ip_address(address).is_loopback else None
+    return None
+
+
+def _listener(address: str, port: int, topology: Topology) -> socket.socket | None:
+    """A socket for the store where all ranks are on this host: nobody else need reach it, and torch would let them.
+
+    None where the port is taken: if by a store of this process, torch shares that, else it says so.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=max(128, topology.world_size))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+
+
+INTERFACE = "Between hosts gloo takes the interface of this host's name; GLOO_SOCKET_IFNAME=eth0, say, names another."
+
+
+@contextlib.contextmanager
+def lazy_gloo() -> Generator[None]:
+    """gloo pairs connect at their first message, not when the group is made.
+
+    Otherwise making a group waits for its other members, and ranks that make groups in a cyclic order wait for ever.
+    """
+    before = os.environ.get("TORCH_GLOO_LAZY_INIT")
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_GLOO_LAZY_INIT"]
+        else:
+            os.environ["TORCH_GLOO_LAZY_INIT"] = before
+
+
+def own_connection(store: Any) -> Store:
+    """One more to this store: a group that waits in the store for its members would lock out the next group."""
+    try:
+        store.check([PLACE.format(0)])  # fails at once where its server is gone; to connect is tried until the deadline
+        return store.clone()
+    except RuntimeError:
+        given = "the store of the world cannot be reached, which rank 0 or the launcher serves"
+        right = "Has rank 0 ended? Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh."
+        raise CollectiveTimeout(phrase(call_site()[0] or "make_mesh", given, right)) from None
+
+
+def _at_exit() -> None:
+    # gloo's threads let go of the tensors of the last message a little after it is done. For that they need the
+    # interpreter, and where it is ending they abort the process ("terminate called without an active exception").
+    time.sleep(0.05)
+    shutdown()
+    hold_still()
+
+
+def shutdown() -> None:
+    """End what `make_mesh` started: its process groups, and the world if pmod connected it.
+
+    Runs at exit by itself, and may be called any number of times. A process group that the user initialized is left
+    alone. Afterwards `make_mesh` starts afresh. After a failed wait the connections stay as they are until the process
+    ends, because gloo might wait for ever to end them; the ranks that wait for this one are told.
+
+    >>> pmod.shutdown()
+    """
+    with world._lock:
+        atexit.unregister(_at_exit)
+        started = state.started_world
+        connected = dist.is_initialized() and dist.group.WORLD is state.world
+        if connected:
+            for farewell in state.farewells or (before_end if started else []):
+                with contextlib.suppress(RuntimeError):  # the store may be gone, or Python too near its end
+                    farewell()
+        if connected and started:
+            _end(all_groups(), whole_world=True)
+        elif connected:
+            _end(_made_groups(), whole_world=False)
+        if started or not connected:
+            begin_anew()
+            _place.record(world.launched)
+        else:  # the user's world goes on, and so do its store and the names used in it
+            state.groups, state.farewells = {}, []
+
+
+def groups_in_use() -> list[dist.ProcessGroup]:
+    """Those along which something was sent."""
+    return [group for key, group in state.groups.items() if state.meetings[key]]
+
+
+def _made_groups() -> list[dist.ProcessGroup]:
+    """Those that pmod has made within a world of the user's."""
+    ours = [group for group in state.groups.values() if group.group_name.startswith("pmod:")]
+    return [group for group in ours if group is not dist.group.WORLD]
+
+
+_PATIENCE = 5.0  # seconds for a group to end: some hundredths do where nothing is wrong
+
+
+def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
+    """Take the groups out of torch.distributed, and end those that can be ended; `groups` is emptied.
+
+    A group that was left behind stays, and so do all others of its world, whose connections the same death has broken:
+    gloo ends a group's thread at a moment without an event (Loop::run), and a connection that breaks once it is asked
+    to end is never taken off its list, so that this moment never comes. A death that nobody has noticed yet can do the
+    same to any group. So groups end in a thread, for which this one waits so long and no longer. A group that somebody
+    else holds would end elsewhere, without a bound: it stays as well.
+    """
+    if any(group in left_behind for group in groups):
+        leave_all_behind(groups)
+    watched = [weakref.ref(group) for group in groups]
+    taken_out, ended, errors = threading.Event(), threading.Event(), list[BaseException]()
+
+    def end() -> None:
+        busy.add(threading.get_ident())
+        try:
+            _take_out(groups, whole_world)
+        except BaseException as error:
+            errors.append(error)
+        taken_out.set()
+        groups.clear()
+        busy.discard(threading.get_ident())
+        ended.set()
+
+    try:
+        threading.Thread(target=end, name="pmod ends", daemon=True).start()
+    except RuntimeError:  # Python is too near its end
+        leave_all_behind(groups)
+        return
+    try:
+        taken_out.wait()
+    except BaseException:  # Ctrl-C, and yet a world that is half there could be taken for a whole one
+        taken_out.wait()
+        raise
+    if not ended.wait(_PATIENCE):
+        log.warning("gloo does not end a process group within %g s, so it is left behind", _PATIENCE)
+        end_without_destructors()
+    for reference in watched:
+        group = reference()
+        if group is not None:
+            leave_behind(group)
+    if errors:
+        raise errors[0]
+
+
+def _take_out(groups: list[dist.ProcessGroup], whole_world: bool) -> None:
+    """Make torch.distributed forget the groups, all while `groups` holds them."""
+    if whole_world:
+        dist.destroy_process_group()
+        state.world = None
+    else:
+        for group in groups:
+            dist.destroy_process_group(group)
+    state.groups = {}

@@ -1,0 +1,1 @@
+"""Ranks as processes, as threads, or as one rank alone."""

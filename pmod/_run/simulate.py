@@ -1,0 +1,137 @@
+"""`simulate`: the ranks are threads of one process, and the wire is memory.
+
+Only one rank runs at a time: it keeps the baton until it must wait for another, then the next rank that can go on gets
+it. So a simulation is deterministic, a debugger shows one rank, and when nobody can go on it is a deadlock, seen at
+once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from pmod._core.arguments import check_function
+from pmod._core.watch import Watcher, watchers
+from pmod._errors import PmodError, phrase
+from pmod._mesh.ambient import set_mesh
+from pmod._mesh.axis import Axis
+from pmod._mesh.mesh import make_mesh
+from pmod._mesh.sizes import check_axis_sizes
+from pmod._ranks import world as _world
+from pmod._ranks.topology import Topology
+from pmod._wire.base import Wire
+from pmod._wire.board import Said
+from pmod._wire.memory import Left, MemoryWire, World
+
+T = TypeVar("T")
+
+
+@contextmanager
+def _forward_mode_held_open() -> Generator[None]:
+    """torch counts its forward-mode levels per process, not per thread.
+
+    Threads that entered and left them would break each other; while one level is held open, each thread's functorch
+    levels are its own, and torch.func.jvp is right on all of them.
+    """
+    import torch._functorch.eager_transforms as eager_transforms
+
+    nesting = eager_transforms.JVP_NESTING
+    with forward_ad.dual_level():
+        eager_transforms.JVP_NESTING = nesting + 1
+        try:
+            yield
+        finally:
+            eager_transforms.JVP_NESTING = nesting
+
+
+def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
+    """Run fn(*args) on every rank of a mesh inside this process; the results in rank order.
+
+    The ranks are threads and the wire is memory: real values and all derivatives, without a launcher. Eager code on cpu
+    tensors only; torch.func.jvp works, torch.autograd.forward_ad does not. One rank runs at a time, so the same program
+    gives the same bits each time. Each rank has a random state of torch's of its own, which starts as the caller's, and
+    the caller's is as before afterwards; those of Python and numpy are shared.
+
+    Raises: what a rank raises, with a note that says which; MismatchError where ranks wait for each other, or for a
+    rank that left, with the line where each waits; AxisError for sizes that make no mesh.
+
+    >>> pmod.simulate(lambda x: x * pmod.axis_index("model"), 10, model=3)
+    [0, 10, 20]
+    """
+    axis_sizes = check_axis_sizes(axis_sizes, "simulate", "simulate(fn, data=2, model=2)")
+    check_function(fn, "simulate")
+    if _world.in_simulation():
+        raise PmodError(phrase("simulate", "this is a simulated rank already", "Call it from outside."))
+    if torch.compiler.is_compiling():
+        raise PmodError(phrase("simulate", "it is called in compiled code", "Simulate the eager function."))
+    with _world.instead_of_processes(threading.local()):  # the level that another simulation held open is gone now
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
+            raise PmodError(phrase("simulate", "it is called inside a transform, which its threads do not see", right))
+        with _forward_mode_held_open():
+            return _run(fn, args, axis_sizes)
+
+
+def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, int]) -> list[T]:
+    size = 1
+    for axis_size in axis_sizes.values():
+        size *= axis_size
+    world = World(size)
+    results: list[Any] = [None] * size
+    grad, watching, drawn = torch.is_grad_enabled(), watchers(), torch.get_rng_state()
+
+    def rank_main(rank: int) -> None:
+        world.take_turn(rank)
+        torch.set_rng_state(drawn)
+        error: BaseException | None = None
+        try:
+            if world.error is not None:
+                raise Left
+            with torch.set_grad_enabled(grad):
+                _settle(world, rank, axis_sizes, watching)
+                results[rank] = fn(*args)
+        except Left:
+            pass
+        except BaseException as raised:
+            error = raised
+        world.leave(rank, error)
+
+    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    for rank, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more
+            world.stop_before(rank)
+            break
+    threads = [thread for thread in threads if thread.ident is not None]
+    world.begin()
+    world.over.acquire()
+    for thread in threads:
+        thread.join()
+    torch.set_rng_state(drawn)
+    if world.error is not None:
+        raise world.error
+    return results
+
+
+def _settle(world: World, rank: int, axis_sizes: Mapping[str, int], watching: Sequence[Watcher]) -> None:
+    """Make this thread rank `rank`: its topology, its wire, its mesh."""
+    here: Any = _world.simulated
+    here.topology = Topology(rank=rank, world_size=world.size, local_rank=rank, local_world_size=world.size,
+                             launcher="simulate")  # fmt: skip
+    here.mesh = None
+    here.watchers = list(watching)
+    here.meters = []
+
+    def wire(axis: Axis, said: Said) -> Wire:
+        return MemoryWire(world, rank, axis, said)
+
+    here.wire = wire
+    mesh = make_mesh(dict(axis_sizes), topology=here.topology)
+    world.coords[rank] = mesh.coords
+    set_mesh(mesh)

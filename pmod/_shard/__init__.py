@@ -1,0 +1,1 @@
+"""Specs, and functions that run on shards."""

@@ -1,0 +1,274 @@
+"""`shard_map`: a function of shards as a function of whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmod._collectives.slices import all_gather, shard, unshard
+from pmod._core.arguments import check_tensor, wrong
+from pmod._core.tree import unflatten
+from pmod._errors import ArgumentError, AxisError, phrase
+from pmod._mesh.ambient import given_mesh, resolve, under
+from pmod._mesh.mesh import Mesh
+from pmod._shard.dtensors import as_dtensor
+from pmod._shard.kinds import NONE, Axes, Kinds, all_cut, kinds_here
+from pmod._shard.spec import Entry, P, Specs, check_spec, unfit
+from pmod._shard.specs import fits, sizes_of, whole_shapes, with_specs
+
+
+def shard_map(
+    f: Callable[..., Any], *, mesh: Mesh | None = None, in_specs: Specs, out_specs: Specs
+) -> Callable[..., Any]:
+    """A function of whole tensors that runs f on each rank's shards.
+
+    Every rank passes the same whole tensors (I). f gets its shards of those, as in_specs say, and what it returns are
+    shards of whole tensors, as out_specs say; along an axis that a spec leaves out the tensor is whole. Specs are a `P`
+    for all arguments, or a tuple with one for each; each may be a `P` for a whole tree. What is no tensor passes as it
+    is.
+
+    Inside, kinds are followed as JAX follows them: where an unsharded argument, or a parameter that f refers to, meets
+    varying data, it goes through `pvary`, so that its gradient is summed, once. An explicit pvary is right as well.
+    What f knows of its own rank it asks with `axis_index`; other tensors that f refers to count as varying, but for the
+    buffers of a module that f is, or is a method of. In the body of a shard_map another one may cut along the axes that
+    are left.
+
+    Shapes: any length, cut as `split_sizes` says unless a spec has sizes. Outputs may have any lengths: the ranks
+    exchange them, one small message for each entry of out_specs, and one more where arguments are cut unevenly: by it
+    they find out what has a derivative, and compare what is one value; under torch.compile an output is cut as an input
+    of its length was, or as its spec's sizes say.
+    Cost: in forward the outputs are joined on every rank, in backward the gradients of the inputs. DTensors go in by
+    their shards, redistributed where the spec says otherwise, and then DTensors come out.
+    Raises: ShapeError, AxisError with spec, shape and mesh, where they do not fit; AxisError where an output varies
+    along an axis that its spec leaves out. JAX: jax.shard_map.
+
+    >>> P, shard_map = pmod.P, pmod.shard_map
+    >>> def scaled():
+    ...     w = torch.tensor(2.0, requires_grad=True)
+    ...     y = shard_map(lambda x, w: x * w, in_specs=(P("data"), P()), out_specs=P("data"))(torch.arange(3.0), w)
+    ...     y.sum().backward()
+    ...     return y.detach(), w.grad
+    >>> pmod.simulate(scaled, data=2)[0]
+    (tensor([0., 2., 4.]), tensor(3.))
+    """
+    if not callable(f):
+        raise ArgumentError(phrase("shard_map", f"f is a {type(f).__name__}", "Pass a function of the shards."))
+    module = _module(f)
+
+    @wraps(f, updated=())
+    def mapped(*args: Any, **by_name: Any) -> Any:
+        if by_name:
+            given = f"{', '.join(by_name)} came by name"
+            right = "Pass arguments by position, which is what in_specs goes by; functools.partial binds the others."
+            raise ArgumentError(phrase("shard_map", given, right))
+        over = given_mesh(mesh, "shard_map")
+        call = _Mapped(over, kinds_here())
+        follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
+        with under(over) if mesh is not None else nullcontext(), follow:
+            if module is not None:
+                call.kinds.of_module(module)
+            call.kinds.of_body(f)
+            shards = call.enter(args, in_specs)
+            if call.kinds.lengths:
+                all_cut()
+            result = f(*shards)
+            call.kinds.check_shown()
+            return call.leave(result, out_specs)
+
+    return mapped
+
+
+def _module(f: Any) -> nn.Module | None:
+    """The module that f is, or is a method of."""
+    while isinstance(f, partial):
+        f = f.func
+    f = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
+    return f if isinstance(f, nn.Module) else None
+
+
+ROUNDING = 1e-3  # of the sum of all magnitudes: so much may the sums of one value differ between unlike devices
+
+
+def _summary(y: Tensor, is_whole: bool) -> Tensor:
+    """The sum of the elements of one value, that of their magnitudes, and whether there is a derivative."""
+    z = y.detach() if is_whole else y.detach().reshape(-1)[:0]
+    z = (torch.view_as_real(z) if z.is_complex() else z).double().nan_to_num()
+    return torch.stack([z.sum(), z.abs().sum(), torch.full_like(z.sum(), y.requires_grad)])
+
+
+class _Mapped:
+    """One call."""
+
+    def __init__(self, mesh: Mesh, around: Kinds | None) -> None:
+        self.mesh = mesh
+        self.axis = resolve(mesh, "shard_map")
+        self.around = around
+        self.nested = around is not None and set(mesh.axis_names) <= set(around.mesh.axis_names)
+        self.kinds = around if around is not None and self.nested else Kinds(mesh)
+        self.outer: Axes = NONE  # along which the arguments vary already
+        self.device_mesh: Any = None  # of the DTensors that went in
+        self.cut: list[tuple[Entry, tuple[int, ...], int]] = []  # of the arguments: entry, sizes, and this rank's
+
+    def enter(self, args: tuple[Any, ...], specs: Specs) -> tuple[Any, ...]:
+        """The shards of the arguments."""
+        self._check_given(args, specs)
+        found = with_specs(args, specs, "shard_map", "in_specs", self.axis)
+        for x, spec, where in found:
+            self._check(x, spec, where)
+            if isinstance(x, Tensor) and self.around is not None and not self.nested:
+                self._check_around(x, self.around, where)
+        shards = [self._shard(x, spec, where) if isinstance(x, Tensor) else x for x, spec, where in found]
+        return unflatten(args, "shard_map", self.axis, shards)
+
+    def _check_given(self, args: tuple[Any, ...], specs: Any) -> None:
+        """in_specs are for the arguments, and not for the only one."""
+        for_first = len(args) == 1 and fits(args[0], specs) and not fits(args, specs)
+        if isinstance(specs, dict) or for_first:
+            shown = specs.__repr__()
+            given = f"in_specs is {shown}, and f is called with {len(args)} argument{'s' * (len(args) != 1)}"
+            right = "Pass a tuple with one entry for each argument"
+            right += f", in_specs=({shown},)." if len(args) == 1 else "."
+            raise wrong(ArgumentError, "shard_map", self.axis, given, right)
+
+    def _check(self, x: Any, spec: P, where: str) -> None:
+        if isinstance(x, Tensor):
+            if not hasattr(x, "to_local"):
+                check_tensor(x, "shard_map", self.axis, name=where)
+            check_spec(spec, x.shape, self.mesh, "shard_map", where)
+        elif spec.axes:
+            what, right = f"the spec cuts a {type(x).__name__}", "Give what is no tensor the spec P()."
+            raise unfit(ArgumentError, "shard_map", where, what, spec, (), self.mesh, right)
+
+    def _check_around(self, x: Tensor, around: Kinds, where: str) -> None:
+        """Within the body of another mesh x is one value on the ranks of this one."""
+        varies = around.of(x) - around.assumed(x)
+        places = [around.mesh.coords_of(int(rank)) for rank in self.mesh.ranks.flat]
+        apart = [name for name in sorted(varies) if len({at[name] for at in places if at is not None}) > 1]
+        if apart:
+            given = f"{where} varies along {apart} of the mesh around, and this mesh joins such ranks"
+            right = "Cut it along the axes that are left of the mesh around, pmod.current_mesh()."
+            raise wrong(ArgumentError, "shard_map", self.axis, given, right)
+
+    def _shard(self, x: Tensor, spec: P, where: str) -> Tensor:
+        cuts: list[tuple[int, Mesh, tuple[int, ...]]] = []
+        for dim, entry in enumerate(spec.entries):
+            if entry is not None:
+                along = self.mesh[entry]
+                axis = resolve(along, "shard_map")
+                sizes = sizes_of(spec, dim, axis, x.shape, self.mesh, "shard_map", where)
+                cuts.append((dim, along, sizes))
+                self.cut.append((entry, sizes, sizes[axis.index]))
+                self.kinds.uneven(entry, sizes)
+        if hasattr(x, "to_local"):
+            return self._local(x, spec)
+        outer = self.kinds.of(x) if self.nested else NONE
+        self.outer = self.outer | outer
+        self.kinds.note(x, outer)
+        y = x
+        for dim, along, sizes in cuts:
+            y = shard(y, along, dim=dim, sizes=sizes)
+        if not self.nested:
+            self.kinds.of_argument(y)
+        return y
+
+    def _local(self, x: Any, spec: P) -> Tensor:
+        """The shard that a DTensor holds of itself."""
+        placements = spec.placements(self.mesh)
+        with torch._C.DisableTorchFunction():  # what is compared here is no number of the rank's own
+            same = torch.equal(x.device_mesh.mesh, torch.from_numpy(self.mesh.ranks.copy()))
+        if not same:
+            given = f"a DTensor is on {x.device_mesh}, and the mesh is {self.mesh!r} over other ranks"
+            raise AxisError(phrase("shard_map", given, "Pass mesh=pmod.Mesh.from_device_mesh(x.device_mesh)."))
+        self.device_mesh = x.device_mesh
+        y = (x if tuple(x.placements) == placements else x.redistribute(placements=placements)).to_local()
+        self.kinds.note(y, self.kinds.everywhere & frozenset(spec.axes))
+        self.kinds.of_argument(y)
+        return y
+
+    def leave(self, result: Any, specs: Specs) -> Any:
+        """The whole tensors of the results."""
+        found = with_specs(result, specs, "shard_map", "out_specs", self.axis)
+        for y, spec, where in found:
+            self._check(y, spec, where)
+        tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
+        for y, spec, where in tensors:
+            self._check_whole(y, spec, where)
+        tensors = [
+            (self.kinds.linked(y) if smooth else y, spec, where)
+            for (y, spec, where), smooth in zip(tensors, self._compared(tensors), strict=True)
+        ]
+        sizes = self._sizes(tensors)
+        wholes = iter([self._whole(y, spec, of, where) for (y, spec, where), of in zip(tensors, sizes, strict=True)])
+        leaves = [next(wholes) if isinstance(y, Tensor) else y for y, _, _ in found]
+        return unflatten(result, "shard_map", self.axis, leaves)
+
+    def _check_whole(self, y: Tensor, spec: P, where: str) -> None:
+        own = [name for name in self.mesh.axis_names if name in self.kinds.of(y) - frozenset(spec.axes) - self.outer]
+        if own:
+            what = f"the result varies along {', '.join(map(repr, own))}, which the spec leaves out"
+            right = "Return one value along it (pmod.psum, pmod.pmean, pmod.pick; pmod.unshard, not all_gather, to join"
+            right += " shards), or name it in out_specs."
+            if set(own) <= self.kinds.assumed(y):
+                what = f"the result {self.kinds.why(frozenset(own))}, and the spec leaves it out"
+                right = "Pass that tensor as an argument, and ask for the place or the number after what is one value."
+            raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+
+    def _compared(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[bool]:
+        """Whether a result may have a derivative on some rank; where shards are uneven, the ranks tell one another.
+
+        A rank with an empty shard may have made no use of what the others differentiate; and a loop over x.shape[0],
+        which is not seen, makes each rank's own of one value.
+        """
+        uneven = {name for entry, sizes, _ in self.cut if len(set(sizes)) > 1 for name in P(entry).axes}
+        names = tuple([name for name in self.mesh.axis_names if name in uneven - self.outer])
+        if not names or not tensors or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return [True] * len(tensors)
+        is_whole = [not set(spec.axes) & set(names) for _, spec, _ in tensors]
+        if not (any(is_whole) or torch.is_grad_enabled()):
+            return [False] * len(tensors)
+        with torch.no_grad():
+            mine = torch.stack([_summary(y, own) for (y, _, _), own in zip(tensors, is_whole, strict=True)])
+            everywhere = all_gather(mine[None], self.mesh[names])
+        with torch._C.DisableTorchFunction():  # all ranks read the same numbers
+            totals, sizes, smooth = everywhere.unbind(-1)
+            off = ((totals - totals[:1]).abs() > ROUNDING * sizes.amax(0)).any(0).tolist()
+            some, columns = smooth.any(0).tolist(), totals.T.tolist()
+        for (y, spec, where), differs, sums in zip(tensors, off, columns, strict=True):
+            if differs:
+                what = f"the ranks along {names} return unlike values (their elements add up to {sums}), and"
+                what += " the spec leaves that out"
+                right = "The length of an uneven shard, as in a loop over x.shape[0], is each rank's own: make one"
+                right += " value of what depends on it (pmod.psum, pmod.pmean), or name the axis in out_specs."
+                raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+        return [self.kinds.asked or differentiated for differentiated in some]
+
+    def _sizes(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[dict[int, tuple[int, ...]]]:
+        if not torch.compiler.is_compiling():
+            return whole_shapes(tensors, self.mesh, "shard_map")
+        out: list[dict[int, tuple[int, ...]]] = []
+        for y, spec, where in tensors:
+            told = dict(spec.sizes)
+            for dim, entry in enumerate(spec.entries):
+                if entry is None or dim in told:
+                    continue
+                known = [sizes for of, sizes, own in self.cut if (of, own) == (entry, int(y.shape[dim]))]
+                if not known:
+                    what = f"no argument has length {y.shape[dim]} along {entry!r}, so how dim {dim} is cut is unknown"
+                    right = f"Under torch.compile pass the lengths that the ranks hold, P(..., sizes={{{dim}: ...}})."
+                    raise unfit(ArgumentError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+                told[dim] = known[0]
+            out.append(told)
+        return out
+
+    def _whole(self, y: Tensor, spec: P, sizes: dict[int, tuple[int, ...]], where: str) -> Tensor:
+        if self.device_mesh is not None:
+            return as_dtensor(y, spec, sizes, self.device_mesh, self.mesh, "shard_map", where)
+        for dim, entry in enumerate(spec.entries):
+            if entry is not None:
+                y = unshard(y, self.mesh[entry], dim=dim, sizes=sizes[dim])
+        return y

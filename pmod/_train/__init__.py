@@ -1,0 +1,1 @@
+"""Parameters, random numbers and batches of a training loop."""

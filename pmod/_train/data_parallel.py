@@ -1,0 +1,298 @@
+"""`data_parallel`: gradients are reduced bucket by bucket while backward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pmod._collectives.values import PICK, PSUM
+from pmod._core.arguments import wrong
+from pmod._core.start import Pending, start
+from pmod._core.tree import together
+from pmod._core.watch import called_as
+from pmod._errors import ArgumentError, PmodError, phrase
+from pmod._mesh.ambient import resolve
+from pmod._mesh.axis import Axis
+from pmod._mesh.mesh import AxisLike
+from pmod._train.share_parameters import Reduce, Reduces, check_module, check_not_reduced, linked, replicate
+
+M = TypeVar("M", bound=nn.Module)
+
+# As DDP: a small first message, so that sending begins early, then large ones.
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
+
+
+class _Bucket:
+    """Parameters whose gradients travel together, and the message that they are in."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.ready: set[int] = set()
+        self.sent: Pending[list[Tensor]] | None = None
+
+
+class _Reducer(Reduces):
+    """Reduces the gradients of a module over an axis, while backward runs."""
+
+    _over_all_axes = True
+
+    def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
+        self._module, self._axis = module, axis
+        self._reduce = reduce
+        self._pass = -1  # the backward pass that is running
+        self._scaled: set[int] = set()  # the parameters whose gradient of this pass is n times as large
+        self._learn(list(module.parameters()))
+        self._calls = [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
+        self._attach()
+
+    def _learn(self, parameters: list[nn.Parameter]) -> None:
+        self._known = [(p, _kind(p)) for p in parameters]
+        self._buckets = [_Bucket(together) for together in _in_buckets(parameters)]
+
+    def _attach(self) -> None:
+        # every pass comes to it, also one that uses no parameter; compiled code holds it, so it stays where it can
+        device = self._known[0][0].device if self._known else torch.device("cpu")
+        if getattr(self, "_anchor", torch.empty((), device="meta")).device != device:
+            self._anchor = torch.zeros((), device=device, requires_grad=True)
+            self._anchor.register_hook(self._begin)
+        self._accumulators: dict[int, Any] = {}
+        self._handles: list[Any] = []
+        for bucket in self._buckets:
+            for p in bucket.parameters:
+                if self._reduce == "sum":  # as n times the mean: a mean may be taken again, as the next pass does
+                    accumulator = _accumulator(p)  # torch.autograd.grad does not come to it
+                    self._handles.append(accumulator.register_prehook(partial(self._times_n, id(p))))
+                    self._accumulators[id(p)] = accumulator
+                self._handles.append(p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket)))
+        for p, (trained, dtype, _) in self._known:
+            if not trained and (dtype.is_floating_point or dtype.is_complex) and not p.is_inference():
+                p.requires_grad_(True)  # a frozen one takes no hook
+                self._handles.append(p.register_post_accumulate_grad_hook(self._on_unfrozen))
+                p.requires_grad_(False)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def remove(self) -> None:
+        """Take every hook off; a backward pass of a call before this raises."""
+        for handle in self._calls:
+            handle.remove()
+        self._detach()
+        self._calls = []
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        """See what has changed since the last call: parameters that came, went, were frozen, unfrozen or moved."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        now: list[Any] = list(module.parameters())
+        # tensors in place of parameters are of a functional_call, or of share_parameters over another axis
+        if not torch.is_grad_enabled() or not all(isinstance(p, nn.Parameter) for p in now):
+            return
+        before = {id(p) for p, _ in self._known}
+        same = len(now) == len(self._known) and all(p is q for p, (q, _) in zip(now, self._known, strict=True))
+        if same and all(_kind(p) == kind for p, kind in self._known) and not self._lost():
+            return
+        check_not_reduced(module, "data_parallel", self._axis, but=self)
+        if any(is_lazy(p) for p in now):
+            right = "Call the module once under torch.no_grad(), which gives it one."
+            raise wrong(ArgumentError, "data_parallel", self._axis, "a new parameter has no shape yet", right)
+        self._detach()
+        self._learn(now)
+        new = [p for p in now if id(p) not in before]
+        with torch.no_grad():
+            for p, value in zip(new, self._equal(new), strict=True):
+                p.copy_(value)
+        self._attach()
+
+    def _equal(self, new: list[nn.Parameter]) -> list[Tensor]:
+        """The values that the first rank has."""
+        return together(PICK, [p.detach() for p in new], self._axis, (0,)) if new else []
+
+    def _lost(self) -> bool:
+        """Whether torch has made the nodes that multiply anew: a cast there and back leaves no other trace."""
+        return self._reduce == "sum" and any(
+            _accumulator(p) is not self._accumulators[id(p)] for bucket in self._buckets for p in bucket.parameters
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_anchor", "_accumulators", "_handles")
+        return {key: value for key, value in vars(self).items() if key not in left} | {"_scaled": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach()  # a copy of a parameter has none of its hooks
+
+    def _times_n(self, parameter: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._scaled.add(parameter)
+        return tuple(gradient * self._axis.size for gradient in gradients)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        return linked(output, [self._anchor]) if trained else output
+
+    def _reset(self, running: int) -> None:
+        self._pass = running
+        self._scaled.clear()
+        for bucket in self._buckets:
+            bucket.ready.clear()
+            if bucket.sent is not None:
+                bucket.sent._finish = None  # of a pass that raised: nobody waits for it
+            bucket.sent = None
+
+    def _begin(self, _: Tensor) -> None:
+        """In a hook: where it is the first of this pass, see to it that the pass ends with `_finish`."""
+        running = torch._C._current_graph_task_id()
+        if self._pass != running:  # one that raised may have left something behind
+            if not self._calls:
+                raise self._late("remove_data_parallel was called between the call of the module and backward")
+            if any((p.dtype, p.device) != kind[1:] for p, kind in self._known if p.requires_grad):
+                raise self._late("a parameter was moved between the call of the module and backward")
+            self._reset(running)
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
+        assert p.grad is not None
+        if p.grad.requires_grad:
+            given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
+            right = "Use share_parameters(module, axis, reduce='mean')."
+            raise wrong(PmodError, "data_parallel", self._axis, given, right)
+        if self._reduce == "sum" and id(p) not in self._scaled:
+            raise self._late("a parameter was moved to another dtype or device after the last call of the module")
+        self._scaled.discard(id(p))
+        self._begin(p)
+        bucket.ready.add(id(p))
+        if len(bucket.ready) == len(bucket.parameters):
+            self._send()
+
+    def _on_unfrozen(self, p: Tensor) -> None:
+        raise self._late("a parameter was unfrozen after the last call of the module")
+
+    def _check_known(self) -> None:
+        """Raise where a parameter that no call of the module has found yet has a gradient: it is this rank's own."""
+        known = {id(p) for p, _ in self._known}
+        for name, p in cast(Iterator[tuple[str, Any]], self._module.named_parameters()):
+            if id(p) not in known and isinstance(p, nn.Parameter) and p.grad is not None:
+                self._reset(-1)
+                raise self._late(f"{name} became a parameter in the last call of the module, or after it")
+
+    def _late(self, given: str) -> PmodError:
+        right = "Call the module after the change, as it is: a call of it finds what has changed."
+        return wrong(PmodError, "data_parallel", self._axis, given, right)
+
+    def _send(self, everything: bool = False) -> None:
+        """Send what is complete, in the order of the buckets: it must be the same on all ranks."""
+        for bucket in self._buckets:
+            if bucket.sent is not None:
+                continue
+            if not everything and len(bucket.ready) < len(bucket.parameters):
+                return
+            first = bucket.parameters[0]
+            used = torch.tensor([id(p) in bucket.ready for p in bucket.parameters], device=first.device)
+            # .data: where gradients are parts of one buffer, a change of one counts as a change of all
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.data.to_dense() for p in bucket.parameters]
+            with torch.no_grad():
+                bucket.sent = called_as("data_parallel", start, self._mean, [*gradients, used.to(first.dtype)])
+
+    def _mean(self, gradients: list[Tensor]) -> list[Tensor]:
+        return together(PSUM, gradients, self._axis, (self._axis.size, None))
+
+    def _finish(self) -> None:
+        """At the end of backward: what was sent becomes the gradients."""
+        self._check_known()
+        self._send(everything=True)
+        for bucket in self._buckets:
+            assert bucket.sent is not None
+            *gradients, used = bucket.sent.wait()
+            for i, (p, gradient) in enumerate(zip(bucket.parameters, gradients, strict=True)):
+                # one that no rank used stays without a gradient
+                if p.grad is None or p.grad.layout is not torch.strided:
+                    p.grad = gradient if p.grad is not None or used[i] != 0 else None
+                else:  # it may be a part of a buffer of the user's
+                    p.grad.copy_(gradient)
+        self._reset(-1)
+
+
+def _kind(p: Tensor) -> tuple[bool, torch.dtype, torch.device]:
+    return p.requires_grad, p.dtype, p.device
+
+
+def _accumulator(p: Tensor) -> Any:
+    """The node that adds into p.grad."""
+    with torch.enable_grad():
+        return cast(Any, p.view_as(p).grad_fn).next_functions[0][0]
+
+
+def _in_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """The parameters in about the order in which backward comes to them."""
+    full: list[Tensor] = []
+    size, limit = 0, FIRST_BUCKET
+    for p in reversed([p for p in parameters if p.requires_grad]):
+        if full and (size >= limit or (p.dtype, p.device) != (full[0].dtype, full[0].device)):
+            yield full
+            full, size, limit = [], 0, BUCKET
+        full.append(p)
+        size += p.numel() * p.element_size()
+    if full:
+        yield full
+
+
+def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
+    """Train one module on every rank's own data: the same module back, its gradients averaged over the axis.
+
+    The values are made equal now (`replicate`, from the first rank). In each backward pass the gradients travel in
+    buckets while it still runs, and `.grad` holds their mean (reduce="sum": their sum) when it returns; with several
+    backward passes before a step it holds what they add up to. A parameter that some rank did not use counts as 0
+    there; one that no rank used keeps no gradient. At axis size 1 nothing is attached. `remove_data_parallel` ends it.
+    What is frozen, unfrozen, moved, replaced or added later is found at the next call of the module, on all ranks
+    alike; the values of new parameters are made equal then, by a broadcast from the first rank; new buffers are not.
+    Calls under torch.no_grad, compiled ones and those of a submodule do not look: where a gradient then comes to what
+    no call has found, backward raises. A new submodule that is used alone, with nothing else of the module in the loss,
+    is not seen. The result is written into `.grad` where there is one, so that it may be a part of a buffer of yours; a
+    sparse gradient travels dense, and stays so.
+    Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass.
+    Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
+    `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass
+    `process_group=mesh.group(axis)`.
+    Raises: PmodError where the gradients are reduced over this axis already, or by data_parallel over another; in a
+    backward pass with create_graph; ArgumentError for what is no module.
+
+    >>> def gradient():
+    ...     layer = pmod.data_parallel(torch.nn.Linear(1, 1, bias=False), "data")
+    ...     layer(torch.ones(1, 1) * (1 + pmod.axis_index("data"))).sum().backward()
+    ...     return layer.weight.grad
+    >>> pmod.simulate(gradient, data=2)
+    [tensor([[1.5000]]), tensor([[1.5000]])]
+    """
+    bound = resolve(axis, "data_parallel")
+    check_module(module, reduce, "data_parallel", bound)
+    check_not_reduced(module, "data_parallel", bound)
+    replicate(module, axis)
+    if bound.size > 1:
+        _Reducer(module, bound, reduce)
+    return module
+
+
+def remove_data_parallel(module: M) -> M:
+    """Let the gradients of a module be this rank's own again, from its next call on: the same module back.
+
+    What `data_parallel` attached to this very module, or to what it is a copy of, is taken off; the values stay.
+    Nothing is sent, and a module without it stays as it is. A backward pass of a call before this raises PmodError.
+
+    >>> layer = pmod.data_parallel(torch.nn.Linear(2, 1), mesh["data"])
+    >>> pmod.remove_data_parallel(layer) is layer
+    True
+    """
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"module is a {type(module).__name__}"
+        raise ArgumentError(phrase("remove_data_parallel", given, "Pass an nn.Module."))
+    for hook in [*module._forward_hooks.values()]:
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _Reducer):
+            owner.remove()
+    return module

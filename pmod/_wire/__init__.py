@@ -1,0 +1,1 @@
+"""What sends, and nothing else does."""

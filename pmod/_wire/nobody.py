@@ -1,0 +1,71 @@
+"""The wire of an estimate: the other ranks do not exist, and what they would send has the right shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmod._mesh.axis import Axis
+from pmod._wire.board import Said
+from pmod._wire.process_group import GroupWire
+from pmod._wire.sent import Sent
+from pmod._wire.sums import Reduction, scaled
+
+
+class Nobody:
+    """A process group whose messages go nowhere."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *_: self  # which is also its own work
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+
+class Mirror(GroupWire):
+    """Sends as a process group does, to nobody; what would arrive is what this rank has."""
+
+    def __init__(self, axis: Axis, _: Said) -> None:
+        super().__init__(axis.size, axis.index, Nobody())
+        self._on_gpus = axis.topology.device.type == "cuda"
+
+    def by_nccl(self, x: Tensor) -> bool:
+        return self._on_gpus or x.is_cuda
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+        mine = x.split(list(send))[self.index]
+        return super().all_to_all(x, send, recv).then(lambda _: torch.cat([_fitted(mine, n) for n in recv]))
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+        return super().all_gather(x, counts).then(lambda _: torch.cat([_fitted(x, n) for n in counts]))
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
+        mine = x.narrow(0, sum(counts[: self.index]), counts[self.index])
+        total = (mine.to(dtype) * self.size).to(x.dtype)
+        return super().reduce_scatter(x, counts, dtype).then(lambda _: total)
+
+    def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
+        total = x.clone()
+        if how == "sum":
+            total = scaled(x.to(dtype) * self.size, divisor).to(x.dtype)
+        return super().all_reduce(x, how, dtype, divisor).then(lambda _: total)
+
+    def broadcast(self, x: Tensor, root: int) -> Sent:
+        return super().broadcast(x, root).then(lambda _: x.clone())
+
+    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
+        count = x.numel() if count is None else count
+        arriving = x.new_zeros(count) if source is None else _fitted(x, count).clone()
+        return super().permute(x, target, source, count).then(lambda _: arriving)
+
+    def words(self, mine: str) -> list[str]:
+        """What each rank says (`assert_invariant`)."""
+        return [mine] * self.size
+
+
+def _fitted(part: Tensor, count: int) -> Tensor:
+    """As many elements as are expected: the first ones, and zeros."""
+    return part[:count] if len(part) >= count else torch.cat([part, part.new_zeros(count - len(part))])

@@ -1,0 +1,175 @@
+"""Unlike calls where messages have no tags: found after the fact.
+
+On gloo messages of unlike calls never meet (`_wire/waiting.py`). NCCL has no tags: there unlike calls exchange what
+nobody meant, or hang on the device, and the host goes on. So each rank mixes what it says of its calls into one number
+per axis, which depends on all calls before, and a thread compares that number with the next rank's through the store of
+the world. If the calls of any two ranks differ, so do those of two neighbours. Who finds it tells all, and their next
+call raises.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import deque
+from typing import NamedTuple
+
+from pmod._errors import MismatchError, coordinates, phrase
+from pmod._mesh.axis import Axis
+from pmod._ranks import world
+from pmod._site import call_site
+from pmod._wire.board import ALIKE, Board, Said, board, place_of
+
+LOOK = 1.0  # seconds between looks
+CROWD = 256  # of more ranks each looks less often, because one store serves all
+SHOWN = 32  # so many last calls are told one by one,
+MARK = 256  # and before them each call whose number this divides, which ranks far apart both tell
+MARKS = 16
+
+_PRIME, _BITS = 1000003, 0xFFFFFFFFFFFF
+
+
+class Told(NamedTuple):
+    """What a rank tells of one call: its number along the axis, that of all calls until it, and its words."""
+
+    number: int
+    code: int
+    words: str
+
+
+class Calls:
+    """The calls of this rank along one axis."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self._code = 0
+        self._last: deque[tuple[int, int, Said]] = deque(maxlen=SHOWN)
+        self._marks: deque[tuple[int, int, Said]] = deque(maxlen=MARKS)
+
+    def add(self, number: int, said: Said) -> None:
+        self._code = (self._code * _PRIME + said.code) & _BITS
+        call = number, self._code, said
+        self._last.append(call)
+        if number % MARK == 0:
+            self._marks.append(call)
+
+    def told(self) -> list[Told]:
+        """In the order of their numbers. Called in another thread, so the deques are copied first."""
+        calls = {call[0]: call for call in [*self._marks.copy(), *self._last.copy()]}
+        return [Told(number, code, f"{said.what} in {said.row}") for number, code, said in sorted(calls.values())]
+
+
+def as_text(told: list[Told]) -> str:
+    return "\x1e".join(f"{number}\x1f{code}\x1f{words}" for number, code, words in told)
+
+
+def of_text(text: str) -> list[Told]:
+    rows = [row.split("\x1f") for row in text.split("\x1e") if row]
+    return [Told(int(number), int(code), words) for number, code, words in rows]
+
+
+def first_unlike(ours: list[Told], theirs: list[Told]) -> tuple[int, Told, Told] | None:
+    """The first call that both tell and that is unlike, after the last one, by number, that is alike; else None."""
+    there = {told.number: told for told in theirs}
+    alike = 0
+    for mine in ours:
+        other = there.get(mine.number)
+        if other is None:
+            continue
+        if other.code != mine.code:
+            return alike, mine, other
+        alike = mine.number
+    return None
+
+
+class Witness:
+    """What this process has called in the world that it has connected, and the thread that compares it."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, Calls] = {}
+        self._found: dict[str, str] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="pmod compares calls", daemon=True)
+
+    @property
+    def _pause(self) -> float:
+        size = max((calls.axis.topology.world_size for calls in list(self._calls.values())), default=1)
+        return LOOK * max(1.0, size / CROWD)
+
+    def start(self) -> None:
+        told = board()
+        if told is None or not told.reachable:
+            return
+        self._board = Board(told.of)  # a connection of its own: the other one is asked by those that wait
+        self._thread.start()
+        # in the store's C++ a daemon thread would abort the process at its end
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        atexit.unregister(self.stop)
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(2.0)
+
+    def note(self, axis: Axis, number: int, said: Said) -> None:
+        """Note a call that is about to be made."""
+        key = axis.group_key
+        if key not in self._calls:
+            self._calls[key] = Calls(axis)
+        self._calls[key].add(number, said)
+
+    def check(self, axis: Axis, said: Said) -> None:
+        """Raise MismatchError where an earlier call along this axis was unlike another rank's."""
+        key = axis.group_key
+        if key in self._found:
+            world.leave_behind(axis.group)
+            function, _ = call_site()
+            given = self._found[key]
+            right = f"{ALIKE} Run under pmod.debug(): it raises before they are made, with the lines."
+            raise MismatchError(phrase(said.by(function), given, right, axis=axis.label, coords=dict(axis.coords)))
+
+    def _look_on(self) -> None:
+        while not self._over.wait(self._pause):
+            for key, calls in list(self._calls.items()):
+                if key not in self._found:
+                    try:
+                        given = self._compare(key, calls)
+                    except RuntimeError:  # the store is gone, and nobody is left to compare with
+                        return
+                    if given:
+                        self._found[key] = given
+                        world.log.error(
+                            "pmod along %r %s: %s", calls.axis.label, coordinates(dict(calls.axis.coords)), given
+                        )
+
+    def _compare(self, key: str, calls: Calls) -> str:
+        """What is wrong with the calls along this axis, by what all found or by what the next rank tells; else ''."""
+        axis, told = calls.axis, calls.told()
+        ranks = list(axis.ranks)
+        me, other = ranks[axis.index], ranks[(axis.index + 1) % axis.size]
+        self._board.tell_calls(key, me, as_text(told))
+        found = first_unlike(told, of_text(self._board.calls_of(key, other)))
+        if found is None:
+            return self._board.was_found(key)
+        alike, mine, theirs = found
+        which = (
+            f"call {mine.number}" if alike == mine.number - 1 else f"one of their calls {alike + 1} to {mine.number}"
+        )
+        given = (
+            f"the ranks made unlike calls, {which} along this axis, and what they exchanged since then is void:\n"
+            f"  {place_of(me)}: {mine.words}\n  {place_of(other)}: {theirs.words}"
+        )
+        self._board.found(key, given)
+        return given
+
+
+def has_tags(axis: Axis) -> bool:
+    """Whether all messages along this axis go by gloo."""
+    return axis.topology.device.type == "cpu"
+
+
+def note(axis: Axis, number: int, said: Said) -> None:
+    """Note a call along an axis whose messages have no tags. Raises MismatchError where an earlier one was unlike."""
+    witness: Witness = world.witness(Witness)
+    witness.note(axis, number, said)
+    witness.check(axis, said)
