@@ -75,7 +75,7 @@ def phrase(
 ) -> str:
     """The text of every error: which function, axis and rank; what was given; what would be right.
 
-    >>> print(explain("shard", "x.shape[0] is 5", "Pass sizes=(3, 2).", axis="model", coords={"model": 1}))
+    >>> print(phrase("shard", "x.shape[0] is 5", "Pass sizes=(3, 2).", axis="model", coords={"model": 1}))
     pmod.shard(axis='model') at (model=1): x.shape[0] is 5.
     Pass sizes=(3, 2).
     """

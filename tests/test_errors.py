@@ -577,7 +577,9 @@ REFUSED: dict[str, tuple[type[pmod.PmodError], Callable[[], Any]]] = {
     "a weight that is an array": (pmod.ArgumentError, lambda: pmod.pmean(X, "model", weight=np.ones(2))),
     "a root that is true": (pmod.AxisError, lambda: pmod.pick(X, "model", src=np.bool_(True))),
     "an offset that is an array": (pmod.AxisError, lambda: pmod.pshift(X, "model", np.ones(1))),
-    "a width that is an array": (pmod.ShapeError, lambda: pmod.halo_exchange(X, "model", dim=0, width=np.ones(2, int))),
+    "a width that is an array": (
+        pmod.ShapeError, lambda: pmod.halo_exchange(X, "model", dim=0, width=np.ones((2, 2), int))
+    ),
     "sizes that are true": (pmod.ShapeError, lambda: pmod.shard(X, "model", sizes=(3, True))),
     "a number that no dtype holds": (pmod.ArgumentError, lambda: pmod.psum(2**70, "model")),
 }

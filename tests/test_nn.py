@@ -632,7 +632,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[pmod.PmodError], str]] = {
         "Pass weight.to(torch.float32), or call it under torch.autocast."),
     "device": (
         lambda: conv(bias=torch.ones(2, device="meta")), pmod.ArgumentError,
-        "bias is on meta.\nThis rank sends from cpu: pass bias.to('cpu')."),
+        "bias is on meta.\nIt has no values: pass a tensor on cpu, or see what would be sent with pmod.estimate."),
     "stride": (lambda: conv(stride=0), pmod.ShapeError, "stride is 0.\nPass an int of 1 or more, or 2 of them."),
     "strides": (
         lambda: conv(stride=(1, 2, 3)), pmod.ShapeError,

@@ -16,7 +16,7 @@ from pmod._collectives import permutes, slices, values
 from pmod._core import bind as _bind
 from pmod._core import send as _send
 from pmod._core.bind import bind
-from pmod._core.row import _TRANSPOSES, ROWS, Call, I, Row, V, decode, pair
+from pmod._core.row import _TRANSPOSES, ROWS, Call, I, Row, V, _read, pair
 from pmod._wire import base
 from tests import oracle
 from tests import test_collectives as properties
@@ -253,9 +253,9 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
 def patch() -> Iterator[Patch]:
     """A MonkeyPatch around which nobody remembers a row."""
     with pytest.MonkeyPatch.context() as patch:
-        decode.cache_clear()
+        _read.cache_clear()
         yield patch
-    decode.cache_clear()
+    _read.cache_clear()
 
 
 RED = (AssertionError, RuntimeError, pmod.PmodError)

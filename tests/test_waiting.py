@@ -514,7 +514,7 @@ def test_a_group_that_does_not_end_is_waited_for_no_longer_than_so_long(monkeypa
 def test_what_somebody_else_holds_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_connect, "_take_out", lambda groups, whole_world: None)
     left: list[Any] = []
-    monkeypatch.setattr(world, "leave_behind", left.append)
+    monkeypatch.setattr(_connect, "leave_behind", left.append)
     held, other = Unending(), Unending()
     held.go.set()
     other.go.set()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pmod._errors import ArgumentError, AxisError, PmodError, ShapeError, phrase, quoted
 from pmod._mesh.axis import Axis
@@ -100,7 +100,7 @@ LONGEST = sys.maxsize // torch.complex128.itemsize
 def _unfit_kind(x: Tensor, name: str) -> tuple[str, str] | None:
     """What is wrong with the kind of a tensor, and what would be right; None for a dense tensor of numbers."""
     if type(x) is not Tensor:
-        if is_lazy(x):
+        if isinstance(x, UninitializedParameter | UninitializedBuffer):  # is_lazy(x), which torch.compile refuses
             given = f"{name} is a {type(x).__name__}, which has no shape yet"
             return given, "Call its module once, which gives it one."
         if hasattr(x, "to_local"):

@@ -49,7 +49,7 @@ from pmod._ranks.world import (
 )
 from pmod._site import call_site
 
-_launch_meetings: Counter[tuple[str | None, int | None]] = Counter()  # how often this rank met at each store of `launch`
+_launch_meetings: Counter[tuple[str | None, int | None]] = Counter()  # how often it met at each store of `launch`
 
 
 def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
