@@ -13,6 +13,7 @@ import collections
 import contextlib
 import inspect
 import multiprocessing
+import os
 import random
 import re
 import resource
@@ -108,6 +109,13 @@ def traced() -> pmod.trace:
     return t
 
 
+_FOLDER = tempfile.TemporaryDirectory()  # what is drawn as the name of a file may well be one
+
+
+def in_folder(path: Any) -> Any:
+    return os.path.join(_FOLDER.name, path) if isinstance(path, str) else path
+
+
 Right = tuple[Callable[..., Any], dict[str, Callable[[], Any]]]
 """A function, and right arguments by name; those that are left out here have defaults."""
 
@@ -186,7 +194,7 @@ RIGHT: dict[str, Right] = {
     "estimate": (pmod.estimate, {"fn": lambda: identity, "arg": x, "mesh": lambda: {"x": 4}}),
     "explain": (pmod.explain, {"f": lambda: identity, "arg": x}),
     "trace.total_bytes": (lambda axis: traced().total_bytes(axis), {"axis": lambda: "x"}),
-    "trace.chrome": (lambda path: traced().chrome(path), {"path": lambda: tempfile.mkstemp()[1]}),
+    "trace.chrome": (lambda path: traced().chrome(in_folder(path)), {"path": lambda: "trace.json"}),
     "first": (partial(entered, pmod.first), {}),
     "is_first": (pmod.is_first, {}),
     "simulate": (pmod.simulate, {"fn": lambda: identity, "arg": x, "x": lambda: 1}),

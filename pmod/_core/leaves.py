@@ -1,4 +1,4 @@
-"""The tensors of any output: containers, dataclasses and attrs classes included."""
+"""What a tree of tensors is made of: mappings, lists, tuples, dataclasses; and the tensors in it."""
 
 from __future__ import annotations
 
