@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pmod
+from pmod._wire import waiting
 from tests import spmd
 from tests.table import CASES
 from tests.test_collectives import PROPERTIES, applies, listening, on_rank
@@ -749,6 +751,19 @@ def test_ranks_that_wait_for_each_other_on_two_axes_find_out() -> None:
         assert text.startswith(f"pmod.psum(axis='{'abba'[rank]}') at (a={rank // 2}, b={rank % 2}): the ranks wait")
         for other in range(4):
             assert f"rank {other} (a={other // 2}, b={other % 2}) waits in psum at " in text
+
+
+def crossed_and_on() -> int:
+    crossed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waiting, "LOOK", 0.1)
+        if me() == 3:
+            time.sleep(1.0)  # the others look at what it has said meanwhile
+        return int(pmod.psum(torch.tensor(1), ("a", "b")).item())
+
+
+def test_ranks_that_debug_has_stopped_in_time_go_on() -> None:
+    assert spmd.launch(crossed_and_on, a=2, b=2) == [4] * 4
 
 
 def left_alone() -> str:

@@ -19,7 +19,8 @@ SOURCE = Path(pmod.__file__).parent
 
 # The import law: a floor imports what stands above it in this list, and its own files.
 FLOORS = """
-    _version _numbers _errors _site
+    _version _numbers _site
+    _errors
     _ranks
     _mesh
     _wire

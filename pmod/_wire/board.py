@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -121,6 +122,7 @@ class Board:
     def __init__(self, store: Any) -> None:
         self.of = store
         self.reachable: bool = True
+        self.says_left = False  # what this rank has written last
         try:
             self.store: Any = store.clone()  # a connection of its own: a wait locks it
         except RuntimeError:  # its server is gone, or it holds nothing (torch's fake one)
@@ -129,6 +131,7 @@ class Board:
 
     def write(self, rank: int, post: Post) -> None:
         self.store.set(f"pmod/waits/{rank}", post.text())
+        self.says_left = post.state == LEFT
         if post.state != WAITS:
             self.store.set(_SOMEBODY_LEFT, "1")
 
@@ -138,6 +141,7 @@ class Board:
 
     def erase(self, rank: int) -> None:
         self.store.set(f"pmod/waits/{rank}", "")
+        self.says_left = False
 
     def tell_calls(self, ranks: str, rank: int, calls: str) -> None:
         """Tell what this rank has called along these ranks."""
@@ -225,6 +229,13 @@ def board() -> Board | None:
     if _board is None or _board.of is not store:
         _board = Board(store)
     return _board
+
+
+def come_back(rank: int) -> None:
+    """Take back that this rank comes no more: it raised under `debug`, before anything was sent, and makes a call now."""
+    if _board is not None and _board.says_left:
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            _board.erase(rank)
 
 
 def place_of(rank: int) -> str:

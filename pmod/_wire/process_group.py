@@ -14,7 +14,7 @@ from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._ranks.blocking import InThread
 from pmod._wire.base import SMALL, Alone, Wire
-from pmod._wire.board import Said, code_of
+from pmod._wire.board import Said, code_of, come_back
 from pmod._wire.rolling import has_tags, note
 from pmod._wire.sent import Sent, arrived
 from pmod._wire.sums import Reduction, bytes_of, scaled
@@ -213,6 +213,7 @@ def wire_of(axis: Axis, row: str = "", said: Said | None = None) -> Wire:
     group, wait = axis.group, Wait(axis, said, _cut_off)
     if world.is_left_behind(group):
         wait.refuse()
+    come_back(axis.topology.rank)
     if not has_tags(axis):
         note(axis, wait.number, said)
     return GroupWire(axis.size, axis.index, group, wait)
