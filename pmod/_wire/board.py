@@ -232,7 +232,7 @@ def board() -> Board | None:
 
 
 def come_back(rank: int) -> None:
-    """Take back that this rank comes no more: it raised under `debug`, before anything was sent, and makes a call now."""
+    """Take back that this rank comes no more: it raised in `debug`, before it sent anything, and now makes a call."""
     if _board is not None and _board.says_left:
         with contextlib.suppress(RuntimeError):  # the store is gone
             _board.erase(rank)
