@@ -13,7 +13,7 @@ from attrs import frozen
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from pmod._errors import CollectiveTimeout, phrase
-from pmod._ranks.topology import Topology
+from pmod._ranks.topology import Topology, ranks_of_node
 
 
 def process_state(pid: int) -> str:
@@ -78,8 +78,7 @@ class Meeting:
         self._words = [f"word/{rank}" for rank in range(self._size)]
         self._mine = _Word.new()
         self._proposed = self._agreed = ""
-        first = topology.rank - topology.local_rank
-        node = range(first, min(first + topology.local_world_size, self._size))
+        node = ranks_of_node(topology)
         turned = [*node[topology.local_rank + 1 :], *node[: topology.local_rank]]  # so that ranks look at unlike ones
         self._company = turned[:_COMPANY]
         self._came: dict[int, _Word] = {}

@@ -158,6 +158,12 @@ def _fill(topology: Topology) -> None:
         _put(t, "backend", "gloo" if t.device.type == "cpu" else "cpu:gloo,cuda:nccl")
 
 
+def ranks_of_node(place: Topology) -> range:
+    """The ranks of this node, whose processes can be looked at."""
+    first = place.rank - place.local_rank
+    return range(first, min(first + place.local_world_size, place.world_size))
+
+
 def _node(t: Topology) -> int:
     """The node of this rank, if ranks fill one node after the other."""
     start = t.rank - t.local_rank

@@ -17,6 +17,7 @@ from pmod._mesh.ambient import ambient
 from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._ranks.meeting import process_state
+from pmod._ranks.topology import ranks_of_node
 
 MANY = 256  # of so many other ranks an error names those that are absent
 
@@ -247,9 +248,8 @@ def place_of(rank: int) -> str:
 
 def neighbours(axis: Axis) -> list[int]:
     """The other ranks of an axis that are on this node: their processes can be looked at."""
-    place = axis.topology
-    first = place.rank - place.local_rank
-    return [rank for rank in axis.ranks if first <= rank < first + place.local_world_size and rank != place.rank][:MANY]
+    node = ranks_of_node(axis.topology)
+    return [rank for rank in axis.ranks if rank in node and rank != axis.topology.rank][:MANY]
 
 
 def roots(absent: Sequence[int], posts: dict[int, Post], dead: Collection[int]) -> dict[int, int | None]:

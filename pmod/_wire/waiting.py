@@ -23,6 +23,7 @@ from pmod._errors import CollectiveTimeout, MismatchError, PmodError, phrase
 from pmod._mesh.axis import Axis
 from pmod._ranks import connect, world
 from pmod._ranks.blocking import InThread
+from pmod._ranks.topology import ranks_of_node
 from pmod._site import call_site
 from pmod._wire.board import (
     ALIKE,
@@ -96,10 +97,8 @@ class Wait:
     @cached_property
     def _node(self) -> list[int]:
         """The other ranks of this node, whose processes can be looked at; those of the axis first."""
-        place = self._axis.topology
-        first = place.rank - place.local_rank
-        node = range(first, min(first + place.local_world_size, place.world_size))
-        others = [rank for rank in node if rank != place.rank and rank not in self._neighbours]
+        node = ranks_of_node(self._axis.topology)
+        others = [rank for rank in node if rank != self._rank and rank not in self._neighbours]
         return [*self._neighbours, *others][:MANY]
 
     @cached_property
