@@ -178,7 +178,7 @@ class _Exchanges:
     def _wait(self, keys: list[str], axis: Axis, meeting: str, origin: Origin) -> None:
         """Until all have spoken. A long wait is written on the board, for others to see; one without end raises."""
         rank, started, pause = axis.topology.rank, monotonic(), 5e-5
-        looked, written, before, unaware = started, False, dict[int, Post](), False
+        looked, written, before = started, False, dict[int, Post]()
         mine = Post(WAITS, meeting, tuple(axis.ranks), f"{' at '.join(origin)} (under debug, before it is sent)")
         try:
             while not self.board.store.check(keys):  # its own wait would print a warning each time it is left
@@ -193,20 +193,21 @@ class _Exchanges:
                 posts = {other: post._replace(state=WAITS) for other, post in self.board.follow(axis.ranks).items()}
                 stuck = _stuck(posts, rank)
                 if stuck and all(before.get(other) == posts[other] for other in stuck):
-                    unaware = any("#words " not in posts[other].meeting for other in stuck)
+                    # ranks under debug find out by themselves, and all may go on; another one would wait for ever
+                    if any("#words " not in posts[other].meeting for other in stuck):
+                        self.board.write(rank, mine._replace(state=LEFT))
                     raise differ(origin, axis, _cycle(posts, stuck), SAME_CALLS)
                 before = posts if stuck else {}
                 gone = dead or (not stuck and self._left(others)) or looked - started > axis.timeout
                 if gone and not self.board.store.check(keys):
-                    raise self._expired(axis, meeting, origin, dead)
+                    expired = self._expired(axis, meeting, origin, dead)
+                    self.board.write(rank, mine._replace(state=LEFT))
+                    raise expired
                 if not written:
                     written = True
                     self.board.write(rank, mine)
-        except BaseException as error:  # what is written stays, for the others to see, until this rank meets them again
+        except BaseException:  # what is written stays, for the others to see, until this rank meets them again
             self._raised = True
-            # Ranks under debug find out by themselves, and all may go on. A rank that is not would wait for ever.
-            if unaware or isinstance(error, CollectiveTimeout):
-                self.board.write(rank, mine._replace(state=LEFT))
             raise
         if written or self._raised:
             self._raised = False
