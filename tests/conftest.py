@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pmod._run import launch
 from pmod._wire.memory import MemoryWire
+from tests.lib.listening import on_processes, on_threads
 
 # torch asks the name server about each process that connects to a store. Where an answer is lost, ask again soon: a
 # deadline that a test gives is shorter than the 5 s of the resolver.
@@ -117,3 +118,23 @@ def talks(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
 
     monkeypatch.setattr(MemoryWire, "all_to_all", noted)
     return pairs
+
+
+@pytest.fixture(params=[on_threads, on_processes], ids=["threads", "processes"])
+def run(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """Run a function of the test's module on ranks of either kind."""
+    return request.param
+
+
+@pytest.fixture
+def messages(monkeypatch) -> list[Any]:
+    """What was sent, on any rank of a simulation."""
+    sent: list[Any] = []
+    exchange = MemoryWire._exchange
+
+    def counted(self: MemoryWire, what: Any) -> Any:
+        sent.append(what)
+        return exchange(self, what)
+
+    monkeypatch.setattr(MemoryWire, "_exchange", counted)
+    return sent

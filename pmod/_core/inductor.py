@@ -3,7 +3,7 @@
 The operator is registered with an ordered effect, and AOTAutograd threads a token through the calls. Inductor 2.13 then
 loses it: `with_effects` records the order under the name of a buffer where the scheduler looks for the name of an
 operation, and ranks whose shapes differ (an empty shard on one of them) may run their collectives in different orders.
-This lowering records the order under both. tests/test_compile.py tells when it is no longer needed.
+This lowering records the order under both. tests/core/test_compile.py tells when it is no longer needed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A group is made on first use by its own members and nobody else, so ranks
 may first use their axes in any order. torch's public ``new_group`` cannot do that: it needs every rank of the world,
 and with ``use_local_synchronization`` it derives the group's name from how many groups this process knows, so that
 ranks with different histories wait for each other under different names. We name groups by their ranks and a counter
-per rank set, through the private ``_new_process_group_helper`` (tests/test_groups.py tells when it moves).
+per rank set, through the private ``_new_process_group_helper`` (tests/ranks/test_groups.py tells when it moves).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _inherited_world: Any = None  # torch's default group, if this process was forke
 
 
 def _config() -> dict[str, Any]:
-    """What multiprocessing copies to the children of a process; private (tests/test_launch.py tells if it moves)."""
+    """What multiprocessing copies to the children of a process; private: tests/run/test_launch.py tells if it moves."""
     private: Any = current_process()
     return private._config
 

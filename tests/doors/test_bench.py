@@ -1,0 +1,181 @@
+"""`python -m pmod.bench` measures what it says: its raw calls give what pmod gives, and its numbers make sense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import runpy
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+import pmod
+from pmod import bench
+from tests.lib import spmd
+
+
+def check_spread(spread):
+    assert 0 < spread.low <= spread.median <= spread.high
+
+
+def check_results(results, section, functions, cases):
+    assert [(r.function, r.case) for r in results] == [(f, c) for f in functions for c in cases]
+    for result in results:
+        assert result.section == section
+        check_spread(result.pmod_us)
+        if section == "alone":
+            assert result.raw_us is None and result.ratio is None
+        else:
+            check_spread(result.raw_us)
+            check_spread(result.ratio)
+
+
+# On other ranks than the first, these raw calls leave what nobody asked for.
+FIRST_ONLY = {"reduce": ("forward",), "broadcast": ("backward",)}
+
+
+def raw_calls_agree():
+    index = pmod.axis_index(bench.AXIS)
+    pmod.barrier(bench.AXIS)  # connects: the raw calls use the default group
+    for name, case in bench.CASES.items():
+        takes_i = name in ("pvary", "place", "shard")
+        x = torch.arange(64.0).view(8, 8) * (1 if takes_i else 1 + index)
+        x.requires_grad_()
+        y, raw = case.ours(x), case.raw(x.detach())
+        if index == 0 or "forward" not in FIRST_ONLY.get(name, ()):
+            torch.testing.assert_close(y, raw, msg=partial("{}: {}".format, name))
+        # pmax's derivative is more than a message, and the raw scatter has no shape to go by where gather left nothing
+        if case.raw_back is None or name in ("pmax", "gather"):
+            continue
+        g = torch.arange(1.0, 1 + y.numel()).view_as(y) * (1 + index)
+        raw = case.raw_back(g)
+        (derivative,) = torch.autograd.grad(y, x, g)
+        if name == "scatter" and index > 0:
+            raw = torch.zeros_like(x)
+        if index == 0 or "backward" not in FIRST_ONLY.get(name, ()):
+            torch.testing.assert_close(derivative, raw, msg=partial("{}, backward: {}".format, name))
+
+
+def test_raw_calls_give_what_pmod_gives():
+    spmd.launch(raw_calls_agree, **{bench.AXIS: 2})
+
+
+def test_cases_cover_the_collectives():
+    import pmod._core.row
+
+    assert set(bench.MESSAGES) <= set(bench.CASES)
+    composed = {"pmean", "pmax", "pmin", "ppermute", "pshuffle", "pshift"}
+    assert set(pmod._core.row.ROWS) - {"permute", "extremum"} | composed == set(bench.CASES) | {"pmin"}
+
+
+def test_order_is_random_and_covers_each_block_once_a_round():
+    order = []
+    blocks = [[lambda p=p, b=b: order.append((p, b)) or float(10 * p + b) for b in range(2)] for p in range(3)]
+    times = bench.take_turns(blocks, 4)
+    assert times == [[[10 * p, 10 * p + 1]] * 4 for p in range(3)]
+    turns = [order[i : i + 6] for i in range(0, 24, 6)]
+    assert all(sorted(turn) == [(p, b) for p in range(3) for b in range(2)] for turn in turns)
+    assert all(turn[i][0] == turn[i + 1][0] for turn in turns for i in (0, 2, 4))  # a pair stays together
+    assert len({tuple(turn) for turn in turns}) > 1
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios():
+    result = bench.Result.of("host", "psum", "forward", [(2.0, 1.0), (3.0, 1.0), (40.0, 10.0)])
+    assert (result.ratio.low, result.ratio.median, result.ratio.high) == (2.5, 3.0, 3.5)
+    assert result.pmod_us.median == 3e6
+
+
+def test_alone():
+    check_results(bench.measure_alone(2), "alone", bench.CASES, ("no grad", "with grad"))
+
+
+def test_host_leaves_no_fake_group_behind():
+    results = bench.measure_host(2)
+    check_results(results, "host", bench.CASES, ("forward", "forward with grad", "backward"))
+    assert not torch.distributed.is_initialized()
+    assert pmod.make_mesh().size == 1
+    lines = bench.table(results).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + len(bench.CASES)
+
+
+def test_latency():
+    sizes = {"4 B": 4, "4 KiB": 4096}
+    for results in spmd.launch(bench.measure_latency, 2, sizes, **{bench.AXIS: 2}):
+        check_results(results, "latency", bench.MESSAGES, sizes)
+
+
+def ragged_calls_agree():
+    n, index = pmod.axis_size(bench.AXIS), pmod.axis_index(bench.AXIS)
+    sizes = bench._skewed(13, n)
+    assert sizes == [6, 7]
+    x = torch.arange(13.0).split(sizes)[index]
+    torch.testing.assert_close(bench._padded_all_gather(x, sizes), pmod.all_gather_v(x, bench.AXIS, sizes=sizes))
+
+
+def test_ragged():
+    spmd.launch(ragged_calls_agree, **{bench.AXIS: 2})
+    sizes = {"4 KiB": 4096}
+    for results in spmd.launch(bench.measure_ragged, 2, sizes, **{bench.AXIS: 2}):
+        check_results(results, "ragged", ("all_gather_v, even", "all_gather_v, skewed"), sizes)
+
+
+def test_step():
+    for results in spmd.launch(bench.measure_step, 1, **{bench.AXIS: 2}):
+        functions = ("data_parallel", "share_parameters")
+        results = sorted(results, key=lambda result: (result.function, result.case != "4 layers of 4 MiB"))
+        check_results(results, "step", functions, ("4 layers of 4 MiB", "100 layers of 16 KiB"))
+
+
+def test_import(monkeypatch):
+    measured = bench._import_seconds
+    asked = []
+
+    def seconds(modules):
+        asked.append(modules)
+        return measured("json")  # a fraction of the time
+
+    monkeypatch.setattr(bench, "_import_seconds", seconds)
+    check_results(bench.measure_import(2), "import", ("import pmod",), ("user time",))
+    assert sorted(asked) == ["pmod"] * 3 + ["torch, attrs"] * 3
+
+
+def test_command_line(tmp_path):
+    file = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pmod.bench", "--only", "alone", "--rounds", "1", "--json", str(file)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert f"torch: {torch.__version__}" in done.stdout and "CPU: " in done.stdout
+    written = json.loads(file.read_text())
+    assert {result["section"] for result in written["results"]} == {"alone"}
+    assert all(result["pmod_us"]["median"] > 0 for result in written["results"])
+    assert written["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "launched", "message"),
+    [
+        (["--only", "host"], True, "env has started 2 ranks: only latency, ragged, step are measured on them"),
+        (["--ranks", "1"], False, "--ranks is 1: a message needs 2 ranks or more"),
+        (["--rounds", "0"], False, "--rounds is 0: pass 1 or more"),
+    ],
+)
+def test_wrong_arguments(arguments, launched, message, monkeypatch, capsys):
+    if launched:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_list_of_commands(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pmod.__main__", raising=False)  # of another test in this process
+    monkeypatch.setattr(sys, "argv", ["pmod"])
+    runpy.run_module("pmod", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["pmod.demo", "pmod.bench", "pmod.doctor"]
+    for line in lines:
+        assert importlib.util.find_spec(line.split()[2]) is not None

@@ -1,0 +1,279 @@
+"""The house: modules import downward, one file sends, and every row and collective is declared, documented, tested."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pmod
+from pmod._core.row import _TRANSPOSES, ROWS, Row
+from tests.lib.table import CASES, Here
+
+SOURCE = Path(pmod.__file__).parent
+TESTS = Path(__file__).parents[1]
+
+# The import law: a floor imports what stands above it in this list, and its own files.
+FLOORS = """
+    _version _numbers _site
+    _errors
+    _ranks
+    _mesh
+    _wire
+    _core
+    _collectives
+    fft nn _run _train
+    _debug
+    _shard
+    _draw
+    testing
+    __init__
+    notebook demo
+    bench doctor
+    __main__
+"""
+LEVEL = {name: level for level, names in enumerate(FLOORS.strip().splitlines()) for name in names.split()}
+
+
+def modules() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    """The entry of FLOORS that a file belongs to."""
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text()))
+
+
+def imported(found: Iterable[ast.AST]) -> set[tuple[str, str]]:
+    """The modules of pmod that these nodes import from, and the names: '' where it is the module."""
+    names: set[tuple[str, str]] = set()
+    for node in found:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {(node.module or "", alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {(alias.name, "") for alias in node.names}
+    return {(module, name) for module, name in names if module.split(".")[0] == "pmod"}
+
+
+def floor_of(module: str, name: str) -> str:
+    """The entry of FLOORS of what is imported from a module; that may itself be a module."""
+    part = [*module.split("."), name][1]
+    return part if part in LEVEL else "__init__"
+
+
+def test_every_file_has_its_place() -> None:
+    assert {place(path) for path in modules()} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_imports_go_downward(path: Path) -> None:
+    here = place(path)
+    for module, name in imported(nodes(path)):
+        other = floor_of(module, name)
+        assert LEVEL[other] < LEVEL[here] or other == here, f"{here} imports {other}"
+        private = name.startswith("_") and not name.startswith("__") and name not in LEVEL
+        assert other == here or not private, f"{here} takes {name} from {other}"
+
+
+def test_no_circle_within_a_floor() -> None:
+    """The files can be read in an order in which each uses, when it is imported, only those before it."""
+    needs: dict[str, set[str]] = {}
+    for path in modules():
+        names = imported(ast.parse(path.read_text()).body)
+        module = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+        needs[module] = {found for module, name in names for found in (module, f"{module}.{name}")}
+    left = set(needs)
+    while free := {module for module in left if not needs[module] & left}:
+        left -= free
+    assert not left
+
+
+def test_no_test_file_imports_another() -> None:
+    """What several files of tests use is in lib/."""
+    for path in TESTS.rglob("*.py"):
+        for node in nodes(path):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests":
+                assert node.module in ("tests.lib", *(f"tests.lib.{shared.stem}" for shared in TESTS.glob("lib/*.py")))
+
+
+def test_init_only_exports() -> None:
+    body = ast.parse((SOURCE / "__init__.py").read_text()).body
+    assert isinstance(body[0], ast.Expr)
+    assert all(isinstance(node, ast.ImportFrom) and all(a.asname == a.name for a in node.names) for node in body[1:])
+
+
+# --- what moves data ----------------------------------------------------------------------------------------------
+
+SENDING = {
+    "allreduce", "alltoall_base", "allgather", "_allgather_base", "_reduce_scatter_base", "broadcast", "send", "recv",
+    "barrier", "all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "isend", "irecv",
+    "all_gather_object", "broadcast_object_list",
+}  # fmt: skip
+
+
+def test_one_file_sends() -> None:
+    """What moves data, of a process group or of torch.distributed, is in _wire/; bench measures itself against it."""
+    found = {
+        place(path)
+        for path in modules()
+        for node in nodes(path)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in SENDING
+        and re.search(r"\b(group|dist|distributed|c10d|pg)\b", ast.unparse(node.func.value))
+    }
+    assert "_wire" in found and found <= {"_wire", "bench"}
+
+
+def test_one_autograd_function() -> None:
+    functions = [
+        f"{place(path)}.{node.name}"
+        for path in modules()
+        for node in nodes(path)
+        if isinstance(node, ast.ClassDef)
+        and any(re.search(r"autograd\.Function|_SingleLevelFunction", ast.unparse(base)) for base in node.bases)
+    ]
+    assert functions == ["_core._Linear"]
+
+
+# --- rows and collectives -----------------------------------------------------------------------------------------
+
+
+def collectives() -> dict[str, Callable[..., Any]]:
+    """The public functions that take an axis."""
+    return {
+        name: f for name, f in vars(pmod).items() if inspect.isfunction(f) and "axis" in inspect.signature(f).parameters
+    }
+
+
+# they take an axis, and move no tensor along it, or move it as collectives that have a case do
+OTHERS = {"axis_index", "axis_size", "barrier", "exchange_plan", "replicate", "share_parameters", "data_parallel",
+          "assert_invariant", "varying", "fold_in", "rng", "is_first", "halo_exchange", "halo_reduce",
+          "draw_collective"}  # fmt: skip
+
+
+def test_every_collective_has_a_case() -> None:
+    assert set(collectives()) - OTHERS == set(CASES)
+
+
+def calls_of(name: str) -> list[Any]:
+    """What a collective binds when it is called, over some draws."""
+    calls: list[Any] = []
+    begin = pmod._core.send.begin
+
+    def noted(call: Any, *args: Any) -> Any:
+        calls.append(call)
+        return begin(call, *args)
+
+    def forward(seed: int) -> None:
+        h = Here(CASES[name], "x", seed)
+        h.call(h.mine(h.xs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pmod._core.send, "begin", noted)
+        for seed in range(4):
+            pmod.simulate(forward, seed, x=2)
+    return calls
+
+
+def test_every_row_is_in_a_case() -> None:
+    bound = {name: {call.row.name for call in calls_of(name)} for name in CASES}
+    assert bound == {name: set(case.rows) for name, case in CASES.items()}
+    assert set().union(*bound.values()) == set(ROWS)
+
+
+@pytest.mark.parametrize("row", [ROWS[name] for name in _TRANSPOSES], ids=lambda row: row.name)
+def test_rows(row: Row) -> None:
+    assert row.T.T is row
+    assert (row.T.takes, row.T.gives) == (row.gives, row.takes)
+    # its elements travel alone or together in both directions, or do not travel
+    assert row.fused == row.T.fused or row.local or row.T.local
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.linear])
+def test_transpose_of_a_transpose(name: str) -> None:
+    """It is the call itself, parameters included."""
+    for call in calls_of(name):
+        assert (call.T.T.row, call.T.T.params) == (call.row, call.params)
+
+
+def test_only_extrema_have_no_transpose() -> None:
+    assert set(ROWS) - set(_TRANSPOSES) == {"extremum"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_docstrings(name: str) -> None:
+    doc = inspect.getdoc(getattr(pmod, name)) or ""
+    case = CASES[name]
+    assert f"\n{case.takes} -> {case.gives}. " in doc, "the signature opens the second paragraph"
+    if name == "pmin":
+        assert "As `pmax` in all else" in doc
+        return
+    assert re.search(r"\bShapes\b", doc) and re.search(r"\bCost\b", doc) and "\n>>> " in doc
+    if not case.linear:
+        assert "Derivative: " in doc
+        return
+    row = ROWS[case.rows[0]]
+    assert (row.takes, row.gives) == (case.takes, case.gives)
+    said = re.search(r"Transpose: ([^.;(]*)", doc)
+    assert said, "the transpose is named"
+    if name == "indexed_all_to_all_v":  # which takes rows first, as torch does
+        expected = "sends back and adds"
+        assert said[1].startswith(expected)
+        return
+    of_itself = {"all_to_all": "itself", "permute": "the inverse permutation"}
+    expected = {"pmean": "pvary / n", "pshift": "the shift back"}.get(name, of_itself.get(row.name, row.T.name))
+    assert said[1].strip().startswith(expected), said[0]
+
+
+# --- what is public -----------------------------------------------------------------------------------------------
+
+PUBLIC = """
+    Topology Mesh make_mesh set_mesh current_mesh keep_mesh shutdown
+    psum pmean pmax pmin pick place pvary all_gather psum_scatter shard unshard all_to_all ppermute pshuffle pshift
+    broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
+    halo_exchange halo_reduce exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
+    draw draw_collective debug checked varying assert_invariant trace estimate explain start Pending launch simulate
+    replicate share_parameters SharedParameters data_parallel remove_data_parallel fold_in rng is_first first sampler
+    P shard_map enter global_norm to_dtensors from_dtensors local_slice
+    PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
+"""
+
+
+def test_public_names() -> None:
+    names = {name for name, value in vars(pmod).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert names == set(PUBLIC.split())
+
+
+def test_public_names_are_documented_and_typed() -> None:
+    for name in PUBLIC.split():
+        f = getattr(pmod, name)
+        assert inspect.getdoc(f), name
+        if inspect.isfunction(f):
+            signature = inspect.signature(f)
+            for parameter in signature.parameters.values():
+                assert parameter.annotation is not parameter.empty, f"pmod.{name}: {parameter.name}"
+            assert signature.return_annotation is not signature.empty, name
+
+
+def test_arguments_of_collectives() -> None:
+    """`f(x, axis, ...)`: what follows is by keyword, but for a permutation's."""
+    for name, f in collectives().items():
+        if name in CASES:
+            x, axis, *rest = inspect.signature(f).parameters.values()
+            assert (x.name, axis.name) == ("x", "axis")
+            positional = [p.name for p in rest if p.kind is not p.KEYWORD_ONLY]
+            assert positional in ([], ["perm"], ["offset"]), f"pmod.{name}"
+    adding = {name for name, f in collectives().items() if "reduce_dtype" in inspect.signature(f).parameters}
+    assert adding == {"psum", "pmean", "pvary", "all_gather", "psum_scatter", "broadcast", "reduce", "all_gather_v",
+                      "psum_scatter_v", "indexed_all_to_all_v"}  # fmt: skip
