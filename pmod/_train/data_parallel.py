@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parameter import is_lazy
 
 from pmod._collectives.values import PICK, PSUM
@@ -49,10 +54,12 @@ class _Reducer(Reduces):
         self._learn(list(module.parameters()))
         self._calls = [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
         self._attach()
+        self._registrations = _see_registrations(self)
 
     def _learn(self, parameters: list[nn.Parameter]) -> None:
         self._known = [(p, _kind(p)) for p in parameters]
         self._buckets = [_Bucket(together) for together in _in_buckets(parameters)]
+        self._inside: WeakSet[nn.Module] | None = None  # the module and those in it, once somebody asks
 
     def _attach(self) -> None:
         # every pass comes to it, also one that uses no parameter; compiled code holds it, so it stays where it can
@@ -69,11 +76,40 @@ class _Reducer(Reduces):
                     self._handles.append(accumulator.register_prehook(partial(self._times_n, id(p))))
                     self._accumulators[id(p)] = accumulator
                 self._handles.append(p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket)))
-        for p, (trained, dtype, _) in self._known:
-            if not trained and (dtype.is_floating_point or dtype.is_complex) and not p.is_inference():
-                p.requires_grad_(True)  # a frozen one takes no hook
-                self._handles.append(p.register_post_accumulate_grad_hook(self._on_unfrozen))
-                p.requires_grad_(False)
+        for p, (trained, _, _) in self._known:
+            if not trained:
+                self._refuse_gradient(p, "was unfrozen")
+
+    def _refuse_gradient(self, p: Tensor, happened: str) -> None:
+        """Let backward raise where it comes to this parameter, until the module is called."""
+
+        def refuse(p: Tensor) -> None:
+            names = [name for name, q in self._module.named_parameters() if q is p]
+            raise self._late(f"{names[0] if names else 'a parameter'} {happened} after the last call of the module")
+
+        # one that has no shape yet lets nobody else ask it anything
+        with torch._C.DisableTorchFunctionSubclass():
+            if not (p.is_floating_point() or p.is_complex()) or p.is_inference():
+                return
+            trained = p.requires_grad
+            p.requires_grad_(True)  # a frozen one takes no hook
+            self._handles.append(p.register_post_accumulate_grad_hook(refuse))
+            p.requires_grad_(trained)
+
+    def registered(self, where: nn.Module, new: Any) -> None:
+        """See what is about to become a parameter or a module inside: until the next call, its gradient is its own."""
+        if self._inside is None:
+            self._inside = WeakSet(self._module.modules())
+        if where not in self._inside or not isinstance(new, nn.Module | nn.Parameter):
+            return
+        known = {id(p) for p, _ in self._known}
+        parameters = [new]
+        if isinstance(new, nn.Module):
+            self._inside.update(new.modules())
+            parameters = list(new.parameters())
+        for p in parameters:
+            if id(p) not in known:
+                self._refuse_gradient(p, "became a parameter")
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -81,7 +117,7 @@ class _Reducer(Reduces):
 
     def remove(self) -> None:
         """Take every hook off; a backward pass of a call before this raises."""
-        for handle in self._calls:
+        for handle in [*self._calls, *self._registrations]:
             handle.remove()
         self._detach()
         self._calls = []
@@ -121,12 +157,14 @@ class _Reducer(Reduces):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_anchor", "_accumulators", "_handles")
-        return {key: value for key, value in vars(self).items() if key not in left} | {"_scaled": set()}
+        left = ("_anchor", "_accumulators", "_handles", "_registrations")
+        kept = {key: value for key, value in vars(self).items() if key not in left}
+        return kept | {"_scaled": set(), "_inside": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._attach()  # a copy of a parameter has none of its hooks
+        self._registrations = _see_registrations(self)
 
     def _times_n(self, parameter: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._scaled.add(parameter)
@@ -169,9 +207,6 @@ class _Reducer(Reduces):
         bucket.ready.add(id(p))
         if len(bucket.ready) == len(bucket.parameters):
             self._send()
-
-    def _on_unfrozen(self, p: Tensor) -> None:
-        raise self._late("a parameter was unfrozen after the last call of the module")
 
     def _check_known(self) -> None:
         """Raise where a parameter that no call of the module has found yet has a gradient: it is this rank's own."""
@@ -218,6 +253,21 @@ class _Reducer(Reduces):
         self._reset(-1)
 
 
+def _see_registrations(reducer: _Reducer) -> list[Any]:
+    """Hooks that tell the reducer, as long as it lives, what is registered in any module."""
+    of = ref(reducer)
+
+    def tell(where: nn.Module, _: str, new: Any) -> None:
+        reducer = of()
+        if reducer is not None:
+            reducer.registered(where, new)
+
+    handles = [register_module_parameter_registration_hook(tell), register_module_module_registration_hook(tell)]
+    for handle in handles:
+        finalize(reducer, handle.remove)
+    return handles
+
+
 def _kind(p: Tensor) -> tuple[bool, torch.dtype, torch.device]:
     return p.requires_grad, p.dtype, p.device
 
@@ -252,9 +302,8 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     What is frozen, unfrozen, moved, replaced or added later is found at the next call of the module, on all ranks
     alike; the values of new parameters are made equal then, by a broadcast from the first rank; new buffers are not.
     Calls under torch.no_grad, compiled ones and those of a submodule do not look: where a gradient then comes to what
-    no call has found, backward raises. A new submodule that is used alone, with nothing else of the module in the loss,
-    is not seen. The result is written into `.grad` where there is one, so that it may be a part of a buffer of yours; a
-    sparse gradient travels dense, and stays so.
+    no call has found, backward raises. The result is written into `.grad` where there is one, so that it may be a part
+    of a buffer of yours; a sparse gradient travels dense, and stays so.
     Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass.
     Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
     `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass

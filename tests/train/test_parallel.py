@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import re
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -1155,6 +1156,63 @@ def unseen_on_rank(whole: bool) -> None:
     net.zero_grad()
     net(x).sum().backward()
     same(pmod.pick(net[2].weight.grad, "x"), net[2].weight.grad, "a lazy layer")
+
+
+def used_alone_on_rank(how: str) -> None:
+    """A new part of the module, with nothing else of it in the loss."""
+    x = pmod.axis_index("x") + torch.ones(1, 3, dtype=DOUBLE)
+    net = pmod.data_parallel(nn.Sequential(nn.Linear(3, 3), nn.Sequential()).double(), "x")
+    new = nn.Linear(3, 1, dtype=DOUBLE)
+    if how == "frozen":
+        new.requires_grad_(False)
+    elif how == "inside":
+        new = nn.Sequential(nn.Sequential(), new)
+    elif how == "lazy":
+        new = nn.LazyLinear(1, dtype=DOUBLE)
+    if how == "parameter":
+        net[1].scale = nn.Parameter(torch.ones(3, dtype=DOUBLE))
+    elif how == "later":
+        net[1].append(nn.Sequential())
+        net[1][0].append(new)
+    else:
+        net[1].append(new)
+    if how == "frozen":
+        new.requires_grad_(True)
+    name = {"parameter": "1.scale", "later": "1.0.0.weight", "inside": "1.0.1.weight"}.get(how, "1.0.weight")
+    weight = net.get_parameter(name)
+    with pytest.raises(pmod.PmodError, match="became a parameter after the last call of the module") as raised:
+        ((x * weight).sum() if how == "parameter" else new(x).sum()).backward()
+    assert re.search(r": 1\.\S+ became", str(raised.value))
+    net.zero_grad()
+    (net(x).sum() * weight.sum()).backward()
+    same(pmod.pick(weight.grad, "x"), weight.grad, "the next call has found it")
+    # another module's parts are its own, and so are those of one that is let go
+    nn.Sequential(nn.Linear(3, 1, dtype=DOUBLE))(x).sum().backward()
+    pmod.remove_data_parallel(net).append(new := nn.Linear(3, 1, dtype=DOUBLE))
+    new(x).sum().backward()
+
+
+@pytest.mark.parametrize("how", ["module", "parameter", "frozen", "inside", "later", "lazy"])
+def test_a_new_part_used_alone_raises(run: Any, how: str) -> None:
+    run(used_alone_on_rank, how, x=2)
+
+
+def test_registrations_are_seen_by_what_lives() -> None:
+    """A copy sees its own, and nothing is left of what nobody refers to."""
+    hooks = torch.nn.modules.module._global_parameter_registration_hooks
+    before = len(hooks)
+
+    def rank() -> None:
+        net = pmod.data_parallel(nn.Linear(1, 1), "x")
+        copied = copy.deepcopy(net)
+        copied.scale = nn.Parameter(torch.ones(1))
+        with pytest.raises(pmod.PmodError, match="scale became a parameter"):
+            copied.scale.sum().backward()
+        for module in (net, copied):
+            pmod.remove_data_parallel(module)
+
+    pmod.simulate(rank, x=2)
+    assert len(hooks) == before
 
 
 @pytest.mark.parametrize("whole", [True, False])
