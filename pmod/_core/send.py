@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,13 +113,18 @@ def wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
     return wire_of(axis, row.name, _said(row, params, xs))
 
 
+_running_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+
 def _said(row: Row, params: Params, xs: Sequence[Tensor]) -> Said:
     """What must be the same on all ranks, and what an error shows."""
     shapes, dtype = [x.shape for x in xs], xs[0].dtype
+    # a sum of gradients and one of values may look alike, and must not meet
+    in_backward = _running_backward() != -1
     if row.agreed is None:
-        return Said(row.name, code_of((row.name, params, dtype, *shapes)), shapes, dtype, params)
+        return Said(row.name, code_of((row.name, params, dtype, in_backward, *shapes)), shapes, dtype, params)
     alike = tuple([row.agreed(params, shape) for shape in shapes])
-    return Said(row.name, code_of((row.name, alike, dtype)), shapes, dtype, params)
+    return Said(row.name, code_of((row.name, alike, dtype, in_backward)), shapes, dtype, params)
 
 
 def profiled_as(call: Call) -> str:

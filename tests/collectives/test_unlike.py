@@ -85,6 +85,11 @@ CASES: dict[str, tuple[Callable[[], Any], str, str]] = {
         "(3,) float32 in psum in backward",
         "(4,) float32 in psum in backward",
     ),
+    "one in backward, the others in forward": (
+        lambda: odd(lambda: pmod.pvary(ones(4).requires_grad_(), "x").sum().backward(), lambda: pmod.psum(ones(4), "x"))(),
+        "(4,) float32 in psum in backward",
+        "(4,) float32 in psum at",
+    ),
     "start": (lambda: pmod.start(pmod.psum, ones(odd(3, 4)), "x").wait(), "(3,) float32", "(4,) float32"),
 }
 
