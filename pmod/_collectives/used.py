@@ -9,64 +9,113 @@ import torch
 from torch import Tensor
 
 from pmod._collectives.values import PVARY
+from pmod._core.bind import transposed
+from pmod._core.row import Call
 from pmod._core.tree import alike, together
 from pmod._core.watch import called_as
 from pmod._mesh.axis import Axis
+from pmod._site import Origin
 
 functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 
-def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[Tensor], list[Tensor]]:
+class Idle:
+    """What no rank used in the last backward pass: the next one sends nothing of it, unless a rank uses it again.
+
+    The ranks agree on it: each learns it from a sum over all of them.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Any, frozenset[int]] = {}  # by what is sent together
+
+    def among(self, key: Any) -> frozenset[int]:
+        """The places of what nobody used."""
+        return self._places.get(key, frozenset())
+
+    def note(self, key: Any, places: frozenset[int]) -> None:
+        """Keep them for the next pass."""
+        self._places[key] = places
+
+
+def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle) -> tuple[list[Tensor], list[Tensor]]:
     """Copies, and empty tensors from which backward comes to the nodes of the copies: one for each dtype and device.
 
-    A vector travels along, which says in backward which copies a rank used. What no rank used gets no gradient.
+    A vector travels along, which says in backward which copies a rank used. What no rank used gets no gradient, and
+    from the next pass on is not sent.
     """
     copies, links = list(xs), list[Tensor]()
     for places in alike(xs):
-        made, link = _of_one_kind([xs[i] for i in places], axis, function)
+        made, link = _of_one_kind([xs[i] for i in places], axis, function, idle)
         links.append(link)
         for i, y in zip(places, made, strict=True):
             copies[i] = y
     return copies, links
 
 
-def _of_one_kind(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[Tensor], Tensor]:
+def _of_one_kind(xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle) -> tuple[list[Tensor], Tensor]:
     flags = torch.zeros(len(xs), dtype=xs[0].dtype, device=xs[0].device, requires_grad=True)
-    *copies, counts = called_as(function, together, PVARY, [*xs, flags], axis, (1, None))
+    call = Call(PVARY, axis, (1, None))
+    *copies, counts = called_as(function, together, call.row, [*xs, flags], axis, call.params)
     node: Any = counts.grad_fn
     if node is not None and not torch._C._are_functorch_transforms_active():
-        used = _Used(len(xs))
-        node.register_prehook(used.before)
-        node.register_hook(used.after)
+        node.set_materialize_grads(False)  # None stands for what is unused here
+        node.instead = _Sums(xs, call, function, idle)
     return list(copies), counts[:0]
 
 
-class _Used:
-    """The hooks of one node."""
+class _Sums:
+    """What backward of one node does: the sums over the ranks, but for what no rank used."""
 
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._unused: list[int] = []  # here, in the backward that runs
+    def __init__(self, xs: Sequence[Tensor], call: Call, function: str, idle: Idle) -> None:
+        self._shapes = [*[x.shape for x in xs], torch.Size([len(xs)])]  # and of the flags
+        self._dtype, self._device = xs[0].dtype, xs[0].device
+        self._call, self._function = call, function
+        self._idle, self._key = idle, (call.axis.key, self._dtype, self._device, *self._shapes)
 
-    def before(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        *of_copies, of_flags = gradients
-        self._unused = []
-        if of_flags is None or _is_batched(gradients):
-            return None
-        self._unused = [i for i, gradient in enumerate(of_copies) if gradient is None]
-        flags = [float(gradient is not None) for gradient in of_copies]
-        return (*of_copies, torch.tensor(flags, dtype=of_flags.dtype, device=of_flags.device))
+    def __call__(
+        self, gradients: Sequence[Tensor | None], needed: Sequence[bool], forward: Origin
+    ) -> list[Tensor | None]:
+        flags = len(self._shapes) - 1
+        asked = gradients[flags] is not None and not _is_batched(gradients)
+        if not asked:
+            return self._summed(dict(enumerate(gradients)), needed, forward)
+        sent = dict(enumerate(gradients))
+        sent[flags] = self._new([float(gradient is not None) for gradient in gradients[:flags]])
+        idle = self._idle.among(self._key)
+        kept_back = {i: sent.pop(i) for i in sorted(idle)}
+        sums = self._summed(sent, needed, forward)
+        counts = sums[flags]
+        if counts is None:  # nobody asked for the flags: of what was kept back, all is used
+            idle = frozenset[int]()
+        elif kept_back or any(gradient is None for gradient in gradients):
+            users: list[float] = counts.detach().real.tolist()  # waits for the device, only where it must
+            idle = frozenset([i for i in range(flags) if users[i] == 0])
+            self._idle.note(self._key, idle)
+        else:  # what is used here is idle nowhere, as the other ranks hear
+            self._idle.note(self._key, frozenset())
+        late = {i: gradient for i, gradient in kept_back.items() if i not in idle}
+        if late:
+            after_all = self._summed(late, needed, forward)
+            sums = [after_all[i] if i in late else y for i, y in enumerate(sums)]
+        return [None if i in idle else y for i, y in enumerate(sums)]
 
-    def after(self, gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
-        counts = gradients[-1]
-        if not self._unused or counts is None:
-            return None
-        out, first = list(gradients), len(gradients) - 1 - self._n
-        users: list[Any] = counts.detach().real.tolist()  # waits for the device, only where something was unused here
-        for i in self._unused:
-            if users[i] == 0:
-                out[first + i] = None
-        return tuple(out)
+    def _summed(
+        self, gradients: dict[int, Tensor | None], needed: Sequence[bool], forward: Origin
+    ) -> list[Tensor | None]:
+        """The sums of these gradients, by their places."""
+        places = [i for i in gradients if needed[i]]
+        own = transposed(self._call, [self._zeros_for(i, gradients[i]) for i in places], forward) if places else []
+        sums = dict(zip(places, own, strict=True))
+        return [sums.get(i) for i in range(len(self._shapes))]
+
+    def _new(self, numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=self._dtype, device=self._device)
+
+    def _zeros_for(self, i: int, gradient: Tensor | None) -> Tensor:
+        """The gradient, or the zeros that None stands for."""
+        if gradient is not None:
+            return gradient
+        return torch.zeros(self._shapes[i], dtype=self._dtype, device=self._device)
 
 
 def _is_batched(xs: Sequence[Tensor | None]) -> bool:

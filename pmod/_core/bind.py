@@ -62,10 +62,10 @@ class _Linear(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> Any:
         needed = ctx.needs_input_grad[2:]
-        wanted = bind(ctx.call.T, [_dense(g) for g, need in zip(gs, needed, strict=True) if need], ctx.origin)
-        # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
-        # backward was called with
-        own = iter([y.clone() if y._is_view() else y for y in wanted])
+        instead = getattr(ctx, "instead", None)
+        if instead is not None:
+            return (None, None, *instead(gs, needed, ctx.origin))
+        own = iter(transposed(ctx.call, [g for g, need in zip(gs, needed, strict=True) if need], ctx.origin))
         return (None, None, *(next(own) if need else None for need in needed))
 
     @staticmethod
@@ -75,6 +75,13 @@ class _Linear(torch.autograd.function._SingleLevelFunction):
 
     # asked for by compiled autograd
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def transposed(call: Call, gs: Sequence[Tensor], forward: Origin) -> list[Tensor]:
+    """The derivative of a call: its transpose on gradients. What comes back is autograd's own, to add to."""
+    # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
+    # backward was called with
+    return [y.clone() if y._is_view() else y for y in bind(call.T, [_dense(g) for g in gs], forward)]
 
 
 def _dense(gradient: Tensor) -> Tensor:

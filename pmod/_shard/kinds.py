@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pmod._collectives.places import axis_index
-from pmod._collectives.used import linked, pvary_used
+from pmod._collectives.used import Idle, linked, pvary_used
 from pmod._collectives.values import differentiated, pvary
 from pmod._core.arguments import wrong
 from pmod._core.bind import bind
@@ -70,9 +70,10 @@ NUMBERS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "_
 class Kinds(TorchFunctionMode):
     """Follows the kinds of tensors while the body of a `shard_map` runs."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, idle: Idle) -> None:
         super().__init__()
         self.mesh = mesh
+        self._idle = idle
         self.everywhere: Axes = frozenset([name for name, size in mesh.shape.items() if size > 1])
         # of a tensor its axes, those of them that are assumed to be on the safe side, whether it had a derivative, and
         # how often it was changed in place. A graph cannot hold weak references, and need not
@@ -432,7 +433,7 @@ class Kinds(TorchFunctionMode):
         for step, found in together.items():
             names = tuple([name for name in self.mesh.axis_names if name in step])
             with torch._C.DisableTorchFunction():
-                copies, links = pvary_used([y for *_, y in found], self._axis(names), "pvary")
+                copies, links = pvary_used([y for *_, y in found], self._axis(names), "pvary", self._idle)
             for link in links:
                 self._link(link)
             for (x, along, y), copy in zip(found, copies, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pmod._collectives.slices import all_gather, shard, unshard
+from pmod._collectives.used import Idle
 from pmod._core.arguments import check_tensor, wrong
 from pmod._core.tree import unflatten
 from pmod._errors import ArgumentError, AxisError, phrase
@@ -59,6 +60,7 @@ def shard_map(
     if not callable(f):
         raise ArgumentError(phrase("shard_map", f"f is a {type(f).__name__}", "Pass a function of the shards."))
     module = _module(f)
+    idle = Idle()
 
     @wraps(f, updated=())
     def mapped(*args: Any, **by_name: Any) -> Any:
@@ -67,7 +69,7 @@ def shard_map(
             right = "Pass arguments by position, which is what in_specs goes by; functools.partial binds the others."
             raise ArgumentError(phrase("shard_map", given, right))
         over = given_mesh(mesh, "shard_map")
-        call = _Mapped(over, kinds_here())
+        call = _Mapped(over, kinds_here(), idle)
         follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
         with under(over) if mesh is not None else nullcontext(), follow:
             if module is not None:
@@ -104,12 +106,12 @@ def _summary(y: Tensor, is_whole: bool) -> Tensor:
 class _Mapped:
     """One call."""
 
-    def __init__(self, mesh: Mesh, around: Kinds | None) -> None:
+    def __init__(self, mesh: Mesh, around: Kinds | None, idle: Idle) -> None:
         self.mesh = mesh
         self.axis = resolve(mesh, "shard_map")
         self.around = around
         self.nested = around is not None and set(mesh.axis_names) <= set(around.mesh.axis_names)
-        self.kinds = around if around is not None and self.nested else Kinds(mesh)
+        self.kinds = around if around is not None and self.nested else Kinds(mesh, idle)
         self.outer: Axes = NONE  # along which the arguments vary already
         self.device_mesh: Any = None  # of the DTensors that went in
         self.cut: list[tuple[Entry, tuple[int, ...], int]] = []  # of the arguments: entry, sizes, and this rank's

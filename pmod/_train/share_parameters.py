@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from pmod._collectives.used import pvary_used
+from pmod._collectives.used import Idle, pvary_used
 from pmod._collectives.values import PVARY, differentiated, pick
 from pmod._core.arguments import check_root, check_tensor, wrong
 from pmod._core.leaves import map_tensors
@@ -116,6 +116,7 @@ class SharedParameters(Reduces):
         self._number = next(_numbers)
         _run_last([], 1 + WIDTH * self._number)  # what is made from now on has higher numbers
         self._kept: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []  # a parameter, its state and its pvary copy
+        self._idle = Idle()
         self._links: list[Tensor] = []  # from which backward comes to the nodes of those copies
         # what shares some of these parameters over another axis, and enters first: its copies are then copied here
         self._newer: list[SharedParameters] = []
@@ -211,7 +212,7 @@ class SharedParameters(Reduces):
         """Copies that know what no rank used, and a link to each of their nodes."""
         if self._axis.size == 1:
             return self._pvary(parameters, scale=False), []
-        return pvary_used(parameters, self._axis, "share_parameters")
+        return pvary_used(parameters, self._axis, "share_parameters", self._idle)
 
     def _divided(self, gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else gradient / self._axis.size  # None: unused on this rank
@@ -299,7 +300,8 @@ def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum
     unlike often, and use other parameters, so long as what a call returns is used. What no rank used gets no gradient.
     reduce="mean" divides the sum of the gradients by n: for losses that are averaged over the ranks.
     Cost: in each backward pass one message per dtype and device, of all parameters that require a gradient and an
-    element for each, which says whether this rank used it.
+    element for each, which says whether this rank used it. What no rank used in a pass is left out of the next; where
+    a rank then uses it, it follows in a message of its own.
     Returns a handle with `remove()`. Raises: PmodError where parameters are shared over this axis already;
     ArgumentError for what is no module; in backward CollectiveTimeout (MismatchError in `simulate`), where a rank calls
     no module of these between two changes of the parameters and another rank does.

@@ -13,6 +13,7 @@ import pickle
 import re
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -491,6 +492,55 @@ def used_by_some_on_rank() -> None:
 
 def test_what_no_rank_used_has_no_gradient(run: Any) -> None:
     run(used_by_some_on_rank, x=2)
+
+
+def idle_on_rank(how: str) -> None:
+    """What no rank used is left out of the next message, and comes after it where one rank uses it again."""
+    rank = pmod.axis_index("x")
+    layers = nn.ModuleDict({name: nn.Linear(10, 1, bias=False, dtype=DOUBLE) for name in "abc"})
+    serial = copy.deepcopy(pmod.replicate(layers, "x"))
+    x = torch.linspace(0, 1, 40, dtype=DOUBLE).reshape(4, 10)
+
+    def loss(layers: Any, x: Tensor, used: str) -> Tensor:
+        return sum((layers[name](x).square().sum() for name in used), x.sum() * 0)
+
+    if how == "share_parameters":
+        pmod.share_parameters(layers, "x")
+        shared = partial(loss, layers)
+    else:
+        by_rank = pmod.shard_map(lambda x, used: pmod.psum(loss(layers, x, used[pmod.axis_index("x")]), "x"),
+                                 in_specs=(pmod.P("x"), None), out_specs=pmod.P())  # fmt: skip
+    sent: list[list[int]] = []
+    passes = [("ab", "a"), ("ab", "a"), ("a", "c"), ("a", "a"), ("b", "bc"), ("abc", "abc"), ("", ""), ("", "a")]
+    if how == "share_parameters":
+        passes = passes[:-2]  # there each rank calls a module
+    for of_ranks in passes:
+        for module in (layers, serial):
+            module.zero_grad()
+        parts = x.clone().requires_grad_().split(2)
+        sum(loss(serial, part, used) for part, used in zip(parts, of_ranks, strict=True)).backward()
+
+        def backward(of_ranks: Any = of_ranks) -> None:
+            if how == "share_parameters":
+                shared(x[2 * rank : 2 * rank + 2].clone().requires_grad_(), of_ranks[rank]).backward()
+            else:
+                by_rank(x.clone().requires_grad_(), of_ranks).backward()
+
+        _, messages = counted(backward)
+        counts = [count for _, _, count in messages if count > 1]
+        sent.append(counts if how == "share_parameters" else counts[:-1])  # the last is the gradient of x
+        for p, q in zip(layers.parameters(), serial.parameters(), strict=True):
+            used = q.grad is not None
+            assert (p.grad is not None) == used, of_ranks
+            if used:
+                same(p.grad, q.grad, f"{of_ranks}")
+    # three flags and the layers of 10 elements; then those that are used after all
+    assert sent == [[33], [23], [23, 10], [23], [13, 20], [23, 10], [33], [3, 10]][: len(passes)], sent
+
+
+@pytest.mark.parametrize("how", ["share_parameters", "shard_map"])
+def test_what_no_rank_used_is_not_sent_again(run: Any, how: str) -> None:
+    run(idle_on_rank, how, x=2)
 
 
 def test_frozen_later(run: Any) -> None:
