@@ -43,6 +43,7 @@ class _State:
         self.histories: dict[str, deque[tuple[int, Any]]] = {}  # the last calls along each rank set
         self.witness: Any = None  # compares the calls whose messages have no tags
         self.places: dict[int, tuple[str, int]] = {}  # the host and the process of those that this one has met
+        self.runs = 0  # how many functions `launch` has run here
         self.farewells: list[Callable[[], None]] = []  # what the waits that failed say to the others at the end
 
 

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from attrs import evolve
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (public, by torch's own page)
 
@@ -34,9 +35,10 @@ from pmod._core.arguments import check_function
 from pmod._errors import AxisError, CollectiveTimeout, PmodError, coordinates, phrase, quoted
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.mesh import make_mesh
-from pmod._ranks import world
+from pmod._ranks import connect, world
 from pmod._ranks.topology import Topology
 from pmod._run.task import Died, Outcome, Raised, Returned, Task, main_is_imported, pack_result, unpack
+from pmod._wire.waiting import tell_return
 
 T = TypeVar("T")
 
@@ -71,7 +73,7 @@ def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]
     _check_place()
     sizes = _checked_sizes(axis_sizes)
     check_function(fn, "launch")
-    task = Task.of(fn, args, sizes)  # before anything starts: what cannot be sent fails at once
+    task = Task.of(fn, args, sizes, last=True)  # before anything starts: what cannot be sent fails at once
     with Ranks(math.prod(sizes.values())) as ranks:
         return ranks.run(task)
 
@@ -180,7 +182,12 @@ def _perform(task: Task, topology: Topology) -> Outcome:
         world.launch_as(topology)
         with set_mesh(make_mesh(task.axis_sizes, topology=topology)):
             fn, args = unpack(task.packed)
+            world.state.runs += 1
             result = fn(*args)
+            # others may wait for a rank that has returned without any call: for them it comes to the world after all
+            if task.last and not dist.is_initialized():
+                connect.connect(topology, world.deadline(None))
+            tell_return()
             return Returned(pack_result(result))
     except BaseException as error:
         return Raised.of(error)

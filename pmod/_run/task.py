@@ -25,11 +25,14 @@ class Task:
 
     axis_sizes: dict[str, int]
     packed: bytes = field(repr=False)
+    last: bool = False  # whether the ranks end after it
 
     @staticmethod
-    def of(fn: Callable[..., object], args: Sequence[object], axis_sizes: Mapping[str, int]) -> Task:
+    def of(
+        fn: Callable[..., object], args: Sequence[object], axis_sizes: Mapping[str, int], *, last: bool = False
+    ) -> Task:
         try:
-            return Task(dict(axis_sizes), _pack((fn, tuple(args))))
+            return Task(dict(axis_sizes), _pack((fn, tuple(args))), last)
         except pickle.PicklingError as error:
             raise ArgumentError(phrase("launch", f"fn or args cannot be sent to the ranks: {error}")) from None
 

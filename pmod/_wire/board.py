@@ -21,7 +21,7 @@ from pmod._ranks.topology import ranks_of_node
 
 MANY = 256  # of so many other ranks an error names those that are absent
 
-WAITS, LEFT, ENDED = "waits", "left", "ended"
+WAITS, LEFT, ENDED, RETURNED = "waits", "left", "ended", "returned"
 ALIKE = "All ranks of an axis must make the same calls in the same order, with shapes that fit."
 _SOMEBODY_LEFT = "pmod/left"
 _FOUND = "pmod/unlike/{}"  # the ranks of an axis -> how their calls differ
@@ -58,15 +58,17 @@ class Said(NamedTuple):
 class Post(NamedTuple):
     """What a rank that waits says."""
 
-    state: str  # WAITS, or LEFT: it raised, and comes no more; or ENDED: its world is over, as far as it is concerned
-    meeting: str  # the axis and the number of the call
+    # WAITS; or LEFT: it raised, and comes no more; or ENDED: its world is over, as far as it is concerned; or RETURNED:
+    # what `launch` ran is over here
+    state: str
+    meeting: str  # the axis and the number of the call; of one that has returned, the number of what `launch` ran
     ranks: tuple[int, ...]  # for which it waits
     where: str
     code: str = ""  # what must be the same on all ranks, as a number,
     what: str = ""  # and in words: the shapes and the dtype,
     params: str = ""  # and the parameters
     parts: str = ""  # of an exchange of parts: its number, and for ranks nearby what is sent and expected, in bytes
-    met: str = ""  # of one that has ended: how often it has sent along which ranks
+    met: str = ""  # of one that has ended or returned: how often it has sent along which ranks
     before: str = ""  # its last calls along these ranks: an empty one is over at once, whatever the others do
 
     def text(self) -> str:
@@ -281,7 +283,12 @@ def _awaited(rank: int, posts: dict[int, Post]) -> list[int]:
     return [other for other in others if other not in posts or posts[other].meeting != post.meeting]
 
 
-_DOES = {WAITS: "waits in ", LEFT: "raised in ", ENDED: "has ended its mesh"}
+_DOES = {
+    WAITS: "waits in ",
+    LEFT: "raised in ",
+    ENDED: "has ended its mesh",
+    RETURNED: "has returned from the function that launch runs",
+}
 
 
 def not_here(

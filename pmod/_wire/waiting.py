@@ -30,6 +30,7 @@ from pmod._wire.board import (
     ENDED,
     LEFT,
     MANY,
+    RETURNED,
     WAITS,
     Board,
     Post,
@@ -249,7 +250,11 @@ class Wait:
 
     def _ended_before(self, post: Post) -> bool:
         """Whether its rank has ended without this call."""
-        return post.state == ENDED and json.loads(post.met).get(self._axis.group_key, 0) < self.number
+        return self._is_over(post) and json.loads(post.met).get(self._axis.group_key, 0) < self.number
+
+    def _is_over(self, post: Post) -> bool:
+        """Whether its rank makes no more calls, as far as it has said."""
+        return post.state == ENDED or (post.state == RETURNED and post.meeting == str(world.state.runs))
 
     def _hear(self, work: Work) -> None:
         """Raise where another rank has found unlike calls."""
@@ -320,7 +325,7 @@ class Wait:
     def _is_here(self, post: Post | None, cause: RuntimeError | None) -> bool:
         if post is None:
             return False
-        if post.state == ENDED:  # where a connection is broken, it has not sent all that it began to send
+        if self._is_over(post):  # where a connection is broken, it has not sent all that it began to send
             return cause is None and not self._ended_before(post)
         return post.meeting == self._meeting
 
@@ -343,11 +348,20 @@ def _done_soon(work: Work) -> bool:
 
 def _tell_the_end() -> None:
     """Say of this rank that its world is over, for those that wait for a connection to it, or for a message."""
+    _tell_last(ENDED)
+
+
+def tell_return() -> None:
+    """Say of this rank that the function that `launch` ran here has returned: it makes no more calls of this run."""
+    _tell_last(RETURNED, str(world.state.runs))
+
+
+def _tell_last(state: str, meeting: str = "") -> None:
     told = board()
     if told is None or not told.reachable:
         return
     rank, met = world.here().rank, json.dumps(world.meetings())
-    post = Post(ENDED, "", (rank,), "", met=met)
+    post = Post(state, meeting, (rank,), "", met=met)
     InThread(lambda: told.write(rank, post)).wait(_ANSWER)
 
 

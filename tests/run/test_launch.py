@@ -22,6 +22,7 @@ import torch
 import pmod
 from pmod._ranks import place as _place
 from pmod._run import launch, task
+from pmod._wire import waiting
 from tests.lib import spmd
 
 ROOT = Path(pmod.__file__).parents[1]
@@ -284,6 +285,40 @@ def test_what_cannot_be_brought_back_as_it_is_comes_as_text(monkeypatch):
     assert "fn returned a generator, which cannot be sent back: cannot pickle 'generator' object" in text
     assert sum(note.startswith("also rank") for note in caught.value.__notes__) == 3  # whichever was the first
     assert sorted(re.findall(r"model=(\d)", text)) == ["0", "1", "2", "3"]
+
+
+def returns_early(calls: int) -> str:
+    """The last rank makes so many calls, the others one more."""
+    pmod.set_mesh(pmod.make_mesh(model=-1, timeout=spmd.LONG))
+    for _ in range(calls):
+        pmod.psum(1, "model")
+    if pmod.axis_index("model") == pmod.axis_size("model") - 1:
+        return "returned"
+    with pytest.raises(pmod.CollectiveTimeout) as caught:
+        pmod.psum(1, "model")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("calls", "ranks"), [(0, 2), (2, 3)])
+def test_a_rank_that_has_returned_is_named_long_before_the_deadline(calls, ranks):
+    *waited, returned = pmod.launch(returns_early, calls, model=ranks)
+    last = rf"rank {ranks - 1} (model={ranks - 1}), which has returned from the function that launch runs"
+    assert returned == "returned" and len(waited) == ranks - 1
+    assert all(f"some ranks come no more; absent: {last}" in text for text in waited), waited
+
+
+def late_for_the_next() -> int:
+    """What a rank said of the end of the run before does not hold for this one."""
+    waiting.LOOK = 0.1  # of this process, which ends with the test
+    if pmod.axis_index("model") == 1:
+        time.sleep(10 * waiting.LOOK)
+    return pmod.psum(1, "model")
+
+
+def test_a_rank_that_is_late_for_the_next_run_is_waited_for():
+    with launch.Ranks(2) as ranks:
+        for _ in range(2):
+            assert ranks.run(task.Task.of(late_for_the_next, (), {"model": 2})) == [2, 2]
 
 
 def pid() -> int:
