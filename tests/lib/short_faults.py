@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import gc
 import json
 import math
@@ -160,6 +161,7 @@ class Forked:
             os.dup2(stderr.fileno(), 1)
             os.dup2(stderr.fileno(), 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.register(signal.SIGUSR1)
         status = 0
         try:
             be_rank(plan, rank, ports, self.files[rank])
@@ -226,7 +228,8 @@ def _judged(plan: Plan, job: Forked) -> tuple[str, str]:
     alive = list(range(plan.size)) if plan.action in ("delay", "interrupt") else plan.others
     late = job.until(alive, job.reap, PATIENCE)
     if late:
-        return "HANG", f"ranks {late} are still there:\n{_told(job, late)}\n{_stacks(job.pids[late[0]])}"
+        stacks = "\n".join([_stacks(job.pids[rank]) for rank in late])
+        return "HANG", f"ranks {late} are still there:\n{_told(job, late)}\n{stacks}"
     return _checked(plan, job, alive, time.monotonic() - hurt)
 
 
@@ -259,13 +262,14 @@ def _told(job: Forked, ranks: Sequence[int]) -> str:
 
 
 def _stacks(pid: int) -> str:
-    """Where the threads of a process that hangs stand, if gdb is there."""
+    """Where the threads of a process that hangs stand: Python's go to its stderr, all others are shown by gdb."""
+    os.kill(pid, signal.SIGUSR1)
     gdb = shutil.which("gdb")
     if gdb is None:
         return ""
     command = [gdb, "-p", str(pid), "-batch", "-ex", "thread apply all bt 12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False).stdout
     except subprocess.TimeoutExpired:
         return ""
 
