@@ -243,9 +243,9 @@ PUBLIC = """
     psum pmean pmax pmin pick place pvary all_gather psum_scatter shard unshard all_to_all ppermute pshuffle pshift
     broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
     halo_exchange halo_reduce exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
-    draw draw_collective debug checked mark_varying assert_invariant trace estimate explain start Pending launch simulate
-    replicate share_parameters SharedParameters data_parallel remove_data_parallel fold_in rng is_first
-    first_rank_first sampler P shard_map pvary_params global_norm to_dtensors from_dtensors local_slice
+    draw draw_collective debug checked mark_varying assert_invariant trace estimate explain start Pending
+    launch simulate replicate share_parameters SharedParameters data_parallel remove_data_parallel fold_in rng
+    is_first first_rank_first sampler P shard_map pvary_params global_norm to_dtensors from_dtensors local_slice
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """
 
