@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pmod._core.arguments import check_function
+from pmod._core.collective import COLLECTIVES
 from pmod._core.leaves import map_tensors, tensors_in
 from pmod._core.lineage import leaves_of
 from pmod._core.row import ROWS, Call
@@ -63,7 +64,7 @@ class Step:
             return
         self.forward.add(event.nbytes)
         if not self.kinds and event.row in ROWS:
-            self.kinds = f"{ROWS[event.row].takes} -> {ROWS[event.row].gives}. "
+            self.kinds = f"{ROWS[event.row].takes} -> {ROWS[event.row].gives}"
 
     def title(self) -> str:
         """`w: pvary(data) -> backward: psum, 12 MB`."""
@@ -76,9 +77,13 @@ class Step:
 
     def reasons(self) -> Iterator[str]:
         """What the call does, and why each message of its backward is there."""
-        doc: str | None = getattr(getattr(sys.modules["pmod"], self.place[0], None), "__doc__", None)
-        if doc:
-            yield f"{self.kinds}{doc.splitlines()[0]}"
+        known = COLLECTIVES.get(self.place[0])
+        if known is not None:
+            yield f"{known.kinds}: {known.value}."
+        else:  # a layer, or a module that reduces gradients
+            function = getattr(sys.modules["pmod"], self.place[0], None)
+            said = getattr(function, "__doc__", None) or ""
+            yield from [f"{self.kinds}{': ' if self.kinds else ''}{line}" for line in said.splitlines()[:1]]
         for row, messages in self.backward.items():
             if row in ROWS and ROWS[row].why:
                 yield f"backward: {ROWS[row].why}" + ("." if messages.nbytes else "; nothing is sent.")
@@ -207,12 +212,12 @@ def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | 
     <BLANKLINE>
     <doctest pmod._debug.explain.explain[0]>:2: w = pmod.pvary(w, "data")
       w: pvary(data) -> backward: psum, 36 B
-        I -> V. Use an invariant value in varying computation: x itself, whose gradient is summed over the axis.
+        I -> V: x itself, to be used in varying computation.
         backward: every rank used the one value in its own way: its gradient is the sum of theirs.
     <BLANKLINE>
     <doctest pmod._debug.explain.explain[0]>:3: return pmod.psum((w * x).sum(), "data")
       (w * x).sum(): psum(data), 12 B -> backward: pvary
-        V -> I. Sum over the axis: the same value on every rank.
+        V -> I: the sum over the axis.
         backward: the result is one value, whose gradient is on every rank already; nothing is sent.
     <BLANKLINE>
     In all this rank sends 12 B forward and 36 B backward.

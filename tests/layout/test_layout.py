@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import pmod
+from pmod._core.collective import COLLECTIVES
 from pmod._core.row import _TRANSPOSES, ROWS, Row
 from tests.lib.table import CASES, Here
 
@@ -34,7 +35,7 @@ FLOORS = """
     testing
     __init__
     notebook demo
-    bench doctor
+    bench doctor collectives
     __main__
 """
 LEVEL = {name: level for level, names in enumerate(FLOORS.strip().splitlines()) for name in names.split()}
@@ -164,6 +165,7 @@ OTHERS = {"axis_index", "axis_size", "barrier", "exchange_plan", "replicate", "s
 
 def test_every_collective_has_a_case() -> None:
     assert set(collectives()) - OTHERS == set(CASES)
+    assert set(COLLECTIVES) == set(CASES) | {"halo_exchange", "halo_reduce"}
 
 
 def calls_of(name: str) -> list[Any]:
@@ -211,29 +213,38 @@ def test_only_extrema_have_no_transpose() -> None:
     assert set(ROWS) - set(_TRANSPOSES) == {"extremum"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COLLECTIVES)
 def test_docstrings(name: str) -> None:
-    doc = inspect.getdoc(getattr(pmod, name)) or ""
-    case = CASES[name]
-    assert f"\n{case.takes} -> {case.gives}. " in doc, "the signature opens the second paragraph"
+    """What a docstring says for readers is what `@collective` says for programs."""
+    of, doc = COLLECTIVES[name], inspect.getdoc(getattr(pmod, name)) or ""
+    assert of.function is getattr(pmod, name)
+    assert f"\n{of.kinds}. " in doc, "the kinds open the second paragraph"
     if name == "pmin":
         assert "As `pmax` in all else" in doc
         return
     assert re.search(r"\bShapes\b", doc) and re.search(r"\bCost\b", doc) and "\n>>> " in doc
+    if not of.transpose:
+        assert "Derivative: " in doc and of.derivative
+        return
+    assert f"Transpose: {of.transpose}" in doc, "the transpose is named"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kinds(name: str) -> None:
+    """Those of the collective are those of its case, of its row, and of its transpose the other way round."""
+    case, of = CASES[name], COLLECTIVES[name]
+    assert (of.takes, of.gives) == (case.takes, case.gives)
+    assert bool(of.transpose) == case.linear
     if not case.linear:
-        assert "Derivative: " in doc
         return
     row = ROWS[case.rows[0]]
-    assert (row.takes, row.gives) == (case.takes, case.gives)
-    said = re.search(r"Transpose: ([^.;(]*)", doc)
-    assert said, "the transpose is named"
-    if name == "indexed_all_to_all_v":  # which takes rows first, as torch does
-        expected = "sends back and adds"
-        assert said[1].startswith(expected)
-        return
-    of_itself = {"all_to_all": "itself", "permute": "the inverse permutation"}
-    expected = {"pmean": "pvary / n", "pshift": "the shift back"}.get(name, of_itself.get(row.name, row.T.name))
-    assert said[1].strip().startswith(expected), said[0]
+    assert (row.takes, row.gives) == (of.takes, of.gives)
+    if of.transpose in COLLECTIVES:
+        back = COLLECTIVES[of.transpose]
+        assert (back.takes, back.gives, back.transpose) == (of.gives, of.takes, name)
+        assert back.name.removesuffix("_v") == row.T.name
+    else:  # it is told in words: the same row with other parameters, or a pvary that divides
+        assert row.T is row or name == "pmean"
 
 
 # --- what is public -----------------------------------------------------------------------------------------------
