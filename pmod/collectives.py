@@ -11,7 +11,7 @@ from pmod._core.collective import COLLECTIVES, Collective
 from pmod._errors import near_miss
 
 _TITLES = ("function", "signature", "value on each rank", "derivative")
-_FILES = ("values", "slices", "permutes", "ragged", "indexed", "halo")
+_FILES = ("values", "scans", "slices", "permutes", "ragged", "indexed", "halo")
 """Of `_collectives/`, in the order in which they are read; what another file declares comes last."""
 
 _EXAMPLES = """examples:

@@ -49,6 +49,12 @@ class Collective:
         return [*inspect.signature(self.function).parameters][2:]
 
     @property
+    def required(self) -> list[str]:
+        """Those of them that have no default."""
+        given = inspect.signature(self.function).parameters
+        return [name for name in self.arguments if given[name].default is inspect.Parameter.empty]
+
+    @property
     def signature(self) -> str:
         """As a user calls it, without types.
 

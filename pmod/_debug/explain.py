@@ -190,7 +190,9 @@ def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bo
 
 
 def _requiring_grad(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x
+    if x.layout is not torch.strided or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.detach().requires_grad_()
 
 
 def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None) -> Explanation:

@@ -175,8 +175,9 @@ def _block(row: Tensor, names: list[tuple[int | None, str]], word: str) -> _Bloc
         (source, text), _ = parts[0]
         return _Block(text, source, text)
     texts = [text for (_, text), _ in parts]
-    numbers = {text[1:] for text in texts}
-    short = f"{word or 'Σ'}{' ' if word else ''}{numbers.pop()}" if len(numbers) == 1 else "+".join(texts)
+    number = texts[0][1:]
+    of_all = texts == [text for _, text in names if text[1:] == number]  # the block of every rank
+    short = f"{word or 'Σ'}{' ' if word else ''}{number}" if of_all else "+".join(texts)
     return _Block(short, None, f"{word}({', '.join(texts)})" if word else " + ".join(texts))
 
 
