@@ -47,6 +47,7 @@ from pmod._core.arguments import split_sizes as split_sizes
 from pmod._core.marks import mark_varying as mark_varying
 from pmod._core.start import Pending as Pending
 from pmod._core.start import start as start
+from pmod._core.watch import Watcher as Watcher
 from pmod._debug.debug import checked as checked
 from pmod._debug.debug import debug as debug
 from pmod._debug.estimate import estimate as estimate

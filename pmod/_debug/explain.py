@@ -18,7 +18,7 @@ from pmod._core.collective import COLLECTIVES
 from pmod._core.leaves import map_tensors, tensors_in
 from pmod._core.lineage import leaves_of
 from pmod._core.row import ROWS, Call
-from pmod._core.watch import watchers
+from pmod._core.watch import Watcher
 from pmod._debug.events import Event, in_bytes
 from pmod._debug.trace import trace
 from pmod._errors import NoMeshError, coordinates, phrase
@@ -119,7 +119,7 @@ class Explanation:
         return f"<p>{html.escape(self.of)}</p><table>{rows}</table><p>{html.escape(self._total())}</p>"
 
 
-class _Reader:
+class _Reader(Watcher):
     """The watcher that reads in the user's source what each call was given."""
 
     def __init__(self) -> None:
@@ -129,15 +129,6 @@ class _Reader:
         if xs and not origin[0].startswith(BACKWARD):
             argument = _first_argument(origin[0], call_source())
             self.arguments.setdefault((origin[0], call.axis.label, origin[1]), argument)
-
-    def after(self, call: Call) -> None:
-        pass
-
-    def waited(self, call: Call, seconds: float) -> None:
-        pass
-
-    def compiled(self) -> None:
-        pass
 
 
 def _first_argument(function: str, source: str) -> str:
@@ -177,15 +168,10 @@ def _differentiate(result: Any) -> bool:
 
 def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bool]:
     """f and its backward, watched; whether there was one."""
-    reader = _Reader()
-    with trace() as found:
-        watchers().append(reader)
-        try:
-            result = f(*args)
-            inside = any(event.function.startswith(BACKWARD) for event in found.events)
-            differentiated = inside or _differentiate(result)
-        finally:
-            watchers().remove(reader)
+    with trace() as found, _Reader() as reader:
+        result = f(*args)
+        inside = any(event.function.startswith(BACKWARD) for event in found.events)
+        differentiated = inside or _differentiate(result)
     return found, reader, differentiated
 
 
