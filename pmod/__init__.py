@@ -26,6 +26,7 @@ from pmod._collectives.ragged import all_to_all_v as all_to_all_v
 from pmod._collectives.ragged import gather_v as gather_v
 from pmod._collectives.ragged import psum_scatter_v as psum_scatter_v
 from pmod._collectives.ragged import scatter_v as scatter_v
+from pmod._collectives.scans import pscan as pscan
 from pmod._collectives.slices import all_gather as all_gather
 from pmod._collectives.slices import all_to_all as all_to_all
 from pmod._collectives.slices import gather as gather
@@ -43,9 +44,10 @@ from pmod._collectives.values import psum as psum
 from pmod._collectives.values import pvary as pvary
 from pmod._collectives.values import reduce as reduce
 from pmod._core.arguments import split_sizes as split_sizes
-from pmod._core.marks import varying as varying
+from pmod._core.marks import mark_varying as mark_varying
 from pmod._core.start import Pending as Pending
 from pmod._core.start import start as start
+from pmod._core.watch import Watcher as Watcher
 from pmod._debug.debug import checked as checked
 from pmod._debug.debug import debug as debug
 from pmod._debug.estimate import estimate as estimate
@@ -75,12 +77,12 @@ from pmod._shard.dtensors import from_dtensors as from_dtensors
 from pmod._shard.dtensors import to_dtensors as to_dtensors
 from pmod._shard.shard_map import shard_map as shard_map
 from pmod._shard.spec import P as P
-from pmod._shard.specs import enter as enter
 from pmod._shard.specs import global_norm as global_norm
 from pmod._shard.specs import local_slice as local_slice
+from pmod._shard.specs import pvary_params as pvary_params
 from pmod._train.data_parallel import data_parallel as data_parallel
 from pmod._train.data_parallel import remove_data_parallel as remove_data_parallel
-from pmod._train.first import first as first
+from pmod._train.first import first_rank_first as first_rank_first
 from pmod._train.first import is_first as is_first
 from pmod._train.random import fold_in as fold_in
 from pmod._train.random import rng as rng

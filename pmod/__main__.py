@@ -12,9 +12,10 @@ from pmod._errors import near_miss
 COMMANDS = {
     "demo": "train a Fourier neural operator over a mesh; with the words graph, wind and pinn other jobs",
     "bench": "measure what pmod costs beside the raw calls of torch.distributed",
+    "collectives": "print the table of collectives: what each takes and gives, its value and its derivative",
     "doctor": "say what is detected here, and whether the ranks reach one another; for bug reports",
 }
-_LIST = "".join(f"python -m pmod.{name:<6} {what}\n" for name, what in COMMANDS.items())
+_LIST = "".join(f"python -m pmod.{name:<11} {what}\n" for name, what in COMMANDS.items())
 _EXAMPLES = """examples:
   python -m pmod.demo --mesh data=2,space=2
   python -m pmod.bench --only latency --ranks 4

@@ -29,6 +29,7 @@ from attrs import asdict, frozen
 from torch import Tensor
 
 import pmod
+from pmod._core.collective import COLLECTIVES
 
 AXIS = "ranks"
 FAKE_RANKS = 8
@@ -45,11 +46,12 @@ Function: TypeAlias = Callable[[Tensor], Any]
 class Case:
     """A collective beside the raw calls that give the same, out of place: forward, and for its derivative.
 
-    raw_back: the message of the transpose; None where the transpose needs none.
+    raw: None where torch.distributed has no such call. raw_back: the message of the transpose; None where the
+    transpose needs none.
     """
 
     ours: Function
-    raw: Function
+    raw: Function | None
     raw_back: Function | None = None
 
 
@@ -69,6 +71,10 @@ def _mean(x: Tensor) -> Tensor:
 
 def _maximum(x: Tensor) -> Tensor:
     return _copied(x, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
+
+
+def _minimum(x: Tensor) -> Tensor:
+    return _copied(x, partial(dist.all_reduce, op=dist.ReduceOp.MIN))
 
 
 def _broadcast(x: Tensor) -> Tensor:
@@ -155,6 +161,7 @@ CASES = {
     "psum": Case(lambda x: pmod.psum(x, AXIS), _all_reduce),
     "pmean": Case(lambda x: pmod.pmean(x, AXIS), _mean),
     "pmax": Case(lambda x: pmod.pmax(x, AXIS), _maximum, _all_reduce),
+    "pmin": Case(lambda x: pmod.pmin(x, AXIS), _minimum, _all_reduce),
     "pvary": Case(lambda x: pmod.pvary(x, AXIS), _view, _all_reduce),
     "pick": Case(lambda x: pmod.pick(x, AXIS), _broadcast),
     "place": Case(lambda x: pmod.place(x, AXIS), _on_first, _broadcast),
@@ -171,6 +178,12 @@ CASES = {
     "ppermute": Case(_ppermute, _shift, _shift),
     "pshuffle": Case(_pshuffle, _shift, _shift),
 }
+# The ragged forms bind the rows of the others, and have a section of their own.
+CASES.update({
+    name: Case(partial(of.function, axis=AXIS), None)
+    for name, of in COLLECTIVES.items()
+    if name not in CASES and not name.endswith("_v") and not of.required
+})
 
 # One of each kind of message: pmean, unshard, pick and the permutations send what these send.
 MESSAGES = ("psum", "pmax", "all_gather", "psum_scatter", "all_to_all", "pshift", "broadcast", "reduce", "gather", "scatter")  # fmt: skip # noqa: E501
@@ -306,10 +319,15 @@ def measure_host(rounds: int) -> list[Result]:
             y = case.ours(parameter)
             g = torch.ones_like(y)
             ours = partial(torch.autograd.grad, y, parameter, g, retain_graph=True)
-            runs[name, "forward"] = [partial(case.ours, x), partial(case.raw, x)]
-            runs[name, "forward with grad"] = [partial(case.ours, parameter), partial(case.raw, x)]
-            runs[name, "backward"] = [ours, partial(_raw_backward, parameter.view_as(parameter), parameter, x, g, case)]
+            raw_back = partial(_raw_backward, parameter.view_as(parameter), parameter, x, g, case)
+            runs[name, "forward"] = [partial(case.ours, x), *_raw(case, x)]
+            runs[name, "forward with grad"] = [partial(case.ours, parameter), *_raw(case, x)]
+            runs[name, "backward"] = [ours] if case.raw is None else [ours, raw_back]
         return _compare("host", runs, _HOST, rounds)
+
+
+def _raw(case: Case, x: Tensor) -> list[Callable[[], object]]:
+    return [] if case.raw is None else [partial(case.raw, x)]
 
 
 def _raw_backward(view: Tensor, parameter: Tensor, ones: Tensor, g: Tensor, case: Case) -> None:
@@ -345,7 +363,7 @@ def measure_latency(rounds: int, sizes: dict[str, int]) -> list[Result]:
     for name in MESSAGES:
         for size, nbytes in sizes.items():
             x = torch.ones(n * max(1, nbytes // 4 // n))  # an element per rank at least
-            runs[name, size] = [partial(CASES[name].ours, x), partial(CASES[name].raw, x)]
+            runs[name, size] = [partial(CASES[name].ours, x), *_raw(CASES[name], x)]
     return _compare("latency", runs, _ranks_clock(), rounds)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pmod._collectives.objects import gather_json
 from pmod._collectives.values import psum
 from pmod._core.arguments import check_function, check_tolerance
-from pmod._core.marks import varying
+from pmod._core.marks import mark_varying
 from pmod._core.tree import unflatten
 from pmod._errors import ArgumentError, coordinates, phrase, quoted
 from pmod._mesh.ambient import current_mesh, resolve
@@ -99,7 +99,7 @@ class _Check:
         shards = [_leaf(_shard(x, spec, mesh), i in chosen) for i, (x, spec, _) in enumerate(whole)]
         for x, (_, spec, _) in zip(shards, whole, strict=True):
             for name in spec.axes if isinstance(x, Tensor) else ():
-                varying(x, mesh[name])  # for `debug`
+                mark_varying(x, mesh[name])  # for `debug`
         result = self.f(*unflatten(self.args, _NAME, everywhere, list(shards)))
         serial = self.serial(*unflatten(self.args, _NAME, everywhere, list(wholes)))
         compared = _Compared(mesh, [(shards[i], wholes[i], *whole[i][1:]) for i in chosen], self.rtol)

@@ -24,7 +24,8 @@ from pmod._collectives.cuts import Width, cuts_of, places_of, settled
 from pmod._collectives.halo_plan import Copy, Plan, exchange_of, plan_back
 from pmod._collectives.permutes import PERMUTE
 from pmod._core.bind import bind_all, unmoved
-from pmod._core.row import Call
+from pmod._core.collective import collective
+from pmod._core.row import Call, V
 from pmod._core.send import memory_format
 from pmod._core.start import as_piece
 from pmod._core.tree import Tree, map_leaves
@@ -131,6 +132,7 @@ def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x:
     return map_leaves(as_piece(run, function), x, function, cuts[0].axis)
 
 
+@collective(V, V, transpose="halo_reduce", value="the shard with rows of its neighbours on both sides")
 def halo_exchange(
     x: Tree,
     axis: AxisLike | Mapping[int, AxisLike],
@@ -171,6 +173,7 @@ def halo_exchange(
     return _along(axis, dim, width, boundary, sizes, x, back=False)
 
 
+@collective(V, V, transpose="halo_exchange", value="the shard, with what was computed for it elsewhere added")
 def halo_reduce(
     x: Tree,
     axis: AxisLike | Mapping[int, AxisLike],

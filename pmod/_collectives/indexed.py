@@ -12,7 +12,8 @@ from pmod._collectives.exchange import Sizes, check_eager, leaves_of, swapped
 from pmod._collectives.ragged import rows_received
 from pmod._collectives.slices import ALL_TO_ALL
 from pmod._core.arguments import accumulate_in, dim_from_end, wrong
-from pmod._core.row import Params
+from pmod._core.collective import collective
+from pmod._core.row import Params, V
 from pmod._core.send import memory_format
 from pmod._core.tree import Tree, each
 from pmod._errors import ArgumentError, AxisError, ShapeError
@@ -71,6 +72,10 @@ def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
     return ExchangePlan(sent, received, rows.detach().clone(), bounds, _place(bound))
 
 
+@collective(
+    V, V, transpose="sends back and adds into the rows the indices name",
+    value="the rows that are named, on the rank that they are named for",
+)  # fmt: skip
 def indexed_all_to_all_v(
     x: Tree,
     axis: AxisLike,

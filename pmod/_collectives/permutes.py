@@ -20,6 +20,7 @@ from pmod._core.arguments import (
     wrong,
 )
 from pmod._core.bind import unmoved
+from pmod._core.collective import collective
 from pmod._core.row import Params, Row, V, pair
 from pmod._core.start import as_piece
 from pmod._core.tree import Tree, map_leaves, together
@@ -119,6 +120,7 @@ def _permuted_uneven(
     return map_leaves(as_piece(run, function), tree, function, axis)
 
 
+@collective(V, V, transpose="the inverse permutation", value="the value that was sent here, zeros where none was")
 def ppermute(
     x: Tree, axis: AxisLike, perm: Sequence[tuple[int, int]], *, sizes: Sequence[int] | None = None, dim: int = 0
 ) -> Tree:
@@ -145,6 +147,7 @@ def ppermute(
     return _permuted("ppermute", x, bound, targets_of(perm, "ppermute", bound), sizes, dim)
 
 
+@collective(V, V, transpose="the inverse permutation", value="the value of rank `perm[i]`")
 def pshuffle(
     x: Tree, axis: AxisLike, perm: Sequence[int], *, sizes: Sequence[int] | None = None, dim: int = 0
 ) -> Tree:
@@ -166,6 +169,7 @@ def pshuffle(
     return _permuted("pshuffle", x, bound, targets, sizes, dim)
 
 
+@collective(V, V, transpose="the shift back", value="the value of the rank `offset` before")
 def pshift(
     x: Tree,
     axis: AxisLike,

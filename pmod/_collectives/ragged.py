@@ -14,7 +14,8 @@ from torch import Tensor
 from pmod._collectives.exchange import Sizes, leaves_of, others, sizes_of_leaves, swapped_alike
 from pmod._collectives.slices import ALL_GATHER, ALL_TO_ALL, GATHER, PSUM_SCATTER, SCATTER
 from pmod._core.arguments import accumulate_in, check_adds_up, check_root, check_sizes, check_sum, dim_from_end, wrong
-from pmod._core.row import Params
+from pmod._core.collective import collective
+from pmod._core.row import Params, V
 from pmod._core.tree import Tree, each
 from pmod._errors import ShapeError
 from pmod._mesh.ambient import resolve
@@ -22,6 +23,7 @@ from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 
 
+@collective(V, V, transpose="psum_scatter_v", value="shards of any lengths joined along dim")
 def all_gather_v(
     x: Tree,
     axis: AxisLike,
@@ -51,6 +53,7 @@ def all_gather_v(
     return each(ALL_GATHER, x, bound, "all_gather_v", prepare)
 
 
+@collective(V, V, transpose="all_gather_v", value="this rank's slice of the sum, of its own length")
 def psum_scatter_v(
     x: Tree, axis: AxisLike, *, sizes: Sequence[int], dim: int = 0, reduce_dtype: torch.dtype | None = None
 ) -> Tree:
@@ -77,6 +80,7 @@ def psum_scatter_v(
     return each(PSUM_SCATTER, x, bound, "psum_scatter_v", prepare)
 
 
+@collective(V, V, transpose="scatter_v", value="shards of any lengths joined on dst, nothing elsewhere")
 def gather_v(
     x: Tree, axis: AxisLike, *, sizes: Sequence[int] | None = None, dim: int = 0, dst: int = 0
 ) -> Tree:
@@ -102,6 +106,7 @@ def gather_v(
     return each(GATHER, x, bound, "gather_v", prepare)
 
 
+@collective(V, V, transpose="gather_v", value="this rank's slice of src's tensor, of its own length")
 def scatter_v(x: Tree, axis: AxisLike, *, sizes: Sequence[int], dim: int = 0, src: int = 0) -> Tree:
     """This rank's slice of src's tensor, whose length is this rank's size.
 
@@ -128,6 +133,7 @@ def scatter_v(x: Tree, axis: AxisLike, *, sizes: Sequence[int], dim: int = 0, sr
     return each(SCATTER, x, bound, "scatter_v", prepare)
 
 
+@collective(V, V, transpose="itself, the sizes swapped", value="part j to rank j, of any length")
 def all_to_all_v(
     x: Tree, axis: AxisLike, *, send_sizes: Sequence[int], recv_sizes: Sequence[int] | None = None, dim: int = 0
 ) -> Tree:

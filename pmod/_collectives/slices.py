@@ -24,6 +24,7 @@ from pmod._core.arguments import (
     shares,
     wrong,
 )
+from pmod._core.collective import collective
 from pmod._core.row import I, Params, Row, V, pair
 from pmod._core.tree import Tree, each, map_leaves
 from pmod._errors import ShapeError, quoted
@@ -103,6 +104,7 @@ ALL_GATHER, PSUM_SCATTER = pair(
 )
 
 
+@collective(V, V, transpose="psum_scatter", value="the shards joined along dim; stacked with `tiled=False`")
 def all_gather(
     x: Tree, axis: AxisLike, *, dim: int = 0, tiled: bool = True, reduce_dtype: torch.dtype | None = None
 ) -> Tree:
@@ -128,6 +130,7 @@ def all_gather(
     return each(ALL_GATHER, x, bound, "all_gather", prepare)
 
 
+@collective(V, V, transpose="all_gather", value="this rank's slice of the sum")
 def psum_scatter(
     x: Tree, axis: AxisLike, *, dim: int = 0, tiled: bool = True, reduce_dtype: torch.dtype | None = None
 ) -> Tree:
@@ -189,6 +192,7 @@ SHARD, UNSHARD = pair(
 )
 
 
+@collective(I, V, transpose="unshard", value="this rank's slice")
 def shard(x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None = None) -> Tree:
     """This rank's slice of an invariant tensor.
 
@@ -218,6 +222,7 @@ def _uneven(length: int, axis: Axis) -> tuple[int, ...] | None:
     return None if axis.size == 1 or length % axis.size == 0 else shares(int(length), axis)
 
 
+@collective(V, I, transpose="shard", value="the slices joined, as one value")
 def unshard(
     x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None = None, length: int | None = None
 ) -> Tree:
@@ -283,6 +288,7 @@ GATHER, SCATTER = pair(
 )
 
 
+@collective(V, V, transpose="scatter", value="the shards joined on dst, nothing elsewhere")
 def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
     """The shards of all ranks joined along `dim` on dst; elsewhere a tensor of length 0 along `dim`.
 
@@ -302,6 +308,7 @@ def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
     return each(GATHER, x, bound, "gather", prepare)
 
 
+@collective(V, V, transpose="gather", value="this rank's slice of src's tensor")
 def scatter(x: Tree, axis: AxisLike, *, dim: int = 0, src: int = 0, sizes: Sequence[int] | None = None) -> Tree:
     """This rank's slice of src's tensor.
 
@@ -379,6 +386,7 @@ ALL_TO_ALL = Row(
 pair(ALL_TO_ALL, ALL_TO_ALL)
 
 
+@collective(V, V, transpose="itself, dims and sizes swapped", value="a transpose across ranks")
 def all_to_all(
     x: Tree,
     axis: AxisLike,

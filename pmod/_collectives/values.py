@@ -27,6 +27,7 @@ from pmod._core.arguments import (
     wrong,
 )
 from pmod._core.bind import bind, unmoved
+from pmod._core.collective import collective
 from pmod._core.row import Call, I, Params, Row, V, pair, without_derivative
 from pmod._core.start import as_piece
 from pmod._core.tree import Tree, map_leaves, together
@@ -92,6 +93,7 @@ def anything(x: Tensor, function: str, axis: Axis) -> None:
     """No dtype is refused."""
 
 
+@collective(V, I, transpose="pvary", value="the sum over the axis")
 def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -> Tree:
     """Sum over the axis: the same value on every rank.
 
@@ -114,6 +116,7 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     return fused("psum", PSUM, x, bound, params, check_sum, int)
 
 
+@collective(V, I, transpose="pvary / n", value="the mean over the axis; with a weight `psum(w x) / psum(w)`")
 def pmean(
     x: Tree, axis: AxisLike, *, weight: Tensor | float | None = None, reduce_dtype: torch.dtype | None = None
 ) -> Tree:
@@ -187,6 +190,7 @@ def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
         raise wrong(ShapeError, "pmean", axis, given, "Pass a number, or a weight that broadcasts to x.")
 
 
+@collective(I, V, transpose="psum", value="x itself, to be used in varying computation")
 def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -> Tree:
     """Use an invariant value in varying computation: x itself, whose gradient is summed over the axis.
 
@@ -223,6 +227,7 @@ def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
 EXTREMUM = without_derivative(Row("extremum", V, I, _send_extremum, fused=True))
 
 
+@collective(V, I, derivative="to the ranks that attain it, in equal parts", value="the elementwise maximum")
 def pmax(x: Tree, axis: AxisLike) -> Tree:
     """Elementwise maximum over the axis; a NaN on any rank comes through.
 
@@ -238,6 +243,7 @@ def pmax(x: Tree, axis: AxisLike) -> Tree:
     return _extremum("pmax", "max", x, axis)
 
 
+@collective(V, I, derivative="to the ranks that attain it, in equal parts", value="the elementwise minimum")
 def pmin(x: Tree, axis: AxisLike) -> Tree:
     """Elementwise minimum over the axis; a NaN on any rank comes through.
 
@@ -327,6 +333,7 @@ PICK, PLACE = pair(
 )
 
 
+@collective(V, I, transpose="place", value="src's value, as one value that all ranks hold")
 def pick(x: Tree, axis: AxisLike, *, src: int = 0) -> Tree:
     """src's value, as one value that all ranks hold and use alike.
 
@@ -341,6 +348,7 @@ def pick(x: Tree, axis: AxisLike, *, src: int = 0) -> Tree:
     return fused("pick", PICK, x, bound, (check_root(src, "pick", bound, name="src"),), anything)
 
 
+@collective(I, V, transpose="pick", value="x on dst, zeros elsewhere")
 def place(x: Tree, axis: AxisLike, *, dst: int = 0) -> Tree:
     """An invariant value put on one rank: x on dst, zeros elsewhere.
 
@@ -371,6 +379,7 @@ BROADCAST, REDUCE = pair(
 )
 
 
+@collective(V, V, transpose="reduce", value="src's value, which each rank uses in its own way")
 def broadcast(x: Tree, axis: AxisLike, *, src: int = 0, reduce_dtype: torch.dtype | None = None) -> Tree:
     """src's value on every rank, each of which goes on in its own way: the gradients add up on src.
 
@@ -386,6 +395,7 @@ def broadcast(x: Tree, axis: AxisLike, *, src: int = 0, reduce_dtype: torch.dtyp
     return fused("broadcast", BROADCAST, x, bound, params, anything)
 
 
+@collective(V, V, transpose="broadcast", value="the sum on dst, zeros elsewhere")
 def reduce(x: Tree, axis: AxisLike, *, dst: int = 0, reduce_dtype: torch.dtype | None = None) -> Tree:
     """The sum on dst, zeros elsewhere.
 

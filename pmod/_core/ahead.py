@@ -14,7 +14,7 @@ from torch.utils import _python_dispatch
 
 from pmod._core.bind import Starter, carry, send_ahead, started
 from pmod._core.row import Call
-from pmod._core.watch import told, watchers
+from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import ambient, under
 from pmod._site import Origin, on_behalf_of, origin
@@ -88,8 +88,8 @@ class SecondRun(Starter):
         began = perf_counter()
         with on_behalf_of(first.origin):
             ys = carry(call, xs, lambda _: first.sent.wait())
-        for watcher in watchers():
-            watcher.waited(call, perf_counter() - began)
+        seconds = perf_counter() - began
+        tell(lambda watcher: watcher.waited(call, seconds))
         return ys
 
     def check_all_found(self) -> None:

@@ -31,7 +31,7 @@ from torch.overrides import handle_torch_function
 from pmod._core.inductor import keep_order
 from pmod._core.row import Call, decode, encode
 from pmod._core.send import begin, profiled_as, run, wire_for
-from pmod._core.watch import told, watchers
+from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError, phrase
 from pmod._site import Origin, backward_of, on_behalf_of, origin, watched
 from pmod._wire.base import SMALL, ShapesOnly
@@ -113,8 +113,8 @@ def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
 
 def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
     keep_order(_operator)
-    for watcher in watchers():
-        watcher.compiled()
+    if watchers():
+        tell(lambda watcher: watcher.compiled())
     decoded = decode(call)
     return _fresh(begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs)
 

@@ -1,4 +1,4 @@
-"""`varying`: leaves that start equal and may differ."""
+"""`mark_varying`: leaves that start equal and may differ."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ T = TypeVar("T")
 marked: Any = WeakIdKeyDictionary()  # leaf -> the ranks along which it is marked as V
 
 
-def varying(leaf: T, axis: AxisLike) -> T:
+def mark_varying(leaf: T, axis: AxisLike) -> T:
     """Mark a leaf of autograd as varying along an axis: for `debug`, which else takes equal values for one value.
 
     Shards of a parameter that start equal on all ranks (zeros, or the same seed) are V and look like I. Returns the
     leaf. Raises: ArgumentError for what is no tensor.
 
-    >>> bias = pmod.varying(torch.nn.Parameter(torch.zeros(4)), mesh["model"])
+    >>> bias = pmod.mark_varying(torch.nn.Parameter(torch.zeros(4)), mesh["model"])
     """
-    bound = resolve(axis, "varying")
+    bound = resolve(axis, "mark_varying")
     if not isinstance(leaf, Tensor):
-        raise wrong(ArgumentError, "varying", bound, f"leaf is a {type(leaf).__name__}", "Pass a tensor.")
+        raise wrong(ArgumentError, "mark_varying", bound, f"leaf is a {type(leaf).__name__}", "Pass a tensor.")
     marked.setdefault(leaf, set()).add(bound.group_key)
     return leaf
 
 
 def is_marked_varying(leaf: Tensor, axis: Axis) -> bool:
-    """Whether `varying` marked it."""
+    """Whether `mark_varying` marked it."""
     return axis.group_key in marked.get(leaf, ())

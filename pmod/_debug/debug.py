@@ -51,7 +51,7 @@ def compare_claimed(leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: 
         raise differ(origin, axis, given, right)
 
 
-class _Checker:
+class _Checker(Watcher):
     """The watcher that `debug` sets."""
 
     def __init__(self, rtol: float) -> None:
@@ -63,12 +63,6 @@ class _Checker:
             self.warned = True
             text = phrase("debug", "compiled code is not checked", "Run the eager function under debug.")
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-    def after(self, call: Call) -> None:
-        pass
-
-    def waited(self, call: Call, seconds: float) -> None:
-        pass
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
         if call.axis.size == 1:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pmod._core.arguments import check_function
+from pmod._core.collective import COLLECTIVES
 from pmod._core.leaves import map_tensors, tensors_in
 from pmod._core.lineage import leaves_of
 from pmod._core.row import ROWS, Call
-from pmod._core.watch import watchers
+from pmod._core.watch import Watcher
 from pmod._debug.events import Event, in_bytes
 from pmod._debug.trace import trace
 from pmod._errors import NoMeshError, coordinates, phrase
@@ -63,7 +64,7 @@ class Step:
             return
         self.forward.add(event.nbytes)
         if not self.kinds and event.row in ROWS:
-            self.kinds = f"{ROWS[event.row].takes} -> {ROWS[event.row].gives}. "
+            self.kinds = f"{ROWS[event.row].takes} -> {ROWS[event.row].gives}"
 
     def title(self) -> str:
         """`w: pvary(data) -> backward: psum, 12 MB`."""
@@ -76,9 +77,13 @@ class Step:
 
     def reasons(self) -> Iterator[str]:
         """What the call does, and why each message of its backward is there."""
-        doc: str | None = getattr(getattr(sys.modules["pmod"], self.place[0], None), "__doc__", None)
-        if doc:
-            yield f"{self.kinds}{doc.splitlines()[0]}"
+        known = COLLECTIVES.get(self.place[0])
+        if known is not None:
+            yield f"{known.kinds}: {known.value}."
+        else:  # a layer, or a module that reduces gradients
+            function = getattr(sys.modules["pmod"], self.place[0], None)
+            said = getattr(function, "__doc__", None) or ""
+            yield from [f"{self.kinds}{': ' if self.kinds else ''}{line}" for line in said.splitlines()[:1]]
         for row, messages in self.backward.items():
             if row in ROWS and ROWS[row].why:
                 yield f"backward: {ROWS[row].why}" + ("." if messages.nbytes else "; nothing is sent.")
@@ -114,7 +119,7 @@ class Explanation:
         return f"<p>{html.escape(self.of)}</p><table>{rows}</table><p>{html.escape(self._total())}</p>"
 
 
-class _Reader:
+class _Reader(Watcher):
     """The watcher that reads in the user's source what each call was given."""
 
     def __init__(self) -> None:
@@ -124,15 +129,6 @@ class _Reader:
         if xs and not origin[0].startswith(BACKWARD):
             argument = _first_argument(origin[0], call_source())
             self.arguments.setdefault((origin[0], call.axis.label, origin[1]), argument)
-
-    def after(self, call: Call) -> None:
-        pass
-
-    def waited(self, call: Call, seconds: float) -> None:
-        pass
-
-    def compiled(self) -> None:
-        pass
 
 
 def _first_argument(function: str, source: str) -> str:
@@ -172,20 +168,17 @@ def _differentiate(result: Any) -> bool:
 
 def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bool]:
     """f and its backward, watched; whether there was one."""
-    reader = _Reader()
-    with trace() as found:
-        watchers().append(reader)
-        try:
-            result = f(*args)
-            inside = any(event.function.startswith(BACKWARD) for event in found.events)
-            differentiated = inside or _differentiate(result)
-        finally:
-            watchers().remove(reader)
+    with trace() as found, _Reader() as reader:
+        result = f(*args)
+        inside = any(event.function.startswith(BACKWARD) for event in found.events)
+        differentiated = inside or _differentiate(result)
     return found, reader, differentiated
 
 
 def _requiring_grad(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x
+    if x.layout is not torch.strided or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.detach().requires_grad_()
 
 
 def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None) -> Explanation:
@@ -207,12 +200,12 @@ def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | 
     <BLANKLINE>
     <doctest pmod._debug.explain.explain[0]>:2: w = pmod.pvary(w, "data")
       w: pvary(data) -> backward: psum, 36 B
-        I -> V. Use an invariant value in varying computation: x itself, whose gradient is summed over the axis.
+        I -> V: x itself, to be used in varying computation.
         backward: every rank used the one value in its own way: its gradient is the sum of theirs.
     <BLANKLINE>
     <doctest pmod._debug.explain.explain[0]>:3: return pmod.psum((w * x).sum(), "data")
       (w * x).sum(): psum(data), 12 B -> backward: pvary
-        V -> I. Sum over the axis: the same value on every rank.
+        V -> I: the sum over the axis.
         backward: the result is one value, whose gradient is on every rank already; nothing is sent.
     <BLANKLINE>
     In all this rank sends 12 B forward and 36 B backward.

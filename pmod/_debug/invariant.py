@@ -81,7 +81,7 @@ def check_lineage(found: list[Found], axis: Axis, origin: Origin) -> None:
     right = (
         f"{_used_in((certain or same)[0][1])}"
         f"If it is one value (I): use pmod.pvary(..., {axis.label!r}) of it there. "
-        f"If it only starts equal (V): pmod.varying(..., {axis.label!r}) says so."
+        f"If it only starts equal (V): pmod.mark_varying(..., {axis.label!r}) says so."
     )
     error = differ(origin, axis, given, right)
     if certain:

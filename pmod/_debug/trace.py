@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pmod._collectives.objects import gather_json
 from pmod._collectives.places import barrier
 from pmod._core.row import Call
-from pmod._core.watch import watchers
+from pmod._core.watch import Watcher
 from pmod._debug.events import TITLES, Event, Open, chrome_entry, in_bytes, write_events, write_png
 from pmod._errors import ArgumentError, phrase, quoted
 from pmod._mesh.ambient import ambient
@@ -53,7 +53,7 @@ class _Modules(threading.local):
         return self.names.get(id(self.calls[-1]), type(self.calls[-1]).__name__) if self.calls else ""
 
 
-class trace:  # lower case: it reads as the function it is called as
+class trace(Watcher):  # lower case: it reads as the function it is called as
     """Record every collective, forward and backward: function, axis, bytes sent by this rank, time, line, module, step.
 
     As a context manager, ``with pmod.trace() as t:``. `t.events` holds the records, `t.table()` sums them up by line,
@@ -84,6 +84,7 @@ class trace:  # lower case: it reads as the function it is called as
         self._estimated = False
 
     def __enter__(self) -> trace:
+        super().__enter__()
         self.began = perf_counter()
         self._thread = threading.get_ident()
         self._handles = [
@@ -92,13 +93,12 @@ class trace:  # lower case: it reads as the function it is called as
             register_optimizer_step_post_hook(self._count_step),
         ]
         meters().append(self._meter)
-        watchers().append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        watchers().remove(self)
+        super().__exit__(kind, error, trace)
         meters().remove(self._meter)
         for handle in self._handles:
             handle.remove()
@@ -143,9 +143,6 @@ class trace:  # lower case: it reads as the function it is called as
                 self._waited.add(i)
                 self.events[i] = attrs.evolve(event, seconds=event.seconds + seconds)
                 return
-
-    def compiled(self) -> None:
-        """Nothing: what is compiled is not seen."""
 
     def retime(self, seconds: Callable[[Event], float]) -> None:
         """Let each event take the seconds that an estimate gives it, one after the other."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -11,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from pmod._collectives import halo, permutes, ragged, slices, values
+from pmod._core.collective import COLLECTIVES
 from pmod._draw.svg import LINE, Picture, Svg, colour, letters, table
 from pmod._errors import ArgumentError, AxisError, coordinates, near_miss, phrase, quoted
 from pmod._mesh.ambient import given_mesh
@@ -28,10 +26,10 @@ _AXIS = "x"  # of the mesh that is simulated
 class _Example:
     """A collective on a small example: how many blocks a rank brings, given its index and how many ranks there are."""
 
-    function: Callable[..., Any]
     blocks: Callable[[int, int], int]
     arguments: Callable[[int, int], Mapping[str, Any]] = lambda index, size: {}
     word: str = ""  # of a result made from several blocks, where it is no sum
+    drawn_as: str = ""  # another collective, whose result is written the same
 
 
 def _one(index: int, size: int) -> int:
@@ -67,41 +65,35 @@ def _uneven(index: int, size: int) -> list[int]:
     return [2 if other in (index, (index + 1) % size) else 1 for other in range(size)]
 
 
+_TWO = _Example(_two)  # of a collective that is not named here: what keeps a tensor's shape, and needs no argument
 _EXAMPLES = {
-    "psum": _Example(values.psum, _two),
-    "pmean": _Example(values.pmean, _two, word="mean"),
-    "pmax": _Example(values.pmax, _two, word="max"),
-    "pmin": _Example(values.pmax, _two, word="min"),  # of the same blocks
-    "pick": _Example(values.pick, _two),
-    "place": _Example(values.place, _two),
-    "pvary": _Example(values.pvary, _two),
-    "broadcast": _Example(values.broadcast, _two),
-    "reduce": _Example(values.reduce, _two),
-    "ppermute": _Example(
-        permutes.ppermute, _two, lambda index, size: {"perm": [(r, r + 1) for r in range(size - 1)]}
-    ),
-    "pshuffle": _Example(permutes.pshuffle, _two, lambda index, size: {"perm": list(reversed(range(size)))}),
-    "pshift": _Example(permutes.pshift, _two),
-    "all_gather": _Example(slices.all_gather, _one),
-    "psum_scatter": _Example(slices.psum_scatter, _each),
-    "shard": _Example(slices.shard, _each),
-    "unshard": _Example(slices.unshard, _one),
-    "all_to_all": _Example(slices.all_to_all, _each, lambda index, size: {"split_dim": 0, "concat_dim": 0}),
-    "gather": _Example(slices.gather, _one),
-    "scatter": _Example(slices.scatter, _each),
-    "all_gather_v": _Example(ragged.all_gather_v, _own, _sizes),
-    "psum_scatter_v": _Example(ragged.psum_scatter_v, _all, _sizes),
-    "gather_v": _Example(ragged.gather_v, _own, _sizes),
-    "scatter_v": _Example(ragged.scatter_v, _all, _sizes),
+    "pmean": _Example(_two, word="mean"),
+    "pmax": _Example(_two, word="max"),
+    "pmin": _Example(_two, word="min", drawn_as="pmax"),  # of unit vectors the minimum says nothing
+    "ppermute": _Example(_two, lambda index, size: {"perm": [(r, r + 1) for r in range(size - 1)]}),
+    "pshuffle": _Example(_two, lambda index, size: {"perm": list(reversed(range(size)))}),
+    "all_gather": _Example(_one),
+    "psum_scatter": _Example(_each),
+    "shard": _Example(_each),
+    "unshard": _Example(_one),
+    "all_to_all": _Example(_each, lambda index, size: {"split_dim": 0, "concat_dim": 0}),
+    "gather": _Example(_one),
+    "scatter": _Example(_each),
+    "all_gather_v": _Example(_own, _sizes),
+    "psum_scatter_v": _Example(_all, _sizes),
+    "gather_v": _Example(_own, _sizes),
+    "scatter_v": _Example(_all, _sizes),
     "all_to_all_v": _Example(
-        ragged.all_to_all_v,
-        lambda index, size: sum(_uneven(index, size)),
-        lambda index, size: {"send_sizes": _uneven(index, size)},
+        lambda index, size: sum(_uneven(index, size)), lambda index, size: {"send_sizes": _uneven(index, size)}
     ),
-    "halo_exchange": _Example(
-        halo.halo_exchange, lambda index, size: 3, lambda index, size: {"width": 1, "boundary": "periodic"}
-    ),
+    "halo_exchange": _Example(lambda index, size: 3, lambda index, size: {"width": 1, "boundary": "periodic"}),
 }
+_NOT_DRAWN = ("indexed_all_to_all_v", "halo_reduce")  # no example can choose their arguments, or its block is many's
+
+
+def drawn() -> list[str]:
+    """The collectives of which there is a picture."""
+    return [name for name in COLLECTIVES if name not in _NOT_DRAWN]
 
 
 @frozen
@@ -129,36 +121,32 @@ def draw_collective(name: str, mesh: Mesh | None = None, axis: AxisLike | None =
     rank 0 (model=0)  a0      →  a0 b0
     rank 1 (model=1)  b0      →  a0 b0
     """
-    example = _EXAMPLES.get(name) if isinstance(name, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
-    if example is None:
-        given = f"no collective {quoted(name)} is drawn{near_miss(name, _EXAMPLES)}"
-        raise AxisError(phrase("draw_collective", given, f"There are {', '.join(_EXAMPLES)}."))
-    mesh = given_mesh(mesh, "draw_collective")
-    known = [*inspect.signature(example.function).parameters][2:]
+    known = drawn()
+    if name not in known:
+        given = f"no collective {quoted(name)} is drawn{near_miss(name, known)}"
+        raise AxisError(phrase("draw_collective", given, f"There are {', '.join(known)}."))
+    of, mesh = COLLECTIVES[name], given_mesh(mesh, "draw_collective")
     for argument in arguments:
-        if argument not in known:
-            given = f"{name} has no argument {argument!r}{near_miss(argument, known)}"
-            raise ArgumentError(phrase("draw_collective", given, f"It has {', '.join(known) or 'none'}."))
+        if argument not in of.arguments:
+            given = f"{name} has no argument {argument!r}{near_miss(argument, of.arguments)}"
+            raise ArgumentError(phrase("draw_collective", given, f"It has {', '.join(of.arguments) or 'none'}."))
     bound = mesh.bind(mesh.label if axis is None else axis, "draw_collective")
     size = min(bound.size, _MOST)
-    before, after = _run(example, size, arguments, invariant=_kinds(name)[0] == "I")
+    example = _EXAMPLES.get(name, _TWO)
+    function = COLLECTIVES[example.drawn_as or name].function
+    before, after = _run(function, example, size, arguments, invariant=of.takes == "I")
     ranks = [f"rank {rank} {coordinates(mesh.coords_of(rank))}" for rank in bound.ranks[:size]]
     few = f", {size} of {bound.size:,} ranks" if size < bound.size else ""
-    title = f"{name} along {bound.label!r}, {' -> '.join(_kinds(name))}{few}"
+    title = f"{name} along {bound.label!r}, {of.kinds}{few}"
     return Picture(_text(title, ranks, before, after), _html(title, ranks, before, after))
-
-
-def _kinds(name: str) -> tuple[str, str]:
-    """V or I of what goes in and comes out, as the docstring says."""
-    source = values.pmin if name == "pmin" else _EXAMPLES[name].function
-    said = re.search(r"^([VI]) -> ([VI])\. ", inspect.getdoc(source) or "", re.MULTILINE)
-    return (said[1], said[2]) if said else ("V", "V")
 
 
 _Blocks: TypeAlias = list[list[_Block]]  # of each rank
 
 
-def _run(example: _Example, size: int, arguments: Mapping[str, Any], invariant: bool) -> tuple[_Blocks, _Blocks]:
+def _run(
+    function: Callable[..., Any], example: _Example, size: int, arguments: Mapping[str, Any], invariant: bool
+) -> tuple[_Blocks, _Blocks]:
     """The blocks of every rank before and after: each block is a unit vector, so that the result says what went in."""
     counts = [example.blocks(0 if invariant else index, size) for index in range(size)]
     starts = [0 if invariant else sum(counts[:index]) for index in range(size)]
@@ -172,7 +160,7 @@ def _run(example: _Example, size: int, arguments: Mapping[str, Any], invariant: 
     def main() -> tuple[Tensor, Tensor]:
         index = world.here().rank
         x = units[starts[index] : starts[index] + counts[index]]
-        return x, example.function(x, _AXIS, **{**example.arguments(index, size), **arguments})
+        return x, function(x, _AXIS, **{**example.arguments(index, size), **arguments})
 
     pairs = simulate(main, **{_AXIS: size})
     before = [[_block(row, names, "") for row in x] for x, _ in pairs]
@@ -187,8 +175,9 @@ def _block(row: Tensor, names: list[tuple[int | None, str]], word: str) -> _Bloc
         (source, text), _ = parts[0]
         return _Block(text, source, text)
     texts = [text for (_, text), _ in parts]
-    numbers = {text[1:] for text in texts}
-    short = f"{word or 'Σ'}{' ' if word else ''}{numbers.pop()}" if len(numbers) == 1 else "+".join(texts)
+    number = texts[0][1:]
+    of_all = texts == [text for _, text in names if text[1:] == number]  # the block of every rank
+    short = f"{word or 'Σ'}{' ' if word else ''}{number}" if of_all else "+".join(texts)
     return _Block(short, None, f"{word}({', '.join(texts)})" if word else " + ".join(texts))
 
 

@@ -1,6 +1,6 @@
 """`P`: how a tensor is held on a mesh, dim by dim; trees of specs; and what needs no more than a spec.
 
-The same tree of `P` beside the parameters serves `enter`, `global_norm`, `to_dtensors` and `shard_map`.
+The same tree of `P` beside the parameters serves `pvary_params`, `global_norm`, `to_dtensors` and `shard_map`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def compare_left_out(found: Sequence[tuple[Tensor, P, str]], mesh: Mesh, functio
             compare_claimed(leaves, mesh.bind(names[0] if len(names) == 1 else names, function), function)
 
 
-def enter(tree: T, specs: Specs, *, mesh: Mesh | None = None, reduce_dtype: torch.dtype | None = None) -> T:
+def pvary_params(tree: T, specs: Specs, *, mesh: Mesh | None = None, reduce_dtype: torch.dtype | None = None) -> T:
     """`pvary` of every leaf over the axes that its spec leaves out: parameters on their way into varying computation.
 
     I -> V along those axes. Transpose: psum, of all leaves that leave out the same axes together: one message per dtype
@@ -133,12 +133,13 @@ def enter(tree: T, specs: Specs, *, mesh: Mesh | None = None, reduce_dtype: torc
 
     >>> def gradient():
     ...     w = torch.ones(2, requires_grad=True)  # held by all
-    ...     pmod.psum(pmod.enter({"w": w}, pmod.P())["w"].sum() * (1 + pmod.axis_index("data")), "data").backward()
+    ...     p = pmod.pvary_params({"w": w}, pmod.P())
+    ...     pmod.psum(p["w"].sum() * (1 + pmod.axis_index("data")), "data").backward()
     ...     return w.grad
     >>> pmod.simulate(gradient, data=2)
     [tensor([3., 3.]), tensor([3., 3.])]
     """
-    mesh, everywhere, found = checked_tree(tree, specs, mesh, "enter")
+    mesh, everywhere, found = checked_tree(tree, specs, mesh, "pvary_params")
     entered: list[Any] = [x for x, _, _ in found]
     left_out = [tuple(name for name in mesh.axis_names if name not in spec.axes) for _, spec, _ in found]
     for names, members in _in_groups(left_out).items():
@@ -146,7 +147,7 @@ def enter(tree: T, specs: Specs, *, mesh: Mesh | None = None, reduce_dtype: torc
             varying = pvary([entered[i] for i in members], mesh[names], reduce_dtype=reduce_dtype)
             for i, y in zip(members, varying, strict=True):
                 entered[i] = y
-    return unflatten(tree, "enter", everywhere, entered)
+    return unflatten(tree, "pvary_params", everywhere, entered)
 
 
 def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
@@ -155,8 +156,8 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     A leaf is V along the axes that its spec names and I along the others; the result is I along all of them. 16-bit
     leaves add up in float32.
     Shapes: any -> (). Cost: one number for each set of axes that specs name. optax: global_norm.
-    Raises: as `enter`; ArgumentError for bools and ints. Under `debug` MismatchError where a leaf differs along an axis
-    that its spec leaves out.
+    Raises: as `pvary_params`; ArgumentError for bools and ints. Under `debug` MismatchError where a leaf differs along
+    an axis that its spec leaves out.
 
     >>> def norm():
     ...     shard, bias = torch.full((2,), 3.0), torch.full((1,), 8.0)

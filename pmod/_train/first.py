@@ -32,7 +32,8 @@ def _ahead_of(axis: AxisLike | None, per_node: bool, function: str) -> Mesh:
 def is_first(axis: AxisLike | None = None, *, per_node: bool = False) -> bool:
     """Whether this rank is the first of the axis, or of the mesh; with per_node, the first of those on its node.
 
-    Nothing is sent. For what one rank does alone: prints, files. Where the others need what it does, use `first`.
+    Nothing is sent. For what one rank does alone: prints, files. Where the others need what it does, use
+    `first_rank_first`.
 
     >>> pmod.simulate(lambda: pmod.is_first("model"), data=2, model=2)
     [True, False, True, False]
@@ -41,7 +42,7 @@ def is_first(axis: AxisLike | None = None, *, per_node: bool = False) -> bool:
     return int(mesh.ranks.reshape(-1)[0]) == mesh.topology.rank
 
 
-class first:  # lower case: it reads as the function it is called as
+class first_rank_first:  # lower case: it reads as the function it is called as
     """Let one rank go ahead: the first one runs the block, and the others run it after that.
 
     For what fills a cache: downloads, compiled extensions, preprocessed files. The first rank of the axis, or of the
@@ -51,16 +52,16 @@ class first:  # lower case: it reads as the function it is called as
     Raises: on the others PmodError, with what the first one raised.
 
     >>> def cached():
-    ...     with pmod.first():
+    ...     with pmod.first_rank_first():
     ...         return "downloaded" if pmod.is_first() else "found"
     >>> pmod.simulate(cached, data=2)
     ['downloaded', 'found']
     """
 
     def __init__(self, axis: AxisLike | None = None, *, per_node: bool = False) -> None:
-        self._mesh = _ahead_of(axis, per_node, "first")
+        self._mesh = _ahead_of(axis, per_node, "first_rank_first")
         self._leads = int(self._mesh.ranks.reshape(-1)[0]) == self._mesh.topology.rank
-        self._origin = ("first", call_site()[1])  # one place, though one rank sends at the end of the block
+        self._origin = ("first_rank_first", call_site()[1])  # one place, though one rank sends at the end of the block
 
     def __enter__(self) -> None:
         if self._leads:
@@ -68,7 +69,7 @@ class first:  # lower case: it reads as the function it is called as
         failure = self._tell("")
         if failure:
             ahead = coordinates(self._mesh.coords_of(int(self._mesh.ranks.reshape(-1)[0])))
-            raise PmodError(phrase("first", f"the rank {ahead} that went ahead raised {failure}"))
+            raise PmodError(phrase("first_rank_first", f"the rank {ahead} that went ahead raised {failure}"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

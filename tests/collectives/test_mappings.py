@@ -73,7 +73,7 @@ def test_a_mapping_is_a_tree(made: Callable[..., Any]) -> None:
         assert type(total) is type(tree) and type(total["a"]) is type(tree["a"])
         assert total["b"].tolist() == [[2, 2]] * 4 and total["a"]["d"].tolist() == [1] * 4
         assert tree["b"].tolist() == [[1, 1]] * 4, "the input stays as it is"
-        assert pmod.enter(tree, P())["a"]["d"].tolist() == [pmod.axis_index("x")] * 4
+        assert pmod.pvary_params(tree, P())["a"]["d"].tolist() == [pmod.axis_index("x")] * 4
         assert pmod.replicate(tree, "x", src=1)["a"]["d"].tolist() == [1] * 4
         specs = {"a": {"d": P("x")}, "b": P()}
         assert pmod.global_norm(tree, specs).item() == pytest.approx((8 + 4) ** 0.5)

@@ -124,6 +124,7 @@ def test_wrong_calls_of_processes() -> None:
     Draw("start", {"axis": ("lazy buffer", False)}),
     Draw("estimate", {"bandwidth": ("{0.5: 'x'}", False)}),
     Draw("psum", {"reduce_dtype": ("torch.float8_e4m3fn", False)}),
+    Draw("pscan", {"exclusive": ("torn", False)}),
 ], ids=str)  # fmt: skip
 def test_what_was_raw_or_taken(draw: Draw) -> None:
     assert all(what in ODD for what, _ in draw.odd.values())

@@ -655,7 +655,7 @@ def biased(mark: bool) -> int:
     layer.weight.data = data(2, 3)
     nn.init.zeros_(layer.bias)
     if mark:
-        assert pmod.varying(layer.bias, "x") is layer.bias
+        assert pmod.mark_varying(layer.bias, "x") is layer.bias
     with pmod.debug(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):

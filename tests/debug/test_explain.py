@@ -10,6 +10,7 @@ from torch import nn
 
 import pmod
 from pmod._core import watch
+from pmod._core.collective import COLLECTIVES
 from pmod._core.row import _TRANSPOSES, ROWS
 from tests.lib import spmd
 from tests.lib.table import CASES, Here
@@ -50,7 +51,7 @@ def test_line_by_line() -> None:
         'later = pmod.start(pmod.all_gather, y, "data")',
         'return pmod.psum(later.wait().sum(), axis="data")',
     ]
-    assert "    V -> I. Mean over the axis: the same value on every rank." in text
+    assert "    V -> I: the mean over the axis; with a weight `psum(w x) / psum(w)`." in text
     assert f"    backward: {ROWS['psum'].why}." in text
     assert f"    backward: {ROWS['pvary'].why}; nothing is sent." in text
     assert text[-1] == "In all this rank sends 4.5 MB forward and 6 MB backward."
@@ -66,8 +67,7 @@ def case_on_rank(name: str) -> None:
     assert {step.place[0] for step in found.steps} == {name}
     (step,) = found.steps
     text = "\n".join(step.reasons())
-    summary = (getattr(pmod, name).__doc__ or "").split("\n")[0]
-    assert summary in text and f"{CASES[name].takes} -> {CASES[name].gives}" in text
+    assert f"{CASES[name].takes} -> {CASES[name].gives}: {COLLECTIVES[name].value}." in text
     if CASES[name].linear:
         (row,) = step.backward
         assert row in {ROWS[r].T.name for r in CASES[name].rows if r in _TRANSPOSES} and ROWS[row].why in text

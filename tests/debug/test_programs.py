@@ -126,7 +126,7 @@ def goes_ahead_beside_a_sum() -> None:
     if last():
         pmod.psum(ones(1), "x")
     else:
-        with pmod.first():
+        with pmod.first_rank_first():
             pass
 
 
@@ -303,10 +303,10 @@ def asks_whether_it_is_one_value() -> None:
 
 @right
 def the_daily_lines() -> None:
-    with pmod.first():
+    with pmod.first_rank_first():
         pass
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pmod.first())
+        stack.enter_context(pmod.first_rank_first())
     if pmod.is_first():
         pass
     pmod.barrier("x")
@@ -466,7 +466,7 @@ def numbers_of_an_epoch() -> None:
 def a_clipped_gradient() -> None:
     params = {"w": data(2).requires_grad_(), "b": ones(1).requires_grad_()}
     specs = {"w": P("x"), "b": P()}
-    held = pmod.enter(params, specs)
+    held = pmod.pvary_params(params, specs)
     loss = pmod.psum((held["w"].sum() * held["b"] * (1 + pmod.axis_index("x"))).sum(), "x")
     loss.backward()
     pmod.global_norm({name: p.grad for name, p in params.items()}, specs)

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import pmod
+from pmod import collectives
 from pmod.__main__ import COMMANDS, main
 
 SOURCE = Path(pmod.__file__).parent
+README = Path(__file__).parents[2] / "README.rst"
 
 
 def test_the_list_is_whole() -> None:
@@ -32,9 +34,10 @@ def test_the_list_as_it_is_printed() -> None:
     assert done.stderr == "" and "\x1b" not in done.stdout
 
 
-@pytest.mark.parametrize("words", [[], ["graph"], ["wind"], ["bench"], ["doctor"], ["pmod"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["graph"], ["wind"], ["bench"], ["doctor"], ["collectives"], ["pmod"]], ids=str)
 def test_every_help_has_examples(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    module = {"bench": "pmod.bench", "doctor": "pmod.doctor", "pmod": "pmod.__main__"}.get("".join(words))
+    modules = {"pmod": "pmod.__main__"} | {name: f"pmod.{name}" for name in ("bench", "doctor", "collectives")}
+    module = modules.get("".join(words))
     command = f"python -m {module}" if module else " ".join(["python -m pmod.demo", *words])
     run = importlib.import_module(module or "pmod.demo.__main__").main
     with pytest.raises(SystemExit) as left:
@@ -50,7 +53,7 @@ def test_every_help_has_examples(words: list[str], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dmo"], "no command 'dmo' among demo, bench, doctor; did you mean 'demo'?"),
+        (["dmo"], "no command 'dmo' among demo, bench, collectives, doctor; did you mean 'demo'?"),
         (["--frob"], "unrecognized arguments: --frob"),
     ],
 )
@@ -67,3 +70,20 @@ def test_a_command_by_its_name() -> None:
         for call in calls
     ]
     assert printed[0].stdout == printed[1].stdout and "--timeout" in printed[0].stdout
+
+
+def test_the_table_of_the_readme_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """README's table of collectives is what the command prints: `python -m pmod.collectives --rst`."""
+    collectives.main(["--rst"])
+    printed = capsys.readouterr().out
+    assert f"\n\n{printed}\nAll take trees" in README.read_text()
+
+
+def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    collectives.main(["pvary", "psum"])
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "function", "psum(x, axis, *, reduce_dtype=None)", "pvary(x, axis, *, reduce_dtype=None)",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        collectives.main(["psun"])
+    assert capsys.readouterr().err.endswith("error: no collective 'psun'; did you mean 'psum'?\n")

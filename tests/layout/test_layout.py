@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import pmod
+from pmod._core.collective import COLLECTIVES
 from pmod._core.row import _TRANSPOSES, ROWS, Row
 from tests.lib.table import CASES, Here
 
@@ -34,7 +35,7 @@ FLOORS = """
     testing
     __init__
     notebook demo
-    bench doctor
+    bench doctor collectives
     __main__
 """
 LEVEL = {name: level for level, names in enumerate(FLOORS.strip().splitlines()) for name in names.split()}
@@ -158,12 +159,13 @@ def collectives() -> dict[str, Callable[..., Any]]:
 
 # they take an axis, and move no tensor along it, or move it as collectives that have a case do
 OTHERS = {"axis_index", "axis_size", "barrier", "exchange_plan", "replicate", "share_parameters", "data_parallel",
-          "assert_invariant", "varying", "fold_in", "rng", "is_first", "halo_exchange", "halo_reduce",
+          "assert_invariant", "mark_varying", "fold_in", "rng", "is_first", "halo_exchange", "halo_reduce",
           "draw_collective"}  # fmt: skip
 
 
 def test_every_collective_has_a_case() -> None:
     assert set(collectives()) - OTHERS == set(CASES)
+    assert set(COLLECTIVES) == set(CASES) | {"halo_exchange", "halo_reduce"}
 
 
 def calls_of(name: str) -> list[Any]:
@@ -211,52 +213,60 @@ def test_only_extrema_have_no_transpose() -> None:
     assert set(ROWS) - set(_TRANSPOSES) == {"extremum"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COLLECTIVES)
 def test_docstrings(name: str) -> None:
-    doc = inspect.getdoc(getattr(pmod, name)) or ""
-    case = CASES[name]
-    assert f"\n{case.takes} -> {case.gives}. " in doc, "the signature opens the second paragraph"
+    """What a docstring says for readers is what `@collective` says for programs."""
+    of, doc = COLLECTIVES[name], inspect.getdoc(getattr(pmod, name)) or ""
+    assert of.function is getattr(pmod, name)
+    assert f"\n{of.kinds}. " in doc, "the kinds open the second paragraph"
     if name == "pmin":
         assert "As `pmax` in all else" in doc
         return
     assert re.search(r"\bShapes\b", doc) and re.search(r"\bCost\b", doc) and "\n>>> " in doc
+    if not of.transpose:
+        assert "Derivative: " in doc and of.derivative
+        return
+    assert f"Transpose: {of.transpose}" in doc, "the transpose is named"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kinds(name: str) -> None:
+    """Those of the collective are those of its case, of its row, and of its transpose the other way round."""
+    case, of = CASES[name], COLLECTIVES[name]
+    assert (of.takes, of.gives) == (case.takes, case.gives)
+    assert bool(of.transpose) == case.linear
     if not case.linear:
-        assert "Derivative: " in doc
         return
     row = ROWS[case.rows[0]]
-    assert (row.takes, row.gives) == (case.takes, case.gives)
-    said = re.search(r"Transpose: ([^.;(]*)", doc)
-    assert said, "the transpose is named"
-    if name == "indexed_all_to_all_v":  # which takes rows first, as torch does
-        expected = "sends back and adds"
-        assert said[1].startswith(expected)
-        return
-    of_itself = {"all_to_all": "itself", "permute": "the inverse permutation"}
-    expected = {"pmean": "pvary / n", "pshift": "the shift back"}.get(name, of_itself.get(row.name, row.T.name))
-    assert said[1].strip().startswith(expected), said[0]
+    assert (row.takes, row.gives) == (of.takes, of.gives)
+    if of.transpose in COLLECTIVES:
+        back = COLLECTIVES[of.transpose]
+        assert (back.takes, back.gives, back.transpose) == (of.gives, of.takes, name)
+        assert back.name.removesuffix("_v") == row.T.name
+    else:  # it is told in words: the same row with other parameters, or a pvary that divides
+        assert row.T is row or name == "pmean"
 
 
 # --- what is public -----------------------------------------------------------------------------------------------
 
-PUBLIC = """
+OTHERS_PUBLIC = """
     Topology Mesh make_mesh set_mesh current_mesh keep_mesh shutdown
-    psum pmean pmax pmin pick place pvary all_gather psum_scatter shard unshard all_to_all ppermute pshuffle pshift
-    broadcast reduce gather scatter all_gather_v psum_scatter_v gather_v scatter_v all_to_all_v indexed_all_to_all_v
-    halo_exchange halo_reduce exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
-    draw draw_collective debug checked varying assert_invariant trace estimate explain start Pending launch simulate
-    replicate share_parameters SharedParameters data_parallel remove_data_parallel fold_in rng is_first first sampler
-    P shard_map enter global_norm to_dtensors from_dtensors local_slice
+    exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
+    draw draw_collective debug checked mark_varying assert_invariant trace estimate explain start Pending Watcher
+    launch simulate replicate share_parameters SharedParameters data_parallel remove_data_parallel fold_in rng
+    is_first first_rank_first sampler P shard_map pvary_params global_norm to_dtensors from_dtensors local_slice
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """
+PUBLIC = {*COLLECTIVES, *OTHERS_PUBLIC.split()}
 
 
 def test_public_names() -> None:
     names = {name for name, value in vars(pmod).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    assert names == set(PUBLIC.split())
+    assert names == PUBLIC
 
 
 def test_public_names_are_documented_and_typed() -> None:
-    for name in PUBLIC.split():
+    for name in sorted(PUBLIC):
         f = getattr(pmod, name)
         assert inspect.getdoc(f), name
         if inspect.isfunction(f):
@@ -275,5 +285,6 @@ def test_arguments_of_collectives() -> None:
             positional = [p.name for p in rest if p.kind is not p.KEYWORD_ONLY]
             assert positional in ([], ["perm"], ["offset"]), f"pmod.{name}"
     adding = {name for name, f in collectives().items() if "reduce_dtype" in inspect.signature(f).parameters}
-    assert adding == {"psum", "pmean", "pvary", "all_gather", "psum_scatter", "broadcast", "reduce", "all_gather_v",
-                      "psum_scatter_v", "indexed_all_to_all_v"}  # fmt: skip
+    sums = {name for name, case in CASES.items() if "bool" not in case.dtypes}  # truth values are not added up
+    summed_back = {name for name in CASES if COLLECTIVES[name].transpose in sums}
+    assert adding == sums | summed_back | {"indexed_all_to_all_v"}, "who adds, forward or backward, says in what"

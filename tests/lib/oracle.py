@@ -56,6 +56,11 @@ def pmean(xs: Arrays, weights: Sequence[Any] | None = None) -> Arrays:
     return [above / sum(weights)] * len(xs)
 
 
+def pscan(xs: Arrays, exclusive: bool = False, reverse: bool = False) -> Arrays:
+    totals = np.cumsum(xs[::-1] if reverse else xs, 0) - (xs[::-1] if reverse else xs) * np.array(exclusive)
+    return list(totals[::-1] if reverse else totals)
+
+
 def pmax(xs: Arrays) -> Arrays:
     return [np.maximum.reduce(xs)] * len(xs)  # lets a NaN through
 

@@ -24,7 +24,7 @@ from tests.lib.oracle import Arrays, Kind
 Tensor = torch.Tensor
 
 # What is not passed is what DESIGN.md says: a draw that comes to a default leaves the argument out.
-DEFAULTS = dict(dim=0, tiled=True, src=0, dst=0, offset=1, wrap=True)
+DEFAULTS = dict(dim=0, tiled=True, src=0, dst=0, offset=1, wrap=True, exclusive=False, reverse=False)
 LEFT_OUT = ("sizes", "length", "weight", "split_sizes", "concat_sizes", "recv_sizes")
 
 
@@ -272,6 +272,11 @@ def _pshift(c: Choices, n: int) -> Drawn:
     return _moved(c, n, "uneven" in how, oracle.pshift, offset=c.integer(-n - 1, n + 1), wrap="ring" in how)
 
 
+def _pscan(c: Choices, n: int) -> Drawn:
+    exclusive, reverse = c.way((False, False), (True, False), (False, True), (True, True))
+    return _alike(c.shape(), n, oracle.pscan, exclusive=exclusive, reverse=reverse)
+
+
 def _moved(c: Choices, n: int, uneven: bool, function: Callable[..., Arrays], **kwargs: Any) -> Drawn:
     """The same shape on all ranks, or lengths of their own, which are told."""
     if not uneven:
@@ -427,6 +432,7 @@ CASES = {
         Case("ppermute", "V", "V", ("permute",), _ppermute, ways=4),
         Case("pshuffle", "V", "V", ("permute",), _pshuffle, ways=3),
         Case("pshift", "V", "V", ("permute",), _pshift, ways=4),
+        Case("pscan", "V", "V", ("scan",), _pscan, NO_BOOL, ways=4),
         Case("broadcast", "V", "V", ("broadcast",), _rooted(oracle.broadcast, "src")),
         Case("reduce", "V", "V", ("reduce",), _rooted(oracle.reduce, "dst"), NO_BOOL),
         Case("gather", "V", "V", ("gather",), _gather),

@@ -1,4 +1,4 @@
-"""`P`, and what needs no more than a tree of them: enter, global_norm, DTensors and checkpoints, slices of files."""
+"""`P`, and what needs no more than a tree of them: `pvary_params`, `global_norm`, checkpoints, slices of files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_placements_and_back() -> None:
         P.from_placements((torch.distributed.tensor.Partial(), Replicate(), Replicate()), mesh)
 
 
-# --- enter and global_norm ------------------------------------------------------------------------
+# --- pvary_params and global_norm -------------------------------------------------------------
 
 SPECS = {"whole": P(), "rows": P("model"), "columns": [P(None, "data"), P(("data", "model"))]}
 LENGTHS = {"whole": (3,), "rows": (5, 2), "columns": [(2, 3), (9,)]}
@@ -133,7 +133,7 @@ def test_global_norm_of_other_dtypes() -> None:
 
 def entered() -> tuple[list[torch.Tensor], list[str], bool]:
     tree = shards()
-    inside = pmod.enter(tree, SPECS)
+    inside = pmod.pvary_params(tree, SPECS)
     place = pmod.axis_index(("data", "model")) + 1
     with pmod.trace() as t:
         (sum(x.sum() for x in leaves(inside)) * place).backward()
@@ -154,7 +154,7 @@ def test_enter() -> None:
 
 def messages_of_enter() -> int:
     tree = {str(i): torch.ones(3, requires_grad=True) for i in range(5)}
-    inside = pmod.enter(tree, P())
+    inside = pmod.pvary_params(tree, P())
     with pmod.trace() as t:
         sum(x.sum() for x in inside.values()).backward()  # type: ignore[union-attr]
     return sum(event.nbytes > 0 for event in t.events)
@@ -166,13 +166,13 @@ def test_enter_is_fused() -> None:
 
 def test_trees_that_do_not_fit() -> None:
     def wrong() -> None:
-        pmod.enter({"a": torch.ones(1)}, {"b": P()})
+        pmod.pvary_params({"a": torch.ones(1)}, {"b": P()})
 
     with pytest.raises(pmod.ArgumentError) as raised:
         pmod.simulate(wrong, data=1)
     assert str(raised.value).startswith(
-        "pmod.enter(axis='data') at (data=0): tree is a dict with the keys ['a'] and its specs are a dict with the "
-        "keys ['b'].\nSpecs are a P for all that is below it, or have the structure of what they are for."
+        "pmod.pvary_params(axis='data') at (data=0): tree is a dict with the keys ['a'] and its specs are a dict with "
+        "the keys ['b'].\nSpecs are a P for all that is below it, or have the structure of what they are for."
     )
     with pytest.raises(pmod.ArgumentError, match=r"tree\['a'\] is a int"):
         pmod.simulate(lambda: pmod.global_norm({"a": 1}, P()), data=1)
@@ -231,7 +231,7 @@ def test_slices_with_sizes_and_without_fit() -> None:
         (lambda: pmod.local_slice((-4,), P("data")), pmod.ShapeError, "local_slice: shape is (-4,)."),
         (lambda: pmod.local_slice((4.0,), P("data")), pmod.ShapeError, "local_slice: shape is (4.0,)."),
         (lambda: pmod.local_slice((4,), P(), mesh="x"), pmod.ArgumentError, "local_slice: mesh is a str."),
-        (lambda: pmod.enter({}, P(), mesh="x"), pmod.ArgumentError, "enter: mesh is a str."),
+        (lambda: pmod.pvary_params({}, P(), mesh="x"), pmod.ArgumentError, "pvary_params: mesh is a str."),
         (lambda: pmod.shard_map(abs, mesh="x", in_specs=P(), out_specs=P())(1), pmod.ArgumentError, "mesh is a str."),
     ],
 )

@@ -35,7 +35,7 @@ def test_the_first_of_each_node() -> None:
 
 
 def ahead(folder: Path, axis: str | None) -> list[str]:
-    with pmod.first(axis):
+    with pmod.first_rank_first(axis):
         before = sorted(path.name for path in folder.iterdir())
         (folder / f"rank{pmod.current_mesh().topology.rank}").touch()
     pmod.barrier(("a", "b"))
@@ -54,7 +54,7 @@ def test_one_goes_ahead_along_an_axis(tmp_path: Path) -> None:
 
 
 def failing() -> str:
-    with pytest.raises((OSError, pmod.PmodError)) as caught, pmod.first():
+    with pytest.raises((OSError, pmod.PmodError)) as caught, pmod.first_rank_first():
         raise OSError("no space left, " + "x" * 1000)
     pmod.barrier("data")
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -65,12 +65,13 @@ def test_a_failure_ahead_raises_on_all(run: object) -> None:
     leader, *others = run(failing, data=3)  # type: ignore[operator]
     assert leader.startswith("OSError: no space left, ")
     for text in others:
-        assert text.startswith("PmodError: pmod.first: the rank (data=0) that went ahead raised OSError: no space left")
+        given = "the rank (data=0) that went ahead raised OSError: no space left"
+        assert text.startswith(f"PmodError: pmod.first_rank_first: {given}")
 
 
 def test_alone() -> None:
     with pmod.set_mesh(pmod.make_mesh(data=1)):
-        with pmod.first():
+        with pmod.first_rank_first():
             pass
-        with pytest.raises(ZeroDivisionError), pmod.first(per_node=True):
+        with pytest.raises(ZeroDivisionError), pmod.first_rank_first(per_node=True):
             _ = 1 / 0

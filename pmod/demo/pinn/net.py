@@ -30,7 +30,7 @@ class Pair(nn.Module):
         self.columns_bias = nn.Parameter(pmod.shard(torch.zeros(width), "model").clone())
         self.rows = nn.Parameter(pmod.shard(rows, "model", dim=1).clone())
         self.rows_bias = None if last else nn.Parameter(torch.zeros(outputs))  # it would cancel in what is odd
-        pmod.varying(self.columns_bias, "model")  # each rank's own, though they start as the same zeros
+        pmod.mark_varying(self.columns_bias, "model")  # each rank's own, though they start as the same zeros
 
     def forward(self, h: Tensor) -> Tensor:
         """I -> I along "model". h (points of this rank, inputs) -> (points of this rank, outputs)."""
