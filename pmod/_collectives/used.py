@@ -12,8 +12,7 @@ from pmod._collectives.values import PVARY
 from pmod._core.tree import alike, together
 from pmod._core.watch import called_as
 from pmod._mesh.axis import Axis
-
-functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+from pmod._torch import are_transforms_active, is_wrapped, older_vmap_level
 
 
 def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -34,7 +33,7 @@ def _of_one_kind(xs: Sequence[Tensor], axis: Axis, function: str) -> tuple[list[
     flags = torch.zeros(len(xs), dtype=xs[0].dtype, device=xs[0].device, requires_grad=True)
     *copies, counts = called_as(function, together, PVARY, [*xs, flags], axis, (1, None))
     node: Any = counts.grad_fn
-    if node is not None and not torch._C._are_functorch_transforms_active():
+    if node is not None and not are_transforms_active():
         used = _Used(len(xs))
         node.register_prehook(used.before)
         node.register_hook(used.after)
@@ -71,11 +70,7 @@ class _Used:
 
 def _is_batched(xs: Sequence[Tensor | None]) -> bool:
     """Whether a vmap runs: what is read would be of many gradients at once."""
-    if torch._C._vmapmode_increment_nesting() > 1:  # autograd's own, older one
-        torch._C._vmapmode_decrement_nesting()
-        return True
-    torch._C._vmapmode_decrement_nesting()
-    return any(x is not None and functorch.is_functorch_wrapped_tensor(x) for x in xs)
+    return older_vmap_level() > 0 or any(x is not None and is_wrapped(x) for x in xs)
 
 
 def linked(y: Tensor, links: Sequence[Tensor]) -> Tensor:
