@@ -7,7 +7,6 @@ without it. An alias is the thing of torch itself, so that a hot path pays nothi
 
 from __future__ import annotations
 
-import operator
 import pkgutil
 import re
 import sys
@@ -73,11 +72,18 @@ class _Lacking:
         raise _lacking(self._path)
 
 
+def _resolved(path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    if owner == "torch.nn:Module":  # its instances have what the class only announces
+        return getattr(torch.nn.Module(), name)
+    return pkgutil.resolve_name(path)
+
+
 def _seen(path: str, versions: tuple[str, ...] = ALL) -> Any:
     """Return what torch has under this name, or what stands in its place."""
     SEEN[path] = versions
     try:
-        return pkgutil.resolve_name(path)
+        return _resolved(path)
     except (ImportError, AttributeError):
         return _Lacking(path)
 
@@ -99,7 +105,7 @@ def _later(path: str, versions: tuple[str, ...] = ALL) -> Callable[[], Any]:
 
     def bring() -> Any:
         try:
-            return pkgutil.resolve_name(path)
+            return _resolved(path)
         except (ImportError, AttributeError) as error:
             raise _lacking(path) from error
 
@@ -233,8 +239,13 @@ count_uses: Callable[[Tensor], int] = _seen("torch:Tensor._use_count")
 TYPED_STORAGE = "_typed_storage"  # a method of tensors, by the name under which function modes see it
 _seen("torch:Tensor._typed_storage")
 
-version_of: Callable[[Tensor], int] = _with("torch:Tensor._version")(operator.attrgetter("_version"))
-"""How often a tensor was changed in place."""
+FOREACH = "_foreach"  # how the names of functions on lists of tensors begin
+
+
+@_with("torch:Tensor._version")
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return x._version
 
 
 @_with("torch:Tensor._base")
@@ -261,17 +272,21 @@ def memory_of(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _of_modules(name: str) -> Callable[[torch.nn.Module], dict[Any, Any]]:
-    """A getter of what an instance has and the class does not, whose annotations name it."""
-    path = f"torch.nn:Module.{name}"
-    SEEN[path] = ALL
-    return operator.attrgetter(name) if name in torch.nn.Module.__annotations__ else _Lacking(path)
+@_with("torch.nn:Module._parameters")
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """Return the parameters of a module, without those of the modules within."""
+    return module._parameters
 
 
-parameters_of: Callable[[torch.nn.Module], dict[str, torch.nn.Parameter | None]] = _of_modules("_parameters")
-forward_hooks: Callable[[torch.nn.Module], dict[int, Any]] = _of_modules("_forward_hooks")
+@_with("torch.nn:Module._forward_hooks")
+def forward_hooks(module: torch.nn.Module) -> dict[int, Any]:
+    """Return the hooks that run after the module was called, by their number."""
+    return module._forward_hooks
 
 # --- process groups -----------------------------------------------------------------------------------------------
+
+is_agents_store: Callable[[], bool] = _seen("torch.distributed.rendezvous:_torchelastic_use_agent_store")
+"""Whether torchrun's agent serves the store."""
 
 default_store: Callable[[], Any] = _seen("torch.distributed.distributed_c10d:_get_default_store")
 make_group: Callable[..., tuple[Any, Any]] = _seen("torch.distributed.distributed_c10d:_new_process_group_helper")

@@ -321,7 +321,7 @@ def _raw_backward(view: Tensor, parameter: Tensor, ones: Tensor, g: Tensor, case
 
 @contextmanager
 def _fake_ranks(n: int) -> Generator[None]:
-    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=n)
+    dist.init_process_group("fake", store=fake_store()(), rank=0, world_size=n)
     try:
         with pmod.set_mesh(pmod.make_mesh({AXIS: n}, topology=pmod.Topology(rank=0, world_size=n))):
             yield

@@ -39,6 +39,7 @@ from pmod._torch import (
     saving_hooks,
     swap_values,
     untraced,
+    version_of,
 )
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class _Piece(Generic[T]):
     def __init__(self, f: Callable[[], T], name: str, tensors: Sequence[Tensor]) -> None:
         self._name = name
         self._tensors = [x for x in tensors if not is_lazy(x) and not x.is_inference()]
-        self._versions = [x._version for x in self._tensors]
+        self._versions = [version_of(x) for x in self._tensors]
         self._enter = surroundings()
         self._results: list[T] = []
         self._f: Callable[[], T] | None = f
@@ -73,7 +74,7 @@ class _Piece(Generic[T]):
     def finish(self) -> T:
         f, self._f = self._f, None
         if f is not None:
-            if any(x._version != version for x, version in zip(self._tensors, self._versions, strict=True)):
+            if any(version_of(x) != version for x, version in zip(self._tensors, self._versions, strict=True)):
                 given = "a tensor was changed in place between start and wait"
                 raise ArgumentError(phrase(self._name, given, "Change a copy, or wait first."))
             second = SecondRun(self._first, self._name)

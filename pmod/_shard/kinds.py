@@ -33,6 +33,7 @@ from pmod._shard.captured import captured_leaves
 from pmod._shard.traced import show_writes, writes_traced, written_places
 from pmod._site import call_site
 from pmod._torch import (
+    FOREACH,
     TYPED_STORAGE,
     HigherOrderOperator,
     Operator,
@@ -337,8 +338,8 @@ class Kinds(TorchFunctionMode):
             along = along | new
             if new:
                 version, kept = self._copies[x].get(along, (None, y))
-                y = kept if version == x._version else self._copy(y, new)
-                self._copies[x][along] = x._version, y
+                y = kept if version == version_of(x) else self._copy(y, new)
+                self._copies[x][along] = version_of(x), y
         return y
 
     def _ask_compiled(self, new: Axes) -> None:
@@ -554,7 +555,7 @@ class Kinds(TorchFunctionMode):
         for x in changed if axes else ():
             if x not in self._known:
                 raise self._hidden(f"what {name} writes into a tensor that torch.compile shows anew, as x.data")
-            if axes - self.of(x) and (name.startswith("_foreach") or x in self._views):
+            if axes - self.of(x) and (name.startswith(FOREACH) or x in self._views):
                 raise self._hidden(f"what varies that {name} writes into one value, in a list or by a view of it")
 
     def _lengths_of(self, result: Any, axes: Axes) -> None:
