@@ -284,9 +284,9 @@ def a_change_in_place() -> None:
 
 
 @needs("torch:ops.aten.add_.Tensor._schema")
-def an_operator_in_place() -> None:
-    """shard_map does not see which arguments an operator writes."""
-    mapped(lambda x: torch.ops.aten.add_.Tensor(x.clone(), x), torch.ones(2))
+def an_operator() -> None:
+    """shard_map does not see whether an operator writes its arguments."""
+    mapped(lambda x: torch.ops.aten.add.Tensor(x, x), torch.ones(2))
 
 
 @needs("torch._C:_FunctionBase._sequence_nr")
@@ -466,7 +466,13 @@ def hide(name: str) -> None:
 
     pkgutil.resolve_name = resolve_name
     if name.startswith("torch.nn:Module."):
-        nn.Module.__init__ = lambda self: None  # while pmod is imported
+        init, missing = nn.Module.__init__, name.rpartition(".")[2]
+
+        def without(self: nn.Module) -> None:
+            init(self)
+            del vars(self)[missing]
+
+        nn.Module.__init__ = without  # while pmod is imported
 
 
 def tried(name: str, hidden: bool) -> dict[str, str]:
