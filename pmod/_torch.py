@@ -150,11 +150,12 @@ def older_vmap_level() -> int:
 
 def _asks_for_older_vmap() -> Callable[[], bool]:
     key_of: Any = _seen("torch._C:_dispatch_key_parse")
+    included: Any = _seen("torch._C:_dispatch_tls_is_dispatch_key_included")
     try:
         key = key_of("VmapMode")
     except (PmodError, RuntimeError):  # no such function, or no such key
         return _Lacking("torch._C:_dispatch_key_parse")
-    return partial(_seen("torch._C:_dispatch_tls_is_dispatch_key_included"), key)
+    return partial(included, key)
 
 
 is_in_older_vmap: Callable[[], bool] = _asks_for_older_vmap()
@@ -346,7 +347,7 @@ def keep_calls(name: str) -> Callable[[], None]:
     """
     try:
         _register_ordered(name)
-    except AttributeError:
+    except (AttributeError, TypeError):  # it takes them in another way
         return _Lacking("torch._library.simple_registry:singleton")
     except PmodError:
         stand_in: Any = _register_ordered
