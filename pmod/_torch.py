@@ -7,6 +7,7 @@ without it. An alias is the thing of torch itself, so that a hot path pays nothi
 
 from __future__ import annotations
 
+import operator
 import pkgutil
 import re
 import sys
@@ -247,6 +248,10 @@ FOREACH = "_foreach"  # how the names of functions on lists of tensors begin
 def version_of(x: Tensor) -> int:
     """Return how often a tensor was changed in place."""
     return x._version
+
+
+version_untraced: Callable[[Tensor], int] = _with("torch:Tensor._version")(operator.attrgetter("_version"))
+"""The same in half the time, where torch.compile does not follow: it knows no attrgetter."""
 
 
 @_with("torch:Tensor._base")

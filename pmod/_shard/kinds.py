@@ -51,6 +51,7 @@ from pmod._torch import (
     transform_level,
     unwrap,
     version_of,
+    version_untraced,
 )
 
 Axes: TypeAlias = frozenset[str]
@@ -136,7 +137,7 @@ class Kinds(TorchFunctionMode):
         if usual is not None:
             result = func(*args, **kwargs)
             for y in [result] if isinstance(result, Tensor) else tensors_in(result):
-                self._known[y] = usual, NONE, y.requires_grad, version_of(y)
+                self._known[y] = usual, NONE, y.requires_grad, version_untraced(y)
             return result
         return self._followed(func, args, kwargs)
 
@@ -181,7 +182,7 @@ class Kinds(TorchFunctionMode):
                 if not had_derivative and x.requires_grad and not x.is_leaf:
                     return None
                 try:
-                    if version != version_of(x):
+                    if version != version_untraced(x):
                         return None
                 except RuntimeError:  # an inference tensor counts none
                     return None
