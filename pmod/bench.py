@@ -30,6 +30,7 @@ from torch import Tensor
 
 import pmod
 from pmod._core.collective import COLLECTIVES
+from pmod._torch import fake_store
 
 AXIS = "ranks"
 FAKE_RANKS = 8
@@ -338,9 +339,7 @@ def _raw_backward(view: Tensor, parameter: Tensor, ones: Tensor, g: Tensor, case
 
 @contextmanager
 def _fake_ranks(n: int) -> Generator[None]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+    dist.init_process_group("fake", store=fake_store()(), rank=0, world_size=n)
     try:
         with pmod.set_mesh(pmod.make_mesh({AXIS: n}, topology=pmod.Topology(rank=0, world_size=n))):
             yield

@@ -19,6 +19,7 @@ from pmod._errors import ArgumentError, MismatchError
 from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._site import origin
+from pmod._torch import no_function_modes, no_transforms
 from pmod._wire.process_group import wire_of
 
 Sizes = tuple[int, ...]
@@ -43,7 +44,7 @@ def swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis) 
     def send() -> list[list[int]]:
         counts = [width] * axis.size
         # plain numbers, in any transform and mode
-        with torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction(), torch.no_grad():
+        with no_transforms(), no_function_modes(), torch.no_grad():
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
             with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
                 return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()

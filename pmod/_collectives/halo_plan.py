@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
 from pmod._collectives.permutes import PERMUTE
+from pmod._torch import constant_in_graphs
 
 
 class Run(NamedTuple):
@@ -184,4 +185,4 @@ def plan_back(index: int, sizes: tuple[int, ...], width: tuple[int, int], bounda
 
 
 for _constant in (exchange_of, plan_back):  # numbers in, numbers out: compiled code need not see how
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
+    constant_in_graphs(_constant)

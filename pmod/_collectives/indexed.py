@@ -20,6 +20,7 @@ from pmod._errors import ArgumentError, AxisError, ShapeError
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
+from pmod._torch import constant_in_graphs, is_batched, no_function_modes
 from pmod._wire.sums import accumulator
 
 
@@ -145,7 +146,7 @@ def _rows(
         if rows.dtype != torch.int64 or rows.dim() != 1:
             given = f"indices[{rank}] has dtype {str(rows.dtype).removeprefix('torch.')} and {rows.dim()} dims"
             raise wrong(ArgumentError, function, axis, given, right)
-        if torch._C._functorch.is_batchedtensor(rows):  # type: ignore[attr-defined]
+        if is_batched(rows):
             raise wrong(ArgumentError, function, axis, f"indices[{rank}] is mapped by vmap", "Map over x only.")
         other, name = (indices[0], "indices[0]") if x is None else (x, "x")
         if rows.device != other.device:
@@ -157,7 +158,7 @@ def _rows(
 def _bounds(rows: Tensor) -> tuple[int, int]:
     if rows.numel() == 0:
         return 0, -1
-    with torch._C.DisableTorchFunction():
+    with no_function_modes():
         low, high = torch.stack(rows.aminmax()).tolist()
     return low, high
 
@@ -177,11 +178,9 @@ def _place(axis: Axis) -> tuple[str, int]:
     return ranks, axis.index
 
 
+@constant_in_graphs
 def _ranks_of(axis_key: str) -> str:
     return Axis.parse(axis_key).group_key
-
-
-_ranks_of._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 
 def _check_plan(plan: ExchangePlan, recv_sizes: Sequence[int] | None, function: str, axis: Axis) -> None:

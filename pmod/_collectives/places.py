@@ -12,6 +12,7 @@ from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import resolve
 from pmod._mesh.mesh import AxisLike
 from pmod._site import origin
+from pmod._torch import count_function_modes
 from pmod._wire.board import Said, code_of
 from pmod._wire.process_group import wire_of
 
@@ -25,7 +26,7 @@ def axis_index(axis: AxisLike) -> int:
     >>> pmod.simulate(lambda: pmod.axis_index(("data", "model")), data=2, model=2)
     [0, 1, 2, 3]
     """
-    if torch._C._len_torch_function_stack() > 0:  # shard_map follows who knows where it is
+    if count_function_modes() > 0:  # shard_map follows who knows where it is
         return handle_torch_function(axis_index, (), axis)
     return resolve(axis, "axis_index").index
 

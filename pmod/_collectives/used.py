@@ -15,8 +15,7 @@ from pmod._core.tree import alike, together
 from pmod._core.watch import called_as
 from pmod._mesh.axis import Axis
 from pmod._site import Origin
-
-functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+from pmod._torch import are_transforms_active, is_wrapped, older_vmap_level
 
 
 class Idle:
@@ -57,7 +56,7 @@ def _of_one_kind(xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle) ->
     call = Call(PVARY, axis, (1, None))
     *copies, counts = called_as(function, together, call.row, [*xs, flags], axis, call.params)
     node: Any = counts.grad_fn
-    if node is not None and not torch._C._are_functorch_transforms_active():
+    if node is not None and not are_transforms_active():
         node.set_materialize_grads(False)  # None stands for what is unused here
         node.instead = _Sums(xs, call, function, idle)
     return list(copies), counts[:0]
@@ -120,11 +119,7 @@ class _Sums:
 
 def _is_batched(xs: Sequence[Tensor | None]) -> bool:
     """Whether a vmap runs: what is read would be of many gradients at once."""
-    if torch._C._vmapmode_increment_nesting() > 1:  # autograd's own, older one
-        torch._C._vmapmode_decrement_nesting()
-        return True
-    torch._C._vmapmode_decrement_nesting()
-    return any(x is not None and functorch.is_functorch_wrapped_tensor(x) for x in xs)
+    return older_vmap_level() > 0 or any(x is not None and is_wrapped(x) for x in xs)
 
 
 def linked(y: Tensor, links: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from pmod._core.arguments import (
@@ -36,6 +35,7 @@ from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 from pmod._numbers import as_number
+from pmod._torch import are_transforms_active, forward_level
 from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import SIGNED, Reduction, accumulator, computed_in, is_eight_bits, real_sum
@@ -281,8 +281,8 @@ def differentiated(x: Tensor) -> bool:
     return (
         (torch.is_grad_enabled() and x.requires_grad)
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or are_transforms_active()
+        or forward_level() >= 0
     )
 
 

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch import pyfunctorch
-from torch.utils import _python_dispatch
 
 from pmod._core.bind import Starter, carry, send_ahead, started
 from pmod._core.row import Call
@@ -18,6 +16,7 @@ from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import ambient, under
 from pmod._site import Origin, on_behalf_of, origin
+from pmod._torch import are_transforms_active, count_dispatch_modes, no_dispatch_modes, no_interpreters
 from pmod._wire.sent import Sent
 
 T = TypeVar("T")
@@ -125,10 +124,10 @@ def surroundings() -> Callable[[], ExitStack]:
 
     def enter() -> ExitStack:
         stack = ExitStack()
-        if torch._C._are_functorch_transforms_active():  # somebody waits inside them
-            stack.enter_context(pyfunctorch.temporarily_clear_interpreter_stack())
-        if torch._C._len_torch_dispatch_stack() > 0:
-            stack.enter_context(_python_dispatch._disable_current_modes())
+        if are_transforms_active():  # somebody waits inside them
+            stack.enter_context(no_interpreters())
+        if count_dispatch_modes() > 0:
+            stack.enter_context(no_dispatch_modes())
         for device, on, dtype in casts:
             if (on, dtype) != _autocast(device):
                 stack.enter_context(torch.autocast(device, dtype, on, cache))

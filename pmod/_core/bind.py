@@ -21,11 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.autograd.profiler as profiler
 from torch import Tensor
-from torch._library import simple_registry
-from torch._library.effects import EffectType
 from torch.overrides import handle_torch_function
 
 from pmod._core.inductor import keep_order
@@ -34,11 +31,33 @@ from pmod._core.send import begin, profiled_as, run, wire_for
 from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError, phrase
 from pmod._site import Origin, backward_of, on_behalf_of, origin, watched
+from pmod._torch import (
+    OneLevel,
+    add_batch_dim,
+    after_autograd,
+    allow_one_level,
+    are_transforms_active,
+    backward_here,
+    below_autograd,
+    below_views,
+    count_dispatch_modes,
+    count_function_modes,
+    forward_level,
+    is_in_older_vmap,
+    is_one_level_allowed,
+    is_view,
+    keep_calls,
+    lazy_clone,
+    memory_of,
+    older_vmap_level,
+    remove_batch_dim,
+    with_forward_mode,
+)
 from pmod._wire.base import SMALL, ShapesOnly
 from pmod._wire.sent import Sent
 
 
-class _Linear(torch.autograd.function._SingleLevelFunction):
+class _Linear(OneLevel):
     """Any row, on tensors of one dtype. `below` computes the value where it is not a matter of running the call.
 
     The base is what torch makes for each level of torch.func: a Function of one level. `torch.autograd.Function` adds
@@ -51,7 +70,7 @@ class _Linear(torch.autograd.function._SingleLevelFunction):
         if below is None and call.row.local:
             return tuple(run(call, xs))
         # what arrives is private: where it is a view of a message, autograd need not know, and the user may change it
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with below_views():
             return tuple(run(call, xs) if below is None else below(xs))
 
     @staticmethod
@@ -73,15 +92,12 @@ class _Linear(torch.autograd.function._SingleLevelFunction):
         moving = iter(bind(ctx.call, [t for t in tangents[2:] if t is not None]))
         return tuple(None if t is None else next(moving) for t in tangents[2:])
 
-    # asked for by compiled autograd
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
 
 def transposed(call: Call, gs: Sequence[Tensor], forward: Origin) -> list[Tensor]:
     """The derivative of a call: its transpose on gradients. What comes back is autograd's own, to add to."""
     # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
     # backward was called with
-    return [y.clone() if y._is_view() else y for y in bind(call.T, [_dense(g) for g in gs], forward)]
+    return [y.clone() if is_view(y) else y for y in bind(call.T, [_dense(g) for g in gs], forward)]
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -98,10 +114,10 @@ _operator: Any = torch.ops.pmod.linear.default
 
 def _fresh(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
     """Copies where a result shares storage with an input or another result, which an operator's may not."""
-    taken = {x.untyped_storage()._cdata for x in xs}
+    taken = {memory_of(x) for x in xs}
     out: list[Tensor] = []
     for y in ys:
-        storage = y.untyped_storage()._cdata
+        storage = memory_of(y)
         out.append(y.clone() if storage in taken else y)
         taken.add(storage)
     return out
@@ -112,6 +128,7 @@ def _operator_value(xs: list[Tensor], call: str) -> list[Tensor]:
 
 
 def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
+    _check_kept()
     keep_order(_operator)
     if watchers():
         tell(lambda watcher: watcher.compiled())
@@ -139,24 +156,24 @@ def _refuse_second_derivative(call: Call) -> None:
 
 
 def _operator_autograd(keyset: Any, xs: list[Tensor], call: str) -> list[Tensor]:
-    if torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack() == 0:  # in a backward that runs
+    if backward_here() != -1 and count_dispatch_modes() == 0:  # in a backward that runs
         _refuse_second_derivative(decode(call))
 
     def below(xs: Sequence[Tensor]) -> list[Tensor]:
         # outer transforms differentiate what is done here, so autograd stays on for the levels below this one
         with (
             torch.enable_grad(),
-            forward_ad._set_fwd_grad_enabled(True),
-            torch._C._AutoDispatchBelowAutograd(),
+            with_forward_mode(True),
+            below_autograd(),
         ):
-            return _operator.redispatch(keyset & torch._C._after_autograd_keyset, list(xs), call)
+            return _operator.redispatch(after_autograd(keyset), list(xs), call)
 
-    allowed = torch._C._functorch.get_single_level_autograd_function_allowed()  # type: ignore[attr-defined]
-    torch._C._functorch.set_single_level_autograd_function_allowed(True)  # type: ignore[attr-defined]
+    allowed = is_one_level_allowed()
+    allow_one_level(True)
     try:
         return list(_apply(decode(call), below, *xs))
     finally:
-        torch._C._functorch.set_single_level_autograd_function_allowed(allowed)  # type: ignore[attr-defined]
+        allow_one_level(allowed)
 
 
 def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tuple[list[Tensor], list[int]]:
@@ -167,26 +184,21 @@ def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tupl
     return _operator(moved, call), [0] * len(xs)
 
 
-_functions: Any = torch  # which the stubs leave out
-
-
 def _operator_batched(xs: list[Tensor], call: str) -> list[Tensor]:
     """autograd's own vmap, older than torch.func's: is_grads_batched, functional.jacobian(vectorize=True)."""
-    innermost = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    for level in range(innermost, 0, -1):
+    for level in range(older_vmap_level(), 0, -1):
         # a tensor that is not mapped at this level gets a dim of the size that is asked for
-        one, two = ([_functions._remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2))
+        one, two = ([remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2))
         sizes = [a.shape[0] for a, b in zip(one, two, strict=True) if a.shape[0] == b.shape[0]]
         if sizes:
             moved = [x.expand(sizes[0], *x.shape[1:]) for x in one]
-            return [_functions._add_batch_dim(y, 0, level) for y in _operator(moved, call)]
+            return [add_batch_dim(y, 0, level) for y in _operator(moved, call)]
     raise AssertionError("no tensor is mapped")
 
 
 # A compiler must neither drop a call whose result one rank happens not to need (the others would wait for it), nor
 # change the order of calls, which ranks with other shapes would change otherwise.
-simple_registry.singleton.find("pmod::linear").effect.register(EffectType.ORDERED)
+_check_kept = keep_calls("pmod::linear")
 _library.impl("linear", _operator_value, "CompositeExplicitAutograd")
 _library.impl("linear", _operator_autograd, "Autograd", with_keyset=True)
 _library.impl("linear", _operator_batched, "Batched")
@@ -201,16 +213,13 @@ def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequenc
     """
     if call.axis.size == 1 and call.row.alone:
         return unmoved(xs) if not call.row.local or _is_seen(xs) else carry(call, xs)
-    if torch._C._len_torch_function_stack() > 0:  # a mode (shard_map's) sees this as one operation
+    if count_function_modes() > 0:  # a mode (shard_map's) sees this as one operation
         return handle_torch_function(bind, xs, call, xs, forward)
     if torch.compiler.is_compiling():
         return _operator(xs, encode(call.row.name, call.axis.key, call.params))
     if watchers():
         return _bind_watched(call, xs, forward)
     return _bind(call, xs)
-
-
-_lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _is_seen(xs: list[Tensor]) -> bool:
@@ -230,7 +239,7 @@ def unmoved(xs: list[Tensor]) -> list[Tensor]:
 def _unmoved(x: Tensor) -> Tensor:
     if x.nbytes > SMALL and x.is_contiguous():
         try:
-            return _lazy_clone(x)
+            return lazy_clone(x)
         except RuntimeError:  # memory that is not torch's own, such as numpy's
             pass
     return x.clone()
@@ -245,10 +254,6 @@ def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Seque
         return _bind(call, xs)  # `start` tells them what is sent ahead, and what is waited for
 
 
-_is_key_included: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_included
-_OLDER_VMAP: Any = torch._C._dispatch_key_parse("VmapMode")
-
-
 def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
     if is_transformed(xs):
         return _operator(xs, encode(call.row.name, call.axis.key, call.params))
@@ -260,23 +265,23 @@ def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
 def is_transformed(xs: list[Tensor]) -> bool:
     """Whether transforms, modes or subclasses of Tensor take part, which see the operator."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _is_key_included(_OLDER_VMAP)
+        are_transforms_active()
+        or count_dispatch_modes() > 0
+        or is_in_older_vmap()
         or not _plain(xs)
     )
 
 
 def carry(call: Call, xs: Sequence[Tensor], below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None) -> Any:
     """Run a call on plain tensors, or let `below` bring its value, and attach the derivative."""
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+    if forward_level() >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
         return _apply(call, below, *xs)
     if below is not None:
         return below(xs)
     ys = run(call, xs)
     # What shares memory with x is another tensor, which requires no gradient. In a backward pass it stays x: torch
     # takes a gradient that nobody else refers to for its own, and adds later ones into its memory.
-    if call.row.local and torch._C._current_graph_task_id() == -1:
+    if call.row.local and backward_here() == -1:
         return [x.detach() if y is x else y for x, y in zip(xs, ys, strict=True)]
     return ys
 

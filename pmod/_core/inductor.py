@@ -8,32 +8,37 @@ This lowering records the order under both. tests/core/test_compile.py tells whe
 
 from __future__ import annotations
 
-import sys
 from typing import Any
+
+from pmod._torch import (
+    box_made,
+    graph_lowered,
+    is_inductor_loaded,
+    kernel_made,
+    lowering_registered,
+    map_only,
+    node_class,
+    ordered_effect,
+)
 
 _told: set[Any] = set()
 
 
 def keep_order(operator: Any) -> None:
     """Register the lowering once Inductor is there: it takes seconds to import, so pmod does not import it."""
-    if operator in _told or "torch._inductor.lowering" not in sys.modules:
+    if operator in _told or not is_inductor_loaded():
         return
     _told.add(operator)
-    from torch._inductor import ir, lowering
-    from torch._inductor.virtualized import V
-    from torch._library.effects import EffectType
-    from torch.utils import _pytree
-
-    graph_of: Any = V
+    graph_of, made, node, box = graph_lowered(), kernel_made(), node_class(), box_made()
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         graph = graph_of.graph
         first = len(graph.operations)
-        result = ir.FallbackKernel.create(operator, *args, **kwargs)
-        before = graph.effectful_ops.get(EffectType.ORDERED)
+        result = made(operator, *args, **kwargs)
+        before = graph.effectful_ops.get(ordered_effect())
         if before is not None:
             for operation in graph.operations[first:]:
                 graph.additional_star_deps[operation.get_operation_name()].add(before.get_name())
-        return _pytree.tree_map_only(ir.IRNode, ir.TensorBox.create, result)
+        return map_only(node, box, result)
 
-    lowering.register_lowering(operator, type_promotion_kind=None)(lower)
+    lowering_registered()(operator, type_promotion_kind=None)(lower)

@@ -11,6 +11,7 @@ import attrs
 from torch import Tensor
 
 from pmod._mesh.axis import Axis
+from pmod._torch import constant_in_graphs
 from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 
@@ -79,12 +80,10 @@ class Call(NamedTuple):
         return Call(self.row.T, self.axis, self.row.flip(self.params))
 
 
+@constant_in_graphs
 def encode(name: str, axis_key: str, params: Params) -> str:
     """The call as text."""
     return f"{name}|{params!r}|{axis_key}"
-
-
-encode._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 
 def decode(call: str) -> Call:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.autograd.profiler as profiler
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from pmod._core.row import Call, Params, Row
 from pmod._mesh.axis import named
+from pmod._torch import backward_here, is_profiled, unsafe_view
 from pmod._wire.base import Wire
 from pmod._wire.board import Said, code_of
 from pmod._wire.process_group import wire_of
@@ -80,9 +80,6 @@ def _is_cut_from(x: Tensor) -> bool:
     return True
 
 
-_unsafe_view: Any = torch.ops.aten._unsafe_view.default
-
-
 def _cut(flat: Tensor, like: Sequence[Tensor], shapes: Sequence[Sequence[int]] | None) -> list[Tensor]:
     """The parts of a fused message, laid out as `like`; no views in autograd's eyes, so each may be changed.
 
@@ -92,14 +89,14 @@ def _cut(flat: Tensor, like: Sequence[Tensor], shapes: Sequence[Sequence[int]] |
     parts = [flat] if len(like) == 1 else torch.unsafe_split_with_sizes(flat, [math.prod(shape) for shape in wanted])
     out: list[Tensor] = []
     for part, x, shape in zip(parts, like, wanted, strict=True):
-        y = part if x.dim() == 1 else _unsafe_view(part, shape)
+        y = part if x.dim() == 1 else unsafe_view(part, shape)
         kept = memory_format(x)
         out.append(y if kept is None else y.contiguous(memory_format=kept))
     return out
 
 
 def run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
-    if profiler._is_profiler_enabled:
+    if is_profiled():
         with profiler.record_function(profiled_as(call)):
             return begin(call, xs, wire_for(call, xs)).wait()
     return begin(call, xs, wire_for(call, xs)).wait()
@@ -113,14 +110,11 @@ def wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
     return wire_of(axis, row.name, _said(row, params, xs))
 
 
-_running_backward: Callable[[], int] = torch._C._current_graph_task_id
-
-
 def _said(row: Row, params: Params, xs: Sequence[Tensor]) -> Said:
     """What must be the same on all ranks, and what an error shows."""
     shapes, dtype = [x.shape for x in xs], xs[0].dtype
     # a sum of gradients and one of values may look alike, and must not meet
-    in_backward = _running_backward() != -1
+    in_backward = backward_here() != -1
     if row.agreed is None:
         return Said(row.name, code_of((row.name, params, dtype, in_backward, *shapes)), shapes, dtype, params)
     alike = tuple([row.agreed(params, shape) for shape in shapes])

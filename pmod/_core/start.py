@@ -10,7 +10,6 @@ from then on it is a tensor like any other.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from types import FunctionType, MethodType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -30,6 +28,19 @@ from pmod._core.row import Call
 from pmod._core.watch import told, watchers
 from pmod._errors import ArgumentError, PmodError, phrase, quoted
 from pmod._site import origin
+from pmod._torch import (
+    are_transforms_active,
+    backward_here,
+    count_function_modes,
+    count_uses,
+    forward_level,
+    make_wrapper,
+    no_function_subclasses,
+    saving_hooks,
+    swap_values,
+    untraced,
+    version_of,
+)
 
 T = TypeVar("T")
 
@@ -40,7 +51,7 @@ class _Piece(Generic[T]):
     def __init__(self, f: Callable[[], T], name: str, tensors: Sequence[Tensor]) -> None:
         self._name = name
         self._tensors = [x for x in tensors if not is_lazy(x) and not x.is_inference()]
-        self._versions = [x._version for x in self._tensors]
+        self._versions = [version_of(x) for x in self._tensors]
         self._enter = surroundings()
         self._results: list[T] = []
         self._f: Callable[[], T] | None = f
@@ -63,7 +74,7 @@ class _Piece(Generic[T]):
     def finish(self) -> T:
         f, self._f = self._f, None
         if f is not None:
-            if any(x._version != version for x, version in zip(self._tensors, self._versions, strict=True)):
+            if any(version_of(x) != version for x, version in zip(self._tensors, self._versions, strict=True)):
                 given = "a tensor was changed in place between start and wait"
                 raise ArgumentError(phrase(self._name, given, "Change a copy, or wait first."))
             second = SecondRun(self._first, self._name)
@@ -76,10 +87,6 @@ class _Piece(Generic[T]):
         return self._results[0]
 
 
-_saving_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-_swap_values: Callable[[Tensor, Tensor], None] = torch._C._swap_tensor_impl
-
-
 class _Later(Tensor):
     """A tensor that is under way. Whatever is done with it first makes it the tensor that arrives: the same object."""
 
@@ -89,14 +96,13 @@ class _Later(Tensor):
     def of(like: Tensor) -> _Later:
         # it may require a gradient: who uses it unseen then refers to it, which `become` sees
         differentiated = torch.is_grad_enabled() and (like.is_floating_point() or like.is_complex())
-        return cast(Any, Tensor)._make_wrapper_subclass(
+        return make_wrapper(
             _Later, (), dtype=like.dtype, device=like.device, requires_grad=differentiated
         )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        dynamo = sys.modules.get("torch._dynamo")  # it would look into what waits, and importing it takes 2 s
-        (_settle_all if dynamo is None else dynamo.disable(_settle_all))((args, kwargs))
+        untraced(_settle_all)((args, kwargs))
         return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -105,11 +111,11 @@ class _Later(Tensor):
 
     def become(self, value: Tensor) -> None:
         """Be the tensor that has arrived: `value`, which is nothing afterwards."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if self.grad_fn is not None or self._use_count() > 1:  # pyright: ignore[reportAttributeAccessIssue]
+        with no_function_subclasses():
+            if self.grad_fn is not None or count_uses(self) > 1:
                 raise _used_unseen()
         del self.settle
-        _swap_values(self, value)
+        swap_values(self, value)
         self.__class__ = Tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -146,8 +152,8 @@ class _Once(Starter):
     def _now(self) -> tuple[Any, ...]:
         # where it differs from that at the start, f is in a custom Function, a backward, a checkpoint or a dual level
         # of its own, which need a result at once
-        task, level = torch._C._current_graph_task_id(), forward_ad._current_level
-        return torch.is_grad_enabled(), task, level, _saving_hooks(True)
+        task, level = backward_here(), forward_level()
+        return torch.is_grad_enabled(), task, level, saving_hooks(True)
 
     def bind(self, call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
         if not self._can_wait():
@@ -161,7 +167,7 @@ class _Once(Starter):
     def can_defer(self, xs: Sequence[Any]) -> bool:
         """Whether pure work on these may be run in two runs."""
         tensors = all(isinstance(x, Tensor) for x in xs)
-        moded = torch._C._len_torch_function_stack() > 0
+        moded = count_function_modes() > 0
         return tensors and not moded and self._can_wait() and not is_transformed(list(xs))
 
     def defer(self, f: Callable[[], Sequence[Tensor]], xs: Sequence[Tensor], name: str) -> Sequence[Tensor]:
@@ -262,7 +268,7 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
     if not callable(f):
         raise ArgumentError(phrase("start", f"f is {quoted(f)}", "Pass a function, then its arguments."))
     name = getattr(f, "__name__", type(f).__name__)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or are_transforms_active():
         result = f(*args, **kwargs)
         return Pending(lambda: result, name)
     if started.by is not None:

@@ -21,6 +21,7 @@ from pmod._errors import CollectiveTimeout, MismatchError, phrase
 from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._site import BACKWARD, Origin, Site, on_behalf_of, structure
+from pmod._torch import are_transforms_active, interpreters, is_wrapped, no_transforms, unwrap
 from pmod._wire.board import LEFT, WAITS, Board, Post, Said, board, code_of, neighbours, not_here, place_of
 from pmod._wire.process_group import wire_of
 from pmod._wire.waiting import LOOK, first_sentence
@@ -102,25 +103,23 @@ def differ(origin: Origin, axis: Axis, given: str, right: str) -> MismatchError:
 
 def _transforms() -> Iterator[str]:
     """The active transforms of torch.func, outermost last."""
-    if not torch._C._are_functorch_transforms_active():
+    if not are_transforms_active():
         return
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    for interpreter in reversed(functorch.get_interpreter_stack() or []):
+    for interpreter in reversed(interpreters() or []):
         yield interpreter.key().name.lower()
 
 
 @contextmanager
 def outside_transforms() -> Generator[None]:
     """What is compared and sent here is no part of what the user differentiates."""
-    with torch._C._DisableFuncTorch(), torch.no_grad():
+    with no_transforms(), torch.no_grad():
         yield
 
 
 def unwrapped(x: Tensor) -> Tensor:
     """The tensor inside torch.func's wrappers."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
+    while is_wrapped(x):
+        x = unwrap(x)
     return x.detach()
 
 

@@ -31,6 +31,7 @@ from pmod._mesh.axis import Axis
 from pmod._mesh.factors import few
 from pmod._ranks import world
 from pmod._site import BACKWARD, Origin, call_site
+from pmod._torch import are_transforms_active
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,7 +70,7 @@ class _Checker(Watcher):
             return
         words = Words.of_call(call, xs, origin)
         forward = call.row.takes == "V" and not origin[0].startswith(BACKWARD)
-        traced = forward and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        traced = forward and torch.is_grad_enabled() and not are_transforms_active()
         with outside_transforms():
             self._check(call, xs, words, origin)
             if traced and any(x.requires_grad for x in xs):
@@ -126,7 +127,7 @@ class _Backward:
 
 
 def _look_at_roots(roots: Any, inputs: Any) -> None:
-    if torch._C._are_functorch_transforms_active() or not any(isinstance(w, _Checker) for w in watchers()):
+    if are_transforms_active() or not any(isinstance(w, _Checker) for w in watchers()):
         return
     wanted = [inputs] if isinstance(inputs, Tensor) else inputs
     for root in [roots] if isinstance(roots, Tensor) else roots:

@@ -18,6 +18,7 @@ from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 from pmod._site import Origin, backward_of, call_site
+from pmod._torch import accumulation_hooks
 
 
 def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
@@ -117,7 +118,7 @@ def check_root(root: Tensor, inputs: Sequence[Tensor] | None) -> None:
 def _is_asked_for(leaf: Tensor, inputs: Sequence[Tensor] | None) -> bool:
     if inputs is not None:
         return any(leaf is x for x in inputs)
-    return not leaf._post_accumulate_grad_hooks  # data_parallel's reduces what it leaves in .grad
+    return not accumulation_hooks(leaf)  # data_parallel's reduces what it leaves in .grad
 
 
 def _times(origin: Origin, axis: Axis) -> str:

@@ -11,6 +11,7 @@ from pmod._errors import ArgumentError, NoMeshError, PmodError, phrase
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
+from pmod._torch import constant_in_graphs
 
 # Plain module variables, not ContextVars: autograd runs backward on threads of its own, which must find the same mesh,
 # and torch.compile cannot read a ContextVar. `_token` says which mesh it is, and where: compiled code reads it, so that
@@ -156,6 +157,7 @@ def resolve_each(mesh: Mesh, function: str) -> tuple[Axis, ...]:
     return tuple([resolve(mesh[name], function) for name in mesh.axis_names])
 
 
+@constant_in_graphs
 def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Axis:
     """While torch.compile traces: the axis of a sub-mesh (its key), or of the ambient mesh (the token, and a name).
 
@@ -170,7 +172,3 @@ def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Ax
     if _mesh is None:
         raise _no_mesh(function, axis)
     return _mesh.bind(axis, function)
-
-
-# what torch.compiler.assume_constant_result sets; that function imports torch._dynamo (2 s), and this does not
-_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from pmod._ranks import groups as _groups
 from pmod._ranks import place as _place
 from pmod._ranks.topology import MOST_RANKS, Topology, warn_of_straddling
 from pmod._ranks.world import DEFAULT_TIMEOUT
+from pmod._torch import constant_in_graphs, count_function_modes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -114,7 +115,7 @@ class Mesh:
 
         Raises: TopologyError where the mesh was loaded in a job that does not have all of its ranks.
         """
-        if torch._C._len_torch_function_stack() > 0:  # shard_map follows who knows where it is
+        if count_function_modes() > 0:  # shard_map follows who knows where it is
             return handle_torch_function(Mesh._own_coords, (), self)
         return self._own_coords()
 
@@ -256,7 +257,7 @@ class Mesh:
         >>> mesh.axis_index("model"), mesh.axis_index(("model", "data"))
         (1, 2)
         """
-        if torch._C._len_torch_function_stack() > 0:  # shard_map follows who knows where it is
+        if count_function_modes() > 0:  # shard_map follows who knows where it is
             return handle_torch_function(Mesh.axis_index, (), self, axis)
         return self.bind(axis, "Mesh.axis_index").index
 
@@ -495,6 +496,7 @@ AxisLike: TypeAlias = str | tuple[str, ...] | Mesh
 """What every ``axis`` argument takes: a name, a tuple of names (the flattened group), or a sub-mesh."""
 
 
+@constant_in_graphs
 def _constant_part(key: str, axis: str | tuple[str, ...]) -> Mesh:
     """While torch.compile traces: the sub-mesh, a constant of the code, which is guarded on both arguments."""
     found = _meshes.get(key)
@@ -502,11 +504,6 @@ def _constant_part(key: str, axis: str | tuple[str, ...]) -> Mesh:
         right = "Simulate the eager function."
         raise PmodError(phrase("Mesh.__getitem__", "a simulated rank runs compiled code", right, axis=axis))
     return found.value._part(axis)
-
-
-# a plain attribute, read by Dynamo. torch.compiler.assume_constant_result sets the same one, and imports torch._dynamo
-# (2 s) to do so.
-_constant_part._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_mesh(names: Any, axes: Any, offset: int, base: Any, place: _place.Place | None = None) -> Mesh:

@@ -25,7 +25,6 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
     rendezvous,  # pyright: ignore[reportPrivateImportUsage]
 )
-from torch.distributed.rendezvous import _torchelastic_use_agent_store
 
 from pmod._errors import CollectiveTimeout, TopologyError, phrase
 from pmod._ranks import place as _place
@@ -48,6 +47,7 @@ from pmod._ranks.world import (
     stores,
 )
 from pmod._site import call_site
+from pmod._torch import is_agents_store
 
 _launch_meetings: Counter[tuple[str | None, int | None]] = Counter()  # how often it met at each store of `launch`
 
@@ -158,7 +158,7 @@ def _store_of_job(topology: Topology, timeout: timedelta) -> Store:
 def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> Store:
     """The store that rank 0, or torchrun's agent, serves at this address."""
     seconds = f"{timeout.total_seconds():g} s"
-    loopback = None if _torchelastic_use_agent_store() else _loopback(address)
+    loopback = None if is_agents_store() else _loopback(address)
     try:
         listener = _listener(loopback, port, topology) if loopback is not None and topology.rank == 0 else None
         if listener is not None:

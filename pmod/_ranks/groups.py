@@ -4,7 +4,7 @@ A group is made on first use by its own members and nobody else, so ranks
 may first use their axes in any order. torch's public ``new_group`` cannot do that: it needs every rank of the world,
 and with ``use_local_synchronization`` it derives the group's name from how many groups this process knows, so that
 ranks with different histories wait for each other under different names. We name groups by their ranks and a counter
-per rank set, through the private ``_new_process_group_helper`` (tests/ranks/test_groups.py tells when it moves).
+per rank set, through the private helper of ``new_group`` (tests/ranks/test_groups.py tells when it moves).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -22,6 +21,7 @@ from pmod._ranks import world as _world
 from pmod._ranks.connect import lazy_gloo, own_connection
 from pmod._ranks.topology import Topology
 from pmod._ranks.world import in_simulation, state
+from pmod._torch import default_store, make_group, note_ranks
 
 
 def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float) -> dist.ProcessGroup:
@@ -51,15 +51,12 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
         world = dist.group.WORLD
         assert world is not None
         return world
-    import torch.distributed.distributed_c10d as c10d
-
     digest = hashlib.sha1(key.encode()).hexdigest()[:16]
     name = f"pmod:{digest}:{state.made[key]}"
     state.made[key] += 1
-    private: Any = c10d
-    store = own_connection(private._get_default_store())
+    store = own_connection(default_store())
     with lazy_gloo():
-        group, _ = private._new_process_group_helper(
+        group, _ = make_group(
             len(ranks),
             ranks.index(dist.get_rank()),
             ranks,
@@ -69,8 +66,7 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
             timeout=timeout,
             group_desc=f"pmod over ranks {ranks if len(ranks) <= 8 else f'{ranks[0]}..{ranks[-1]}'}",
         )
-    # what new_group does after the helper: global rank -> rank within the group
-    private._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
+    note_ranks(group, ranks)
     return group
 
 

@@ -22,6 +22,7 @@ from pmod._errors import AxisError, TopologyError, phrase, quoted
 from pmod._numbers import as_real
 from pmod._ranks import place as _place
 from pmod._ranks.topology import Topology
+from pmod._torch import default_store, groups_known
 
 log = logging.getLogger("pmod")
 
@@ -239,10 +240,7 @@ def blackboard() -> Store | None:
     """A store that all ranks of the world read and write; None in a simulation and before anything is connected."""
     if simulated is not None or not dist.is_initialized():
         return None
-    import torch.distributed.distributed_c10d as c10d
-
-    private: Any = c10d
-    return private._get_default_store()
+    return default_store()
 
 
 def meetings() -> dict[str, int]:
@@ -251,10 +249,7 @@ def meetings() -> dict[str, int]:
 
 
 def all_groups() -> list[dist.ProcessGroup]:
-    import torch.distributed.distributed_c10d as c10d
-
-    private: Any = c10d
-    return list(private._world.pg_map)
+    return groups_known()
 
 
 def leave_all_behind(groups: list[dist.ProcessGroup]) -> None:

@@ -24,6 +24,7 @@ from pmod._mesh.mesh import make_mesh
 from pmod._mesh.sizes import check_axis_sizes
 from pmod._ranks import world as _world
 from pmod._ranks.topology import Topology
+from pmod._torch import are_transforms_active, forward_level, swap_forward_nesting
 from pmod._wire.base import Wire
 from pmod._wire.board import Said
 from pmod._wire.memory import Left, MemoryWire, World
@@ -38,15 +39,12 @@ def _forward_mode_held_open() -> Generator[None]:
     Threads that entered and left them would break each other; while one level is held open, each thread's functorch
     levels are its own, and torch.func.jvp is right on all of them.
     """
-    import torch._functorch.eager_transforms as eager_transforms
-
-    nesting = eager_transforms.JVP_NESTING
     with forward_ad.dual_level():
-        eager_transforms.JVP_NESTING = nesting + 1
+        nesting = swap_forward_nesting(1)
         try:
             yield
         finally:
-            eager_transforms.JVP_NESTING = nesting
+            swap_forward_nesting(nesting)
 
 
 def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
@@ -70,7 +68,7 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
     if torch.compiler.is_compiling():
         raise PmodError(phrase("simulate", "it is called in compiled code", "Simulate the eager function."))
     with _world.instead_of_processes(threading.local()):  # the level that another simulation held open is gone now
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if forward_level() >= 0 or are_transforms_active():
             right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
             raise PmodError(phrase("simulate", "it is called inside a transform, which its threads do not see", right))
         with _forward_mode_held_open():

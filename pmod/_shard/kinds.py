@@ -32,14 +32,33 @@ from pmod._mesh.mesh import Mesh
 from pmod._shard.captured import captured_leaves
 from pmod._shard.traced import show_writes, writes_traced, written_places
 from pmod._site import call_site
+from pmod._torch import (
+    FOREACH,
+    TYPED_STORAGE,
+    HigherOrderOperator,
+    Operator,
+    OperatorPacket,
+    are_transforms_active,
+    base_of,
+    constant_in_graphs,
+    count_function_modes,
+    gets_base,
+    has_storage,
+    is_wrapped,
+    next_number,
+    no_function_modes,
+    number_of,
+    transform_level,
+    unwrap,
+    version_of,
+    version_untraced,
+)
 
 Axes: TypeAlias = frozenset[str]
 
 NONE: Axes = frozenset()
 Known: TypeAlias = tuple[Axes, Axes, bool, int]
 UNKNOWN: tuple[None, Axes, bool, int] = (None, NONE, False, 0)
-
-functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 # of no tensor: each rank makes the same of the same numbers. What these make is I, until the rank asks for its index
 SAME = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "asarray",
@@ -63,7 +82,7 @@ ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 
 STATISTICS = {"batch_norm": ("training", False), "instance_norm": ("use_input_stats", True)}
 # their result is a number, or memory of others: what a rank goes on to do with it is its own
 NUMBERS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "numpy",
-           "__array__", "equal", "allclose", "is_nonzero", "untyped_storage", "storage", "_typed_storage", "data_ptr",
+           "__array__", "equal", "allclose", "is_nonzero", "untyped_storage", "storage", TYPED_STORAGE, "data_ptr",
            "__dlpack__"}  # fmt: skip
 
 
@@ -84,8 +103,8 @@ class Kinds(TorchFunctionMode):
         self._began, self._level = 0, None
         if not torch.compiler.is_compiling():
             self._known, self._written, self._memory = _Noted(), WeakIdKeyDictionary(), WeakIdKeyDictionary()
-            self._began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
-            self._level = functorch.maybe_current_level()
+            self._began = next_number()
+            self._level = transform_level()
         self._differentiates = torch.is_grad_enabled()
         self._modules: list[torch.nn.Module] = []
         # of tensors from outside the body their pvary copies: along what, of which version
@@ -119,7 +138,7 @@ class Kinds(TorchFunctionMode):
         if usual is not None:
             result = func(*args, **kwargs)
             for y in [result] if isinstance(result, Tensor) else tensors_in(result):
-                self._known[y] = usual, NONE, y.requires_grad, y._version
+                self._known[y] = usual, NONE, y.requires_grad, version_untraced(y)
             return result
         return self._followed(func, args, kwargs)
 
@@ -150,7 +169,7 @@ class Kinds(TorchFunctionMode):
 
     def _one_kind(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
         """Of a plain operation on tensors of one kind, about which nothing is in doubt: the kind. The usual case."""
-        doubtful = self._asked or self._written or self.lengths or torch._C._are_functorch_transforms_active()
+        doubtful = self._asked or self._written or self.lengths or are_transforms_active()
         if torch.is_inference_mode_enabled():  # it counts no changes
             return None
         if doubtful or "out" in kwargs or not (_plain[func] if func in _plain else _is_plain(func)):
@@ -164,7 +183,7 @@ class Kinds(TorchFunctionMode):
                 if not had_derivative and x.requires_grad and not x.is_leaf:
                     return None
                 try:
-                    if version != x._version:
+                    if version != version_untraced(x):
                         return None
                 except RuntimeError:  # an inference tensor counts none
                     return None
@@ -184,18 +203,18 @@ class Kinds(TorchFunctionMode):
         if found is None or (x.requires_grad and not had_derivative and not x.is_leaf):
             if torch.compiler.is_compiling():
                 return self._while_compiling(x)
-            if functorch.is_functorch_wrapped_tensor(x):
-                return self.of(functorch.get_unwrapped(x))
+            if is_wrapped(x):
+                return self.of(unwrap(x))
             assumed = assumed if x.requires_grad else self.everywhere
             found = self._from_outside(x, found) if x.requires_grad else self.everywhere
             self.note(x, found, assumed & found)
-        if self._written and torch._C._has_storage(x):
+        if self._written and has_storage(x):
             return found | self._written.get(x.untyped_storage(), NONE)
         return found
 
     def _changed_unseen(self, x: Tensor, found: Axes) -> Axes:
         """Of a tensor that was changed by another name, or by what function modes do not see, as Tensor.set_."""
-        memory = self._memory.get(x.untyped_storage()) if torch._C._has_storage(x) else None
+        memory = self._memory.get(x.untyped_storage()) if has_storage(x) else None
         of, assumed = found | (self.everywhere if memory is None else memory), self.assumed(x)
         self.note(x, of, assumed | ((of - found) if memory is None else NONE))
         return of
@@ -203,7 +222,7 @@ class Kinds(TorchFunctionMode):
     def _while_compiling(self, x: Tensor) -> Axes:
         if isinstance(x, torch.nn.Parameter):
             return NONE
-        if x.requires_grad or torch._C._are_functorch_transforms_active():
+        if x.requires_grad or are_transforms_active():
             raise self._unseen()
         return self.everywhere
 
@@ -220,8 +239,8 @@ class Kinds(TorchFunctionMode):
         """The axes along which a tensor varies are these."""
         self._known[x] = axes, assumed, x.requires_grad, _version(x)
         # what leaves a transform is the tensor within
-        if not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
-            self.note(functorch.get_unwrapped(x), axes, assumed)
+        if not torch.compiler.is_compiling() and is_wrapped(x):
+            self.note(unwrap(x), axes, assumed)
 
     @property
     def asked(self) -> bool:
@@ -269,7 +288,7 @@ class Kinds(TorchFunctionMode):
             given += " in backward, where shard_map does not follow it"
             raise ArgumentError(phrase("shard_map", given, "Pass use_reentrant=False."))
         if seen is None:
-            seen = self.everywhere if node._sequence_nr() >= self._began else NONE
+            seen = self.everywhere if number_of(node) >= self._began else NONE
         varying: set[str] = set()
         for name in self.everywhere:
             axis = self._axis(name)
@@ -301,7 +320,7 @@ class Kinds(TorchFunctionMode):
         if not missing or not differentiated(x):
             return x
         if torch.compiler.is_compiling():
-            summed = (x.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active()
+            summed = (x.requires_grad and torch.is_grad_enabled()) or are_transforms_active()
             _, kept = self._copies.get(x, {}).get(missing, (0, None))
             if kept is not None:
                 return kept
@@ -321,8 +340,8 @@ class Kinds(TorchFunctionMode):
             along = along | new
             if new:
                 version, kept = self._copies[x].get(along, (None, y))
-                y = kept if version == x._version else self._copy(y, new)
-                self._copies[x][along] = x._version, y
+                y = kept if version == version_of(x) else self._copy(y, new)
+                self._copies[x][along] = version_of(x), y
         return y
 
     def _ask_compiled(self, new: Axes) -> None:
@@ -352,9 +371,9 @@ class Kinds(TorchFunctionMode):
     def _copy_elsewhere(self, x: Tensor, missing: Axes) -> Tensor:
         """A copy that does not serve elsewhere in the body: in a transform, or of what was made in the body."""
         version, kept = self._copies.get(x, {}).get(missing, (None, x))
-        if version == x._version and torch.is_grad_enabled():
+        if version == version_of(x) and torch.is_grad_enabled():
             return kept  # of the level around a transform
-        inside = functorch.maybe_current_level() != self._level and functorch.is_functorch_wrapped_tensor(x)
+        inside = transform_level() != self._level and is_wrapped(x)
         if missing & self._asked and inside and x.requires_grad:
             given = f"{_here()}a transform differentiates one value along {sorted(missing & self._asked)} after this"
             given += " rank asked for what is its own: each rank may come to it in an order of its own"
@@ -375,7 +394,7 @@ class Kinds(TorchFunctionMode):
     def _keeps(self, x: Tensor) -> bool:
         """Whether a copy that is made here serves elsewhere in the body."""
         graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        return graph and x.requires_grad and functorch.maybe_current_level() == self._level
+        return graph and x.requires_grad and transform_level() == self._level
 
     def _copy(self, x: Tensor, axes: Axes) -> Tensor:
         return pvary(x, self.mesh[tuple([name for name in self.mesh.axis_names if name in axes])])
@@ -404,7 +423,7 @@ class Kinds(TorchFunctionMode):
     def _vary_ahead(self, new: Axes, before: Axes) -> None:
         """What is one value and known so far becomes V."""
         self._ways.append(new)
-        with torch._C.DisableTorchFunction():
+        with no_function_modes():
             named = [x for f in self._roots for x in captured_leaves(f)]
         self._looks_ahead = True
         try:
@@ -424,7 +443,7 @@ class Kinds(TorchFunctionMode):
             if not step or not differentiated(x):
                 continue
             copies = self._copies.setdefault(x, {})
-            if along | step in copies and copies[along | step][0] == x._version:
+            if along | step in copies and copies[along | step][0] == version_of(x):
                 if copies[along | step][1] not in self._fused:  # it met what varies already, on all ranks
                     self._link(copies[along | step][1])
                 continue
@@ -432,13 +451,13 @@ class Kinds(TorchFunctionMode):
             together.setdefault(step, []).append((x, along | step, y))
         for step, found in together.items():
             names = tuple([name for name in self.mesh.axis_names if name in step])
-            with torch._C.DisableTorchFunction():
+            with no_function_modes():
                 copies, links = pvary_used([y for *_, y in found], self._axis(names), "pvary", self._idle)
             for link in links:
                 self._link(link)
             for (x, along, y), copy in zip(found, copies, strict=True):
                 self.note(copy, self.of(y) | step, self.assumed(x))
-                self._copies[x][along] = x._version, copy
+                self._copies[x][along] = version_of(x), copy
                 self._fused.add(copy)
 
     def _computed(self, new: Axes) -> list[Tensor]:
@@ -446,10 +465,10 @@ class Kinds(TorchFunctionMode):
         alive = self._known.alive() if isinstance(self._known, _Noted) else []
         found = [x for x in alive if x.requires_grad and not x.is_leaf and x not in self._copies and self._keeps(x)]
         found = [x for x in found if x.grad_fn is not None and new - self.of(x)]
-        return sorted(found, key=lambda x: (x.grad_fn._sequence_nr(), x.output_nr))  # type: ignore[union-attr]
+        return sorted(found, key=lambda x: (number_of(x.grad_fn), x.output_nr))
 
     def _link(self, y: Tensor) -> None:
-        with torch._C.DisableTorchFunction():
+        with no_function_modes():
             self._links.append(y.reshape(-1)[:0].abs().sum())
 
     def linked(self, y: Tensor) -> Tensor:
@@ -459,7 +478,7 @@ class Kinds(TorchFunctionMode):
         if not (self._links and torch.is_grad_enabled() and (y.is_floating_point() or y.is_complex())):
             return y
         of, assumed = self.of(y), self.assumed(y)
-        with torch._C.DisableTorchFunction():
+        with no_function_modes():
             z = linked(y, [*self._links, *[x.reshape(-1)[:0].abs().sum() for x in self._arguments]])
         self.note(z, of, assumed)
         return z
@@ -538,7 +557,7 @@ class Kinds(TorchFunctionMode):
         for x in changed if axes else ():
             if x not in self._known:
                 raise self._hidden(f"what {name} writes into a tensor that torch.compile shows anew, as x.data")
-            if axes - self.of(x) and (name.startswith("_foreach") or x in self._views):
+            if axes - self.of(x) and (name.startswith(FOREACH) or x in self._views):
                 raise self._hidden(f"what varies that {name} writes into one value, in a list or by a view of it")
 
     def _lengths_of(self, result: Any, axes: Axes) -> None:
@@ -565,15 +584,16 @@ class Kinds(TorchFunctionMode):
             given = f"what is one value along {sorted(axes - self.of(x))} is changed in place by what varies"
             right = "Change its pvary copy, pmod.pvary(x, axis).clone()."
             raise ArgumentError(phrase("shard_map", _here() + given, right))
-        if axes - self.of(x) and any(x is y or x._base is y for module in self._modules for y in module.buffers()):
+        if axes - self.of(x) and any(x is y or base_of(x) is y for module in self._modules for y in module.buffers()):
             given = f"a buffer of the module, one value along {sorted(axes - self.of(x))}, is changed by what varies"
             right = "Change it by what is one value (pmod.pmean). A norm keeps no statistics of its shards in eval(), "
             right += "or with track_running_stats=False."
             raise ArgumentError(phrase("shard_map", _here() + given, right))
         self.note(x, axes)
-        if x._base is not None:
-            self.note(x._base, axes)
-        if not torch.compiler.is_compiling() and torch._C._has_storage(x):
+        base = base_of(x)
+        if base is not None:
+            self.note(base, axes)
+        if not torch.compiler.is_compiling() and has_storage(x):
             memory = x.untyped_storage()  # other views of it, x.data and x.detach() vary too
             self._written[memory] = axes | self._written.get(memory, NONE)
 
@@ -585,7 +605,7 @@ class Kinds(TorchFunctionMode):
 
     def _note_memory(self, x: Tensor) -> None:
         """The memory of x was changed; what it holds is now known, also where other tensors share it."""
-        if torch._C._has_storage(x):
+        if has_storage(x):
             memory = x.untyped_storage()
             self._memory[memory] = self.of(x) | self._memory.get(memory, NONE)
 
@@ -594,7 +614,7 @@ class Kinds(TorchFunctionMode):
         y = func(*args)
         if isinstance(y, Tensor) and torch.compiler.is_compiling():
             self._views[y] = True
-        if isinstance(y, Tensor) and y.requires_grad and self._asked and func.__self__ is not Tensor._base:
+        if isinstance(y, Tensor) and y.requires_grad and self._asked and not gets_base(func):
             y = func(self._vary(args[0], self.of(args[0]) | self._asked))
             self.note(y, self.of(args[0]) | self._asked, self.assumed(args[0]) | (self._asked - self.of(args[0])))
         if isinstance(y, Tensor) and y not in self._known:
@@ -684,7 +704,7 @@ class Kinds(TorchFunctionMode):
             missing = self._asked - self.of(y)
             if missing and self._keeps(y) and differentiated(y):
                 copy = self._copy(y, missing)
-                self._copies[y] = {missing: (y._version, copy)}
+                self._copies[y] = {missing: (version_of(y), copy)}
                 self._link(copy)
 
     def _pvary(self, call: Call, xs: list[Tensor], before: list[Axes], over: Axes) -> list[Tensor]:
@@ -693,7 +713,7 @@ class Kinds(TorchFunctionMode):
         ys = list(xs)
         for i in [i for i in new if call.params == (1, None)]:
             version, kept = self._copies.get(xs[i], {}).get(over, (None, xs[i]))
-            if self._asked and version == xs[i]._version and self._keeps(xs[i]):
+            if self._asked and version == version_of(xs[i]) and self._keeps(xs[i]):
                 ys[i] = kept  # it varies since the rank asked
         new = [i for i in new if ys[i] is xs[i]]
         if new:
@@ -730,7 +750,7 @@ class _Noted:
 
 def kinds_here() -> Kinds | None:
     """Those of the innermost shard_map whose body runs, or None."""
-    return handle_torch_function(kinds_here, ()) if torch._C._len_torch_function_stack() > 0 else None
+    return handle_torch_function(kinds_here, ()) if count_function_modes() > 0 else None
 
 
 def all_cut() -> None:
@@ -749,12 +769,12 @@ def _here() -> str:
 
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", "")
-    return name.split(".")[0] if isinstance(func, torch._ops.OpOverload) else name
+    return name.split(".")[0] if isinstance(func, Operator) else name
 
 
 def _is_higher_order(func: Any) -> bool:
     """Whether it runs a function of the user's, in a graph of its own."""
-    return isinstance(func, torch._ops.HigherOrderOperator)
+    return isinstance(func, HigherOrderOperator)
 
 
 _plain: dict[Any, bool] = {}  # a memo of `_is_plain`, which asks for names
@@ -765,14 +785,14 @@ def _is_plain(func: Any) -> bool:
     name = _name(func)
     special = SAME | LENGTHS | BY_VALUE | RANDOM | DROPOUT | ATTENTION.keys() | STATISTICS.keys() | NUMBERS
     special |= {"grad", "backward", "rrelu", "__getitem__", "__get__", "__set__"}
-    ours = not isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator)
+    ours = not isinstance(func, (Operator, OperatorPacket, HigherOrderOperator))
     torchs = (getattr(func, "__module__", None) or "torch").split(".")[0] == "torch"  # a method has no module
     _plain[func] = ours and torchs and name not in special and not _is_in_place(name)
     return _plain[func]
 
 
 for _constant in (_name, _is_higher_order):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
+    constant_in_graphs(_constant)
 
 
 def _changed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -814,8 +834,8 @@ def _versions(xs: list[Tensor]) -> list[int]:
 def _version(x: Tensor) -> int:
     if torch.compiler.is_compiling():
         return 0
-    with torch._C.DisableTorchFunction():
-        return 0 if x.is_inference() else x._version
+    with no_function_modes():
+        return 0 if x.is_inference() else version_of(x)
 
 
 def _has_mask(index: Any) -> bool:

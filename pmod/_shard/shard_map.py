@@ -21,6 +21,7 @@ from pmod._shard.dtensors import as_dtensor
 from pmod._shard.kinds import NONE, Axes, Kinds, all_cut, kinds_here
 from pmod._shard.spec import Entry, P, Specs, check_spec, unfit
 from pmod._shard.specs import fits, sizes_of, whole_shapes, with_specs
+from pmod._torch import are_transforms_active, no_function_modes
 
 
 def shard_map(
@@ -181,7 +182,7 @@ class _Mapped:
     def _local(self, x: Any, spec: P) -> Tensor:
         """The shard that a DTensor holds of itself."""
         placements = spec.placements(self.mesh)
-        with torch._C.DisableTorchFunction():  # what is compared here is no number of the rank's own
+        with no_function_modes():  # what is compared here is no number of the rank's own
             same = torch.equal(x.device_mesh.mesh, torch.from_numpy(self.mesh.ranks.copy()))
         if not same:
             given = f"a DTensor is on {x.device_mesh}, and the mesh is {self.mesh!r} over other ranks"
@@ -228,7 +229,7 @@ class _Mapped:
         """
         uneven = {name for entry, sizes, _ in self.cut if len(set(sizes)) > 1 for name in P(entry).axes}
         names = tuple([name for name in self.mesh.axis_names if name in uneven - self.outer])
-        if not names or not tensors or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if not names or not tensors or torch.compiler.is_compiling() or are_transforms_active():
             return [True] * len(tensors)
         is_whole = [not set(spec.axes) & set(names) for _, spec, _ in tensors]
         if not (any(is_whole) or torch.is_grad_enabled()):
@@ -236,7 +237,7 @@ class _Mapped:
         with torch.no_grad():
             mine = torch.stack([_summary(y, own) for (y, _, _), own in zip(tensors, is_whole, strict=True)])
             everywhere = all_gather(mine[None], self.mesh[names])
-        with torch._C.DisableTorchFunction():  # all ranks read the same numbers
+        with no_function_modes():  # all ranks read the same numbers
             totals, sizes, smooth = everywhere.unbind(-1)
             off = ((totals - totals[:1]).abs() > ROUNDING * sizes.amax(0)).any(0).tolist()
             some, columns = smooth.any(0).tolist(), totals.T.tolist()

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
+from pmod._torch import Operator, OperatorPacket, assignments_traced, constant_in_graphs, graph_traced, schema_of
 
 _ASSIGNMENTS = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
                 operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
@@ -21,37 +21,37 @@ def show_writes() -> None:
     From torch 2.14 on, the tracer shows them the method `__setitem__` and not the statement; before, both. Where a
     torch has no such place, nothing is changed: what then stays unseen is found by `writes_traced`.
     """
-    try:
-        from torch._dynamo.variables.tensor import TensorVariable
-        from torch._dynamo.variables.torch_function import can_dispatch_torch_function
-    except ImportError:
+    found = assignments_traced()
+    if found is None:
         return
+    followed, is_shown = found
     slot = "mp_ass_subscript_impl"
-    original: Any = vars(TensorVariable).get(slot)
+    original: Any = vars(followed).get(slot)
     if original is None or hasattr(original, "shows"):
         return
 
     def shown(self: Any, tx: Any, key: Any, value: Any) -> Any:
-        if value is not None and can_dispatch_torch_function(tx, (self, key, value), {}):
+        if value is not None and is_shown(tx, (self, key, value), {}):
             return self.call_method(tx, "__setitem__", [key, value], {})
         return original(self, tx, key, value)
 
     shown.shows = True  # type: ignore[attr-defined]
-    setattr(TensorVariable, slot, shown)
+    setattr(followed, slot, shown)
 
 
 def writes_traced() -> tuple[int, int]:
     """While torch.compile traces: which graph it writes, and how many operations in there change a tensor in place."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    graph: Any = InstructionTranslator.current_tx().output.graph
-    last, n = _counted.get(graph, (graph._root, 0))
-    if last._erased:
-        last, n = graph._root, 0
-    while last.next is not graph._root:
-        last = last.next
-        n += _writes(last)
-    _counted[graph] = last, n
+    graph = graph_traced()
+    last, before = _counted.get(graph, (None, 0))
+    new: list[Any] = []
+    for node in reversed(graph.nodes):  # as far as the last one that was counted, or all where that one was erased
+        if node is last:
+            break
+        new.append(node)
+    else:
+        before = 0
+    n = before + sum(map(_writes, new))
+    _counted[graph] = new[0] if new else last, n
     return id(graph), n
 
 
@@ -66,13 +66,13 @@ def _writes(node: Any) -> bool:
 
 def written_places(func: Any) -> tuple[int | str, ...]:
     """The arguments, by place and by name, that an operator of torch.ops says it writes."""
-    if isinstance(func, torch._ops.OpOverloadPacket):
+    if isinstance(func, OperatorPacket):
         func = getattr(func, func.overloads()[0])
-    if not isinstance(func, torch._ops.OpOverload):
+    if not isinstance(func, Operator):
         return ()
-    written = [(i, x.name) for i, x in enumerate(func._schema.arguments) if x.alias_info and x.alias_info.is_write]
+    written = [(i, x.name) for i, x in enumerate(schema_of(func).arguments) if x.alias_info and x.alias_info.is_write]
     return tuple([place for pair in written for place in pair])
 
 
 for _constant in (show_writes, writes_traced, written_places):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
+    constant_in_graphs(_constant)

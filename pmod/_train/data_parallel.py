@@ -24,6 +24,13 @@ from pmod._errors import ArgumentError, PmodError, phrase
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
+from pmod._torch import (
+    are_transforms_active,
+    at_end_of_backward,
+    backward_here,
+    forward_hooks,
+    no_function_subclasses,
+)
 from pmod._train.share_parameters import Reduce, Reduces, check_module, check_not_reduced, linked, replicate
 
 M = TypeVar("M", bound=nn.Module)
@@ -88,7 +95,7 @@ class _Reducer(Reduces):
             raise self._late(f"{names[0] if names else 'a parameter'} {happened} after the last call of the module")
 
         # one that has no shape yet lets nobody else ask it anything
-        with torch._C.DisableTorchFunctionSubclass():
+        with no_function_subclasses():
             if not (p.is_floating_point() or p.is_complex()) or p.is_inference():
                 return
             trained = p.requires_grad
@@ -124,7 +131,7 @@ class _Reducer(Reduces):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         """See what has changed since the last call: parameters that came, went, were frozen, unfrozen or moved."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or are_transforms_active():
             return
         now: list[Any] = list(module.parameters())
         # tensors in place of parameters are of a functional_call, or of share_parameters over another axis
@@ -185,14 +192,14 @@ class _Reducer(Reduces):
 
     def _begin(self, _: Tensor) -> None:
         """In a hook: where it is the first of this pass, see to it that the pass ends with `_finish`."""
-        running = torch._C._current_graph_task_id()
+        running = backward_here()
         if self._pass != running:  # one that raised may have left something behind
             if not self._calls:
                 raise self._late("remove_data_parallel was called between the call of the module and backward")
             if any((p.dtype, p.device) != kind[1:] for p, kind in self._known if p.requires_grad):
                 raise self._late("a parameter was moved between the call of the module and backward")
             self._reset(running)
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            at_end_of_backward(self._finish)
 
     def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
         assert p.grad is not None
@@ -340,7 +347,7 @@ def remove_data_parallel(module: M) -> M:
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         given = f"module is a {type(module).__name__}"
         raise ArgumentError(phrase("remove_data_parallel", given, "Pass an nn.Module."))
-    for hook in [*module._forward_hooks.values()]:
+    for hook in [*forward_hooks(module).values()]:
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, _Reducer):
             owner.remove()

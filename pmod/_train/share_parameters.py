@@ -27,6 +27,15 @@ from pmod._errors import ArgumentError, PmodError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
+from pmod._torch import (
+    accumulation_hooks,
+    are_transforms_active,
+    forward_hooks,
+    next_number,
+    parameters_of,
+    set_number,
+    version_of,
+)
 
 T = TypeVar("T")
 Reduce: TypeAlias = Literal["sum", "mean"]
@@ -156,9 +165,9 @@ class SharedParameters(Reduces):
         if not torch.compiler.is_compiling():
             self._frame = sys._getframe(1)
         places = [
-            (inner._parameters, name, p)
+            (parameters_of(inner), name, p)
             for inner in module.modules()
-            for name, p in inner._parameters.items()
+            for name, p in parameters_of(inner).items()
             if p is not None and differentiated(p)
         ]
         shared = list({id(p): p for _, _, p in places}.values())  # a tied parameter once
@@ -197,7 +206,7 @@ class SharedParameters(Reduces):
                 whole = {id(y): y for y in (newer.get(i, p) for i, p in whole.items())}
         if not all(id(p) in copied or (p.is_leaf and p.requires_grad) for p in whole.values()):
             return {}
-        now = [(p, (p._version, p.data_ptr(), p.shape, p.dtype)) for p in whole.values()]
+        now = [(p, (version_of(p), p.data_ptr(), p.shape, p.dtype)) for p in whole.values()]
         if [(id(p), at) for p, at, _ in self._kept] != [(id(p), at) for p, at in now]:
             copies, self._links = self._together(list(whole.values()))
             if self._axis.size > 1:
@@ -247,7 +256,7 @@ def _sharing(module: nn.Module) -> list[SharedParameters]:
     """What shares a parameter of the module already, over another axis; the oldest first."""
     found: dict[int, SharedParameters] = {}
     for inner in module.modules():
-        for hook in inner._forward_hooks.values():
+        for hook in forward_hooks(inner).values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, SharedParameters):
                 found[owner._number] = owner
@@ -257,7 +266,7 @@ def _sharing(module: nn.Module) -> list[SharedParameters]:
 def _is_plain() -> bool:
     """Whether autograd alone runs, with no transform around it: what it makes now, a later call may use."""
     compiling = torch.compiler.is_compiling()
-    return not compiling and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    return not compiling and torch.is_grad_enabled() and not are_transforms_active()
 
 
 def _run_last(nodes: Sequence[Any], number: int) -> None:
@@ -266,10 +275,10 @@ def _run_last(nodes: Sequence[Any], number: int) -> None:
     The rest of the graph has higher ones: this thread's next node does not get one of these.
     """
     one = torch.ones((), requires_grad=True)
-    while torch._C._autograd._get_sequence_nr() <= number + WIDTH:  # type: ignore[attr-defined]
+    while next_number() <= number + WIDTH:
         one.view_as(one)
     for i, node in enumerate(dict.fromkeys(nodes)):
-        node._set_sequence_nr(number + i)
+        set_number(node, number + i)
 
 
 def _is_running(frame: FrameType | None) -> bool:
@@ -327,9 +336,9 @@ def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum
 
 def check_not_reduced(module: nn.Module, function: str, axis: Axis, *, but: object = None) -> None:
     for inner in module.modules():
-        hooks = [*inner._forward_hooks.values()]
-        for p in inner._parameters.values():  # of a module around this one, or of one that holds the same parameter
-            hooks += (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+        hooks = [*forward_hooks(inner).values()]
+        for p in parameters_of(inner).values():  # of a module around this one, or of one that holds the same parameter
+            hooks += accumulation_hooks(p).values()
         for hook in hooks:
             owner = getattr(getattr(hook, "func", hook), "__self__", None)
             if owner is but or not isinstance(owner, Reduces):

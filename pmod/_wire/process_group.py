@@ -13,6 +13,7 @@ from torch import Tensor
 from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._ranks.blocking import InThread
+from pmod._torch import all_gather_flat, reduce_scatter_flat
 from pmod._wire.base import SMALL, Alone, Wire
 from pmod._wire.board import Said, code_of, come_back
 from pmod._wire.rolling import has_tags, note
@@ -86,7 +87,7 @@ class GroupWire(Wire):
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
         if self.by_nccl(x) and len(set(counts)) == 1:
-            return self._on_its_way(x, self.group._allgather_base(out, x), lambda: out)
+            return self._on_its_way(x, all_gather_flat(self.group, out, x), lambda: out)
         if self.by_nccl(x):
             return self._on_its_way(x, self.group.allgather([list(parts)], [x]), lambda: out)
         arriving = [(parts[rank], rank) for rank in self._others() if counts[rank]]
@@ -120,7 +121,7 @@ class GroupWire(Wire):
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
         if self.by_nccl(x) and dtype == x.dtype and len(set(counts)) == 1:
             out = x.new_empty(counts[0])
-            return self._on_its_way(x, self.group._reduce_scatter_base(out, x), lambda: out)
+            return self._on_its_way(x, reduce_scatter_flat(self.group, out, x), lambda: out)
         return super().reduce_scatter(x, counts, dtype)
 
     def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:

@@ -9,6 +9,7 @@ import attrs
 from torch import Tensor
 
 from pmod._ranks import world
+from pmod._torch import all_gather_flat, reduce_scatter_flat
 
 
 @attrs.frozen
@@ -72,7 +73,7 @@ class Metered:
 
     def _allgather_base(self, out: Tensor, x: Tensor) -> Any:
         count_bytes((self._size - 1) * x.nbytes, out.nbytes - x.nbytes, self._steps)
-        return self._group._allgather_base(out, x)
+        return all_gather_flat(self._group, out, x)
 
     def allgather(self, outs: list[list[Tensor]], xs: list[Tensor]) -> Any:
         received = sum(out.nbytes for out in outs[0]) - xs[0].nbytes
@@ -82,7 +83,7 @@ class Metered:
     def _reduce_scatter_base(self, out: Tensor, x: Tensor) -> Any:
         nbytes = (self._size - 1) * x.nbytes // self._size
         count_bytes(nbytes, nbytes, self._steps)
-        return self._group._reduce_scatter_base(out, x)
+        return reduce_scatter_flat(self._group, out, x)
 
     def allreduce(self, xs: list[Tensor]) -> Any:
         nbytes = 2 * (self._size - 1) * xs[0].nbytes // self._size

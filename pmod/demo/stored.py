@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner, storage
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 import pmod
 from pmod._errors import PmodError, phrase
+from pmod._torch import layout_made, memory_formats, set_element, storage_info, storage_prefix
 from pmod._wire.board import place_of
 
 T = TypeVar("T")
@@ -128,9 +128,9 @@ def _parts() -> dict[tuple[str, str], object]:
         *(planner.SavePlan, planner.WriteItem, planner.WriteItemType),
         *(planner.TensorWriteData, planner.BytesIOWriteData),
         *(metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata),
-        *(metadata.ChunkStorageMetadata, metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING),
-        *(metadata.StorageMeta, storage.WriteResult, filesystem._StorageInfo, filesystem._StoragePrefix),
-        *(torch.Size, torch.serialization._get_layout, type(Path())),
+        *(metadata.ChunkStorageMetadata, metadata.TensorProperties, memory_formats()),
+        *(metadata.StorageMeta, storage.WriteResult, storage_info(), storage_prefix()),
+        *(torch.Size, layout_made(), type(Path())),
     ]
     dtypes = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     return {**{(part.__module__, part.__qualname__): part for part in made}, **dtypes}
@@ -160,4 +160,4 @@ class _LoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: planner.ReadItem, value: io.BytesIO) -> None:
         where = self.mappings[read_item.dest_index.fqn]
-        set_element(self.original_state_dict, where, torch.load(value, weights_only=True))
+        set_element()(self.original_state_dict, where, torch.load(value, weights_only=True))

@@ -50,6 +50,7 @@ from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 from pmod._numbers import as_int
+from pmod._torch import constant_in_graphs
 
 Ints = int | Sequence[int]
 Sizes = Sequence[int] | Mapping[int, Sequence[int] | None]
@@ -95,12 +96,11 @@ def _plan_of(index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: 
     return window_plan(index, sizes, _Dim(*of).windows(sizes), boundary)
 
 
+@constant_in_graphs
 def _plan(index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str) -> Plan:
     """How a rank comes by its window; of: a `_Dim` as a plain tuple, for compiled code."""
     return _plan_of(index, sizes, of, boundary)
 
-
-_plan._dynamo_marked_constant = True  # type: ignore[attr-defined] # see _ambient._constant
 
 Wrong = Callable[[str, str], PmodError]
 """The error for what is given, and what would be right."""

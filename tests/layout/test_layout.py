@@ -6,12 +6,14 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pmod
+from pmod import _torch
 from pmod._core.collective import COLLECTIVES
 from pmod._core.row import _TRANSPOSES, ROWS, Row
 from tests.lib.table import CASES, Here
@@ -23,6 +25,7 @@ TESTS = Path(__file__).parents[1]
 FLOORS = """
     _version _numbers _site
     _errors
+    _torch
     _ranks
     _mesh
     _wire
@@ -120,6 +123,15 @@ SENDING = {
     "barrier", "all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "isend", "irecv",
     "all_gather_object", "broadcast_object_list",
 }  # fmt: skip
+BY_NAME = {"all_gather_flat", "reduce_scatter_flat"}  # of pmod._torch
+
+
+def sends(func: ast.expr) -> bool:
+    if isinstance(func, ast.Name):
+        return func.id in BY_NAME
+    if not isinstance(func, ast.Attribute) or func.attr not in SENDING:
+        return False
+    return re.search(r"\b(group|dist|distributed|c10d|pg)\b", ast.unparse(func.value)) is not None
 
 
 def test_one_file_sends() -> None:
@@ -128,10 +140,7 @@ def test_one_file_sends() -> None:
         place(path)
         for path in modules()
         for node in nodes(path)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in SENDING
-        and re.search(r"\b(group|dist|distributed|c10d|pg)\b", ast.unparse(node.func.value))
+        if isinstance(node, ast.Call) and sends(node.func)
     }
     assert "_wire" in found and found <= {"_wire", "bench"}
 
@@ -142,9 +151,124 @@ def test_one_autograd_function() -> None:
         for path in modules()
         for node in nodes(path)
         if isinstance(node, ast.ClassDef)
-        and any(re.search(r"autograd\.Function|_SingleLevelFunction", ast.unparse(base)) for base in node.bases)
+        and any(re.search(r"autograd\.Function|\bOneLevel\b", ast.unparse(base)) for base in node.bases)
     ]
     assert functions == ["_core._Linear"]
+
+
+# --- what is private of torch -------------------------------------------------------------------------------------
+
+# underscored names that are neither pmod's nor torch's: of Python, of a C library and of IPython
+FOREIGN = {"_getframe", "_exit", "_replace", "_fields", "_set_running_loop", "_config", "_inheriting", "_repr_png_",
+          "_render_traceback_"}  # fmt: skip
+TORCHS = {part for name in _torch.SEEN for part in re.split("[.:]", name)} | {"_dynamo_marked_constant"}
+LOOKED_UP = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "methodcaller", "import_module", "__import__"}
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_[^_]\w*", name) is not None
+
+
+def assigned(tree: ast.AST) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield from target.elts if isinstance(target, ast.Tuple) else [target]
+
+
+def members(tree: ast.AST) -> set[str]:
+    """The attributes that the classes of a file give themselves: methods, fields, what is assigned to self or set."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            found |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+            fields = [target for part in node.body for target in assigned(part) if isinstance(target, ast.Name)]
+            found |= {target.id for target in fields}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "set_once":
+            found |= {part.value for part in node.args if isinstance(part, ast.Constant)}
+    of_self = [target for target in assigned(tree) if isinstance(target, ast.Attribute)]
+    return found | {target.attr for target in of_self if ast.unparse(target.value) == "self"}
+
+
+def globals_of(tree: ast.Module) -> set[str]:
+    """The functions, classes and variables of a module."""
+    made = {part.name for part in tree.body if isinstance(part, ast.FunctionDef | ast.ClassDef)}
+    return made | {target.id for part in tree.body for target in assigned(part) if isinstance(target, ast.Name)}
+
+
+def docstrings(tree: ast.AST) -> set[ast.expr]:
+    said = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    return {value for value in said if isinstance(value, ast.Constant)}
+
+
+def private_of_torch(tree: ast.Module, ours: set[str]) -> Iterator[str]:
+    """What a file names that is private and not pmod's: whatever the name of the thing that it is asked of.
+
+    ours: the members and globals of all files. Where torch has a name of these too, it must be a member in this file.
+    """
+    allowed = FOREIGN | (ours - TORCHS) | members(tree)
+    silent = docstrings(tree)
+    # the end of a name is none
+    ends = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".endswith")]
+    silent |= {end for call in ends for end in call.args}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or ""
+            for whole in [f"{module}.{alias.name}".strip(".") for alias in node.names]:
+                if whole.split(".")[0] == "torch" and any(map(is_private, whole.split("."))):
+                    yield whole
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in allowed:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in silent:
+            if re.search(r"\btorch[\w.:]*[.:]_[^_\W]", node.value):
+                yield node.value
+            elif is_private(node.value) and node.value not in allowed:
+                yield repr(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in LOOKED_UP:
+            parts = [part.value for name in node.args for part in ast.walk(name) if isinstance(part, ast.Constant)]
+            begin = [part for part in parts if isinstance(part, str) and re.match("_(?!_)", part)]
+            yield from [part for part in begin if part not in allowed]
+
+
+@cache
+def names_of_all_files() -> set[str]:
+    found = set(LEVEL)
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        found |= members(tree) | globals_of(tree)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_one_file_names_what_is_private_of_torch(path: Path) -> None:
+    found = list(private_of_torch(ast.parse(path.read_text()), names_of_all_files()))
+    assert bool(found) == (place(path) == "_torch"), found
+
+
+@pytest.mark.parametrize("code", [
+    "import torch._dynamo",
+    "import torch._dynamo as compiler",
+    "from torch import _lazy_clone",
+    "from torch._functorch import pyfunctorch",
+    "from torch.testing._internal.distributed.fake_pg import FakeStore",
+    "import torch.distributed.distributed_c10d as c10d\nprivate: Any = c10d\nprivate._world.pg_map",
+    "getattr(torch, '_lazy_clone')",
+    "getattr(torch, '_lazy_' + 'clone')",
+    "getattr(torch, f'_lazy_{rest}')",
+    "vars(torch)['_lazy_clone']",
+    "sys.modules['torch._dynamo']",
+    "importlib.import_module('torch._inductor.ir')",
+    "pkgutil.resolve_name('torch:_lazy_clone')",
+    "operator.attrgetter('_version')(x)",
+    "def _version(x): return x._version",
+    "def _base(x): return x._base",
+    "class A:\n    def f(self, x): return x._is_view()",
+    "torch.ops.aten._unsafe_view.default(x, shape)",
+    "f._dynamo_marked_constant = True",
+    "x._never_heard_of",
+])  # fmt: skip
+def test_a_private_name_is_seen(code: str) -> None:
+    assert list(private_of_torch(ast.parse(code), names_of_all_files()))
 
 
 # --- rows and collectives -----------------------------------------------------------------------------------------
