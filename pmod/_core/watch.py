@@ -36,14 +36,9 @@ class Watcher(Protocol):
         ...
 
 
-_watchers: list[Watcher] = []
-
-
 def watchers() -> list[Watcher]:
     """Those of this process; in a simulation those of this rank."""
-    if world.simulated is not None and hasattr(world.simulated, "watchers"):
-        return world.simulated.watchers
-    return _watchers
+    return world.now.here.watchers
 
 
 def called_as(function: str, f: Callable[..., T], *args: Any) -> T:

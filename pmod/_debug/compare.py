@@ -257,20 +257,19 @@ def _cycle(posts: dict[int, Post], stuck: set[int]) -> str:
     return "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
 
 
-_exchanges: _Exchanges | None = None
 _COMPARED = Said("debug", code_of("debug"), otherwise="what debug compares")
 
 
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     """What each rank of the axis says, in rank order; all of them come to say it."""
-    global _exchanges
-    here = None if world.in_simulation() else axis.group and board()  # connects, and is no meeting
+    ours = world.current()
+    here = axis.group and board() if ours.by_processes else None  # connects, and is no meeting
     if here is None:
         with on_behalf_of(origin):
             return cast(Any, wire_of(axis, said=_COMPARED)).words(mine)
-    if _exchanges is None or _exchanges.board is not here:
-        _exchanges = _Exchanges(here)
-    return _exchanges.exchange(axis, mine, origin)
+    if here.exchanges is None:
+        here.exchanges = _Exchanges(here)
+    return here.exchanges.exchange(axis, mine, origin)
 
 
 def gathered(numbers: Sequence[int], words: Words, axis: Axis, origin: Origin) -> list[list[int]]:

@@ -26,6 +26,7 @@ from pmod._ranks.launchers import (
 )
 
 MOST_RANKS = 2**31 - 1  # torch numbers ranks in 32 bits
+THREADS = "simulate"  # the launcher of ranks that are threads of one process
 _FILLED: Any = None  # the default of a field that _fill works out from the others
 
 
@@ -156,6 +157,11 @@ def _fill(topology: Topology) -> None:
         _put(t, "node_rank", _node(t))
     if t.backend is _FILLED:
         _put(t, "backend", "gloo" if t.device.type == "cpu" else "cpu:gloo,cuda:nccl")
+
+
+def is_thread(place: Topology) -> bool:
+    """Whether this is the place of a thread, of which a process has several."""
+    return place.launcher == THREADS
 
 
 def ranks_of_node(place: Topology) -> range:

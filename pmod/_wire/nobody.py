@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from pmod._mesh.axis import Axis
+from pmod._ranks.topology import Topology
+from pmod._ranks.world import Processes, World
+from pmod._wire.base import Wire
 from pmod._wire.board import Said
 from pmod._wire.process_group import GroupWire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import Reduction, scaled
 
 
-class Nobody:
+class _NoGroup:
     """A process group whose messages go nowhere."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -28,8 +31,8 @@ class Nobody:
 class Mirror(GroupWire):
     """Sends as a process group does, to nobody; what would arrive is what this rank has."""
 
-    def __init__(self, axis: Axis, _: Said) -> None:
-        super().__init__(axis.size, axis.index, Nobody())
+    def __init__(self, axis: Axis) -> None:
+        super().__init__(axis.size, axis.index, _NoGroup())
         self._on_gpus = axis.topology.device.type == "cuda"
 
     def by_nccl(self, x: Tensor) -> bool:
@@ -64,6 +67,23 @@ class Mirror(GroupWire):
     def words(self, mine: str) -> list[str]:
         """What each rank says (`assert_invariant`)."""
         return [mine] * self.size
+
+
+class Nobody(World):
+    """The world of an estimate: one rank of a mesh whose other ranks do not exist."""
+
+    alone = True
+
+    def __init__(self, processes: Processes, topology: Topology) -> None:
+        super().__init__(processes)
+        self._topology = topology
+
+    @property
+    def topology(self) -> Topology:
+        return self._topology
+
+    def wire(self, axis: Axis, said: Said) -> Wire:
+        return Mirror(axis)
 
 
 def _fitted(part: Tensor, count: int) -> Tensor:

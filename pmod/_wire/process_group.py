@@ -207,9 +207,10 @@ def wire_of(axis: Axis, row: str = "", said: Said | None = None) -> Wire:
     """The wire that joins the ranks of an axis, for a message of this row; `said` is what all ranks must say of it."""
     if axis.size == 1:
         return Alone(1, 0)
-    said = said or Said(row, code_of(row))
-    if world.simulated is not None and hasattr(world.simulated, "wire"):
-        return world.simulated.wire(axis, said)
+    return world.current().wire(axis, said or Said(row, code_of(row)))
+
+
+def _over_group(axis: Axis, said: Said) -> Wire:
     group, wait = axis.group, Wait(axis, said, _cut_off)
     if world.is_left_behind(group):
         wait.refuse()
@@ -217,3 +218,6 @@ def wire_of(axis: Axis, row: str = "", said: Said | None = None) -> Wire:
     if not has_tags(axis):
         note(axis, wait.number, said)
     return GroupWire(axis.size, axis.index, group, wait)
+
+
+world.processes().carry = _over_group

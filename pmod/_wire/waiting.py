@@ -67,8 +67,9 @@ class Wait:
     def __init__(self, axis: Axis, said: Said, cut_off: Callable[[Any], None] = lambda group: None) -> None:
         self._axis, self._said = axis, said
         self._cut_off = cut_off  # closes the connections of a group
-        self.number = world.next_meeting(axis.group_key)
-        self._history = world.history(axis.group_key)
+        connection = world.processes().connection
+        self.number = connection.next_meeting(axis.group_key)
+        self._history = connection.history(axis.group_key)
         self._history.append((self.number, self._said))
         self.exchange: tuple[int, Sequence[int], Sequence[int]] | None = None  # its number, bytes sent and expected
         self._looks = 0
@@ -346,9 +347,9 @@ def _tell_the_end() -> None:
     told = board()
     if told is None or not told.reachable:
         return
-    rank, met = world.here().rank, json.dumps(world.meetings())
+    rank, met = world.here().rank, json.dumps(world.processes().connection.meetings)
     post = Post(ENDED, "", (rank,), "", met=met)
     InThread(lambda: told.write(rank, post)).wait(_ANSWER)
 
 
-world.before_end.append(_tell_the_end)
+world.processes().before_end.append(_tell_the_end)

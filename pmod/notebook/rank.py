@@ -126,8 +126,8 @@ def _waited(frames: list[tuple[FrameType, int]], wait: waiting.Wait) -> str:
 
 def sent() -> dict[tuple[int, ...], int]:
     """How many messages went along which ranks, since they were connected."""
-    state = world.state
-    return {tuple(dist.get_process_group_ranks(group)): state.meetings[key] for key, group in state.groups.items()}
+    now = world.processes().connection
+    return {tuple(dist.get_process_group_ranks(group)): now.meetings[key] for key, group in now.groups.items()}
 
 
 def in_cell(text: str) -> str:

@@ -236,7 +236,7 @@ def test_a_world_of_the_user_with_nccl_alone(x):
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-    assert not world.state.groups
+    assert not world.processes().connection.groups
 
 
 def test_shard_map_and_its_relatives(mesh, x):
