@@ -19,7 +19,7 @@ from pmod._errors import ArgumentError, MismatchError
 from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._site import origin
-from pmod._wire.process_group import wire_of
+from pmod._wire.along import wire_of
 
 Sizes = tuple[int, ...]
 
@@ -46,7 +46,7 @@ def swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis) 
         with torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction(), torch.no_grad():
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
             with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
-                return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
+                return wire_of(axis, device).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
 
     return once(send)
 

@@ -21,8 +21,8 @@ from pmod._errors import CollectiveTimeout, MismatchError, phrase
 from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._site import BACKWARD, Origin, Site, on_behalf_of, structure
+from pmod._wire.along import wire_of
 from pmod._wire.board import LEFT, WAITS, Board, Post, Said, board, code_of, neighbours, not_here, place_of
-from pmod._wire.process_group import wire_of
 from pmod._wire.waiting import LOOK, first_sentence
 
 SAME_CALLS = "All ranks of an axis must make the same calls in the same order."
@@ -266,7 +266,7 @@ def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     here = axis.group and board() if ours.by_processes else None  # connects, and is no meeting
     if here is None:
         with on_behalf_of(origin):
-            return cast(Any, wire_of(axis, said=_COMPARED)).words(mine)
+            return cast(Any, wire_of(axis, torch.device("cpu"), said=_COMPARED)).words(mine)
     if here.exchanges is None:
         here.exchanges = _Exchanges(here)
     return here.exchanges.exchange(axis, mine, origin)
@@ -346,7 +346,7 @@ def _spread(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     plain = unwrapped(x)
     real = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
     flat = real.double().contiguous().reshape(-1)
-    wire = wire_of(axis)
+    wire = wire_of(axis, flat.device)
     low = wire.all_reduce(flat, "min", flat.dtype, 1).wait()
     high = wire.all_reduce(flat, "max", flat.dtype, 1).wait()
     return low.view(real.shape), high.view(real.shape)

@@ -15,7 +15,6 @@ from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import (
     HashStore,  # pyright: ignore[reportPrivateImportUsage]
@@ -29,6 +28,7 @@ from torch.distributed.rendezvous import _torchelastic_use_agent_store
 from pmod._errors import CollectiveTimeout, TopologyError, phrase
 from pmod._ranks import place as _place
 from pmod._ranks import world
+from pmod._ranks.backends import use_device
 from pmod._ranks.blocking import hold_still
 from pmod._ranks.meeting import Meeting
 from pmod._ranks.topology import Topology
@@ -54,8 +54,7 @@ def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
         if dist.is_initialized():
             _join(topology)
             return
-        if topology.device.type == "cuda":
-            torch.cuda.set_device(topology.device)  # what NCCL takes for a barrier, and plain "cuda" for a tensor
+        use_device(topology.device)
         timeout = timedelta(seconds=seconds)
         store, places = _store(topology, timeout)
         try:
@@ -275,7 +274,8 @@ def shutdown() -> None:
             processes.begin_anew()
             _place.record(processes.launched)
         else:  # the user's world goes on, and so do its store and the names used in it
-            connection.groups, connection.farewells = {}, []
+            connection.forget_groups()
+            connection.farewells = []
 
 
 def groups_in_use() -> list[dist.ProcessGroup]:
@@ -286,9 +286,8 @@ def groups_in_use() -> list[dist.ProcessGroup]:
 
 def _made_groups() -> list[dist.ProcessGroup]:
     """Those that pmod has made within a world of the user's."""
-    groups = world.processes().connection.groups
-    ours = [group for group in groups.values() if group.group_name.startswith("pmod:")]
-    return [group for group in ours if group is not dist.group.WORLD]
+    connection = world.processes().connection
+    return [connection.groups[key] for key in connection.made_here]
 
 
 _PATIENCE = 5.0  # seconds for a group to end: some hundredths do where nothing is wrong
@@ -350,4 +349,4 @@ def _take_out(groups: list[dist.ProcessGroup], whole_world: bool) -> None:
     else:
         for group in groups:
             dist.destroy_process_group(group)
-    connection.groups = {}
+    connection.forget_groups()

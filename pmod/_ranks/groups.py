@@ -34,10 +34,12 @@ def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, secon
         return found
     with processes.lock:
         connect.connect(topology, seconds)
-        groups = processes.connection.groups  # of the world that it has joined
-        found = groups.get(key)
+        connection = processes.connection  # of the world that it has joined
+        found = connection.groups.get(key)
         if found is None:
-            found = groups[key] = _make_group(key, ranks(), timedelta(seconds=seconds))
+            found = connection.groups[key] = _make_group(key, ranks(), timedelta(seconds=seconds))
+            if found is not dist.group.WORLD:
+                connection.made_here.add(key)
         return found
 
 

@@ -25,6 +25,7 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from pmod._errors import AxisError, TopologyError, phrase, quoted
 from pmod._numbers import as_real
 from pmod._ranks import place as _place
+from pmod._ranks.backends import Backend
 from pmod._ranks.topology import Topology
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Connection:
     """What this process has connected; `shutdown` begins a new one."""
 
     def __init__(self) -> None:
-        self.groups: dict[str, dist.ProcessGroup] = {}
+        self.forget_groups()
         self.world: dist.ProcessGroup | None = None  # the default group that `groups` were made under
         self.started_world = False
         self.topology: Topology | None = None  # of the world
@@ -50,6 +51,11 @@ class Connection:
         self.witness: Any = None  # compares the calls whose messages have no tags
         self.places: dict[int, tuple[str, int]] = {}  # the host and the process of those that this one has met
         self.farewells: list[Callable[[], None]] = []  # what the waits that failed say to the others at the end
+
+    def forget_groups(self) -> None:
+        self.groups: dict[str, dist.ProcessGroup] = {}
+        self.made_here: set[str] = set()  # the keys of those that pmod has made within the world
+        self.backends: dict[tuple[str, str], Backend] = {}  # of these groups, for each type of device
 
     def next_meeting(self, key: str) -> int:
         """The number of a message along these ranks, the same on all of them."""
@@ -89,8 +95,8 @@ class World:
         """A store that all ranks of the world read and write; None where there is none."""
         return None
 
-    def wire(self, axis: Any, said: Any) -> Any:
-        """The Wire that joins the ranks of an Axis, for a message of which all ranks must say what is Said."""
+    def wire(self, axis: Any, said: Any, device: torch.device) -> Any:
+        """The Wire along an Axis, for a message in tensors of this device of which all ranks must say what is Said."""
         raise NotImplementedError
 
 
@@ -118,7 +124,7 @@ class Processes(World):
         self.idle: list[Any] = []  # the queues of the threads of `blocking.py` that have nothing to do,
         self.busy: set[int] = set()  # and the threads that are in a call which may block
         # What the floors above fill in.
-        self.carry: Callable[[Any, Any], Any] | None = None  # makes the Wire over a process group
+        self.carry: Callable[[Any, Any, torch.device], Any] | None = None  # makes the Wire over a process group
         self.before_end: list[Callable[[], None]] = []  # what they say to the others when a world ends
         self._kept: dict[Any, Any] = {}
 
@@ -139,9 +145,9 @@ class Processes(World):
         private: Any = c10d
         return private._get_default_store()
 
-    def wire(self, axis: Any, said: Any) -> Any:
+    def wire(self, axis: Any, said: Any, device: torch.device) -> Any:
         assert self.carry is not None
-        return self.carry(axis, said)
+        return self.carry(axis, said, device)
 
     def the(self, kind: Callable[[], T]) -> T:
         """The one object of a class of a floor above that this process has."""
@@ -206,7 +212,7 @@ def _keep_apart() -> None:
     if not rank.by_processes:
         parent = rank.topology
 
-        def refuse(axis: Any, said: Any) -> Any:
+        def refuse(axis: Any, said: Any, device: torch.device) -> Any:
             raise _place.refusal(parent)
 
         rank.wire = refuse

@@ -35,6 +35,7 @@ from pmod._errors import AxisError, CollectiveTimeout, PmodError, coordinates, p
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.mesh import make_mesh
 from pmod._ranks import world
+from pmod._ranks.backends import use_device
 from pmod._ranks.topology import Topology
 from pmod._run.task import Died, Outcome, Raised, Returned, Task, main_is_imported, pack_result, unpack
 
@@ -124,8 +125,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     faulthandler.enable()
     settle_in(size)
     topology = topology_of(rank, size, port)
-    if topology.device.type == "cuda":
-        torch.cuda.set_device(topology.device)
+    use_device(topology.device)
     pipe.send_bytes(pickle.dumps(Returned(b"")))  # ready
     while True:
         try:

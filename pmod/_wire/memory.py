@@ -236,7 +236,7 @@ class Threads(threading.local, World):
         assert self._topology is not None
         return self._topology
 
-    def wire(self, axis: Axis, said: Said) -> Wire:
+    def wire(self, axis: Axis, said: Said, device: torch.device) -> Wire:
         return MemoryWire(self._simulation, self.topology.rank, axis, said)
 
 

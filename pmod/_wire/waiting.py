@@ -17,8 +17,6 @@ from functools import cached_property
 from time import monotonic, sleep
 from typing import Any, NoReturn, Protocol, TypeVar
 
-import torch
-
 from pmod._errors import CollectiveTimeout, MismatchError, PmodError, phrase
 from pmod._mesh.axis import Axis
 from pmod._ranks import connect, world
@@ -117,11 +115,6 @@ class Wait:
         """Of a message of this call: messages of unlike calls, of other exchanges or lengths have other tags."""
         mixed = self._said.code + _NUMBER * self.number + _STAGE * stage + _LENGTH * nbytes
         return mixed & _BITS | _OURS
-
-    @property
-    def device(self) -> torch.device:
-        """That of the mesh."""
-        return self._axis.topology.device
 
     def refuse(self) -> NoReturn:
         """Raise, because an earlier wait along these ranks was cut off; and say so to those that wait for this rank."""

@@ -40,6 +40,7 @@ STATE = {
     "_core.bind._library": "torch's library of pmod's operators",
     "_core.inductor._told": "the operators whose lowering Inductor has",
     # filled when modules are imported, and not afterwards
+    "_ranks.backends._BACKENDS": "the table of backends, to which a third one may be added",
     "_core.row.ROWS": "the table of rows, where each file of collectives registers its own",
     "_core.row._TRANSPOSES": "of that table, which row is the transpose of which",
     # of tensors and modules of the user's
