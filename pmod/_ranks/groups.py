@@ -24,7 +24,7 @@ from pmod._ranks.topology import Topology
 
 def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float) -> dist.ProcessGroup:
     """The process group over `ranks()` in this order; `key` names the same ranks in the same order."""
-    ours = world.current()
+    ours = world.now.here
     if not ours.by_processes:
         raise PmodError(phrase("Mesh.group", "a simulated rank has no process group", "Use pmod's own functions."))
     processes = ours.processes

@@ -55,7 +55,7 @@ class Connection:
     def forget_groups(self) -> None:
         self.groups: dict[str, dist.ProcessGroup] = {}
         self.made_here: set[str] = set()  # the keys of those that pmod has made within the world
-        self.backends: dict[tuple[str, str], Backend] = {}  # of these groups, for each type of device
+        self.backends: dict[tuple[str, torch.device], Backend] = {}  # of these groups, for each device
 
     def next_meeting(self, key: str) -> int:
         """The number of a message along these ranks, the same on all of them."""
@@ -123,9 +123,8 @@ class Processes(World):
         self.inherited_world: Any = None  # torch's default group, if this process was forked while it had one
         self.idle: list[Any] = []  # the queues of the threads of `blocking.py` that have nothing to do,
         self.busy: set[int] = set()  # and the threads that are in a call which may block
-        # What the floors above fill in.
-        self.carry: Callable[[Any, Any, torch.device], Any] | None = None  # makes the Wire over a process group
-        self.before_end: list[Callable[[], None]] = []  # what they say to the others when a world ends
+        # What the floors above fill in, beside `wire`: what they say to the others when a world ends.
+        self.before_end: list[Callable[[], None]] = []
         self._kept: dict[Any, Any] = {}
 
     @property
@@ -144,10 +143,6 @@ class Processes(World):
 
         private: Any = c10d
         return private._get_default_store()
-
-    def wire(self, axis: Any, said: Any, device: torch.device) -> Any:
-        assert self.carry is not None
-        return self.carry(axis, said, device)
 
     def the(self, kind: Callable[[], T]) -> T:
         """The one object of a class of a floor above that this process has."""

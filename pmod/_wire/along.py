@@ -26,30 +26,29 @@ def wire_of(axis: Axis, device: torch.device, row: str = "", said: Said | None =
     """
     if axis.size == 1:
         return Alone(1, 0)
-    return world.current().wire(axis, said or Said(row, code_of(row)), device)
+    return world.now.here.wire(axis, said or Said(row, code_of(row)), device)
 
 
-def backend_along(axis: Axis, device_type: str) -> Backend:
-    """The backend of an axis for tensors of this type of device."""
-    known, key = world.processes().connection.backends, (axis.group_key, device_type)
+def backend_along(axis: Axis, device: torch.device) -> Backend:
+    """The backend of an axis for tensors of this device."""
+    known, key = world.now.processes.connection.backends, (axis.group_key, device)
     found = known.get(key)
     if found is None:
-        found = known[key] = backend_in(dist.get_backend_config(axis.group), device_type)
+        found = known[key] = backend_in(dist.get_backend_config(axis.group), device.type)
     return found
 
 
 def _over_group(axis: Axis, said: Said, device: torch.device) -> Wire:
-    group, place = axis.group, axis.topology.device.type
-    backend = usual = backend_along(axis, place)
-    if device.type != place:
-        backend = backend_along(axis, device.type)
+    group, usual = axis.group, axis.topology.device
+    backend = backend_along(axis, device)
     wait = Wait(axis, said, backend.cut_off)
     if world.is_left_behind(group):
         wait.refuse()
     come_back(axis.topology.rank)
-    if not usual.tags:
+    # whatever this message goes by, the others along the axis go by the backend of the mesh's device
+    if not (backend if device == usual else backend_along(axis, usual)).tags:
         note(axis, wait.number, said)
     return backend.wire(axis.size, axis.index, group, backend, wait)
 
 
-world.processes().carry = _over_group
+world.processes().wire = _over_group

@@ -232,7 +232,7 @@ def board() -> Board | None:
 
 def come_back(rank: int) -> None:
     """Take back that this rank comes no more: it raised in `debug`, before it sent anything, and now makes a call."""
-    told: Board | None = world.current().board
+    told: Board | None = world.now.here.board
     if told is not None and told.says_left:
         with contextlib.suppress(RuntimeError):  # the store is gone
             told.erase(rank)

@@ -16,7 +16,7 @@ from pmod._wire.process_group import GroupWire
 from pmod._wire.sent import Sent, arrived
 from pmod._wire.sums import bytes_of
 from pmod._wire.traffic import count_bytes
-from pmod._wire.waiting import Wait, Work
+from pmod._wire.waiting import Work
 
 TAG = 0x706D  # of what belongs to no call
 
@@ -24,9 +24,7 @@ TAG = 0x706D  # of what belongs to no call
 class GlooWire(GroupWire):
     """A process group on gloo: sends and receives, because its collectives have no tags and abort at unlike lengths."""
 
-    def __init__(self, size: int, index: int, group: Any, backend: Backend, wait: Wait | None = None) -> None:
-        super().__init__(size, index, group, backend, wait)
-        self._exchanges = 0
+    _exchanges = 0  # of this message, so far
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
         out = x.new_empty(sum(recv))

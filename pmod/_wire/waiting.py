@@ -65,7 +65,7 @@ class Wait:
     def __init__(self, axis: Axis, said: Said, cut_off: Callable[[Any], None] = lambda group: None) -> None:
         self._axis, self._said = axis, said
         self._cut_off = cut_off  # closes the connections of a group
-        connection = world.processes().connection
+        connection = world.now.processes.connection
         self.number = connection.next_meeting(axis.group_key)
         self._history = connection.history(axis.group_key)
         self._history.append((self.number, self._said))

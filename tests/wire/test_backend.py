@@ -25,6 +25,7 @@ from pmod._wire.sent import Sent
 from tests.lib import spmd
 
 Tensor = torch.Tensor
+CPU = torch.device("cpu")
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ def by_dictionary(folder: Path, used: Callable[[], Any]) -> Any:
             found = used()
             for axis in ("data", "model", ("data", "model")):
                 along = pmod.current_mesh().bind(axis, "test")
-                assert backend_along(along, "cpu").name == "dictionary"
+                assert backend_along(along, CPU).name == "dictionary"
             assert all(type(group) is Dictionary for group in world.processes().connection.groups.values())
             pmod.barrier(("data", "model"))
             return found
@@ -120,7 +121,7 @@ def test_values_and_derivatives_travel_by_it(tmp_path: Path) -> None:
 
 def unlike() -> str:
     """A backend without tags has its calls compared after the fact."""
-    assert not backend_along(pmod.current_mesh().bind("model", "test"), "cpu").tags
+    assert not backend_along(pmod.current_mesh().bind("model", "test"), CPU).tags
     pmod.psum(torch.ones(2), "model")
     return type(world.processes().connection.witness).__name__
 
