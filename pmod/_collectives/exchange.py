@@ -20,7 +20,7 @@ from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._site import origin
 from pmod._torch import no_function_modes, no_transforms
-from pmod._wire.process_group import wire_of
+from pmod._wire.along import wire_of
 
 Sizes = tuple[int, ...]
 
@@ -47,7 +47,7 @@ def swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis) 
         with no_transforms(), no_function_modes(), torch.no_grad():
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
             with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
-                return wire_of(axis).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
+                return wire_of(axis, device).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
 
     return once(send)
 

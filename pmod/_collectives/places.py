@@ -13,8 +13,8 @@ from pmod._mesh.ambient import resolve
 from pmod._mesh.mesh import AxisLike
 from pmod._site import origin
 from pmod._torch import count_function_modes
+from pmod._wire.along import wire_of
 from pmod._wire.board import Said, code_of
-from pmod._wire.process_group import wire_of
 
 
 def axis_index(axis: AxisLike) -> int:
@@ -56,4 +56,5 @@ def barrier(axis: AxisLike) -> None:
         raise PmodError(phrase("barrier", "it is called in compiled code", "Call it outside the compiled function."))
     bound = resolve(axis, "barrier")
     with told(Call(_BARRIER, bound, ()), [], origin()):
-        wire_of(bound, "barrier", Said("barrier", code_of("barrier"), otherwise="nothing")).barrier()
+        said = Said("barrier", code_of("barrier"), otherwise="nothing")
+        wire_of(bound, bound.topology.device, said=said).barrier()

@@ -85,7 +85,7 @@ def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> No
     unfit = _unfit_kind(x, name)
     if unfit is not None:
         raise wrong(ArgumentError, function, axis, *unfit)
-    if not x.is_cpu and x.device != world.here().device and not world.alone():
+    if not x.is_cpu and x.device != world.here().device and not world.current().alone:
         here = world.here().device
         right = f"This rank sends from {here}: pass {name}.to({str(here)!r})."
         if x.is_meta:

@@ -12,9 +12,9 @@ from torch import Tensor
 from pmod._core.row import Call, Params, Row
 from pmod._mesh.axis import named
 from pmod._torch import backward_here, is_profiled, unsafe_view
+from pmod._wire.along import wire_of
 from pmod._wire.base import Wire
 from pmod._wire.board import Said, code_of
-from pmod._wire.process_group import wire_of
 from pmod._wire.sent import Sent
 
 
@@ -107,7 +107,7 @@ def wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
     row, axis, params = call
     if row.local:  # ranks may make it unlike often
         return Wire(axis.size, axis.index)
-    return wire_of(axis, row.name, _said(row, params, xs))
+    return wire_of(axis, xs[0].device, row.name, _said(row, params, xs))
 
 
 def _said(row: Row, params: Params, xs: Sequence[Tensor]) -> Said:

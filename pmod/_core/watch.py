@@ -80,14 +80,9 @@ class Watcher:
         watchers()[:] = [watcher for watcher in watchers() if watcher is not self]
 
 
-_watchers: list[Watcher] = []
-
-
 def watchers() -> list[Watcher]:
     """Those of this process; in a simulation those of this rank."""
-    if world.simulated is not None and hasattr(world.simulated, "watchers"):
-        return world.simulated.watchers
-    return _watchers
+    return world.now.here.watchers
 
 
 def called_as(function: str, f: Callable[..., T], *args: Any) -> T:

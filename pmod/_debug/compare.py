@@ -22,8 +22,8 @@ from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._site import BACKWARD, Origin, Site, on_behalf_of, structure
 from pmod._torch import are_transforms_active, interpreters, is_wrapped, no_transforms, unwrap
+from pmod._wire.along import wire_of
 from pmod._wire.board import LEFT, WAITS, Board, Post, Said, board, code_of, neighbours, not_here, place_of
-from pmod._wire.process_group import wire_of
 from pmod._wire.waiting import LOOK, first_sentence
 
 SAME_CALLS = "All ranks of an axis must make the same calls in the same order."
@@ -256,20 +256,19 @@ def _cycle(posts: dict[int, Post], stuck: set[int]) -> str:
     return "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
 
 
-_exchanges: _Exchanges | None = None
 _COMPARED = Said("debug", code_of("debug"), otherwise="what debug compares")
 
 
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     """What each rank of the axis says, in rank order; all of them come to say it."""
-    global _exchanges
-    here = None if world.in_simulation() else axis.group and board()  # connects, and is no meeting
+    ours = world.current()
+    here = axis.group and board() if ours.by_processes else None  # connects, and is no meeting
     if here is None:
         with on_behalf_of(origin):
-            return cast(Any, wire_of(axis, said=_COMPARED)).words(mine)
-    if _exchanges is None or _exchanges.board is not here:
-        _exchanges = _Exchanges(here)
-    return _exchanges.exchange(axis, mine, origin)
+            return cast(Any, wire_of(axis, torch.device("cpu"), said=_COMPARED)).words(mine)
+    if here.exchanges is None:
+        here.exchanges = _Exchanges(here)
+    return here.exchanges.exchange(axis, mine, origin)
 
 
 def gathered(numbers: Sequence[int], words: Words, axis: Axis, origin: Origin) -> list[list[int]]:
@@ -346,7 +345,7 @@ def _spread(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     plain = unwrapped(x)
     real = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
     flat = real.double().contiguous().reshape(-1)
-    wire = wire_of(axis)
+    wire = wire_of(axis, flat.device)
     low = wire.all_reduce(flat, "min", flat.dtype, 1).wait()
     high = wire.all_reduce(flat, "max", flat.dtype, 1).wait()
     return low.view(real.shape), high.view(real.shape)

@@ -136,9 +136,6 @@ def _look_at_roots(roots: Any, inputs: Any) -> None:
                 check_root(root, wanted)
 
 
-_entries = _Backward()
-
-
 class debug:  # lower case: it reads as the function it is called as
     """Compare the ranks before each collective, so that hangs and silent corruption become errors.
 
@@ -166,15 +163,15 @@ class debug:  # lower case: it reads as the function it is called as
         rtol = check_tolerance(rtol, "debug")
         self._before = list(watchers())
         kept = [w for w in self._before if not isinstance(w, _Checker)]
-        self._change([*kept, _Checker(rtol)] if on and not world.alone() else kept)
+        self._change([*kept, _Checker(rtol)] if on and not world.current().alone else kept)
 
     def _change(self, to: list[Watcher]) -> None:
         was, now = (any(isinstance(w, _Checker) for w in them) for them in (watchers(), to))
         watchers()[:] = to
         if now and not was:
-            _entries.watch()
+            world.processes().the(_Backward).watch()
         elif was and not now:
-            _entries.leave()
+            world.processes().the(_Backward).leave()
 
     def __enter__(self) -> None:
         pass
@@ -206,9 +203,10 @@ def checked(f: F) -> F:
 
     @wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if world.alone():  # nobody to compare with
+        ours = world.current()
+        if ours.alone:  # nobody to compare with
             return f(*args, **kwargs)
-        place = world.simulated and world.simulated.topology.rank  # ranks that are threads share this function
+        place = None if ours.by_processes else ours.topology.rank  # ranks that are threads share this function
         key = (ambient(), torch.is_grad_enabled(), place, _signature(args), _signature(kwargs))
         if key in seen or torch.compiler.is_compiling():
             return f(*args, **kwargs)

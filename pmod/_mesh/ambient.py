@@ -1,4 +1,4 @@
-"""The ambient mesh, and how an axis name becomes an `Axis`. The second and last place that holds state."""
+"""The ambient mesh, and how an axis name becomes an `Axis`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,23 @@ from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
 from pmod._torch import constant_in_graphs
 
-# Plain module variables, not ContextVars: autograd runs backward on threads of its own, which must find the same mesh,
-# and torch.compile cannot read a ContextVar. `_token` says which mesh it is, and where: compiled code reads it, so that
-# torch guards on its value and compiles again when the mesh has changed.
-_mesh: Mesh | None = None
+# The mesh hangs on the world, and is no ContextVar: autograd runs backward on threads of its own, which must find the
+# same mesh, and torch.compile cannot read a ContextVar. `_token` says which mesh that of the process is, and where:
+# compiled code reads it, so that torch guards on its value and compiles again when the mesh has changed.
 _token: str = ""
 
 
 def ambient() -> Mesh | None:
     """The ambient mesh, or None."""
-    if world.simulated is not None and hasattr(world.simulated, "mesh"):
-        return world.simulated.mesh
-    return _mesh
+    return world.now.here.mesh
 
 
 def _put(mesh: Mesh | None) -> None:
-    global _mesh, _token
-    if world.simulated is not None and hasattr(world.simulated, "mesh"):
-        world.simulated.mesh = mesh
-        return
-    _mesh = mesh
-    _token = "" if mesh is None else mesh._key
+    global _token
+    ours = world.current()
+    ours.mesh = mesh
+    if ours.by_processes:  # compiled code is not for simulated ranks
+        _token = "" if mesh is None else mesh._key
 
 
 class set_mesh:  # lower case: it reads as the function it is called as
@@ -163,12 +159,13 @@ def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Ax
 
     Both texts are guarded on, so what is returned is a constant of the compiled code.
     """
-    if world.simulated is not None:
+    ours = world.current()
+    if not ours.by_processes:
         raise PmodError(
             phrase(function, "a simulated rank runs compiled code", "Simulate the eager function.", axis=axis)
         )
     if axis is None and key:
         return Axis.parse(key)
-    if _mesh is None:
+    if ours.mesh is None:
         raise _no_mesh(function, axis)
-    return _mesh.bind(axis, function)
+    return ours.mesh.bind(axis, function)

@@ -22,7 +22,7 @@ from pmod._numbers import as_int, as_ints, as_real
 from pmod._ranks import connect, world
 from pmod._ranks import groups as _groups
 from pmod._ranks import place as _place
-from pmod._ranks.topology import MOST_RANKS, Topology, warn_of_straddling
+from pmod._ranks.topology import MOST_RANKS, Topology, is_thread, warn_of_straddling
 from pmod._ranks.world import DEFAULT_TIMEOUT
 from pmod._torch import constant_in_graphs, count_function_modes
 
@@ -80,7 +80,7 @@ class Mesh:
         several = self.axis_names if len(self.axis_names) > 1 and whole else ()
         set_once(self, "_axis_key", whole)
         set_once(self, "_axis_keys", tuple(self.bind(name, "make_mesh").key for name in several) or (whole,))
-        if self.topology.launcher != "simulate":
+        if not is_thread(self.topology):
             set_once(self, "_last", is_last(self, self._key, _meshes))
 
     # --- what it is -------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Mesh:
         coords = tuple(zip(self.axis_names, self._coords, strict=True))
         parts = tuple(self._sizes[number] for number in numbers)
         bound = Axis(label, parts, offset, factors, self._base, index, coords, self.topology, self._timeout, self)
-        if self.topology.launcher != "simulate":
+        if not is_thread(self.topology):
             object.__setattr__(bound, "last", is_last(bound, bound.key, parsed_axes))
         self._bound[label] = bound
         return bound
@@ -560,9 +560,9 @@ def make_mesh(
     mesh = Mesh(tuple(sizes), tuple(factors), offset, base, place, seconds)
     if base is None and mesh.size == place.world_size:
         warn_of_straddling(sizes, place)
-    if not by_hand and not world.in_simulation():
+    if not by_hand and world.current().by_processes:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        if place.world_size > 1 and not _place.is_no_rank():
+        if place.world_size > 1 and not world.is_no_rank():
             connect.connect(place, seconds, shown)
         else:
             connect.announce(place, shown)
@@ -573,7 +573,7 @@ def _world_topology() -> Topology:
     """What the launcher says, or what torch.distributed was initialized with (some launchers say nothing else)."""
     import torch.distributed as dist
 
-    if world.in_simulation() or world.here().launcher == "launch":  # no variable says what these started
+    if not world.current().by_processes or world.here().launcher == "launch":  # no variable says what these started
         return world.here()
     if not (dist.is_available() and dist.is_initialized()):
         return Topology.detect()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+
+from pmod._ranks.world import processes
 
 
 class InThread:
@@ -21,7 +22,7 @@ class InThread:
         self._over.acquire()
         self._error: BaseException | None = None
         try:
-            worker = _idle.pop()
+            worker = processes().idle.pop()
         except IndexError:
             worker = queue.SimpleQueue()
             threading.Thread(target=_serve, args=(worker,), name="pmod sends", daemon=True).start()
@@ -47,20 +48,14 @@ class InThread:
             raise self._error
 
 
-_idle: list[queue.SimpleQueue[InThread]] = []
-busy: set[int] = set()  # the threads that are in a call which may block
-os.register_at_fork(after_in_child=_idle.clear)  # threads stay behind
-os.register_at_fork(after_in_child=busy.clear)
-
-
 def _serve(jobs: queue.SimpleQueue[InThread]) -> None:
-    here = threading.get_ident()
+    here, ours = threading.get_ident(), processes()
     while True:
         job = jobs.get()
-        busy.add(here)
+        ours.busy.add(here)
         job.run()
-        busy.discard(here)
-        _idle.append(jobs)
+        ours.busy.discard(here)
+        ours.idle.append(jobs)
         job.release()
         del job  # with the tensors that it holds
 
@@ -72,6 +67,7 @@ def hold_still() -> None:
     called without an active exception"). What it waits for often ends just then: the other ranks end, too.
     """
     number = getattr(signal, "SIGRTMAX", None)
+    busy = processes().busy
     if not busy or number is None:
         return
     libc = ctypes.CDLL(None)

@@ -11,12 +11,10 @@ import socket
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import (
     HashStore,  # pyright: ignore[reportPrivateImportUsage]
@@ -29,39 +27,34 @@ from torch.distributed import (
 from pmod._errors import CollectiveTimeout, TopologyError, phrase
 from pmod._ranks import place as _place
 from pmod._ranks import world
-from pmod._ranks.blocking import busy, hold_still
+from pmod._ranks.backends import use_device
+from pmod._ranks.blocking import hold_still
 from pmod._ranks.meeting import Meeting
 from pmod._ranks.topology import Topology
 from pmod._ranks.world import (
     PLACE,
+    Connection,
     all_groups,
-    before_end,
-    begin_anew,
-    blackboard,
     end_without_destructors,
+    is_left_behind,
     leave_all_behind,
     leave_behind,
-    left_behind,
     log,
-    state,
-    stores,
 )
 from pmod._site import call_site
 from pmod._torch import is_agents_store
 
-_launch_meetings: Counter[tuple[str | None, int | None]] = Counter()  # how often it met at each store of `launch`
-
 
 def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
     """Join the default process group, starting it where nobody has; `mesh` is for the log."""
-    with world._lock:
-        if topology.world_size > 1 and _place.is_no_rank():
-            raise _place.refusal(_place.of_parent() or topology)
+    processes = world.processes()
+    with processes.lock:
+        if topology.world_size > 1 and world.is_no_rank():
+            raise _place.refusal(world.of_parent() or topology)
         if dist.is_initialized():
             _join(topology)
             return
-        if topology.device.type == "cuda":
-            torch.cuda.set_device(topology.device)  # what NCCL takes for a barrier, and plain "cuda" for a tensor
+        use_device(topology.device)
         timeout = timedelta(seconds=seconds)
         store, places = _store(topology, timeout)
         try:
@@ -70,12 +63,12 @@ def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
                     topology.backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
                 )
             _enter_world(topology, started=True)
-            state.places = places
+            processes.connection.places = places
         except BaseException:
             # Ctrl-C came in between. Nobody else has a world that is half there, so the next make_mesh may not use it.
             if dist.is_initialized():
                 _end(all_groups(), whole_world=True)
-            state.__init__()
+            processes.connection = Connection()
             raise
         atexit.register(_at_exit)
         announce(topology, mesh)
@@ -93,10 +86,12 @@ def announce(topology: Topology, mesh: str) -> None:
 
 
 def _enter_world(topology: Topology, *, started: bool) -> None:
-    begin_anew()
-    state.world, state.started_world, state.topology = dist.group.WORLD, started, topology
+    processes = world.processes()
+    processes.begin_anew()
+    connection = processes.connection
+    connection.world, connection.started_world, connection.topology = dist.group.WORLD, started, topology
     _place.record(topology)
-    store = blackboard()
+    store = world.current().store
     if store is not None:
         with contextlib.suppress(RuntimeError):  # a user's store may hold nothing (torch's fake one)
             store.set(PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}")
@@ -114,7 +109,7 @@ def _join(topology: Topology) -> None:
                 "Leave topology out, or call torch.distributed.destroy_process_group() first.",
             )
         )
-    if dist.group.WORLD is not state.world:
+    if dist.group.WORLD is not world.processes().connection.world:
         _enter_world(topology, started=False)
 
 
@@ -125,10 +120,14 @@ def _store(topology: Topology, timeout: timedelta) -> tuple[Store, dict[int, tup
         return store, {}
     if topology.launcher == "launch":  # whose ranks all end where one fails, so that all have counted alike
         place = topology.master_addr, topology.master_port  # a notebook that replaces an engine has a new store
-        _launch_meetings[place] += 1
-        return PrefixStore(str(_launch_meetings[place]), store), {}
-    meeting = Meeting(store, topology)
-    return PrefixStore(meeting.come(timeout.total_seconds()), store), meeting.places
+        met = world.processes().launch_meetings
+        met[place] += 1
+        return PrefixStore(str(met[place]), store), {}
+    processes = world.processes()
+    meeting = Meeting(store, topology, processes.met)
+    name = meeting.come(timeout.total_seconds())
+    processes.met = time.time()
+    return PrefixStore(name, store), meeting.places
 
 
 def _store_of_job(topology: Topology, timeout: timedelta) -> Store:
@@ -144,6 +143,7 @@ def _store_of_job(topology: Topology, timeout: timedelta) -> Store:
             )
         )
     address, port = topology.master_addr, topology.master_port
+    stores = world.processes().stores
     store = stores.get((address, port))
     if store is None and topology.launcher == "launch":  # the parent of the ranks serves the store
         store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -256,12 +256,14 @@ def shutdown() -> None:
 
     >>> pmod.shutdown()
     """
-    with world._lock:
+    processes = world.processes()
+    with processes.lock:
         atexit.unregister(_at_exit)
-        started = state.started_world
-        connected = dist.is_initialized() and dist.group.WORLD is state.world
+        connection = processes.connection
+        started = connection.started_world
+        connected = dist.is_initialized() and dist.group.WORLD is connection.world
         if connected:
-            for farewell in state.farewells or (before_end if started else []):
+            for farewell in connection.farewells or (processes.before_end if started else []):
                 with contextlib.suppress(RuntimeError):  # the store may be gone, or Python too near its end
                     farewell()
         if connected and started:
@@ -269,21 +271,23 @@ def shutdown() -> None:
         elif connected:
             _end(_made_groups(), whole_world=False)
         if started or not connected:
-            begin_anew()
-            _place.record(world.launched)
+            processes.begin_anew()
+            _place.record(processes.launched)
         else:  # the user's world goes on, and so do its store and the names used in it
-            state.groups, state.farewells = {}, []
+            connection.forget_groups()
+            connection.farewells = []
 
 
 def groups_in_use() -> list[dist.ProcessGroup]:
     """Those along which something was sent."""
-    return [group for key, group in state.groups.items() if state.meetings[key]]
+    connection = world.processes().connection
+    return [group for key, group in connection.groups.items() if connection.meetings[key]]
 
 
 def _made_groups() -> list[dist.ProcessGroup]:
     """Those that pmod has made within a world of the user's."""
-    ours = [group for group in state.groups.values() if group.group_name.startswith("pmod:")]
-    return [group for group in ours if group is not dist.group.WORLD]
+    connection = world.processes().connection
+    return [connection.groups[key] for key in connection.made_here]
 
 
 _PATIENCE = 5.0  # seconds for a group to end: some hundredths do where nothing is wrong
@@ -298,20 +302,21 @@ def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
     same to any group. So groups end in a thread, for which this one waits so long and no longer. A group that somebody
     else holds would end elsewhere, without a bound: it stays as well.
     """
-    if any(group in left_behind for group in groups):
+    if any(is_left_behind(group) for group in groups):
         leave_all_behind(groups)
     watched = [weakref.ref(group) for group in groups]
     taken_out, ended, errors = threading.Event(), threading.Event(), list[BaseException]()
 
     def end() -> None:
-        busy.add(threading.get_ident())
+        busy, me = world.processes().busy, threading.get_ident()
+        busy.add(me)
         try:
             _take_out(groups, whole_world)
         except BaseException as error:
             errors.append(error)
         taken_out.set()
         groups.clear()
-        busy.discard(threading.get_ident())
+        busy.discard(me)
         ended.set()
 
     try:
@@ -337,10 +342,11 @@ def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
 
 def _take_out(groups: list[dist.ProcessGroup], whole_world: bool) -> None:
     """Make torch.distributed forget the groups, all while `groups` holds them."""
+    connection = world.processes().connection
     if whole_world:
         dist.destroy_process_group()
-        state.world = None
+        connection.world = None
     else:
         for group in groups:
             dist.destroy_process_group(group)
-    state.groups = {}
+    connection.forget_groups()

@@ -16,44 +16,48 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pmod._errors import PmodError, phrase
-from pmod._ranks import connect
-from pmod._ranks import world as _world
+from pmod._ranks import connect, world
 from pmod._ranks.connect import lazy_gloo, own_connection
 from pmod._ranks.topology import Topology
-from pmod._ranks.world import in_simulation, state
 from pmod._torch import default_store, make_group, note_ranks
 
 
 def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float) -> dist.ProcessGroup:
     """The process group over `ranks()` in this order; `key` names the same ranks in the same order."""
-    if in_simulation():
+    ours = world.now.here
+    if not ours.by_processes:
         raise PmodError(phrase("Mesh.group", "a simulated rank has no process group", "Use pmod's own functions."))
-    found = state.groups.get(key)
-    if found is not None and state.world is dist.group.WORLD and _same_place(topology):
+    processes = ours.processes
+    connection = processes.connection
+    found = connection.groups.get(key)
+    if found is not None and connection.world is dist.group.WORLD and _same_place(connection.topology, topology):
         return found
-    with _world._lock:
+    with processes.lock:
         connect.connect(topology, seconds)
-        found = state.groups.get(key)
+        connection = processes.connection  # of the world that it has joined
+        found = connection.groups.get(key)
         if found is None:
-            found = state.groups[key] = _make_group(key, ranks(), timedelta(seconds=seconds))
+            found = connection.groups[key] = _make_group(key, ranks(), timedelta(seconds=seconds))
+            if found is not dist.group.WORLD:
+                connection.made_here.add(key)
         return found
 
 
-def _same_place(topology: Topology) -> bool:
-    world = state.topology
-    return world is topology or (
-        world is not None and (world.rank, world.world_size) == (topology.rank, topology.world_size)
+def _same_place(known: Topology | None, topology: Topology) -> bool:
+    return known is topology or (
+        known is not None and (known.rank, known.world_size) == (topology.rank, topology.world_size)
     )
 
 
 def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
     if ranks == list(range(dist.get_world_size())):
-        world = dist.group.WORLD
-        assert world is not None
-        return world
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        return everyone
     digest = hashlib.sha1(key.encode()).hexdigest()[:16]
-    name = f"pmod:{digest}:{state.made[key]}"
-    state.made[key] += 1
+    made = world.processes().connection.made
+    name = f"pmod:{digest}:{made[key]}"
+    made[key] += 1
     store = own_connection(default_store())
     with lazy_gloo():
         group, _ = make_group(
@@ -73,6 +77,7 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
 def adopt(key: str, ranks: list[int], group: dist.ProcessGroup, topology: Topology, seconds: float) -> None:
     """Use a group that somebody else made (a DeviceMesh's) for these ranks, unless its order differs or we have one."""
     if dist.get_process_group_ranks(group) == ranks:
-        with _world._lock:
+        processes = world.processes()
+        with processes.lock:
             connect.connect(topology, seconds)
-            state.groups.setdefault(key, group)
+            processes.connection.groups.setdefault(key, group)

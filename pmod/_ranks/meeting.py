@@ -38,7 +38,6 @@ def process_state(pid: int) -> str:
 _LOOK = 1.0  # seconds between looks at the processes of those that have come; the first one comes sooner
 _FIRST_LOOK = 0.05
 _COMPANY = 32  # so many processes of its host does a rank look at
-_met = time.time()  # when the last meeting was over, or this process began: who came before that came to another one
 
 
 @frozen
@@ -73,9 +72,10 @@ class Meeting:
     them agrees, which the dead cannot; and what all have agreed to is the name of the meeting.
     """
 
-    def __init__(self, store: Store, topology: Topology) -> None:
+    def __init__(self, store: Store, topology: Topology, since: float) -> None:
         self._store, self._rank, self._size = store, topology.rank, topology.world_size
         self._words = [f"word/{rank}" for rank in range(self._size)]
+        self._since = since
         self._mine = _Word.new()
         self._proposed = self._agreed = ""
         node = ranks_of_node(topology)
@@ -85,13 +85,11 @@ class Meeting:
 
     def come(self, seconds: float) -> str:
         """The name, once all have come."""
-        global _met
         until, looked, pause = time.monotonic() + seconds, time.monotonic() + _FIRST_LOOK - _LOOK, 0.002
         try:
             self._store.set(self._words[self._rank], self._mine.text())
             while time.monotonic() < until:
                 if self._all_agree():
-                    _met = time.time()
                     return self._agreed
                 if time.monotonic() - looked > _LOOK:
                     looked = time.monotonic()
@@ -142,7 +140,7 @@ class Meeting:
 
     def _dead(self) -> dict[int, _Word]:
         here = socket.gethostname()
-        came = {rank: word for rank, word in self._came.items() if word.host == here and word.at > _met}
+        came = {rank: word for rank, word in self._came.items() if word.host == here and word.at > self._since}
         return {rank: word for rank, word in came.items() if not process_state(word.pid)}
 
     def _dead_soon(self) -> dict[int, _Word]:

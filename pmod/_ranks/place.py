@@ -14,7 +14,6 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeAlias
 
 import attrs
-import torch.distributed as dist
 
 from pmod._errors import TopologyError, phrase
 from pmod._ranks.topology import Topology
@@ -24,8 +23,6 @@ Place: TypeAlias = tuple[int, dict[str, Any]]
 """The process id of a rank and the fields of its Topology: plain values, so that a child need not import pmod."""
 
 _KEY = "pmod rank"
-_brought: Place | None = None  # by a mesh
-_inherited_world: Any = None  # torch's default group, if this process was forked while it had one
 
 
 def _config() -> dict[str, Any]:
@@ -47,35 +44,20 @@ def record(topology: Topology | None) -> None:
         _config()[_KEY] = _as_place(topology)
 
 
-def forked(world: Any) -> None:
-    """This process was forked while `world` was torch's default group: its connections are the parent's."""
-    global _inherited_world
-    _inherited_world = world
-
-
-def of_parent() -> Topology | None:
-    """The place of the rank that this process works for; None in a rank, and where no rank started it."""
-    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    if world is not None and world is not _inherited_world:
-        return None  # it has connected for itself
-    place: Place | None = _config().get(_KEY, _brought)
+def of_parent(brought: Place | None) -> Topology | None:
+    """The place of the rank that started this process, or that a mesh has brought here; None in that rank."""
+    place: Place | None = _config().get(_KEY, brought)
     return None if place is None or place[0] == os.getpid() else Topology(**place[1])
 
 
-def is_no_rank() -> bool:
-    """Whether this process works for a rank, or is being set up by multiprocessing, which imports the script."""
-    return getattr(current_process(), "_inheriting", False) or of_parent() is not None
+def is_being_set_up() -> bool:
+    """Whether multiprocessing sets this process up, and imports the script meanwhile."""
+    return getattr(current_process(), "_inheriting", False)
 
 
 def for_child(topology: Topology) -> Place | None:
     """What a mesh brings along: this place, if it is being sent to a child that is about to start."""
     return None if get_spawning_popen() is None or topology.world_size == 1 else _as_place(topology)
-
-
-def bring(place: Place) -> None:
-    """A mesh that was sent to this process, before it was set up, came from there."""
-    global _brought
-    _brought = place
 
 
 def refusal(parent: Topology) -> TopologyError:

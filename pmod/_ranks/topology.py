@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from pmod._errors import TopologyError, phrase, quoted
 from pmod._numbers import as_int
+from pmod._ranks.backends import chosen_for, supported
 from pmod._ranks.launchers import (
     PMI,
     Launcher,
@@ -25,7 +28,10 @@ from pmod._ranks.launchers import (
     refuse,
 )
 
+_log = logging.getLogger("pmod")
+
 MOST_RANKS = 2**31 - 1  # torch numbers ranks in 32 bits
+THREADS = "simulate"  # the launcher of ranks that are threads of one process
 _FILLED: Any = None  # the default of a field that _fill works out from the others
 
 
@@ -92,7 +98,9 @@ class Topology:
     def detect(cls, environ: Mapping[str, str] | None = None, *, device_count: int | None = None) -> Topology:
         """What the variables of torchrun, Open MPI, PMI (hydra, pmi2) or Slurm say; else one process.
 
-        A pure function of its arguments; None stands for `os.environ` and for the GPUs that torch sees.
+        A pure function of its arguments; None stands for `os.environ` and for the GPUs that torch sees: those of CUDA
+        and ROCm, which torch both calls "cuda". Of another accelerator (XPU, MPS) a warning is logged, because pmod has
+        no backend for it, and the ranks are on the CPU.
         PMOD_LAUNCHER (env, openmpi, pmi, slurm, single) decides when set. MASTER_ADDR and MASTER_PORT count
         under every launcher; under Open MPI, PMI and Slurm they are worked out where the variables allow it.
         hydra's name no job: given None, the port follows from the process that started the ranks of the node.
@@ -111,14 +119,38 @@ class Topology:
         count = 0 if device_count is None else as_int(device_count)
         if count is None or count < 0:
             raise refuse(f"device_count is {quoted(device_count)}", "Pass a number of GPUs, 0 or more.")
-        visible = torch.cuda.device_count() if device_count is None else device_count
+        kind, visible = _accelerators() if device_count is None else ("cuda", count)
         launcher = choose_launcher(told)
         here = cls(rank=0, world_size=1) if launcher is None else _told(told, launcher, visible)
         if environ is None and launcher is PMI and here.master_port is None and here.num_nodes == 1:
             here = attrs.evolve(here, master_port=port_of_proxy())
         # modulo, because a task that is bound to a GPU of its own sees that one only, as number 0
-        device = f"cuda:{here.local_rank % visible}" if visible else "cpu"
+        device = f"{kind}:{here.local_rank % visible}" if visible else "cpu"
         return attrs.evolve(here, device=device, backend=_FILLED)
+
+
+def _accelerators() -> tuple[str, int]:
+    """The type of the accelerators that torch sees, and how many of them messages can go from.
+
+    What torch was built for, and a count of its own: neither starts the accelerator, which a fork could not undo.
+    """
+    built_for = torch.accelerator.current_accelerator()
+    visible = 0 if built_for is None else torch.accelerator.device_count()
+    if built_for is None or visible == 0:
+        return "cpu", 0
+    if built_for.type not in supported():
+        _say_unused(built_for.type, visible)
+        return "cpu", 0
+    return built_for.type, visible
+
+
+@lru_cache
+def _say_unused(kind: str, visible: int) -> None:
+    """Say it once in a process."""
+    _log.warning(
+        "the ranks are on the CPU: torch sees %d %s device%s, and pmod has a backend for %s only.", visible, kind,
+        "s" * (visible > 1), " and ".join(supported()),
+    )  # fmt: skip
 
 
 def _put(topology: Topology, name: str, value: object) -> None:
@@ -155,7 +187,12 @@ def _fill(topology: Topology) -> None:
     if t.node_rank is _FILLED:
         _put(t, "node_rank", _node(t))
     if t.backend is _FILLED:
-        _put(t, "backend", "gloo" if t.device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        _put(t, "backend", chosen_for(t.device))
+
+
+def is_thread(place: Topology) -> bool:
+    """Whether this is the place of a thread, of which a process has several."""
+    return place.launcher == THREADS
 
 
 def ranks_of_node(place: Topology) -> range:

@@ -36,6 +36,7 @@ from pmod._errors import AxisError, CollectiveTimeout, PmodError, coordinates, p
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.mesh import make_mesh
 from pmod._ranks import connect, world
+from pmod._ranks.backends import use_device
 from pmod._ranks.topology import Topology
 from pmod._run.task import Died, Outcome, Raised, Returned, Task, main_is_imported, pack_result, unpack
 from pmod._wire.waiting import tell_return
@@ -126,8 +127,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     faulthandler.enable()
     settle_in(size)
     topology = topology_of(rank, size, port)
-    if topology.device.type == "cuda":
-        torch.cuda.set_device(topology.device)
+    use_device(topology.device)
     pipe.send_bytes(pickle.dumps(Returned(b"")))  # ready
     while True:
         try:
@@ -182,7 +182,7 @@ def _perform(task: Task, topology: Topology) -> Outcome:
         world.launch_as(topology)
         with set_mesh(make_mesh(task.axis_sizes, topology=topology)):
             fn, args = unpack(task.packed)
-            world.state.runs += 1
+            world.processes().connection.runs += 1
             result = fn(*args)
             # others may wait for a rank that has returned without any call: for them it comes to the world after all
             if task.last and not dist.is_initialized():

@@ -7,8 +7,9 @@ once.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,18 +17,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from pmod._core.arguments import check_function
-from pmod._core.watch import Watcher, watchers
+from pmod._core.watch import watchers
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import make_mesh
 from pmod._mesh.sizes import check_axis_sizes
-from pmod._ranks import world as _world
-from pmod._ranks.topology import Topology
+from pmod._ranks import world
 from pmod._torch import are_transforms_active, forward_level, swap_forward_nesting
-from pmod._wire.base import Wire
-from pmod._wire.board import Said
-from pmod._wire.memory import Left, MemoryWire, World
+from pmod._wire.memory import Left, Simulation, Threads
 
 T = TypeVar("T")
 
@@ -63,73 +60,58 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
     """
     axis_sizes = check_axis_sizes(axis_sizes, "simulate", "simulate(fn, data=2, model=2)")
     check_function(fn, "simulate")
-    if _world.in_simulation():
+    if not world.current().by_processes:
         raise PmodError(phrase("simulate", "this is a simulated rank already", "Call it from outside."))
     if torch.compiler.is_compiling():
         raise PmodError(phrase("simulate", "it is called in compiled code", "Simulate the eager function."))
-    with _world.instead_of_processes(threading.local()):  # the level that another simulation held open is gone now
+    simulation = Simulation(math.prod(axis_sizes.values()))
+    threads = Threads(world.processes(), simulation)
+    with world.instead_of_processes(threads):  # the level that another simulation held open is gone now
         if forward_level() >= 0 or are_transforms_active():
             right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
             raise PmodError(phrase("simulate", "it is called inside a transform, which its threads do not see", right))
         with _forward_mode_held_open():
-            return _run(fn, args, axis_sizes)
+            return _run(fn, args, axis_sizes, simulation, threads)
 
 
-def _run(fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, int]) -> list[T]:
-    size = 1
-    for axis_size in axis_sizes.values():
-        size *= axis_size
-    world = World(size)
+def _run(
+    fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, int], simulation: Simulation, ranks: Threads
+) -> list[T]:
+    size = simulation.size
     results: list[Any] = [None] * size
     grad, watching, drawn = torch.is_grad_enabled(), watchers(), torch.get_rng_state()
 
     def rank_main(rank: int) -> None:
-        world.take_turn(rank)
+        simulation.take_turn(rank)
         torch.set_rng_state(drawn)
         error: BaseException | None = None
         try:
-            if world.error is not None:
+            if simulation.error is not None:
                 raise Left
             with torch.set_grad_enabled(grad):
-                _settle(world, rank, axis_sizes, watching)
+                mesh = make_mesh(dict(axis_sizes), topology=ranks.settle(rank, watching))
+                simulation.coords[rank] = mesh.coords
+                set_mesh(mesh)
                 results[rank] = fn(*args)
         except Left:
             pass
         except BaseException as raised:
             error = raised
-        world.leave(rank, error)
+        simulation.leave(rank, error)
 
     threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
     for rank, thread in enumerate(threads):
         try:
             thread.start()
         except RuntimeError:  # the system has no more
-            world.stop_before(rank)
+            simulation.stop_before(rank)
             break
     threads = [thread for thread in threads if thread.ident is not None]
-    world.begin()
-    world.over.acquire()
+    simulation.begin()
+    simulation.over.acquire()
     for thread in threads:
         thread.join()
     torch.set_rng_state(drawn)
-    if world.error is not None:
-        raise world.error
+    if simulation.error is not None:
+        raise simulation.error
     return results
-
-
-def _settle(world: World, rank: int, axis_sizes: Mapping[str, int], watching: Sequence[Watcher]) -> None:
-    """Make this thread rank `rank`: its topology, its wire, its mesh."""
-    here: Any = _world.simulated
-    here.topology = Topology(rank=rank, world_size=world.size, local_rank=rank, local_world_size=world.size,
-                             launcher="simulate")  # fmt: skip
-    here.mesh = None
-    here.watchers = list(watching)
-    here.meters = []
-
-    def wire(axis: Axis, said: Said) -> Wire:
-        return MemoryWire(world, rank, axis, said)
-
-    here.wire = wire
-    mesh = make_mesh(dict(axis_sizes), topology=here.topology)
-    world.coords[rank] = mesh.coords
-    set_mesh(mesh)

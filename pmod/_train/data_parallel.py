@@ -110,8 +110,10 @@ class _Reducer(Reduces):
         if where not in self._inside or not isinstance(new, nn.Module | nn.Parameter):
             return
         known = {id(p) for p, _ in self._known}
-        parameters = [new]
-        if isinstance(new, nn.Module):
+        parameters: list[nn.Parameter] = []
+        if isinstance(new, nn.Parameter):
+            parameters = [new]
+        else:
             self._inside.update(new.modules())
             parameters = list(new.parameters())
         for p in parameters:

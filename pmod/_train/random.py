@@ -80,7 +80,7 @@ def rng(seed: int, axis: AxisLike) -> Generator[None]:
         raise PmodError(phrase("rng", "it is entered in compiled code", right, axis=axis))
     number, bound = _folded(seed, axis, "rng")
     device = bound.topology.device
-    on_cpu = device.type == "cpu" or world.alone()  # the GPU of an estimate need not exist
+    on_cpu = device.type == "cpu" or world.current().alone  # the GPU of an estimate need not exist
     with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
         torch.default_generator.manual_seed(number)
         if not on_cpu:

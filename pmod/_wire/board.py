@@ -131,6 +131,7 @@ class Board:
         except RuntimeError:  # its server is gone, or it holds nothing (torch's fake one)
             self.store, self.reachable = store, False
         self._places: dict[int, tuple[str, int]] = {}
+        self.exchanges: Any = None  # what the ranks say on it under `debug`, of _debug/compare.py
 
     def write(self, rank: int, post: Post) -> None:
         self.store.set(f"pmod/waits/{rank}", post.text())
@@ -188,7 +189,7 @@ class Board:
     def learn(self, ranks: Sequence[int]) -> None:
         """Ask where these ranks are, once: the store may be gone when it matters."""
         for rank in ranks:
-            known = world.place_of_process(rank)
+            known = world.processes().connection.places.get(rank)
             if known is not None:
                 self._places[rank] = known
             elif rank not in self._places:
@@ -220,25 +221,23 @@ def _is_alive(pid: int) -> bool:
     return process_state(pid) != ""
 
 
-_board: Board | None = None
-
-
 def board() -> Board | None:
     """That of the world; None in a simulation, and where the user's process group has no store."""
-    global _board
-    store = world.blackboard()
+    ours = world.current()
+    store = ours.store
     if store is None:
         return None
-    if _board is None or _board.of is not store:
-        _board = Board(store)
-    return _board
+    if ours.board is None or ours.board.of is not store:
+        ours.board = Board(store)
+    return ours.board
 
 
 def come_back(rank: int) -> None:
     """Take back that this rank comes no more: it raised in `debug`, before it sent anything, and now makes a call."""
-    if _board is not None and _board.says_left:
+    told: Board | None = world.now.here.board
+    if told is not None and told.says_left:
         with contextlib.suppress(RuntimeError):  # the store is gone
-            _board.erase(rank)
+            told.erase(rank)
 
 
 def place_of(rank: int) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pmod._errors import AxisError, MismatchError, PmodError, coordinates, phrase
 from pmod._mesh.axis import Axis
+from pmod._ranks.topology import THREADS, Topology
+from pmod._ranks.world import Processes, World
 from pmod._site import call_site, origin
 from pmod._wire.base import Wire
 from pmod._wire.board import ALIKE, WAITS, Post, Said, unlike
@@ -38,7 +40,7 @@ class _Meeting:
         return [rank for rank in self.members if rank not in self.brought]
 
 
-class World:
+class Simulation:
     """The ranks of a simulation, and whose turn it is."""
 
     def __init__(self, size: int) -> None:
@@ -140,9 +142,9 @@ class World:
 class MemoryWire(Wire):
     """Tensors are handed over in memory, as copies: a rank may change its own afterwards."""
 
-    def __init__(self, world: World, rank: int, axis: Axis, said: Said) -> None:
+    def __init__(self, simulation: Simulation, rank: int, axis: Axis, said: Said) -> None:
         super().__init__(axis.size, axis.index)
-        self._world = world
+        self._simulation = simulation
         self._rank = rank
         self._axis = axis
         self._said = said
@@ -150,10 +152,10 @@ class MemoryWire(Wire):
     def _exchange(self, what: Any) -> Callable[[], list[Any]]:
         (function, site), said = origin(), self._said
         post = Post(WAITS, "", (), f"{said.by(function)} at {site}", str(said.code), said.what, str(said.params))
-        meeting = self._world.bring(self._rank, self._axis, (post, what))
+        meeting = self._simulation.bring(self._rank, self._axis, (post, what))
 
         def collect() -> list[Any]:
-            self._world.wait(self._rank, meeting)
+            self._simulation.wait(self._rank, meeting)
             for rank in meeting.members:  # as a real wire does, which never lets unlike calls meet
                 given = unlike(post, self._rank, meeting.brought[rank][0], rank)
                 if given is not None:
@@ -207,6 +209,35 @@ class MemoryWire(Wire):
 
     def barrier(self) -> None:
         self._exchange(None)()
+
+
+class Threads(threading.local, World):
+    """The world of a simulation: each thread that is a rank has its own, and other threads have that of the process.
+
+    Python calls `__init__` anew in each thread that looks here.
+    """
+
+    def __init__(self, processes: Processes, simulation: Simulation) -> None:
+        super().__init__(processes)
+        self.here = processes
+        self._simulation = simulation
+        self._topology: Topology | None = None  # of a thread that is a rank
+
+    def settle(self, rank: int, watching: Sequence[Any]) -> Topology:
+        """Make this thread a rank; its place."""
+        size = self._simulation.size
+        self._topology = Topology(rank=rank, world_size=size, local_rank=rank, local_world_size=size, launcher=THREADS)
+        self.watchers = list(watching)
+        self.here = self
+        return self._topology
+
+    @property
+    def topology(self) -> Topology:
+        assert self._topology is not None
+        return self._topology
+
+    def wire(self, axis: Axis, said: Said, device: torch.device) -> Wire:
+        return MemoryWire(self._simulation, self.topology.rank, axis, said)
 
 
 def _amount(count: int, dtype: torch.dtype, other: torch.dtype) -> str:

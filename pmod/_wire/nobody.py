@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from pmod._mesh.axis import Axis
+from pmod._ranks.backends import Backend, backend_for
+from pmod._ranks.topology import Topology
+from pmod._ranks.world import Processes, World
+from pmod._wire.base import Wire
 from pmod._wire.board import Said
-from pmod._wire.process_group import GroupWire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import Reduction, scaled
 
 
-class Nobody:
+class _NoGroup:
     """A process group whose messages go nowhere."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -25,45 +28,70 @@ class Nobody:
         pass
 
 
-class Mirror(GroupWire):
-    """Sends as a process group does, to nobody; what would arrive is what this rank has."""
+class Mirror(Wire):
+    """Sends as a backend's own wire does, to nobody; what would arrive is what this rank has."""
 
-    def __init__(self, axis: Axis, _: Said) -> None:
-        super().__init__(axis.size, axis.index, Nobody())
-        self._on_gpus = axis.topology.device.type == "cuda"
-
-    def by_nccl(self, x: Tensor) -> bool:
-        return self._on_gpus or x.is_cuda
+    def __init__(self, axis: Axis, backend: Backend) -> None:
+        super().__init__(axis.size, axis.index)
+        self._out: Wire = backend.wire(axis.size, axis.index, _NoGroup(), backend, None)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
         mine = x.split(list(send))[self.index]
-        return super().all_to_all(x, send, recv).then(lambda _: torch.cat([_fitted(mine, n) for n in recv]))
+        return self._out.all_to_all(x, send, recv).then(lambda _: torch.cat([_fitted(mine, n) for n in recv]))
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
-        return super().all_gather(x, counts).then(lambda _: torch.cat([_fitted(x, n) for n in counts]))
+        return self._out.all_gather(x, counts).then(lambda _: torch.cat([_fitted(x, n) for n in counts]))
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
         mine = x.narrow(0, sum(counts[: self.index]), counts[self.index])
         total = (mine.to(dtype) * self.size).to(x.dtype)
-        return super().reduce_scatter(x, counts, dtype).then(lambda _: total)
+        return self._out.reduce_scatter(x, counts, dtype).then(lambda _: total)
 
     def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
         total = x.clone()
         if how == "sum":
             total = scaled(x.to(dtype) * self.size, divisor).to(x.dtype)
-        return super().all_reduce(x, how, dtype, divisor).then(lambda _: total)
+        return self._out.all_reduce(x, how, dtype, divisor).then(lambda _: total)
 
     def broadcast(self, x: Tensor, root: int) -> Sent:
-        return super().broadcast(x, root).then(lambda _: x.clone())
+        return self._out.broadcast(x, root).then(lambda _: x.clone())
+
+    def reduce(self, x: Tensor, root: int, dtype: torch.dtype) -> Sent:
+        total = torch.zeros_like(x)
+        if self.index == root:
+            total = (x.to(dtype) * self.size).to(x.dtype)
+        return self._out.reduce(x, root, dtype).then(lambda _: total)
 
     def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
         count = x.numel() if count is None else count
         arriving = x.new_zeros(count) if source is None else _fitted(x, count).clone()
-        return super().permute(x, target, source, count).then(lambda _: arriving)
+        return self._out.permute(x, target, source, count).then(lambda _: arriving)
+
+    def barrier(self) -> None:
+        self._out.barrier()
 
     def words(self, mine: str) -> list[str]:
         """What each rank says (`assert_invariant`)."""
         return [mine] * self.size
+
+
+class Nobody(World):
+    """The world of an estimate: one rank of a mesh whose other ranks do not exist."""
+
+    alone = True
+
+    def __init__(self, processes: Processes, topology: Topology) -> None:
+        super().__init__(processes)
+        self._topology = topology
+
+    @property
+    def topology(self) -> Topology:
+        return self._topology
+
+    def wire(self, axis: Axis, said: Said, device: torch.device) -> Wire:
+        # tensors of an estimate may be on the CPU or on "meta", in place of a GPU that need not exist
+        kinds = [kind for kind in (axis.topology.device.type, device.type) if kind not in ("cpu", "meta")]
+        return Mirror(axis, backend_for(kinds[0] if kinds else "cpu", "estimate"))
 
 
 def _fitted(part: Tensor, count: int) -> Tensor:

@@ -163,11 +163,6 @@ class Witness:
         return given
 
 
-def has_tags(axis: Axis) -> bool:
-    """Whether all messages along this axis go by gloo."""
-    return axis.topology.device.type == "cpu"
-
-
 def note(axis: Axis, number: int, said: Said) -> None:
     """Note a call along an axis whose messages have no tags. Raises MismatchError where an earlier one was unlike."""
     witness: Witness = world.witness(Witness)

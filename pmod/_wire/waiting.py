@@ -17,8 +17,6 @@ from functools import cached_property
 from time import monotonic, sleep
 from typing import Any, NoReturn, Protocol, TypeVar
 
-import torch
-
 from pmod._errors import CollectiveTimeout, MismatchError, PmodError, phrase
 from pmod._mesh.axis import Axis
 from pmod._ranks import connect, world
@@ -68,8 +66,9 @@ class Wait:
     def __init__(self, axis: Axis, said: Said, cut_off: Callable[[Any], None] = lambda group: None) -> None:
         self._axis, self._said = axis, said
         self._cut_off = cut_off  # closes the connections of a group
-        self.number = world.next_meeting(axis.group_key)
-        self._history = world.history(axis.group_key)
+        connection = world.now.processes.connection
+        self.number = connection.next_meeting(axis.group_key)
+        self._history = connection.history(axis.group_key)
         self._history.append((self.number, self._said))
         self.exchange: tuple[int, Sequence[int], Sequence[int]] | None = None  # its number, bytes sent and expected
         self._looks = 0
@@ -117,11 +116,6 @@ class Wait:
         """Of a message of this call: messages of unlike calls, of other exchanges or lengths have other tags."""
         mixed = self._said.code + _NUMBER * self.number + _STAGE * stage + _LENGTH * nbytes
         return mixed & _BITS | _OURS
-
-    @property
-    def device(self) -> torch.device:
-        """That of the mesh."""
-        return self._axis.topology.device
 
     def refuse(self) -> NoReturn:
         """Raise, because an earlier wait along these ranks was cut off; and say so to those that wait for this rank."""
@@ -254,7 +248,8 @@ class Wait:
 
     def _is_over(self, post: Post) -> bool:
         """Whether its rank makes no more calls, as far as it has said."""
-        return post.state == ENDED or (post.state == RETURNED and post.meeting == str(world.state.runs))
+        this_run = str(world.processes().connection.runs)
+        return post.state == ENDED or (post.state == RETURNED and post.meeting == this_run)
 
     def _hear(self, work: Work) -> None:
         """Raise where another rank has found unlike calls."""
@@ -353,16 +348,16 @@ def _tell_the_end() -> None:
 
 def tell_return() -> None:
     """Say of this rank that the function that `launch` ran here has returned: it makes no more calls of this run."""
-    _tell_last(RETURNED, str(world.state.runs))
+    _tell_last(RETURNED, str(world.processes().connection.runs))
 
 
 def _tell_last(state: str, meeting: str = "") -> None:
     told = board()
     if told is None or not told.reachable:
         return
-    rank, met = world.here().rank, json.dumps(world.meetings())
+    rank, met = world.here().rank, json.dumps(world.processes().connection.meetings)
     post = Post(state, meeting, (rank,), "", met=met)
     InThread(lambda: told.write(rank, post)).wait(_ANSWER)
 
 
-world.before_end.append(_tell_the_end)
+world.processes().before_end.append(_tell_the_end)

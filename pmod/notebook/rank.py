@@ -24,6 +24,7 @@ from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.mesh import make_mesh
 from pmod._ranks import world
+from pmod._ranks.backends import use_device
 from pmod._ranks.connect import shutdown
 from pmod._run import launch
 from pmod._site import HERE
@@ -36,8 +37,7 @@ def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
     launch.settle_in(size)
     place = launch.topology_of(rank, size, port)
     world.launch_as(place)
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)
+    use_device(place.device)
     set_mesh(make_mesh(axes))
     # IPython takes a second to show a traceback that leads through many files, and somebody has pressed the stop button
     _shell().set_custom_exc((KeyboardInterrupt, asyncio.CancelledError), _interrupted)
@@ -126,8 +126,8 @@ def _waited(frames: list[tuple[FrameType, int]], wait: waiting.Wait) -> str:
 
 def sent() -> dict[tuple[int, ...], int]:
     """How many messages went along which ranks, since they were connected."""
-    state = world.state
-    return {tuple(dist.get_process_group_ranks(group)): state.meetings[key] for key, group in state.groups.items()}
+    now = world.processes().connection
+    return {tuple(dist.get_process_group_ranks(group)): now.meetings[key] for key, group in now.groups.items()}
 
 
 def in_cell(text: str) -> str:

@@ -14,7 +14,7 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 
 import pmod
 from pmod._collectives import halo_plan
-from pmod._wire.process_group import GroupWire
+from pmod._wire.gloo import GlooWire
 from tests.lib import spmd
 from tests.lib.listening import counted, on_processes, on_threads, same
 from tests.lib.raised import check, on_all_ranks
@@ -490,7 +490,7 @@ def test_only_neighbours_talk(talks: Counter[tuple[int, int]]) -> None:
 def on_a_real_wire() -> tuple[int, int]:
     """Empty messages too would be seen: what gloo is asked for."""
     asked: list[str] = []
-    peer_to_peer, all_to_all = GroupWire._peer_to_peer, GroupWire.all_to_all
+    peer_to_peer, all_to_all = GlooWire._peer_to_peer, GlooWire.all_to_all
 
     def peers(self: Any, sent: Any, received: Any) -> Any:
         asked.extend([f"to {rank}" for _, rank in sent] + [f"from {rank}" for _, rank in received])
@@ -501,8 +501,8 @@ def on_a_real_wire() -> tuple[int, int]:
         return all_to_all(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GroupWire, "_peer_to_peer", peers)
-        patch.setattr(GroupWire, "all_to_all", everyone)
+        patch.setattr(GlooWire, "_peer_to_peer", peers)
+        patch.setattr(GlooWire, "all_to_all", everyone)
         with pmod.trace() as t:
             pmod.halo_exchange(torch.ones(3, 3, dtype=torch.float64), "x", width=(1, 2), sizes=(3, 3, 3))
     expected = [["to 1", "from 1"], ["to 2", "from 0", "to 0", "from 2"], ["from 1", "to 1"]][pmod.axis_index("x")]

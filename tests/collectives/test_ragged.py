@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pmod
 from pmod._collectives.exchange import HEAD
-from pmod._wire.process_group import GroupWire
+from pmod._wire.gloo import GLOO, GlooWire
 from tests.lib import oracle, spmd
 from tests.lib.listening import counted, listening, same
 from tests.lib.raised import check, on_all_ranks, raised_by
@@ -542,7 +542,7 @@ def test_bytes_that_leave_a_rank(sizes: tuple[int, ...], dtype: torch.dtype) -> 
         x = torch.ones(sizes[index], dtype=dtype)
         for how, expected in (("gather", (n - 1) * x.nbytes), ("scatter", (sum(sizes) - sizes[index]) * x.itemsize)):
             socket = Socket(index)
-            wire = GroupWire(n, index, socket)
+            wire = GlooWire(n, index, socket, GLOO)
             wire.ahead = ahead
             if how == "gather":
                 wire.all_gather(x, sizes).wait()

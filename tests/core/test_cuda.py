@@ -17,6 +17,7 @@ from torch import Tensor
 
 import pmod
 from pmod._ranks import world
+from pmod._wire.nccl import NCCL
 from pmod._wire.process_group import GroupWire
 from tests.lib.one_rank import IDENTITIES, ZEROS
 
@@ -104,7 +105,7 @@ def test_a_cuda_tensor_where_the_rank_sends_from_the_cpu(x):
 
 @pytest.fixture
 def wire(mesh) -> GroupWire:
-    return GroupWire(1, 0, mesh.group("model"))
+    return GroupWire(1, 0, mesh.group("model"), NCCL)
 
 
 DTYPES = [
@@ -231,12 +232,13 @@ def test_a_world_of_the_user_with_nccl_alone(x):
         assert mesh.group("model") is dist.group.WORLD
         assert torch.equal(pmod.psum(x, mesh), x)
         assert pmod.psum(2.5, mesh) == 2.5
-        assert torch.equal(GroupWire(1, 0, mesh.group("model")).all_gather(x.reshape(-1), [6]).wait(), x.reshape(-1))
+        flat = x.reshape(-1)
+        assert torch.equal(GroupWire(1, 0, mesh.group("model"), NCCL).all_gather(flat, [6]).wait(), flat)
         pmod.shutdown()
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-    assert not world.state.groups
+    assert not world.processes().connection.groups
 
 
 def test_shard_map_and_its_relatives(mesh, x):

@@ -538,7 +538,7 @@ def is_named(name: str, kind: str, text: str) -> bool:
 
 def all_are_done(name: str) -> None:
     """A meeting that is none of pmod's: a rank that has finished waits for the others, and says nothing."""
-    store, size = world.blackboard(), pmod.axis_size("x")
+    store, size = world.current().store, pmod.axis_size("x")
     assert store is not None
     store.add(f"test/{name}", 1)
     while store.add(f"test/{name}", 0) < size:

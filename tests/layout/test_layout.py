@@ -209,8 +209,8 @@ def private_of_torch(tree: ast.Module, ours: set[str]) -> Iterator[str]:
     allowed = FOREIGN | (ours - TORCHS) | members(tree)
     silent = docstrings(tree)
     # the end of a name is none
-    ends = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".endswith")]
-    silent |= {end for call in ends for end in call.args}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    silent |= {end for call in calls if ast.unparse(call.func).endswith(".endswith") for end in call.args}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None) or ""

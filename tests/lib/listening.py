@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import pmod
+from pmod._wire.gloo import GlooWire
 from pmod._wire.memory import MemoryWire
-from pmod._wire.process_group import GroupWire
 from tests.lib import spmd
 
 Tensor = torch.Tensor
@@ -52,7 +52,7 @@ def listening() -> Iterator[None]:
         return noted
 
     with pytest.MonkeyPatch.context() as patch:
-        for wire, name in itertools.product((MemoryWire, GroupWire), _SENDING):
+        for wire, name in itertools.product((MemoryWire, GlooWire), _SENDING):
             patch.setattr(wire, name, noting(getattr(wire, name)))
         yield
 

@@ -58,7 +58,7 @@ def meet(size: int) -> None:
     """In a rank: go on when all have come here. It asks the store, so that it needs no group that still works."""
     global _met
     _met += 1
-    store = world.blackboard()
+    store = world.current().store
     assert store is not None
     key = f"test/meets {_met}"
     store.add(key, 1)
@@ -75,7 +75,7 @@ def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filt
     try:
         with warnings.catch_warnings():
             warnings.filters[:] = filters
-            return fn(*args), bool(world.left_behind)
+            return fn(*args), bool(world.processes().left_behind)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

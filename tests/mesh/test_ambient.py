@@ -42,7 +42,7 @@ def _no_mesh_before_and_after() -> Iterator[None]:
     assert ambient.ambient() is None
     yield
     ambient._put(None)
-    assert world.simulated is None
+    assert world.current() is world.processes()
 
 
 def current() -> pmod.Mesh | None:

@@ -544,17 +544,17 @@ def test_a_pickled_mesh_finds_its_own_place(monkeypatch):
         mesh_at(0, a=2, b=2).flatten(("b", "a"), "c"),
     ]
     for rank in range(4):
-        monkeypatch.setattr(world, "launched", at(rank, 4))
+        monkeypatch.setattr(world.processes(), "launched", at(rank, 4))
         for mesh in meshes:
             loaded = pickle.loads(pickle.dumps(mesh))
             same(mesh, loaded)
             assert loaded.topology == at(rank, 4)
             assert loaded.coords == mesh.coords_of(rank)
             assert loaded.axis_index(loaded.axis_names) == loaded.ranks.reshape(-1).tolist().index(rank)
-    monkeypatch.setattr(world, "launched", at(5, 6))
+    monkeypatch.setattr(world.processes(), "launched", at(5, 6))
     assert pickle.loads(pickle.dumps(meshes[0])).coords is None
     row = mesh_at(0, a=2, b=2)["b"]  # the row of rank 0: another rank is outside
-    monkeypatch.setattr(world, "launched", at(2, 4))
+    monkeypatch.setattr(world.processes(), "launched", at(2, 4))
     assert pickle.loads(pickle.dumps(row)).coords is None
 
 

@@ -485,7 +485,7 @@ def patience_of_the_store() -> list[float]:
     for seconds in (3.0, 20.0):
         pmod.shutdown()
         pmod.barrier(pmod.make_mesh(x=3, topology=place, timeout=seconds))
-        (store,) = _world.stores.values()
+        (store,) = _world.processes().stores.values()
         found.append(store.timeout.total_seconds())
     pmod.shutdown()
     return found

@@ -5,6 +5,8 @@ import logging
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pmod._errors import TopologyError
-from pmod._ranks.topology import Topology
+from pmod._ranks import backends
+from pmod._ranks.topology import Topology, _say_unused
+from pmod._wire.base import Wire
 
 Environ = dict[str, str]
 FIELDS = ("launcher", "rank", "world_size", "local_rank", "local_world_size", "node_rank", "num_nodes")
@@ -392,11 +396,73 @@ def test_restarts_are_counted() -> None:
 def test_detect_looks_at_its_arguments_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in torchrun(3).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    sees(monkeypatch, "cuda", 2)
     assert Topology.detect() == Topology.detect(torchrun(3), device_count=2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("asked torch for GPUs"))
+    for name in ("current_accelerator", "device_count", "is_available"):
+        monkeypatch.setattr(torch.accelerator, name, lambda *_: pytest.fail("asked torch for GPUs"))
     monkeypatch.setattr(socket, "socket", lambda *_: pytest.fail("opened a socket"))
     assert Topology.detect({}, device_count=0).world_size == 1
+
+
+# --- which accelerator ------------------------------------------------------------------------------------------------
+
+
+def sees(monkeypatch: pytest.MonkeyPatch, kind: str, visible: int) -> None:
+    """Let torch be built for this type of accelerator, and see so many."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
+    _say_unused.cache_clear()
+
+
+def test_a_gpu_of_rocm_is_one_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch for ROCm calls its devices "cuda", and RCCL "nccl"."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    sees(monkeypatch, "cuda", 4)
+    found = Topology.detect(torchrun(3, 4, 4))
+    assert (found.device, found.backend) == (torch.device("cuda:3"), "cpu:gloo,cuda:nccl")
+
+
+@pytest.mark.parametrize(("kind", "visible", "shown"), [("xpu", 4, "4 xpu devices"), ("mps", 1, "1 mps device")])
+def test_another_accelerator_is_said_to_be_unused(
+    kind: str, visible: int, shown: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sees(monkeypatch, kind, visible)
+    for _ in range(2):
+        found = Topology.detect(torchrun(3, 4, 4))
+        assert (found.device, found.backend) == (torch.device("cpu"), "gloo")
+    said = f"the ranks are on the CPU: torch sees {shown}, and pmod has a backend for cpu and cuda only."
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_one_that_is_built_for_and_not_there_is_not_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind in ("xpu", "cuda"):
+        sees(monkeypatch, kind, 0)
+        assert Topology.detect(torchrun(3)).device == torch.device("cpu")
+    assert not caplog.records
+
+
+def test_one_with_a_backend_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))
+    backends.register(backends.Backend("xccl", "xpu", Wire, blocks=False))
+    sees(monkeypatch, "xpu", 4)
+    found = Topology.detect(torchrun(3, 4, 4))
+    assert (found.device, found.backend) == (torch.device("xpu:3"), "cpu:gloo,xpu:xccl")
+    assert not caplog.records
+
+
+def test_to_look_starts_no_gpu() -> None:
+    """A process that has started CUDA cannot fork workers that use it."""
+    code = (
+        "import torch, pmod\n"
+        "pmod.Topology.detect()\n"
+        "assert not torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork()\n"
+        "torch.accelerator.is_available = torch.cuda.is_available = None  # they may ask the driver\n"
+        "pmod.Topology.detect()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------

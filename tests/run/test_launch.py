@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import pmod
-from pmod._ranks import place as _place
+from pmod._ranks import world
 from pmod._run import launch, task
 from pmod._wire import waiting
 from tests.lib import spmd
@@ -475,7 +475,7 @@ def test_a_worker_of_a_simulated_rank():
 def test_where_multiprocessing_keeps_what_children_get():
     """`_ranks/place.py` writes there. A process that is started by a plain one has no place but its own."""
     assert isinstance(multiprocessing.current_process()._config, dict)
-    assert _place.of_parent() is None and not _place.is_no_rank()
+    assert world.of_parent() is None and not world.is_no_rank()
 
 
 def environment() -> dict[str, str]:

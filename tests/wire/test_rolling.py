@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
 import pmod
 from pmod._mesh.ambient import resolve
-from pmod._ranks import world
-from pmod._wire import process_group, rolling, waiting
+from pmod._ranks import backends, world
+from pmod._wire import gloo, rolling, waiting
 from pmod._wire.board import Said
 from pmod._wire.rolling import MARK, SHOWN, Calls, Told, Witness, as_text, first_unlike, of_text
 from tests.lib import spmd
@@ -29,8 +30,8 @@ def without_tags() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rolling, "LOOK", 0.05)
         patch.setattr(waiting, "LOOK", 0.2)  # where one rank has heard of it, and another still waits for its message
-        patch.setattr(process_group, "has_tags", lambda axis: False)
-        patch.setattr(waiting.Wait, "tag", lambda wait, stage, nbytes: process_group.TAG)
+        patch.setitem(backends._BACKENDS, "gloo", attrs.evolve(gloo.GLOO, tags=False))
+        patch.setattr(waiting.Wait, "tag", lambda wait, stage, nbytes: gloo.TAG)
         pmod.shutdown()
         pmod.set_mesh(pmod.make_mesh(x=-1, topology=before.topology))
         yield

@@ -318,7 +318,7 @@ def test_the_store_of_one_host_listens_on_loopback_only() -> None:
         listening = [line.split()[1] for lines in tables for line in lines if line.split()[3] == "0A"]
         assert [local for local in listening if local.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
     finally:
-        world.stores.pop(("127.0.0.1", port), None)
+        world.processes().stores.pop(("127.0.0.1", port), None)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_another_job_at_the_same_port_stays_a_stranger() -> None:
         assert stores["first"].check(["address of rank 0"])
         assert not stores["second"].check(["address of rank 0"])
     finally:
-        world.stores.pop(("127.0.0.1", port), None)
+        world.processes().stores.pop(("127.0.0.1", port), None)
 
 
 def attempt(store: Any, ranks: Sequence[int], seconds: float = 20.0, late: int | None = None) -> list[str]:
@@ -363,7 +363,7 @@ def attempt(store: Any, ranks: Sequence[int], seconds: float = 20.0, late: int |
         time.sleep(0.3 if rank == late else 0.0)
         where = pmod.Topology(rank=rank, world_size=3, launcher="env")
         try:
-            names[rank] = Meeting(store, where).come(seconds)
+            names[rank] = Meeting(store, where, world.processes().met).come(seconds)
         except pmod.CollectiveTimeout as error:
             names[rank] = str(error)
 
@@ -471,7 +471,7 @@ def test_a_group_with_a_message_in_it_is_never_ended() -> None:
     for _ in range(2):
         world.leave_behind(group)  # type: ignore[arg-type]
     assert sys.getrefcount(group) == count + 2  # the set's, and one for good
-    world.left_behind.discard(group)  # type: ignore[arg-type]
+    world.processes().left_behind.discard(group)  # type: ignore[arg-type]
 
 
 # --- groups that are never ended, and ends that wait for nobody -----------------------------------------------------
@@ -623,7 +623,7 @@ def test_one_that_dies_while_the_others_come_is_named() -> None:
     process.kill()
     process.wait()
     with pytest.raises(pmod.CollectiveTimeout) as caught:
-        Meeting(store, where).come(60.0)
+        Meeting(store, where, world.processes().met).come(60.0)
     assert str(caught.value).split("\n")[0] == (
         f"pmod.make_mesh: some ranks come no more; absent: rank 1, whose process {process.pid} on "
         f"{socket.gethostname()} is dead."
@@ -631,7 +631,7 @@ def test_one_that_dies_while_the_others_come_is_named() -> None:
     # one of an earlier meeting may have been started anew, and is waited for
     store.set("word/1", attrs.evolve(word, pid=process.pid, at=0.0).text())
     with pytest.raises(pmod.CollectiveTimeout, match=r"not all 3 ranks came within 0\.5 s; absent: rank 2\."):
-        Meeting(store, where).come(0.5)
+        Meeting(store, where, world.processes().met).come(0.5)
 
 
 def test_ranks_meet_though_one_of_them_has_given_up_before() -> None:
@@ -653,7 +653,7 @@ def test_ranks_meet_though_one_of_them_has_given_up_before() -> None:
         stores[0].set("said", "by rank 0")
         assert stores[1].check(["said"])
     finally:
-        world.stores.pop(("127.0.0.1", port), None)
+        world.processes().stores.pop(("127.0.0.1", port), None)
 
 
 def test_a_group_that_is_made_when_the_store_is_gone() -> None:

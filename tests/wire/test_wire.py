@@ -13,6 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pmod._wire.base import SMALL
+from pmod._wire.gloo import GLOO
+from pmod._wire.nccl import NCCL
 from pmod._wire.process_group import GroupWire
 from pmod._wire.traffic import Meter, Traffic, meters
 
@@ -63,7 +65,8 @@ def calls(
 ) -> list[tuple[str, Any]]:
     """What rank `index` of n asks of its group for a message."""
     group = Recorder()
-    wire = GroupWire(n, index, group)  # type: ignore[arg-type]
+    backend = GLOO if device == "cpu" else NCCL
+    wire = backend.wire(n, index, group, backend)
 
     def ones(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.ones(count, dtype=dtype, device=device)

@@ -1,0 +1,54 @@
+"""The wire along an axis: over the process group that its ranks have, by the backend that carries the tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from pmod._mesh.axis import Axis
+from pmod._ranks import world
+from pmod._ranks.backends import Backend, backend_in, register
+from pmod._wire.base import Alone, Wire
+from pmod._wire.board import Said, code_of, come_back
+from pmod._wire.gloo import GLOO
+from pmod._wire.nccl import NCCL
+from pmod._wire.rolling import note
+from pmod._wire.waiting import Wait
+
+for built_in in (GLOO, NCCL):
+    register(built_in)
+
+
+def wire_of(axis: Axis, device: torch.device, row: str = "", said: Said | None = None) -> Wire:
+    """The wire along an axis, for a message of this row in tensors of this device.
+
+    said: what all ranks must say of the message.
+    """
+    if axis.size == 1:
+        return Alone(1, 0)
+    return world.now.here.wire(axis, said or Said(row, code_of(row)), device)
+
+
+def backend_along(axis: Axis, device: torch.device) -> Backend:
+    """The backend of an axis for tensors of this device."""
+    known, key = world.now.processes.connection.backends, (axis.group_key, device)
+    found = known.get(key)
+    if found is None:
+        found = known[key] = backend_in(dist.get_backend_config(axis.group), device.type)
+    return found
+
+
+def _over_group(axis: Axis, said: Said, device: torch.device) -> Wire:
+    group, usual = axis.group, axis.topology.device
+    backend = backend_along(axis, device)
+    wait = Wait(axis, said, backend.cut_off)
+    if world.is_left_behind(group):
+        wait.refuse()
+    come_back(axis.topology.rank)
+    # whatever this message goes by, the others along the axis go by the backend of the mesh's device
+    if not (backend if device == usual else backend_along(axis, usual)).tags:
+        note(axis, wait.number, said)
+    return backend.wire(axis.size, axis.index, group, backend, wait)
+
+
+world.processes().wire = _over_group
