@@ -46,6 +46,15 @@ def _outside() -> tuple[str, FrameType]:
     return _CALLED.get(function, function), frame
 
 
+Line: TypeAlias = tuple[str, int, str]
+"""A file, a line's number in it, and the module's name: what costs nothing to note, and may become a `Site`."""
+
+
+def line_of(frame: FrameType) -> Line:
+    """The line that a frame is at."""
+    return frame.f_code.co_filename, frame.f_lineno, str(frame.f_globals.get("__name__", ""))
+
+
 class Site(str):
     """A line of the user's code, as messages show it; `alike` names it on every node, wherever its file lies there."""
 
@@ -54,14 +63,18 @@ class Site(str):
     @staticmethod
     def of(frame: FrameType) -> Site:
         """The line that a frame is at."""
-        file, number = frame.f_code.co_filename, frame.f_lineno
+        return Site.at(line_of(frame))
+
+    @staticmethod
+    def at(line_of: Line) -> Site:
+        """A line that `line_of` has noted."""
+        file, number, module = line_of
         line = linecache.getline(file, number).strip()
         file = _CELL.sub(r"cell \1", file)
         rest = f":{number}" + (f": {line}" if line else "")
         site = Site(file + rest)
         # a module has one name on all nodes, though a script is __mp_main__ in the processes that it starts
-        module = str(frame.f_globals.get("__name__", "")).replace("__mp_main__", "__main__")
-        site.alike = f"{module} {os.path.basename(file)}{rest}"
+        site.alike = f"{module.replace('__mp_main__', '__main__')} {os.path.basename(file)}{rest}"
         return site
 
 

@@ -15,7 +15,7 @@ from pmod._core.row import Call
 from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import ambient, under
-from pmod._site import Origin, on_behalf_of, origin
+from pmod._site import Line, Origin, Site, call_site, on_behalf_of, origin
 from pmod._torch import are_transforms_active, count_dispatch_modes, no_dispatch_modes, no_interpreters
 from pmod._wire.sent import Sent
 
@@ -70,10 +70,11 @@ class FirstRun(Starter):
 class SecondRun(Starter):
     """Finds what the first run sent; what follows from that is sent as always."""
 
-    def __init__(self, first: FirstRun, name: str) -> None:
+    def __init__(self, first: FirstRun, name: str, line: Line) -> None:
         self._ahead = first.ahead
         self.answers = first.answers
         self._name = name
+        self._line = line  # that started it
 
     def bind(self, call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
         if not self._ahead:
@@ -81,7 +82,7 @@ class SecondRun(Starter):
                 return carry(call, xs)
         first = self._ahead.pop(0)
         if first.call != call:
-            raise self._unlike(first.call, _shown(call))
+            raise self._unlike(first.call, call)
         if not watchers():
             return carry(call, xs, lambda _: first.sent.wait())
         began = perf_counter()
@@ -94,15 +95,19 @@ class SecondRun(Starter):
     def check_all_found(self) -> None:
         """Raise where a message of the first run was not asked for."""
         if self._ahead:
-            raise self._unlike(self._ahead[0].call, "nothing")
+            raise self._unlike(self._ahead[0].call, None)
 
-    def _unlike(self, first: Call, second: str) -> PmodError:
-        given = f"the function is not pure: its first run called {_shown(first)}, its second run {second}"
-        return PmodError(phrase(self._name, given, "Make it depend on its arguments only."))
+    def _unlike(self, first: Call, second: Call | None) -> PmodError:
+        with_params = second is not None and first[:2] == second[:2]  # else the names tell them apart
+        calls = [_shown(first, with_params), "nothing" if second is None else _shown(second, with_params)]
+        given = f"the function is not pure: its first run called {calls[0]}, its second run {calls[1]}"
+        right = "Make it depend on its arguments only, and change none of them between start and wait."
+        places = f"Started at {Site.at(self._line)}\nWaited for at {call_site()[1]}"
+        return PmodError(phrase(self._name, given, f"{right}\n{places}"))
 
 
-def _shown(call: Call) -> str:
-    return f"{call.row.name} along {call.axis.label!r}"
+def _shown(call: Call, with_params: bool) -> str:
+    return f"{call.row.name} along {call.axis.label!r}" + (f" with {call.params}" if with_params else "")
 
 
 def once(ask: Callable[[], T]) -> T:

@@ -10,6 +10,7 @@ from then on it is a tensor like any other.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from pmod._core.leaves import tensors_in
 from pmod._core.row import Call
 from pmod._core.watch import told, watchers
 from pmod._errors import ArgumentError, PmodError, phrase, quoted
-from pmod._site import origin
+from pmod._site import Line, line_of, origin
 from pmod._torch import (
     are_transforms_active,
     backward_here,
@@ -48,8 +49,9 @@ T = TypeVar("T")
 class _Piece(Generic[T]):
     """A pure function that has sent its first messages; `finish` gives its result, or raises, and again the same."""
 
-    def __init__(self, f: Callable[[], T], name: str, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, f: Callable[[], T], name: str, tensors: Sequence[Tensor], line: Line) -> None:
         self._name = name
+        self._line = line  # that started it, for an error
         self._tensors = [x for x in tensors if not is_lazy(x) and not x.is_inference()]
         self._versions = [version_of(x) for x in self._tensors]
         self._enter = surroundings()
@@ -77,7 +79,7 @@ class _Piece(Generic[T]):
             if any(version_of(x) != version for x, version in zip(self._tensors, self._versions, strict=True)):
                 given = "a tensor was changed in place between start and wait"
                 raise ArgumentError(phrase(self._name, given, "Change a copy, or wait first."))
-            second = SecondRun(self._first, self._name)
+            second = SecondRun(self._first, self._name, self._line)
             with started_by(second), self._enter():
                 result = f()
             second.check_all_found()
@@ -145,8 +147,9 @@ def _settle_all(tree: Any) -> None:
 class _Once(Starter):
     """Makes each collective of a user's function a piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: Line) -> None:
         self._state = self._now()
+        self._line = line
         self.settles: list[Callable[[], None]] = []
 
     def _now(self) -> tuple[Any, ...]:
@@ -172,7 +175,7 @@ class _Once(Starter):
 
     def defer(self, f: Callable[[], Sequence[Tensor]], xs: Sequence[Tensor], name: str) -> Sequence[Tensor]:
         """Send the first messages of f, which returns as many tensors as xs; return what becomes these."""
-        piece = _Piece(f, name, xs)
+        piece = _Piece(f, name, xs, self._line)
         if not piece.under_way:
             return piece.finish()
         laters = [_Later.of(x) for x in xs]
@@ -273,9 +276,10 @@ def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
         return Pending(lambda: result, name)
     if started.by is not None:
         raise PmodError(phrase("start", f"{name} calls start itself", "Start the functions one by one."))
+    line = line_of(sys._getframe(1))
     if _is_pure(f, args, kwargs):
-        return Pending(_Piece(lambda: f(*args, **kwargs), name, tensors_in((args, kwargs))).finish, name)
-    once = _Once()
+        return Pending(_Piece(lambda: f(*args, **kwargs), name, tensors_in((args, kwargs)), line).finish, name)
+    once = _Once(line)
     with started_by(once):
         result = f(*args, **kwargs)
 

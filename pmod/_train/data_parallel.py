@@ -204,7 +204,9 @@ class _Reducer(Reduces):
             at_end_of_backward(self._finish)
 
     def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
-        assert p.grad is not None
+        if p.grad is None:  # by a hook of the user's, which ran before
+            given, right = "a hook took a gradient away before it was reduced", "Register the hook after data_parallel."
+            raise wrong(PmodError, "data_parallel", self._axis, given, right)
         if p.grad.requires_grad:
             given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
             right = "Use share_parameters(module, axis, reduce='mean')."

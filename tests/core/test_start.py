@@ -442,9 +442,31 @@ def test_what_was_sent_must_stay(run: Any) -> None:
 def impure_on_rank() -> None:
     """Work of pmod's own that is not the same in both runs is named; there is none, so this makes some."""
     x, functions = rows(), [pmod.psum, pmod.pshift]
-    piece = _start._Piece(lambda: functions.pop()(x, "x"), "halo_exchange", [x])
+    piece = _start._Piece(lambda: functions.pop()(x, "x"), "halo_exchange", [x], ("train.py", 41, "train"))
     with pytest.raises(pmod.PmodError, match=r"not pure: its first run called permute along 'x', its second run psum"):
         piece.finish()
+
+
+def argument_changed_on_rank() -> None:
+    """What only the arguments hold may change after the first run: the error names both calls and both lines."""
+    pairs = [(0, 1)]
+    pending = pmod.start(pmod.ppermute, rows(), "x", pairs)
+    pairs.append((1, 0))
+    with pytest.raises(pmod.PmodError) as caught:
+        pending.wait()
+    said, right, *lines = str(caught.value).split("\n")
+    calls = "its first run called permute along 'x' with ((1, -1),), its second run permute along 'x' with ((1, 0),)."
+    if said != f"pmod.ppermute: the function is not pure: {calls}":
+        raise AssertionError(said)  # checked in a rank's process too, where python -O leaves out an assert
+    if right != "Make it depend on its arguments only, and change none of them between start and wait.":
+        raise AssertionError(right)
+    for line, begins, ends in zip(lines, ("Started at ", "Waited for at "), ('"x", pairs)', ".wait()"), strict=True):
+        if not (line.startswith(begins) and "test_start.py" in line and line.endswith(ends)):
+            raise AssertionError(line)
+
+
+def test_an_argument_that_changes(run: Any) -> None:
+    run(argument_changed_on_rank, x=2)
 
 
 def test_two_runs_that_differ(run: Any) -> None:

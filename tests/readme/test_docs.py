@@ -218,6 +218,7 @@ _IPYTHON = "called by IPython at %load_ext"
 _ENGINES = "shows what it gives in a notebook with engines, which tests/notebook/test_notebook.py starts"
 # what is public and shows nothing, and why
 WITHOUT = {
+    **{f"Watcher.{name}": _TOLD for name in ("before", "after", "waited", "compiled")},
     "Mesh.bind": _OURS, "Mesh.label": _OURS,
     "trace.before": _TOLD, "trace.after": _TOLD, "trace.waited": _TOLD, "trace.compiled": _TOLD,
     "trace.retime": "called by estimate",
@@ -225,7 +226,7 @@ WITHOUT = {
 }  # fmt: skip
 
 
-# what users import; demo, bench and doctor are commands
+# what users import; demo, bench, collectives and doctor are commands
 MODULES = {"fft", "nn", "notebook", "testing"}
 
 
@@ -262,7 +263,7 @@ def _examples() -> dict[str, str]:
 def test_every_public_function_and_class_has_an_example() -> None:
     assert len(API) > 80
     top = {info.name for info in pkgutil.iter_modules(pmod.__path__) if not info.name.startswith("_")}
-    assert top == MODULES | {"demo", "bench", "doctor"}
+    assert top == MODULES | {"demo", "bench", "collectives", "doctor"}
     left = {thing.__qualname__ for home, thing in API.items() if not _examples().get(home)}
     assert left == {name for name in WITHOUT if "." not in name}
 

@@ -1416,3 +1416,15 @@ def test_remove_data_parallel(run: Any, reduce: str) -> None:
 def test_remove_data_parallel_where_there_is_none() -> None:
     module = small()
     assert pmod.remove_data_parallel(module) is module
+
+
+def without_gradient_on_rank() -> None:
+    layer = nn.Linear(2, 1)
+    layer.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    model = pmod.data_parallel(layer, "x")
+    with pytest.raises(pmod.PmodError, match="a hook took a gradient away before it was reduced"):
+        model(torch.ones(3, 2)).sum().backward()
+
+
+def test_a_hook_that_takes_the_gradient_away() -> None:
+    pmod.simulate(without_gradient_on_rank, x=2)
