@@ -1,4 +1,5 @@
-"""JAX-style functional collectives over PyTorch: one mesh, named axes, exact derivatives.
+"""JAX-style functional collectives over PyTorch: one mesh, named axes, exact
+derivatives.
 
     mesh = pmod.make_mesh(data=-1, model=2)
     with pmod.set_mesh(mesh):

@@ -1,4 +1,6 @@
-"""`python -m pmod`: the list of commands; `python -m pmod demo` is `python -m pmod.demo`."""
+"""`python -m pmod`: the list of commands; `python -m pmod demo` is `python -m
+pmod.demo`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ COMMANDS = {
     "collectives": "print the table of collectives: what each takes and gives, its value and its derivative",
     "doctor": "say what is detected here, and whether the ranks reach one another; for bug reports",
 }
-_LIST = "".join(f"python -m pmod.{name:<11} {what}\n" for name, what in COMMANDS.items())
+_LIST = "".join(
+    f"python -m pmod.{name:<11} {what}\n" for name, what in COMMANDS.items()
+)
 _EXAMPLES = """examples:
   python -m pmod.demo --mesh data=2,space=2
   python -m pmod.bench --only latency --ranks 4
@@ -39,7 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     given, more = parser.parse_known_args(arguments)
     if given.command is not None:
-        parser.error(f"no command {given.command!r} among {', '.join(COMMANDS)}{near_miss(given.command, COMMANDS)}")
+        parser.error(
+            f"no command {given.command!r} among {', '.join(COMMANDS)}{near_miss(given.command, COMMANDS)}"
+        )
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     print(_LIST, end="")

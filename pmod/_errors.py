@@ -25,7 +25,9 @@ class ShapeError(PmodError, ValueError):
 
 
 class ArgumentError(PmodError, TypeError):
-    """Not a tensor, a dtype that the function cannot take, or a tensor on another device."""
+    """Not a tensor, a dtype that the function cannot take, or a tensor on another
+    device.
+    """
 
 
 class TopologyError(PmodError):
@@ -37,7 +39,9 @@ class MismatchError(PmodError):
 
 
 class CollectiveTimeout(PmodError):
-    """Some ranks did not arrive before the deadline, or cannot any more: they died, or raised."""
+    """Some ranks did not arrive before the deadline, or cannot any more: they died, or
+    raised.
+    """
 
 
 def coordinates(coords: Mapping[str, int] | None) -> str:
@@ -58,7 +62,9 @@ def quoted(value: object) -> str:
     """
     try:
         text = repr(value)
-    except Exception:  # a __repr__ raises what it likes, that of a tensor of 1-bit ints too
+    except (
+        Exception
+    ):  # a __repr__ raises what it likes, that of a tensor of 1-bit ints too
         return f"a {type(value).__name__}"
     if "\n" in text:
         text = " ".join(text.split())
@@ -73,7 +79,8 @@ def phrase(
     axis: object = None,
     coords: Mapping[str, int] | None = None,
 ) -> str:
-    """The text of every error: which function, axis and rank; what was given; what would be right.
+    """The text of every error: which function, axis and rank; what was given; what
+    would be right.
 
     >>> print(phrase("shard", "x.shape[0] is 5", "Pass sizes=(3, 2).", axis="model", coords={"model": 1}))
     pmod.shard(axis='model') at (model=1): x.shape[0] is 5.
@@ -86,12 +93,24 @@ def phrase(
 
 
 def endless(function: str = "") -> ArgumentError:
-    """The error of a tree in which a walk came to no end; by default of the public function that was called."""
+    """The error of a tree in which a walk came to no end; by default of the public
+    function that was called.
+    """
     given = "a tree holds itself, or is nested too deeply"
-    return ArgumentError(phrase(function or call_site()[0], given, "Pass containers that do not hold themselves."))
+    return ArgumentError(
+        phrase(
+            function or call_site()[0],
+            given,
+            "Pass containers that do not hold themselves.",
+        )
+    )
 
 
 def near_miss(given: object, known: Iterable[str]) -> str:
     """``; did you mean 'model'?`` where one of the known names is close, else nothing."""
-    close = difflib.get_close_matches(given, list(known), n=1) if isinstance(given, str) else []
+    close = (
+        difflib.get_close_matches(given, list(known), n=1)
+        if isinstance(given, str)
+        else []
+    )
     return f"; did you mean {close[0]!r}?" if close else ""

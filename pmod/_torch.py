@@ -1,8 +1,11 @@
-"""Every private name of torch that pmod uses: one alias or function each, and the versions of torch that have it.
+"""Every private name of torch that pmod uses: one alias or function each, and the
+versions of torch that have it.
 
-No other file of pmod names one (tests/layout/test_layout.py), and tests/core/test_torch.py says of each what breaks
-without it. An alias is the thing of torch itself, so that a hot path pays nothing for it. On a torch that lacks a name
-`import pmod` works all the same: what stands in its place raises where it is used, with the version of that torch.
+No other file of pmod names one (tests/layout/test_layout.py), and
+tests/core/test_torch.py says of each what breaks without it. An alias is the thing of
+torch itself, so that a hot path pays nothing for it. On a torch that lacks a name
+`import pmod` works all the same: what stands in its place raises where it is used, with
+the version of that torch.
 """
 
 from __future__ import annotations
@@ -32,11 +35,15 @@ NEWEST = (2, 14)
 
 ALL = ("2.11.0", "2.12.0", "2.13.0", "2.14.1")
 SEEN: dict[str, tuple[str, ...]] = {}
-"""Of each private name, as "module:attribute", the versions of torch in which it was seen."""
+"""Of each private name, as "module:attribute", the versions of torch in which it was
+seen.
+"""
 
 
 def newer_than_tested(version: str) -> str:
-    """Return what to say of a torch that is newer than the newest tested; "" where it is not."""
+    """Return what to say of a torch that is newer than the newest tested; "" where it
+    is not.
+    """
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or (int(numbers[1]), int(numbers[2])) <= NEWEST:
         return ""
@@ -50,18 +57,23 @@ def newer_than_tested(version: str) -> str:
 if _newer := newer_than_tested(torch.__version__):
     warnings.warn(_newer, UserWarning, stacklevel=2)
 
-# --- looking a name up --------------------------------------------------------------------------------------------
+# --- looking a name up ----------------------------------------------------------------
+
 
 def _lacking(path: str) -> PmodError:
     name, versions = path.replace(":", "."), SEEN[path]
-    first, last = (".".join(version.split(".")[:2]) for version in (versions[0], versions[-1]))
+    first, last = (
+        ".".join(version.split(".")[:2]) for version in (versions[0], versions[-1])
+    )
     given = f"torch {torch.__version__} has no {name}, which this needs"
     right = f"It was seen in torch {first} to {last}: install one of these, or a pmod that was tested with this torch."
     return PmodError(phrase(call_site()[0], given, right))
 
 
 class _Lacking:
-    """What stands in the place of what this torch lacks: it raises where it is called, or asked for its instances."""
+    """What stands in the place of what this torch lacks: it raises where it is called,
+    or asked for its instances.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -101,7 +113,9 @@ def _with(*paths: str) -> Callable[[T], T]:
 
 
 def _later(path: str, versions: tuple[str, ...] = ALL) -> Callable[[], Any]:
-    """Return a function that brings a name of a module that `import torch` leaves out, which takes long."""
+    """Return a function that brings a name of a module that `import torch` leaves out,
+    which takes long.
+    """
     SEEN[path] = versions
 
     def bring() -> Any:
@@ -113,30 +127,46 @@ def _later(path: str, versions: tuple[str, ...] = ALL) -> Callable[[], Any]:
     return bring
 
 
-# --- transforms and modes: who takes part in an operation ---------------------------------------------------------
+# --- transforms and modes: who takes part in an operation -----------------------------
 
-are_transforms_active: Callable[[], bool] = _seen("torch._C:_are_functorch_transforms_active")
-no_transforms: Callable[[], AbstractContextManager[None]] = _seen("torch._C:_DisableFuncTorch")
+are_transforms_active: Callable[[], bool] = _seen(
+    "torch._C:_are_functorch_transforms_active"
+)
+no_transforms: Callable[[], AbstractContextManager[None]] = _seen(
+    "torch._C:_DisableFuncTorch"
+)
 no_interpreters: Callable[[], AbstractContextManager[None]] = _seen(
     "torch._functorch.pyfunctorch:temporarily_clear_interpreter_stack"
 )
-interpreters: Callable[[], Sequence[Any] | None] = _seen("torch._C:_functorch.get_interpreter_stack")
-transform_level: Callable[[], int | None] = _seen("torch._C:_functorch.maybe_current_level")
-is_wrapped: Callable[[Tensor], bool] = _seen("torch._C:_functorch.is_functorch_wrapped_tensor")
+interpreters: Callable[[], Sequence[Any] | None] = _seen(
+    "torch._C:_functorch.get_interpreter_stack"
+)
+transform_level: Callable[[], int | None] = _seen(
+    "torch._C:_functorch.maybe_current_level"
+)
+is_wrapped: Callable[[Tensor], bool] = _seen(
+    "torch._C:_functorch.is_functorch_wrapped_tensor"
+)
 is_batched: Callable[[Tensor], bool] = _seen("torch._C:_functorch.is_batchedtensor")
 unwrap: Callable[[Tensor], Tensor] = _seen("torch._C:_functorch.get_unwrapped")
 
 count_function_modes: Callable[[], int] = _seen("torch._C:_len_torch_function_stack")
 count_dispatch_modes: Callable[[], int] = _seen("torch._C:_len_torch_dispatch_stack")
-no_function_modes: Callable[[], AbstractContextManager[None]] = _seen("torch._C:DisableTorchFunction")
-no_function_subclasses: Callable[[], AbstractContextManager[None]] = _seen("torch._C:DisableTorchFunctionSubclass")
+no_function_modes: Callable[[], AbstractContextManager[None]] = _seen(
+    "torch._C:DisableTorchFunction"
+)
+no_function_subclasses: Callable[[], AbstractContextManager[None]] = _seen(
+    "torch._C:DisableTorchFunctionSubclass"
+)
 no_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _seen(
     "torch.utils._python_dispatch:_disable_current_modes"
 )
 
 # autograd's own vmap, older than torch.func's
 add_batch_dim: Callable[[Tensor, int, int], Tensor] = _seen("torch:_add_batch_dim")
-remove_batch_dim: Callable[[Tensor, int, int, int], Tensor] = _seen("torch:_remove_batch_dim")
+remove_batch_dim: Callable[[Tensor, int, int, int], Tensor] = _seen(
+    "torch:_remove_batch_dim"
+)
 _enter_older_vmap: Callable[[], int] = _seen("torch._C:_vmapmode_increment_nesting")
 _leave_older_vmap: Callable[[], int] = _seen("torch._C:_vmapmode_decrement_nesting")
 
@@ -161,12 +191,14 @@ def _asks_for_older_vmap() -> Callable[[], bool]:
 
 is_in_older_vmap: Callable[[], bool] = _asks_for_older_vmap()
 
-# --- autograd -----------------------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------
 
 backward_here: Callable[[], int] = _seen("torch._C:_current_graph_task_id")
 """The number of the backward pass that runs on this thread, or -1."""
 
-saving_hooks: Callable[[bool], Any] = _seen("torch._C:_autograd._top_saved_tensors_default_hooks")
+saving_hooks: Callable[[bool], Any] = _seen(
+    "torch._C:_autograd._top_saved_tensors_default_hooks"
+)
 next_number: Callable[[], int] = _seen("torch._C:_autograd._get_sequence_nr")
 """The number that this thread's next node gets."""
 
@@ -176,10 +208,18 @@ at_end_of_backward: Callable[[Callable[[], None]], None] = _seen(
 with_forward_mode: Callable[[bool], AbstractContextManager[Any]] = _seen(
     "torch.autograd.forward_ad:_set_fwd_grad_enabled"
 )
-below_views: Callable[[], AbstractContextManager[None]] = _seen("torch._C:_AutoDispatchBelowADInplaceOrView")
-below_autograd: Callable[[], AbstractContextManager[None]] = _seen("torch._C:_AutoDispatchBelowAutograd")
-is_one_level_allowed: Callable[[], bool] = _seen("torch._C:_functorch.get_single_level_autograd_function_allowed")
-allow_one_level: Callable[[bool], None] = _seen("torch._C:_functorch.set_single_level_autograd_function_allowed")
+below_views: Callable[[], AbstractContextManager[None]] = _seen(
+    "torch._C:_AutoDispatchBelowADInplaceOrView"
+)
+below_autograd: Callable[[], AbstractContextManager[None]] = _seen(
+    "torch._C:_AutoDispatchBelowAutograd"
+)
+is_one_level_allowed: Callable[[], bool] = _seen(
+    "torch._C:_functorch.get_single_level_autograd_function_allowed"
+)
+allow_one_level: Callable[[bool], None] = _seen(
+    "torch._C:_functorch.set_single_level_autograd_function_allowed"
+)
 
 
 @_with("torch._C:_after_autograd_keyset")
@@ -196,7 +236,9 @@ def forward_level() -> int:
 
 @_with("torch._functorch.eager_transforms:JVP_NESTING")
 def swap_forward_nesting(levels: int) -> int:
-    """Let torch.func.jvp take this many levels of forward mode for its own; return how many it took before."""
+    """Let torch.func.jvp take this many levels of forward mode for its own; return how
+    many it took before.
+    """
     transforms: Any = sys.modules["torch._functorch.eager_transforms"]
     before, transforms.JVP_NESTING = transforms.JVP_NESTING, levels
     return before
@@ -204,7 +246,9 @@ def swap_forward_nesting(levels: int) -> int:
 
 @_with("torch._C:_FunctionBase._sequence_nr")
 def number_of(node: Any) -> int:
-    """Return the place of a node of autograd's graph in the order of backward, which takes the highest first."""
+    """Return the place of a node of autograd's graph in the order of backward, which
+    takes the highest first.
+    """
     return node._sequence_nr()
 
 
@@ -217,7 +261,9 @@ def set_number(node: Any, number: int) -> None:
 def _one_level() -> Any:
     base: Any = _seen("torch.autograd.function:_SingleLevelFunction")
     key: Any = _seen("torch.autograd:Function._compiled_autograd_key")
-    if isinstance(base, _Lacking):  # a class needs a base, also where all that it can do is raise
+    if isinstance(
+        base, _Lacking
+    ):  # a class needs a base, also where all that it can do is raise
         base = type("Lacking", (), {"apply": staticmethod(base)})
 
     class OneLevel(base):
@@ -227,14 +273,18 @@ def _one_level() -> Any:
 
 
 OneLevel: Any = _one_level()
-"""What torch makes an autograd.Function of for each level of torch.func: the same, of one level."""
+"""What torch makes an autograd.Function of for each level of torch.func: the same, of
+one level.
+"""
 
-# --- tensors and modules ------------------------------------------------------------------------------------------
+# --- tensors and modules --------------------------------------------------------------
 
 is_view: Callable[[Tensor], bool] = _seen("torch:Tensor._is_view")
 has_storage: Callable[[Tensor], bool] = _seen("torch._C:_has_storage")
 lazy_clone: Callable[[Tensor], Tensor] = _seen("torch:_lazy_clone")
-unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _seen("torch.ops:aten._unsafe_view.default")
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _seen(
+    "torch.ops:aten._unsafe_view.default"
+)
 swap_values: Callable[[Tensor, Tensor], None] = _seen("torch._C:_swap_tensor_impl")
 make_wrapper: Callable[..., Any] = _seen("torch:Tensor._make_wrapper_subclass")
 count_uses: Callable[[Tensor], int] = _seen("torch:Tensor._use_count")
@@ -250,8 +300,12 @@ def version_of(x: Tensor) -> int:
     return x._version
 
 
-version_untraced: Callable[[Tensor], int] = _with("torch:Tensor._version")(operator.attrgetter("_version"))
-"""The same in half the time, where torch.compile does not follow: it knows no attrgetter."""
+version_untraced: Callable[[Tensor], int] = _with("torch:Tensor._version")(
+    operator.attrgetter("_version")
+)
+"""The same in half the time, where torch.compile does not follow: it knows no
+attrgetter.
+"""
 
 
 @_with("torch:Tensor._base")
@@ -289,13 +343,20 @@ def forward_hooks(module: torch.nn.Module) -> dict[int, Any]:
     """Return the hooks that run after the module was called, by their number."""
     return module._forward_hooks
 
-# --- process groups -----------------------------------------------------------------------------------------------
 
-is_agents_store: Callable[[], bool] = _seen("torch.distributed.rendezvous:_torchelastic_use_agent_store")
+# --- process groups -------------------------------------------------------------------
+
+is_agents_store: Callable[[], bool] = _seen(
+    "torch.distributed.rendezvous:_torchelastic_use_agent_store"
+)
 """Whether torchrun's agent serves the store."""
 
-default_store: Callable[[], Any] = _seen("torch.distributed.distributed_c10d:_get_default_store")
-make_group: Callable[..., tuple[Any, Any]] = _seen("torch.distributed.distributed_c10d:_new_process_group_helper")
+default_store: Callable[[], Any] = _seen(
+    "torch.distributed.distributed_c10d:_get_default_store"
+)
+make_group: Callable[..., tuple[Any, Any]] = _seen(
+    "torch.distributed.distributed_c10d:_new_process_group_helper"
+)
 
 
 @_with("torch.distributed.distributed_c10d:_world")
@@ -306,7 +367,9 @@ def groups_known() -> list[Any]:
 
 @_with("torch.distributed.distributed_c10d:_world")
 def note_ranks(group: Any, ranks: Sequence[int]) -> None:
-    """Tell torch.distributed which ranks a group is of, in the order of the group: what new_group does at its end."""
+    """Tell torch.distributed which ranks a group is of, in the order of the group: what
+    new_group does at its end.
+    """
     numbers = {rank: index for index, rank in enumerate(ranks)}
     torch.distributed.distributed_c10d._world.pg_group_ranks[group] = numbers
 
@@ -323,7 +386,7 @@ def _method(name: str) -> Callable[..., Any]:
 all_gather_flat: Callable[..., Any] = _method("_allgather_base")
 reduce_scatter_flat: Callable[..., Any] = _method("_reduce_scatter_base")
 
-# --- operators ----------------------------------------------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------
 
 Operator: Any = _seen("torch._ops:OpOverload")
 OperatorPacket: Any = _seen("torch._ops:OpOverloadPacket")
@@ -346,9 +409,11 @@ def _register_ordered(name: str) -> None:
 
 
 def keep_calls(name: str) -> Callable[[], None]:
-    """Tell compilers neither to drop a call of an operator nor to change the order of its calls.
+    """Tell compilers neither to drop a call of an operator nor to change the order of
+    its calls.
 
-    Return what raises where torch cannot be told: an operator that may be dropped must not go into a compiled graph.
+    Return what raises where torch cannot be told: an operator that may be dropped must
+    not go into a compiled graph.
     """
     try:
         _register_ordered(name)
@@ -360,7 +425,7 @@ def keep_calls(name: str) -> Callable[[], None]:
     return lambda: None
 
 
-# --- the compiler -------------------------------------------------------------------------------------------------
+# --- the compiler ---------------------------------------------------------------------
 
 _MARK = "_dynamo_marked_constant"
 
@@ -368,14 +433,17 @@ _MARK = "_dynamo_marked_constant"
 def constant_in_graphs(f: T) -> T:
     """Let torch.compile call f while it traces, and take the result for a constant.
 
-    This is what torch.compiler.assume_constant_result sets; that one imports torch._dynamo (2 s), and this does not.
+    This is what torch.compiler.assume_constant_result sets; that one imports
+    torch._dynamo (2 s), and this does not.
     """
     setattr(f, _MARK, True)
     return f
 
 
 def untraced(f: Callable[..., T]) -> Callable[..., T]:
-    """Return f such that the compiler does not look into it, where the compiler was imported, which takes 2 s."""
+    """Return f such that the compiler does not look into it, where the compiler was
+    imported, which takes 2 s.
+    """
     if "torch._dynamo" not in sys.modules:
         return f
     unseen: Any = torch.compiler.disable(f)
@@ -384,7 +452,9 @@ def untraced(f: Callable[..., T]) -> Callable[..., T]:
 
 _translator = _later("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx")
 _traced_tensor = _later("torch._dynamo.variables.tensor:TensorVariable")
-_traced_modes = _later("torch._dynamo.variables.torch_function:can_dispatch_torch_function")
+_traced_modes = _later(
+    "torch._dynamo.variables.torch_function:can_dispatch_torch_function"
+)
 
 
 def graph_traced() -> Any:
@@ -393,9 +463,11 @@ def graph_traced() -> Any:
 
 
 def assignments_traced() -> tuple[type, Callable[..., bool]] | None:
-    """Return the class by which torch.compile follows tensors, and whether function modes see what is done to one.
+    """Return the class by which torch.compile follows tensors, and whether function
+    modes see what is done to one.
 
-    None where this torch has no such names: `pmod._shard.traced` finds writes in the graph, too.
+    None where this torch has no such names: `pmod._shard.traced` finds writes in the
+    graph, too.
     """
     try:
         return _traced_tensor(), _traced_modes()
@@ -421,7 +493,7 @@ def ordered_effect() -> Any:
     return _effects.ORDERED
 
 
-# --- the profiler, the demo and the benchmark ---------------------------------------------------------------------
+# --- the profiler, the demo and the benchmark -----------------------------------------
 
 
 @_with("torch.autograd.profiler:_is_profiler_enabled")

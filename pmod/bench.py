@@ -1,8 +1,10 @@
-"""`python -m pmod.bench`: what pmod costs beside the raw calls of torch.distributed, measured where it runs.
+"""`python -m pmod.bench`: what pmod costs beside the raw calls of torch.distributed,
+measured where it runs.
 
-Whatever is compared runs in the same processes, in blocks that take turns: each round takes the pairs in a new order,
-and the two of a pair in a new order, one right after the other. A ratio is the median of the rounds' ratios, with the
-quartiles beside it; where the quartiles lie apart, the machine was busy, and more rounds help.
+Whatever is compared runs in the same processes, in blocks that take turns: each round
+takes the pairs in a new order, and the two of a pair in a new order, one right after
+the other. A ratio is the median of the rounds' ratios, with the quartiles beside it;
+where the quartiles lie apart, the machine was busy, and more rounds help.
 """
 
 from __future__ import annotations
@@ -38,17 +40,18 @@ SIZES = {"4 B": 4, "4 KiB": 4 << 10, "64 KiB": 64 << 10, "1 MiB": 1 << 20}
 LARGE = {"16 MiB": 16 << 20}
 
 
-# --- what is compared ------------------------------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------
 
 Function: TypeAlias = Callable[[Tensor], Any]
 
 
 @frozen
 class Case:
-    """A collective beside the raw calls that give the same, out of place: forward, and for its derivative.
+    """A collective beside the raw calls that give the same, out of place: forward, and
+    for its derivative.
 
-    raw: None where torch.distributed has no such call. raw_back: the message of the transpose; None where the
-    transpose needs none.
+    raw: None where torch.distributed has no such call. raw_back: the message of the
+    transpose; None where the transpose needs none.
     """
 
     ours: Function
@@ -88,8 +91,12 @@ def _reduce(x: Tensor) -> Tensor:
 
 # torch 2.13 renamed them, and warns of the old names on each call
 _torch: Any = dist
-_all_gather_single = getattr(_torch, "all_gather_single", None) or _torch.all_gather_into_tensor
-_reduce_scatter_single = getattr(_torch, "reduce_scatter_single", None) or _torch.reduce_scatter_tensor
+_all_gather_single = (
+    getattr(_torch, "all_gather_single", None) or _torch.all_gather_into_tensor
+)
+_reduce_scatter_single = (
+    getattr(_torch, "reduce_scatter_single", None) or _torch.reduce_scatter_tensor
+)
 
 
 def _all_gather(x: Tensor) -> Tensor:
@@ -129,7 +136,10 @@ def _scatter(x: Tensor) -> Tensor:
 def _shift(x: Tensor) -> Tensor:
     rank, n = dist.get_rank(), dist.get_world_size()
     y = torch.empty_like(x)
-    messages = [dist.P2POp(dist.isend, x, (rank + 1) % n), dist.P2POp(dist.irecv, y, (rank - 1) % n)]
+    messages = [
+        dist.P2POp(dist.isend, x, (rank + 1) % n),
+        dist.P2POp(dist.irecv, y, (rank - 1) % n),
+    ]
     for work in dist.batch_isend_irecv(messages):
         work.wait()
     return y
@@ -168,29 +178,51 @@ CASES = {
     "place": Case(lambda x: pmod.place(x, AXIS), _on_first, _broadcast),
     "broadcast": Case(lambda x: pmod.broadcast(x, AXIS), _broadcast, _reduce),
     "reduce": Case(lambda x: pmod.reduce(x, AXIS), _reduce, _broadcast),
-    "all_gather": Case(lambda x: pmod.all_gather(x, AXIS), _all_gather, _reduce_scatter),
-    "psum_scatter": Case(lambda x: pmod.psum_scatter(x, AXIS), _reduce_scatter, _all_gather),
+    "all_gather": Case(
+        lambda x: pmod.all_gather(x, AXIS), _all_gather, _reduce_scatter
+    ),
+    "psum_scatter": Case(
+        lambda x: pmod.psum_scatter(x, AXIS), _reduce_scatter, _all_gather
+    ),
     "shard": Case(lambda x: pmod.shard(x, AXIS), _slice, _all_gather),
     "unshard": Case(lambda x: pmod.unshard(x, AXIS), _all_gather),
     "gather": Case(lambda x: pmod.gather(x, AXIS), _gather, _scatter),
     "scatter": Case(lambda x: pmod.scatter(x, AXIS), _scatter, _gather),
-    "all_to_all": Case(lambda x: pmod.all_to_all(x, AXIS, split_dim=0, concat_dim=0), _all_to_all, _all_to_all),
+    "all_to_all": Case(
+        lambda x: pmod.all_to_all(x, AXIS, split_dim=0, concat_dim=0),
+        _all_to_all,
+        _all_to_all,
+    ),
     "pshift": Case(lambda x: pmod.pshift(x, AXIS), _shift, _shift),
     "ppermute": Case(_ppermute, _shift, _shift),
     "pshuffle": Case(_pshuffle, _shift, _shift),
 }
 # The ragged forms bind the rows of the others, and have a section of their own.
-CASES.update({
-    name: Case(partial(of.function, axis=AXIS), None)
-    for name, of in COLLECTIVES.items()
-    if name not in CASES and not name.endswith("_v") and not of.required
-})
+CASES.update(
+    {
+        name: Case(partial(of.function, axis=AXIS), None)
+        for name, of in COLLECTIVES.items()
+        if name not in CASES and not name.endswith("_v") and not of.required
+    }
+)
 
-# One of each kind of message: pmean, unshard, pick and the permutations send what these send.
-MESSAGES = ("psum", "pmax", "all_gather", "psum_scatter", "all_to_all", "pshift", "broadcast", "reduce", "gather", "scatter")  # fmt: skip # noqa: E501
+# One of each kind of message: pmean, unshard, pick and the permutations send what these
+# send.
+MESSAGES = (
+    "psum",
+    "pmax",
+    "all_gather",
+    "psum_scatter",
+    "all_to_all",
+    "pshift",
+    "broadcast",
+    "reduce",
+    "gather",
+    "scatter",
+)
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------
 
 
 @frozen
@@ -209,7 +241,9 @@ class Spread:
 
 @frozen
 class Result:
-    """What one function costs in one case. ratio: pmod's time over the raw one's; None where there is no raw call."""
+    """What one function costs in one case. ratio: pmod's time over the raw one's; None
+    where there is no raw call.
+    """
 
     section: str
     function: str
@@ -219,13 +253,22 @@ class Result:
     ratio: Spread | None
 
     @staticmethod
-    def of(section: str, function: str, case: str, seconds: Sequence[Sequence[float]]) -> Result:
+    def of(
+        section: str, function: str, case: str, seconds: Sequence[Sequence[float]]
+    ) -> Result:
         """From the seconds of each round: (pmod's, raw's), or (pmod's,)."""
         pmod_us = Spread.of(1e6 * times[0] for times in seconds)
         if len(seconds[0]) == 1:
             return Result(section, function, case, pmod_us, None, None)
         raw_us = Spread.of(1e6 * times[1] for times in seconds)
-        return Result(section, function, case, pmod_us, raw_us, Spread.of(ours / raw for ours, raw in seconds))
+        return Result(
+            section,
+            function,
+            case,
+            pmod_us,
+            raw_us,
+            Spread.of(ours / raw for ours, raw in seconds),
+        )
 
 
 Block: TypeAlias = Callable[[], float]
@@ -234,7 +277,9 @@ Block: TypeAlias = Callable[[], float]
 
 @frozen
 class Clock:
-    """How blocks are timed: `ready` comes before each, and `agree` makes the ranks' times one."""
+    """How blocks are timed: `ready` comes before each, and `agree` makes the ranks'
+    times one.
+    """
 
     now: Callable[[], float]
     block_seconds: float
@@ -244,8 +289,14 @@ class Clock:
     def block(self, run: Callable[[], object]) -> Block:
         """`run`, warmed up, as often as fills a block; equally often on all ranks."""
         self.seconds(run, 3)
-        once = self.agree(torch.tensor(self.seconds(run, 3), dtype=torch.float64)).item()
-        return partial(self.seconds, run, max(1, min(1000, math.ceil(self.block_seconds / max(once, 1e-9)))))
+        once = self.agree(
+            torch.tensor(self.seconds(run, 3), dtype=torch.float64)
+        ).item()
+        return partial(
+            self.seconds,
+            run,
+            max(1, min(1000, math.ceil(self.block_seconds / max(once, 1e-9)))),
+        )
 
     def seconds(self, run: Callable[[], object], calls: int) -> float:
         self.ready()
@@ -255,10 +306,16 @@ class Clock:
         return (self.now() - start) / calls
 
 
-def take_turns(pairs: Sequence[Sequence[Block]], rounds: int) -> list[list[list[float]]]:
-    """[pair][round]: the seconds of the pair's blocks. The order is random, and the same on all ranks."""
+def take_turns(
+    pairs: Sequence[Sequence[Block]], rounds: int
+) -> list[list[list[float]]]:
+    """[pair][round]: the seconds of the pair's blocks. The order is random, and the
+    same on all ranks.
+    """
     chance = random.Random(0)
-    times: list[list[list[float]]] = [[[math.nan] * len(pair) for _ in range(rounds)] for pair in pairs]
+    times: list[list[list[float]]] = [
+        [[math.nan] * len(pair) for _ in range(rounds)] for pair in pairs
+    ]
     for i in range(rounds):
         for p in chance.sample(range(len(pairs)), len(pairs)):
             for b in chance.sample(range(len(pairs[p])), len(pairs[p])):
@@ -266,33 +323,55 @@ def take_turns(pairs: Sequence[Sequence[Block]], rounds: int) -> list[list[list[
     return times
 
 
-# The host's cost is processor time of this thread: what others do on the machine counts little.
+# The host's cost is processor time of this thread: what others do on the machine counts
+# little.
 _HOST = Clock(thread_time, block_seconds=2e-3)
 
 
 def _compare(
-    section: str, runs: dict[tuple[str, str], Sequence[Callable[[], object]]], clock: Clock, rounds: int
+    section: str,
+    runs: dict[tuple[str, str], Sequence[Callable[[], object]]],
+    clock: Clock,
+    rounds: int,
 ) -> list[Result]:
     """The results of {(function, case): (ours, raw) or (ours,)}."""
-    times = take_turns([[clock.block(run) for run in pair] for pair in runs.values()], rounds)
-    agreed = [clock.agree(torch.tensor(seconds, dtype=torch.float64)).tolist() for seconds in times]
-    return [Result.of(section, *names, seconds) for names, seconds in zip(runs, agreed, strict=True)]
+    times = take_turns(
+        [[clock.block(run) for run in pair] for pair in runs.values()], rounds
+    )
+    agreed = [
+        clock.agree(torch.tensor(seconds, dtype=torch.float64)).tolist()
+        for seconds in times
+    ]
+    return [
+        Result.of(section, *names, seconds)
+        for names, seconds in zip(runs, agreed, strict=True)
+    ]
 
 
-# --- the sections ----------------------------------------------------------------------------------------------------
+# --- the sections ---------------------------------------------------------------------
 
 
 def measure_import(rounds: int) -> list[Result]:
-    """User processor time of a fresh Python that imports pmod, beside one that imports what pmod stands on."""
-    pairs = [[partial(_import_seconds, "pmod"), partial(_import_seconds, "torch, attrs")]]
+    """User processor time of a fresh Python that imports pmod, beside one that imports
+    what pmod stands on.
+    """
+    pairs = [
+        [partial(_import_seconds, "pmod"), partial(_import_seconds, "torch, attrs")]
+    ]
     take_turns(pairs, 1)  # writes the byte code, and fills the disk cache
-    return [Result.of("import", "import pmod", "user time", take_turns(pairs, rounds)[0])]
+    return [
+        Result.of("import", "import pmod", "user time", take_turns(pairs, rounds)[0])
+    ]
 
 
 def _import_seconds(modules: str) -> float:
     code = f"import {modules}, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
     where = Path(pmod.__file__).parents[1]
-    return float(subprocess.run([sys.executable, "-c", code], cwd=where, check=True, capture_output=True).stdout)
+    return float(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=where, check=True, capture_output=True
+        ).stdout
+    )
 
 
 def measure_alone(rounds: int) -> list[Result]:
@@ -303,14 +382,17 @@ def measure_alone(rounds: int) -> list[Result]:
     for name, case in CASES.items():
         runs[name, "no grad"] = [partial(case.ours, x)]
         runs[name, "with grad"] = [partial(case.ours, parameter)]
-    with pmod.set_mesh(pmod.make_mesh({AXIS: 1}, topology=pmod.Topology(rank=0, world_size=1))):
+    with pmod.set_mesh(
+        pmod.make_mesh({AXIS: 1}, topology=pmod.Topology(rank=0, world_size=1))
+    ):
         return _compare("alone", runs, _HOST, rounds)
 
 
 def measure_host(rounds: int) -> list[Result]:
     """Host cost of a collective on torch's fake process group, which sends nothing.
 
-    Backward is measured beside autograd's walk through one view, and the raw call of the transpose.
+    Backward is measured beside autograd's walk through one view, and the raw call of
+    the transpose.
     """
     runs: dict[tuple[str, str], Sequence[Callable[[], object]]] = {}
     with _fake_ranks(FAKE_RANKS):
@@ -320,9 +402,14 @@ def measure_host(rounds: int) -> list[Result]:
             y = case.ours(parameter)
             g = torch.ones_like(y)
             ours = partial(torch.autograd.grad, y, parameter, g, retain_graph=True)
-            raw_back = partial(_raw_backward, parameter.view_as(parameter), parameter, x, g, case)
+            raw_back = partial(
+                _raw_backward, parameter.view_as(parameter), parameter, x, g, case
+            )
             runs[name, "forward"] = [partial(case.ours, x), *_raw(case, x)]
-            runs[name, "forward with grad"] = [partial(case.ours, parameter), *_raw(case, x)]
+            runs[name, "forward with grad"] = [
+                partial(case.ours, parameter),
+                *_raw(case, x),
+            ]
             runs[name, "backward"] = [ours] if case.raw is None else [ours, raw_back]
         return _compare("host", runs, _HOST, rounds)
 
@@ -331,7 +418,9 @@ def _raw(case: Case, x: Tensor) -> list[Callable[[], object]]:
     return [] if case.raw is None else [partial(case.raw, x)]
 
 
-def _raw_backward(view: Tensor, parameter: Tensor, ones: Tensor, g: Tensor, case: Case) -> None:
+def _raw_backward(
+    view: Tensor, parameter: Tensor, ones: Tensor, g: Tensor, case: Case
+) -> None:
     torch.autograd.grad(view, parameter, ones, retain_graph=True)
     if case.raw_back is not None:
         case.raw_back(g)
@@ -341,7 +430,9 @@ def _raw_backward(view: Tensor, parameter: Tensor, ones: Tensor, g: Tensor, case
 def _fake_ranks(n: int) -> Generator[None]:
     dist.init_process_group("fake", store=fake_store()(), rank=0, world_size=n)
     try:
-        with pmod.set_mesh(pmod.make_mesh({AXIS: n}, topology=pmod.Topology(rank=0, world_size=n))):
+        with pmod.set_mesh(
+            pmod.make_mesh({AXIS: n}, topology=pmod.Topology(rank=0, world_size=n))
+        ):
             yield
     finally:
         dist.destroy_process_group()
@@ -351,12 +442,17 @@ def _fake_ranks(n: int) -> Generator[None]:
 def _ranks_clock() -> Clock:
     """Of all ranks of the mesh together: the slowest rank's time."""
     return Clock(
-        perf_counter, block_seconds=4e-3, ready=partial(pmod.barrier, AXIS), agree=lambda x: pmod.pmax(x, AXIS)
+        perf_counter,
+        block_seconds=4e-3,
+        ready=partial(pmod.barrier, AXIS),
+        agree=lambda x: pmod.pmax(x, AXIS),
     )
 
 
 def measure_latency(rounds: int, sizes: dict[str, int]) -> list[Result]:
-    """Time of a collective on gloo, for each size of x in bytes: the slowest rank's. All ranks of the mesh call it."""
+    """Time of a collective on gloo, for each size of x in bytes: the slowest rank's.
+    All ranks of the mesh call it.
+    """
     n = pmod.axis_size(AXIS)
     runs: dict[tuple[str, str], Sequence[Callable[[], object]]] = {}
     for name in MESSAGES:
@@ -381,15 +477,23 @@ def _padded_all_gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def measure_ragged(rounds: int, sizes: dict[str, int]) -> list[Result]:
-    """Time of an all_gather_v of shards that differ in length, for each size of the whole, beside padded shards."""
+    """Time of an all_gather_v of shards that differ in length, for each size of the
+    whole, beside padded shards.
+    """
     n, index = pmod.axis_size(AXIS), pmod.axis_index(AXIS)
     runs: dict[tuple[str, str], Sequence[Callable[[], object]]] = {}
     for size, nbytes in sizes.items():
         total = max(n, nbytes // 4)
-        for how, lengths in (("even", list(pmod.split_sizes(total, n))), ("skewed", _skewed(total, n))):
+        for how, lengths in (
+            ("even", list(pmod.split_sizes(total, n))),
+            ("skewed", _skewed(total, n)),
+        ):
             x = torch.ones(lengths[index])
             ours = partial(pmod.all_gather_v, x, AXIS, sizes=lengths)
-            runs[f"all_gather_v, {how}", size] = [ours, partial(_padded_all_gather, x, lengths)]
+            runs[f"all_gather_v, {how}", size] = [
+                ours,
+                partial(_padded_all_gather, x, lengths),
+            ]
     return _compare("ragged", runs, _ranks_clock(), rounds)
 
 
@@ -404,22 +508,34 @@ def _step(model: torch.nn.Module, x: Tensor) -> None:
 
 
 def measure_step(rounds: int) -> list[Result]:
-    """Time of forward and backward of a module whose gradients are averaged, beside torch's DDP."""
+    """Time of forward and backward of a module whose gradients are averaged, beside
+    torch's DDP.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     group = pmod.current_mesh().group(AXIS)
     runs: dict[tuple[str, str], Sequence[Callable[[], object]]] = {}
-    for case, count, width in (("4 layers of 4 MiB", 4, 1024), ("100 layers of 16 KiB", 100, 64)):
+    for case, count, width in (
+        ("4 layers of 4 MiB", 4, 1024),
+        ("100 layers of 16 KiB", 100, 64),
+    ):
         x = torch.ones(16, width)
-        raw = partial(_step, DistributedDataParallel(_layers(count, width), process_group=group), x)
-        runs["data_parallel", case] = [partial(_step, pmod.data_parallel(_layers(count, width), AXIS), x), raw]
+        raw = partial(
+            _step,
+            DistributedDataParallel(_layers(count, width), process_group=group),
+            x,
+        )
+        runs["data_parallel", case] = [
+            partial(_step, pmod.data_parallel(_layers(count, width), AXIS), x),
+            raw,
+        ]
         shared = _layers(count, width)
         pmod.share_parameters(shared, AXIS, reduce="mean")
         runs["share_parameters", case] = [partial(_step, shared, x), raw]
     return _compare("step", runs, _ranks_clock(), rounds)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------
 
 TITLES = {
     "import": "import: user CPU time of `import pmod`, x of `import torch, attrs`",
@@ -452,12 +568,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = place.world_size if launched else options.ranks
     first = place.rank == 0
     if first:
-        print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
+        print(
+            "\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True
+        )
     results: list[Result] = []
     for section in sections:
         rounds = options.rounds or ROUNDS[section]
         if section not in ON_RANKS:
-            found = {"import": measure_import, "alone": measure_alone, "host": measure_host}[section](rounds)
+            found = {
+                "import": measure_import,
+                "alone": measure_alone,
+                "host": measure_host,
+            }[section](rounds)
         elif launched:
             with pmod.set_mesh(pmod.make_mesh({AXIS: -1})):
                 found = _on_ranks(section, rounds, sizes)
@@ -465,9 +587,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = pmod.launch(_on_ranks, section, rounds, sizes, **{AXIS: ranks})[0]
         results += found
         if first:
-            print(f"\n{TITLES[section].format(ranks=ranks)}; {rounds} rounds\n{table(found)}", flush=True)
+            print(
+                f"\n{TITLES[section].format(ranks=ranks)}; {rounds} rounds\n{table(found)}",
+                flush=True,
+            )
     if first and options.json is not None:
-        everything = {"machine": machine, "ranks": ranks, "results": [asdict(result) for result in results]}
+        everything = {
+            "machine": machine,
+            "ranks": ranks,
+            "results": [asdict(result) for result in results],
+        }
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
     return 0
 
@@ -475,7 +604,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _on_ranks(section: str, rounds: int, sizes: dict[str, int]) -> list[Result]:
     if section == "step":
         return measure_step(rounds)
-    return {"latency": measure_latency, "ragged": measure_ragged}[section](rounds, sizes)
+    return {"latency": measure_latency, "ragged": measure_ragged}[section](
+        rounds, sizes
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -492,11 +623,27 @@ def _parser() -> argparse.ArgumentParser:
   torchrun --nproc-per-node 4 -m pmod.bench         on the ranks that a launcher started""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", nargs="+", choices=list(TITLES), metavar="SECTION", help=f"of {', '.join(TITLES)}")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="local ranks to send between (default: 2)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(TITLES),
+        metavar="SECTION",
+        help=f"of {', '.join(TITLES)}",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=2,
+        metavar="N",
+        help="local ranks to send between (default: 2)",
+    )
     parser.add_argument("--large", action="store_true", help="latency of 16 MiB, too")
-    parser.add_argument("--rounds", type=int, metavar="N", help="more rounds for a narrower spread")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="more rounds for a narrower spread"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all numbers there"
+    )
     return parser
 
 
@@ -506,7 +653,9 @@ def _machine() -> dict[str, str]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "CPU": f"{_cpu_model()}, {cores} cores",
-        "card": f"{card} (what is measured here are cpu tensors)" if card != "none" else card,
+        "card": f"{card} (what is measured here are cpu tensors)"
+        if card != "none"
+        else card,
         "torch": torch.__version__,
         "Python": platform.python_version(),
     }
@@ -517,7 +666,9 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # no Linux
         return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    models = [
+        line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+    ]
     return models[0] if models else platform.machine()
 
 
@@ -526,10 +677,21 @@ def table(results: Sequence[Result]) -> str:
     functions = list(dict.fromkeys(result.function for result in results))
     cases = list(dict.fromkeys(result.case for result in results))
     cells = {(result.function, result.case): _cell(result) for result in results}
-    lines = [["", *cases], *([function, *(cells[function, case] for case in cases)] for function in functions)]
+    lines = [
+        ["", *cases],
+        *(
+            [function, *(cells[function, case] for case in cases)]
+            for function in functions
+        ),
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(cases) + 1)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
         for line in lines
     )
 

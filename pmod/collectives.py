@@ -1,4 +1,6 @@
-"""`python -m pmod.collectives`: the table of collectives, what each takes and gives, and its derivative."""
+"""`python -m pmod.collectives`: the table of collectives, what each takes and gives,
+and its derivative.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pmod._errors import near_miss
 
 _TITLES = ("function", "signature", "value on each rank", "derivative")
 _FILES = ("values", "scans", "slices", "permutes", "ragged", "indexed", "halo")
-"""Of `_collectives/`, in the order in which they are read; what another file declares comes last."""
+"""Of `_collectives/`, in the order in which they are read; what another file declares
+comes last.
+"""
 
 _EXAMPLES = """examples:
   python -m pmod.collectives                      the whole table
@@ -23,7 +27,9 @@ _EXAMPLES = """examples:
 
 
 def _place(of: Collective) -> tuple[int, int]:
-    """Where it stands: first what takes or gives one value; within that the files in their order."""
+    """Where it stands: first what takes or gives one value; within that the files in
+    their order.
+    """
     file = of.function.__module__.rpartition(".")[2]
     kinds = ("V -> I", "I -> V", "V -> V").index(of.kinds)
     return kinds, _FILES.index(file) if file in _FILES else len(_FILES)
@@ -48,24 +54,38 @@ def as_text(collectives: Sequence[Collective]) -> str:
     """
     rows = [_TITLES, *map(_row, collectives)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def as_rst(collectives: Sequence[Collective]) -> str:
     """The list-table of the README."""
     lines = [".. list-table::", "   :header-rows: 1", ""]
-    for number, (function, kinds, value, derivative) in enumerate([_TITLES, *map(_row, collectives)]):
+    for number, (function, kinds, value, derivative) in enumerate(
+        [_TITLES, *map(_row, collectives)]
+    ):
         cells = (function, kinds, value, derivative)
         if number:
-            cells = (f"``{function}``", kinds, value.replace("`", "``"), _linked(derivative))
+            cells = (
+                f"``{function}``",
+                kinds,
+                value.replace("`", "``"),
+                _linked(derivative),
+            )
         lines += [f"   * - {cells[0]}", *(f"     - {cell}" for cell in cells[1:])]
     return "\n".join(lines)
 
 
 def _linked(derivative: str) -> str:
     """The words of a derivative, in which names of collectives are code."""
-    return re.sub(r"\w+", lambda word: f"``{word[0]}``" if word[0] in COLLECTIVES else word[0], derivative)
+    return re.sub(
+        r"\w+",
+        lambda word: f"``{word[0]}``" if word[0] in COLLECTIVES else word[0],
+        derivative,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -77,7 +97,9 @@ def main(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", help="only these; all of them by default")
-    parser.add_argument("--rst", action="store_true", help="print the table as the README has it")
+    parser.add_argument(
+        "--rst", action="store_true", help="print the table as the README has it"
+    )
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in COLLECTIVES:

@@ -1,8 +1,10 @@
-"""`python -m pmod.doctor`: what is detected here, and whether the ranks reach one another; to be pasted into a report.
+"""`python -m pmod.doctor`: what is detected here, and whether the ranks reach one
+another; to be pasted into a report.
 
-Of the environment it shows the launchers' variables and no others. Every rank hands in a row before the axes are
-tried, so that unlike versions and shared GPUs are named instead of the hang that they cause, and one after; as all
-ranks have all rows, they come to one verdict.
+Of the environment it shows the launchers' variables and no others. Every rank hands in
+a row before the axes are tried, so that unlike versions and shared GPUs are named
+instead of the hang that they cause, and one after; as all ranks have all rows, they
+come to one verdict.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ The exit status is 0 where all is right, on every rank; else 1, with the reason 
 
 @attrs.frozen
 class Row:
-    """What a rank says of itself, and of each axis that it tried: the microseconds of a psum."""
+    """What a rank says of itself, and of each axis that it tried: the microseconds of a
+    psum.
+    """
 
     rank: int
     host: str = ""
@@ -64,7 +68,9 @@ class Row:
     @staticmethod
     def of(entry: Mapping[str, Any]) -> Row:
         """From another rank, whose pmod may know other fields."""
-        return Row(**{name: entry[name] for name in attrs.fields_dict(Row) if name in entry})
+        return Row(
+            **{name: entry[name] for name in attrs.fields_dict(Row) if name in entry}
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     prefix = ""
     try:
-        with warnings.catch_warnings(record=True) as noted:  # which would be shown with the path of a file
+        with warnings.catch_warnings(
+            record=True
+        ) as noted:  # which would be shown with the path of a file
             try:
                 place = pmod.Topology.detect()
             except pmod.TopologyError:
@@ -81,7 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prefix = _prefix(place)
             texts = [one_line(warning.message) for warning in noted]
             if place.launcher == "single" and min(options.mesh.values(), default=0) > 0:
-                return max(pmod.launch(_examine_here, options.mesh, options.timeout, texts, **options.mesh))
+                return max(
+                    pmod.launch(
+                        _examine_here,
+                        options.mesh,
+                        options.timeout,
+                        texts,
+                        **options.mesh,
+                    )
+                )
             return _examine(place, options.mesh, options.timeout, texts)
     except Exception as error:  # whatever it is: the report says it in one line
         _complain(prefix + one_line(error))
@@ -92,7 +108,9 @@ def _prefix(place: pmod.Topology) -> str:
     return "" if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: "
 
 
-def _examine_here(sizes: Mapping[str, int], timeout: float, noted: Sequence[str]) -> int:
+def _examine_here(
+    sizes: Mapping[str, int], timeout: float, noted: Sequence[str]
+) -> int:
     """`_examine` on a rank that the doctor started itself."""
     place = pmod.current_mesh().topology
     try:
@@ -102,25 +120,38 @@ def _examine_here(sizes: Mapping[str, int], timeout: float, noted: Sequence[str]
         return 1
 
 
-def _examine(place: pmod.Topology, sizes: Mapping[str, int], timeout: float, noted: Sequence[str]) -> int:
+def _examine(
+    place: pmod.Topology, sizes: Mapping[str, int], timeout: float, noted: Sequence[str]
+) -> int:
     first, prefix = place.rank == 0, _prefix(place)
     if first:
         _show(_header(place))
     problem = gpu_problem(place.device)
     mesh = _connect(place, sizes, timeout, problem, prefix)
     row = _row(mesh, problem)
-    with within(timeout, f"{prefix}connected, but not all ranks answered within {timeout:g} s. {_REACH}"):
+    with within(
+        timeout,
+        f"{prefix}connected, but not all ranks answered within {timeout:g} s. {_REACH}",
+    ):
         rows = [Row.of(entry) for entry in gather_json(attrs.asdict(row), mesh)]
     found = problems(rows)
-    for device in ("cpu", *(["cuda"] if place.device.type == "cuda" and not found else [])):
+    for device in (
+        "cpu",
+        *(["cuda"] if place.device.type == "cuda" and not found else []),
+    ):
         row = try_axes(mesh, torch.device(device), row, timeout, prefix)
-    with within(timeout, f"{prefix}not all ranks answered within {timeout:g} s after the axes were tried. {_REACH}"):
+    with within(
+        timeout,
+        f"{prefix}not all ranks answered within {timeout:g} s after the axes were tried. {_REACH}",
+    ):
         rows = [Row.of(entry) for entry in gather_json(attrs.asdict(row), mesh)]
     found = problems(rows)
     if first:
         for warning in noted:
             _show(f"note      {warning}")
-        _show(f"mesh      {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}\n\n{table(rows)}\n")
+        _show(
+            f"mesh      {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}\n\n{table(rows)}\n"
+        )
         for one in found:
             _complain(one)
         if not found:
@@ -134,7 +165,13 @@ _REACH = (
 )
 
 
-def _connect(place: pmod.Topology, sizes: Mapping[str, int], timeout: float, problem: str, prefix: str) -> pmod.Mesh:
+def _connect(
+    place: pmod.Topology,
+    sizes: Mapping[str, int],
+    timeout: float,
+    problem: str,
+    prefix: str,
+) -> pmod.Mesh:
     """The mesh, its ranks connected.
 
     Raises: PmodError where they are not; a broken GPU, which may be why, goes first.
@@ -150,24 +187,40 @@ def _connect(place: pmod.Topology, sizes: Mapping[str, int], timeout: float, pro
     except pmod.PmodError:  # a mesh that does not fit
         raise
     except Exception as error:
-        raise pmod.PmodError(problem or f"{late} ({type(error).__name__}: {one_line(error)}).") from None
+        raise pmod.PmodError(
+            problem or f"{late} ({type(error).__name__}: {one_line(error)})."
+        ) from None
 
 
 def _row(mesh: pmod.Mesh, problem: str) -> Row:
     device, usable = mesh.device, mesh.device.type == "cuda" and not problem
     return Row(
-        mesh.topology.rank, socket.gethostname(), str(device), coordinates(mesh.coords), pmod_version(),
-        torch.__version__, str(torch.cuda.get_device_properties(device).uuid) if usable else "", problem,
-    )  # fmt: skip
+        mesh.topology.rank,
+        socket.gethostname(),
+        str(device),
+        coordinates(mesh.coords),
+        pmod_version(),
+        torch.__version__,
+        str(torch.cuda.get_device_properties(device).uuid) if usable else "",
+        problem,
+    )
 
 
-def try_axes(mesh: pmod.Mesh, device: torch.device, row: Row, timeout: float, prefix: str = "") -> Row:
-    """The row, with the time of a small psum along each axis on this kind of device, and what its value was not."""
+def try_axes(
+    mesh: pmod.Mesh, device: torch.device, row: Row, timeout: float, prefix: str = ""
+) -> Row:
+    """The row, with the time of a small psum along each axis on this kind of device,
+    and what its value was not.
+    """
     for name, n in mesh.shape.items():
         late = f"{prefix}no answer along axis {name!r} on {device.type} within {timeout:g} s. {_REACH}"
         with within(timeout, late):
-            microseconds, right = try_psum(mesh[name], mesh.device if device.type == "cuda" else device)
-        row = attrs.evolve(row, latency={**row.latency, f"{name}, {device.type}": microseconds})
+            microseconds, right = try_psum(
+                mesh[name], mesh.device if device.type == "cuda" else device
+            )
+        row = attrs.evolve(
+            row, latency={**row.latency, f"{name}, {device.type}": microseconds}
+        )
         if not right and not row.problem:
             wrong = f"psum along axis {name!r} of {n} ranks on {device.type} gave a wrong value"
             row = attrs.evolve(row, problem=f"{wrong}. Report it, with this page.")
@@ -178,8 +231,13 @@ def try_psum(axis: pmod.Mesh, device: torch.device) -> tuple[float, bool]:
     """The median of its microseconds, and whether its value was right each time."""
     ranks: list[int] = axis.ranks.reshape(-1).tolist()
     ramp = torch.arange(LENGTH, dtype=torch.float64, device=device)
-    x, expected = ramp + axis.topology.rank, len(ranks) * ramp + sum(ranks)  # whole numbers: exact in any order
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    x, expected = (
+        ramp + axis.topology.rank,
+        len(ranks) * ramp + sum(ranks),
+    )  # whole numbers: exact in any order
+    wait: Callable[[], object] = (
+        torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    )
     seconds: list[float] = []
     right = True
     for _ in range(1 + TIMES):
@@ -192,18 +250,22 @@ def try_psum(axis: pmod.Mesh, device: torch.device) -> tuple[float, bool]:
     return 1e6 * statistics.median(seconds[1:]), right
 
 
-# --- what is off -----------------------------------------------------------------------------------------------------
+# --- what is off ----------------------------------------------------------------------
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
     """What is off, a line each, with the way out."""
-    found = [f"rank {row.rank} on {row.host}: {row.problem}" for row in rows if row.problem]
+    found = [
+        f"rank {row.rank} on {row.host}: {row.problem}" for row in rows if row.problem
+    ]
     for name in ("pmod", "torch"):
         holders: dict[str, int] = {}
         for row in rows:
             holders.setdefault(getattr(row, name), row.rank)
         if len(holders) > 1:
-            unlike = ", ".join(f"{version} on rank {rank}" for version, rank in holders.items())
+            unlike = ", ".join(
+                f"{version} on rank {rank}" for version, rank in holders.items()
+            )
             found.append(f"{name} is {unlike}. Install one version on all hosts.")
     users: dict[str, Row] = {}
     for row in rows:
@@ -217,15 +279,26 @@ def problems(rows: Sequence[Row]) -> list[str]:
 
 
 def gpu_problem(device: torch.device) -> str:
-    """Why this rank's GPU, or one that the machine has, cannot be used; nothing where it can or where there is none."""
+    """Why this rank's GPU, or one that the machine has, cannot be used; nothing where
+    it can or where there is none.
+    """
     if device.type == "cuda":
         try:
             right = torch.ones(LENGTH, device=device).sum().item() == LENGTH
-        except Exception as error:  # no kernel for this card, a card in a bad state, out of memory
+        except (
+            Exception
+        ) as error:  # no kernel for this card, a card in a bad state, out of memory
             return f"torch cannot use {device}: {one_line(error)}. Check nvidia-smi, and install a torch for this card."
-        return "" if right else f"{device} adds up wrongly. Check nvidia-smi for errors of its memory."
+        return (
+            ""
+            if right
+            else f"{device} adds up wrongly. Check nvidia-smi for errors of its memory."
+        )
     cards = _cards()
-    if not cards or os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):  # hidden on purpose
+    if not cards or os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in (
+        "",
+        "-1",
+    ):  # hidden on purpose
         return ""
     what = f"this machine has {cards} GPU{'s' * (cards > 1)}, and torch sees none"
     if torch.version.cuda is None:
@@ -241,7 +314,9 @@ def _cards() -> int:
 
 @contextmanager
 def within(seconds: float, reason: str) -> Generator[None]:
-    """End this process, with status 1 and a reason, where the block takes longer: a backend's wait has no other end."""
+    """End this process, with status 1 and a reason, where the block takes longer: a
+    backend's wait has no other end.
+    """
     timer = threading.Timer(seconds, _give_up, [reason])
     timer.daemon = True
     timer.start()
@@ -256,7 +331,7 @@ def _give_up(reason: str) -> None:
     os._exit(1)
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------
 
 
 def _show(text: str) -> None:
@@ -268,9 +343,14 @@ def _complain(reason: str) -> None:
 
 
 def one_line(error: object) -> str:
-    """The text of an error without its C++ frames, and without the name of the home folder."""
+    """The text of an error without its C++ frames, and without the name of the home
+    folder.
+    """
     text = str(error).split("\nException raised from")[0]
-    line, home = " ".join((text or type(error).__name__).split()), os.path.expanduser("~")
+    line, home = (
+        " ".join((text or type(error).__name__).split()),
+        os.path.expanduser("~"),
+    )
     line = line.replace(home, "~") if len(home) > 1 else line
     return line if len(line) <= 500 else f"{line[:500]} ..."
 
@@ -296,7 +376,11 @@ def _header(place: pmod.Topology | None) -> str:
     if place is not None:
         lines["launcher"] = place.launcher
         ranks, nodes, here = place.world_size, place.num_nodes, place.local_world_size
-        meeting = f"; they meet at {place.master_addr}:{place.master_port}" if ranks > 1 else ""
+        meeting = (
+            f"; they meet at {place.master_addr}:{place.master_port}"
+            if ranks > 1
+            else ""
+        )
         lines["topology"] = (
             f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}, {here} on this one{meeting}; "
             f"backend {place.backend}; restarts {place.restart_count}"
@@ -317,7 +401,12 @@ def _devices() -> str:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     kinds = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
     affinity = getattr(os, "sched_getaffinity", None)
-    return ", ".join([*kinds, f"{len(affinity(0)) if affinity is not None else os.cpu_count()} cores"])
+    return ", ".join(
+        [
+            *kinds,
+            f"{len(affinity(0)) if affinity is not None else os.cpu_count()} cores",
+        ]
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -325,13 +414,28 @@ def table(rows: Sequence[Row]) -> str:
     tried = list(dict.fromkeys(name for row in rows for name in row.latency))
     lines = [["rank", "host", "device", "coordinates", *tried, "right"]]
     for row in rows:
-        times = [f"{row.latency[name]:.1f} us" if name in row.latency else "-" for name in tried]
-        lines.append([str(row.rank), row.host, row.device, row.place, *times, "no" if row.problem else "yes"])
+        times = [
+            f"{row.latency[name]:.1f} us" if name in row.latency else "-"
+            for name in tried
+        ]
+        lines.append(
+            [
+                str(row.rank),
+                row.host,
+                row.device,
+                row.place,
+                *times,
+                "no" if row.problem else "yes",
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(
+        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
+        for line in lines
+    )
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -345,11 +449,18 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--mesh", type=_axis_sizes, default={}, metavar="A=N,B=M",
+        "--mesh",
+        type=_axis_sizes,
+        default={},
+        metavar="A=N,B=M",
         help="the axes (default: one over all ranks); without a launcher its ranks are started here",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--timeout", type=_seconds, default=60.0, metavar="S", help="seconds to wait for other ranks (default: 60)"
+        "--timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="seconds to wait for other ranks (default: 60)",
     )
     return parser
 
@@ -359,15 +470,21 @@ def _axis_sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if not name or name in sizes or not size.removeprefix("-").isdecimal():
-            raise argparse.ArgumentTypeError(f"{part!r} is no axis: write data=2,model=2, each name once")
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no axis: write data=2,model=2, each name once"
+            )
         sizes[name] = int(size)
     return sizes
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)  # its ValueError is reported by argparse, under the name of this function
+    seconds = float(
+        text
+    )  # its ValueError is reported by argparse, under the name of this function
     if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait: pass seconds, a number above 0")
+        raise argparse.ArgumentTypeError(
+            f"{text} is no time to wait: pass seconds, a number above 0"
+        )
     return seconds
 
 

@@ -1,4 +1,6 @@
-"""The dims that a halo is taken along: their axes, lengths, widths and boundaries, checked."""
+"""The dims that a halo is taken along: their axes, lengths, widths and boundaries,
+checked.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from pmod._collectives.exchange import others, swapped_alike
-from pmod._core.arguments import as_width, check_own_size, check_sizes, check_sum, check_tensor, dim_from_end, wrong
+from pmod._core.arguments import (
+    as_width,
+    check_own_size,
+    check_sizes,
+    check_sum,
+    check_tensor,
+    dim_from_end,
+    wrong,
+)
 from pmod._errors import ArgumentError, AxisError, ShapeError, near_miss, phrase, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
@@ -29,7 +39,9 @@ class Cut(NamedTuple):
     sizes: tuple[int, ...] | None
 
 
-def _parsed(function: str, axis: Axis, dim: object, width: object, boundary: object, sizes: Any) -> Cut:
+def _parsed(
+    function: str, axis: Axis, dim: object, width: object, boundary: object, sizes: Any
+) -> Cut:
     rows = as_width(width)
     if rows is None:
         right = "Pass an int of 0 or more, or two: the rows before and after."
@@ -46,9 +58,16 @@ def _parsed(function: str, axis: Axis, dim: object, width: object, boundary: obj
 
 
 def too_wide(width: tuple[int, int], total: int, boundary: str) -> int | None:
-    """The widest that torch.nn.functional.pad would pad the whole, where that is less; None where it is not."""
+    """The widest that torch.nn.functional.pad would pad the whole, where that is less;
+    None where it is not.
+    """
     widest = max(width)
-    limits = {"zeros": widest, "periodic": total, "reflect": max(total - 1, 0), "replicate": widest if total else 0}
+    limits = {
+        "zeros": widest,
+        "periodic": total,
+        "reflect": max(total - 1, 0),
+        "replicate": widest if total else 0,
+    }
     return limits[boundary] if limits[boundary] < widest else None
 
 
@@ -57,21 +76,37 @@ def _check_width(cut: Cut, total: int, function: str) -> None:
     limit = too_wide(cut.width, total, cut.boundary)
     if limit is not None:
         given = f"width is {cut.width} with boundary={cut.boundary!r}, but all shards together have {total} rows"
-        raise wrong(ShapeError, function, cut.axis, given, f"Pass a width of at most {limit}, or boundary='zeros'.")
+        raise wrong(
+            ShapeError,
+            function,
+            cut.axis,
+            given,
+            f"Pass a width of at most {limit}, or boundary='zeros'.",
+        )
 
 
-def axes_by_dim(function: str, axis: Any, dim: int | None, default: int) -> list[tuple[Any, Axis]]:
-    """The dims that are cut, each with its axis, in an order that is the same on all ranks."""
+def axes_by_dim(
+    function: str, axis: Any, dim: int | None, default: int
+) -> list[tuple[Any, Axis]]:
+    """The dims that are cut, each with its axis, in an order that is the same on all
+    ranks.
+    """
     if not isinstance(axis, Mapping):
         return [(default if dim is None else dim, resolve(axis, function))]
     if not axis:
-        raise ArgumentError(phrase(function, "axis is an empty mapping", "Pass {dim: axis}, or one axis."))
+        raise ArgumentError(
+            phrase(
+                function, "axis is an empty mapping", "Pass {dim: axis}, or one axis."
+            )
+        )
     # ranks may have written their mappings in different orders, and must send in one
     bound = [(key, resolve(axis[key], function)) for key in sorted(axis, key=repr)]
     first = bound[0][1]
     if dim is not None:
         given = f"dim is {quoted(dim)} and axis a mapping"
-        raise wrong(ArgumentError, function, first, given, "The mapping names the dims.")
+        raise wrong(
+            ArgumentError, function, first, given, "The mapping names the dims."
+        )
     seen: set[str] = set()
     for _, of in bound:
         names = {of.label} if isinstance(of.label, str) else set(of.label)
@@ -82,8 +117,12 @@ def axes_by_dim(function: str, axis: Any, dim: int | None, default: int) -> list
     return bound
 
 
-def by_dim(function: str, given: Any, name: str, axis: Any, bound: list[tuple[Any, Axis]]) -> list[Any]:
-    """What was given for each dim that is cut: one value for all, or where axis is a mapping another one."""
+def by_dim(
+    function: str, given: Any, name: str, axis: Any, bound: list[tuple[Any, Axis]]
+) -> list[Any]:
+    """What was given for each dim that is cut: one value for all, or where axis is a
+    mapping another one.
+    """
     first = bound[0][1]
     if not isinstance(axis, Mapping):
         return [given]
@@ -94,17 +133,28 @@ def by_dim(function: str, given: Any, name: str, axis: Any, bound: list[tuple[An
         return [given] * len(bound)
     if set(given) != {key for key, _ in bound}:
         right = f"Name the same dims as axis does, {[key for key, _ in bound]}."
-        raise wrong(ArgumentError, function, first, f"{name} names the dims {sorted(given, key=repr)}", right)
+        raise wrong(
+            ArgumentError,
+            function,
+            first,
+            f"{name} names the dims {sorted(given, key=repr)}",
+            right,
+        )
     return [given[key] for key, _ in bound]
 
 
-def cuts_of(function: str, axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any) -> list[Cut]:
+def cuts_of(
+    function: str, axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any
+) -> list[Cut]:
     bound = axes_by_dim(function, axis, dim, 0)
     told = by_dim(function, sizes, "sizes", axis, bound)
     widths = by_dim(function, width, "width", axis, bound)
     boundaries = by_dim(function, boundary, "boundary", axis, bound)
     each = zip(bound, widths, boundaries, told, strict=True)
-    return [_parsed(function, of, key, wide, end, held) for (key, of), wide, end, held in each]
+    return [
+        _parsed(function, of, key, wide, end, held)
+        for (key, of), wide, end, held in each
+    ]
 
 
 def places_of(function: str, cuts: list[Cut], xs: list[Any]) -> list[list[int]]:
@@ -117,23 +167,41 @@ def places_of(function: str, cuts: list[Cut], xs: list[Any]) -> list[list[int]]:
     for x, ats in zip(xs, zip(*dims, strict=True), strict=True):
         if len(set(ats)) != len(ats):
             given = f"two of the dims {[cut.dim for cut in cuts]} are the same dim of x, which has {x.dim()}"
-            raise wrong(ShapeError, function, cuts[0].axis, given, "Name each dim once.")
+            raise wrong(
+                ShapeError, function, cuts[0].axis, given, "Name each dim once."
+            )
     return dims
 
 
-def _own_length(function: str, cut: Cut, xs: list[Tensor], dims: list[int], spare: int) -> int:
+def _own_length(
+    function: str, cut: Cut, xs: list[Tensor], dims: list[int], spare: int
+) -> int:
     """The length of this rank's shard, without `spare` rows of halo."""
     lengths = [int(x.shape[at]) - spare for x, at in zip(xs, dims, strict=True)]
     if len(set(lengths)) > 1:
         given = f"the leaves of x have {', '.join(str(length + spare) for length in lengths)} rows along dim {cut.dim}"
-        raise wrong(ShapeError, function, cut.axis, given, "Pass shards of one length, or call it for each.")
+        raise wrong(
+            ShapeError,
+            function,
+            cut.axis,
+            given,
+            "Pass shards of one length, or call it for each.",
+        )
     if lengths[0] < 0:
         given = f"x.shape[{xs[0].dim() + dims[0]}] is {lengths[0] + spare} but the halos have {spare} rows"
-        raise wrong(ShapeError, function, cut.axis, given, "Pass a shard with its halos, as halo_exchange gives it.")
+        raise wrong(
+            ShapeError,
+            function,
+            cut.axis,
+            given,
+            "Pass a shard with its halos, as halo_exchange gives it.",
+        )
     return lengths[0]
 
 
-def _check_told(function: str, cut: Cut, x: Tensor, at: int, own: int, spare: int) -> None:
+def _check_told(
+    function: str, cut: Cut, x: Tensor, at: int, own: int, spare: int
+) -> None:
     """The sizes that were given fit this rank's shard."""
     index, told = cut.axis.index, cut.sizes
     if told is None or told[index] == own:
@@ -145,17 +213,26 @@ def _check_told(function: str, cut: Cut, x: Tensor, at: int, own: int, spare: in
     raise wrong(ShapeError, function, cut.axis, given, right)
 
 
-def settled(function: str, cuts: list[Cut], xs: list[Tensor], dims: list[list[int]], back: bool) -> list[Cut]:
-    """The cuts with the sizes of all shards, those that were given checked before any is exchanged."""
+def settled(
+    function: str, cuts: list[Cut], xs: list[Tensor], dims: list[list[int]], back: bool
+) -> list[Cut]:
+    """The cuts with the sizes of all shards, those that were given checked before any
+    is exchanged.
+    """
     spares = [sum(cut.width) if back else 0 for cut in cuts]
-    owns = [_own_length(function, cut, xs, ats, spare) for cut, ats, spare in zip(cuts, dims, spares, strict=True)]
+    owns = [
+        _own_length(function, cut, xs, ats, spare)
+        for cut, ats, spare in zip(cuts, dims, spares, strict=True)
+    ]
     for cut, ats, own, spare in zip(cuts, dims, owns, spares, strict=True):
         _check_told(function, cut, xs[0], ats[0], own, spare)
     out: list[Cut] = []
     for cut, ats, own in zip(cuts, dims, owns, strict=True):
         if cut.sizes is None:
             fits = ", ".join(others(x, at) for x, at in zip(xs, ats, strict=True))
-            told = swapped_alike([[own]] * cut.axis.size, fits, xs[0].device, function, cut.axis)
+            told = swapped_alike(
+                [[own]] * cut.axis.size, fits, xs[0].device, function, cut.axis
+            )
             cut = cut._replace(sizes=tuple(size for (size,) in told))
             _check_width(cut, sum(size for (size,) in told), function)
         out.append(cut)

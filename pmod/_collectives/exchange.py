@@ -11,7 +11,13 @@ from torch import Tensor
 
 from pmod._collectives.slices import ALL_TO_ALL
 from pmod._core.ahead import once
-from pmod._core.arguments import check_own_size, check_sizes, check_tensor, dim_from_end, wrong
+from pmod._core.arguments import (
+    check_own_size,
+    check_sizes,
+    check_tensor,
+    dim_from_end,
+    wrong,
+)
 from pmod._core.row import Call
 from pmod._core.tree import flatten
 from pmod._core.watch import told
@@ -24,16 +30,26 @@ from pmod._wire.along import wire_of
 
 Sizes = tuple[int, ...]
 
-HEAD = 8  # numbers in the message that tells sizes; trees of more leaves send a second one
+HEAD = (
+    8  # numbers in the message that tells sizes; trees of more leaves send a second one
+)
 
 
 def check_eager(function: str, axis: Axis) -> None:
     if torch.compiler.is_compiling():
         given = "sizes are left out under torch.compile"
-        raise wrong(ArgumentError, function, axis, given, "Pass them: a compiled graph is fixed.")
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            given,
+            "Pass them: a compiled graph is fixed.",
+        )
 
 
-def swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis) -> list[list[int]]:
+def swapped(
+    numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis
+) -> list[list[int]]:
     """numbers[j] goes to rank j; what arrives, by rank. As many numbers for each."""
     if axis.size == 1:
         return [list(row) for row in numbers]
@@ -47,25 +63,40 @@ def swapped(numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis) 
         with no_transforms(), no_function_modes(), torch.no_grad():
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
             with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
-                return wire_of(axis, device).all_to_all(flat, counts, counts).wait().view(axis.size, width).tolist()
+                return (
+                    wire_of(axis, device)
+                    .all_to_all(flat, counts, counts)
+                    .wait()
+                    .view(axis.size, width)
+                    .tolist()
+                )
 
     return once(send)
 
 
 def others(x: Tensor, at: int) -> str:
-    """The shape and dtype of x, without the length along the dim: they must be the same on all ranks."""
-    shape = ["..." if i == x.dim() + at else str(size) for i, size in enumerate(x.shape)]
+    """The shape and dtype of x, without the length along the dim: they must be the same
+    on all ranks.
+    """
+    shape = [
+        "..." if i == x.dim() + at else str(size) for i, size in enumerate(x.shape)
+    ]
     return f"({', '.join(shape)}) {str(x.dtype).removeprefix('torch.')}"
 
 
 def swapped_alike(
-    numbers: Sequence[Sequence[int]], fits: str, device: torch.device, function: str, axis: Axis
+    numbers: Sequence[Sequence[int]],
+    fits: str,
+    device: torch.device,
+    function: str,
+    axis: Axis,
 ) -> list[list[int]]:
     """`_swapped`, where all ranks must hold what `fits` says."""
     check_eager(function, axis)
     mine = zlib.crc32(fits.encode())
     rows = [[mine, *row] for row in numbers]
-    # as long on every rank, so that one with another number of leaves is seen too, not waited for or aborted by gloo
+    # as long on every rank, so that one with another number of leaves is seen too, not
+    # waited for or aborted by gloo
     arrived = swapped([(row + [0] * HEAD)[:HEAD] for row in rows], device, axis)
     strangers = [rank for rank, row in enumerate(arrived) if row[0] != mine]
     if strangers:
@@ -78,7 +109,9 @@ def swapped_alike(
     return [row[1 : len(rows[0])] for row in arrived]
 
 
-def leaves_of(tree: Any, dim: int, function: str, axis: Axis) -> list[tuple[Tensor, int]]:
+def leaves_of(
+    tree: Any, dim: int, function: str, axis: Axis
+) -> list[tuple[Tensor, int]]:
     """The leaves with their dim counted from the end."""
     leaves: list[Any] = []
     flatten(tree, function, axis, leaves)
@@ -99,14 +132,22 @@ def sizes_of_leaves(
             right = f"Pass sizes={fitting}, or leave sizes out to exchange them."
             check_own_size(x, at, given, function, axis, right)
         return iter([(at, given) for _, at in leaves])
-    return zip([at for _, at in leaves], held_lengths(leaves, function, axis), strict=True)
+    return zip(
+        [at for _, at in leaves], held_lengths(leaves, function, axis), strict=True
+    )
 
 
-def held_lengths(leaves: Sequence[tuple[Tensor, int]], function: str, axis: Axis) -> list[Sizes]:
-    """For each (tensor, dim from the end) what the ranks hold: told by all to all, in one message."""
+def held_lengths(
+    leaves: Sequence[tuple[Tensor, int]], function: str, axis: Axis
+) -> list[Sizes]:
+    """For each (tensor, dim from the end) what the ranks hold: told by all to all, in
+    one message.
+    """
     if not leaves:
         return []
     lengths = [int(x.shape[at]) for x, at in leaves]
     fits = ", ".join(others(x, at) for x, at in leaves)
-    held = swapped_alike([lengths] * axis.size, fits, leaves[0][0].device, function, axis)
+    held = swapped_alike(
+        [lengths] * axis.size, fits, leaves[0][0].device, function, axis
+    )
     return list(zip(*held, strict=True))

@@ -1,12 +1,15 @@
-"""Halos: a shard with the rows around it that other shards hold (`halo_exchange`), and the transpose (`halo_reduce`).
+"""Halos: a shard with the rows around it that other shards hold (`halo_exchange`), and
+the transpose (`halo_reduce`).
 
-The sizes of all shards say, on every rank alike, which rows each of them needs of which other for its window, rows one
-after another of the padded whole. A `Plan` is one rank's part in that, three linear steps:
+The sizes of all shards say, on every rank alike, which rows each of them needs of which
+other for its window, rows one after another of the padded whole. A `Plan` is one rank's
+part in that, three linear steps:
 
     x  --takes-->  x, messages  --permutes-->  x, messages  --places-->  window
 
-Takes and places are copies of runs of rows, and each step has a transpose: the steps' transposes in reverse order are
-`halo_reduce`. Nothing here is differentiated by hand: copies are torch's, permutes are those of `ppermute`.
+Takes and places are copies of runs of rows, and each step has a transpose: the steps'
+transposes in reverse order are `halo_reduce`. Nothing here is differentiated by hand:
+copies are torch's, permutes are those of `ppermute`.
 """
 
 from __future__ import annotations
@@ -49,11 +52,14 @@ def _rows(copy: Copy, xs: Sequence[Tensor], dim: int) -> Tensor:
     return y.expand(shape)
 
 
-def _pieces(copies: Sequence[Copy], xs: Sequence[Tensor], target: int, length: int, dim: int) -> list[Tensor]:
-    """A buffer in pieces: at each row the sum of the copies that go there, zeros where none goes.
+def _pieces(
+    copies: Sequence[Copy], xs: Sequence[Tensor], target: int, length: int, dim: int
+) -> list[Tensor]:
+    """A buffer in pieces: at each row the sum of the copies that go there, zeros where
+    none goes.
 
-    Of each buffer that brings nothing an empty piece: every rank must depend on every message, or in backward it would
-    not take part in sending it back.
+    Of each buffer that brings nothing an empty piece: every rank must depend on every
+    message, or in backward it would not take part in sending it back.
     """
     arriving = [copy for copy in copies if copy.to.buffer == target]
     used = [copy.of.buffer for copy in arriving]
@@ -79,9 +85,12 @@ def laid_out_as(y: Tensor, kept: torch.memory_format | None) -> Tensor:
     return y if kept is None else y.contiguous(memory_format=kept)
 
 
-def carry_out(plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis) -> list[Tensor]:
+def carry_out(
+    plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis
+) -> list[Tensor]:
     """The plan on every leaf; a permute sends those of one dtype and device together."""
-    # torch.cat's backward gives no derivative to an empty tensor of one dim, which it takes for one of any shape
+    # torch.cat's backward gives no derivative to an empty tensor of one dim, which it
+    # takes for one of any shape
     flat = [x.dim() == 1 for x in xs]
     xs = [x.unsqueeze(-1) if one else x for x, one in zip(xs, flat, strict=True)]
     dims = [-2 if one else dim for dim, one in zip(dims, flat, strict=True)]
@@ -91,12 +100,23 @@ def carry_out(plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis)
     lengths = [plan.held, *[rows for _, rows in plan.permutes]]
     for i, (x, dim, kept) in enumerate(zip(xs, dims, formats, strict=True)):
         alike.setdefault((x.dtype, x.device), []).append(i)
-        taken = [_pieces(plan.takes, [x], target, length, dim) for target, length in enumerate(lengths)]
-        whole = [pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) for pieces in taken]
-        buffers.append([whole[0], *[laid_out_as(message, kept) for message in whole[1:]]])
+        taken = [
+            _pieces(plan.takes, [x], target, length, dim)
+            for target, length in enumerate(lengths)
+        ]
+        whole = [
+            pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+            for pieces in taken
+        ]
+        buffers.append(
+            [whole[0], *[laid_out_as(message, kept) for message in whole[1:]]]
+        )
     calls: list[tuple[Call, list[Tensor]]] = []
     for g, (targets, _) in enumerate(plan.permutes, 1):
-        calls += [(Call(PERMUTE, axis, (targets,)), [buffers[i][g] for i in some]) for some in alike.values()]
+        calls += [
+            (Call(PERMUTE, axis, (targets,)), [buffers[i][g] for i in some])
+            for some in alike.values()
+        ]
     arrived = iter(bind_all(calls))
     for g in range(1, len(lengths)):
         for some in alike.values():
@@ -104,13 +124,28 @@ def carry_out(plan: Plan, xs: Sequence[Tensor], dims: Sequence[int], axis: Axis)
                 buffers[i][g] = message
     out: list[Tensor] = []
     for held, dim, kept in zip(buffers, dims, formats, strict=True):
-        out.append(laid_out_as(torch.cat(_pieces(plan.places, held, 0, plan.gives, dim), dim), kept))
+        out.append(
+            laid_out_as(
+                torch.cat(_pieces(plan.places, held, 0, plan.gives, dim), dim), kept
+            )
+        )
     return [y.squeeze(-1) if one else y for y, one in zip(out, flat, strict=True)]
 
 
-def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x: Tree, *, back: bool) -> Tree:
+def _along(
+    axis: Any,
+    dim: int | None,
+    width: Any,
+    boundary: Any,
+    sizes: Any,
+    x: Tree,
+    *,
+    back: bool,
+) -> Tree:
     """halo_exchange one dim after another, or `back`, its transpose, in reverse order."""
-    function, plan_of, step = ("halo_reduce", plan_back, -1) if back else ("halo_exchange", exchange_of, 1)
+    function, plan_of, step = (
+        ("halo_reduce", plan_back, -1) if back else ("halo_exchange", exchange_of, 1)
+    )
     cuts = cuts_of(function, axis, dim, width, boundary, sizes)
 
     def run(xs: list[Any]) -> list[Any]:
@@ -119,10 +154,17 @@ def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x:
         given, dims = xs, places_of(function, cuts, xs)
         if back:
             xs = [addable(x) for x in xs]
-        for cut, ats in list(zip(settled(function, cuts, xs, dims, back), dims, strict=True))[::step]:
+        for cut, ats in list(
+            zip(settled(function, cuts, xs, dims, back), dims, strict=True)
+        )[::step]:
             assert cut.sizes is not None
             if cut.width != (0, 0):
-                xs = carry_out(plan_of(cut.axis.index, cut.sizes, cut.width, cut.boundary), xs, ats, cut.axis)
+                xs = carry_out(
+                    plan_of(cut.axis.index, cut.sizes, cut.width, cut.boundary),
+                    xs,
+                    ats,
+                    cut.axis,
+                )
         if back:
             xs = [as_added(y, x.dtype) for x, y in zip(given, xs, strict=True)]
         if all(y is x for x, y in zip(given, xs, strict=True)):
@@ -132,7 +174,12 @@ def _along(axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any, x:
     return map_leaves(as_piece(run, function), x, function, cuts[0].axis)
 
 
-@collective(V, V, transpose="halo_reduce", value="the shard with rows of its neighbours on both sides")
+@collective(
+    V,
+    V,
+    transpose="halo_reduce",
+    value="the shard with rows of its neighbours on both sides",
+)
 def halo_exchange(
     x: Tree,
     axis: AxisLike | Mapping[int, AxisLike],
@@ -142,22 +189,27 @@ def halo_exchange(
     boundary: str | Mapping[int, str] = "zeros",
     sizes: Sequence[int] | Mapping[int, Sequence[int] | None] | None = None,
 ) -> Tree:
-    """The shard with `width` rows around it along `dim` (0 unless given): a window of the whole tensor, padded.
+    """The shard with `width` rows around it along `dim` (0 unless given): a window of
+    the whole tensor, padded.
 
-    The shards are cut along `dim` in the order of the ranks, each as long as it likes, empty ones included. width: rows
-    before and after, one int for both; wider than the neighbours' shards too. boundary, at the ends of the whole:
-    "zeros", "periodic", "reflect" or "replicate", torch.nn.functional.pad's constant 0, circular, reflect, replicate.
-    Several dims: axis={dim: axis}, corners included; width, boundary and sizes then may be mappings by dim too.
-    sizes: the length of each rank's shard. Without them the ranks exchange them: one small message more per dim, and on
-    cuda a wait for it. Under torch.compile they must be given.
+    The shards are cut along `dim` in the order of the ranks, each as long as it likes,
+    empty ones included. width: rows before and after, one int for both; wider than the
+    neighbours' shards too. boundary, at the ends of the whole: "zeros", "periodic",
+    "reflect" or "replicate", torch.nn.functional.pad's constant 0, circular, reflect,
+    replicate. Several dims: axis={dim: axis}, corners included; width, boundary and
+    sizes then may be mappings by dim too.
+    sizes: the length of each rank's shard. Without them the ranks exchange them: one
+    small message more per dim, and on cuda a wait for it. Under torch.compile they must
+    be given.
 
     V -> V. Transpose: halo_reduce.
-    Shapes: x (..., k, ...) -> (..., before + k + after, ...), k alone differing between ranks. The result is
-    channels_last where x, or what it is a slice of, is.
-    Cost: each row that another rank needs, once to it: where shards are that long, `width` rows to each neighbour
-    and nothing to others. A width of 0 gives x.
-    Raises: ShapeError for a width that padding the whole would not allow (reflect: less than its length; periodic: at
-    most), sizes that are not this rank's, a dim twice; AxisError for an axis twice; ArgumentError for another boundary.
+    Shapes: x (..., k, ...) -> (..., before + k + after, ...), k alone differing between
+    ranks. The result is channels_last where x, or what it is a slice of, is.
+    Cost: each row that another rank needs, once to it: where shards are that long,
+    `width` rows to each neighbour and nothing to others. A width of 0 gives x.
+    Raises: ShapeError for a width that padding the whole would not allow (reflect: less
+    than its length; periodic: at most), sizes that are not this rank's, a dim twice;
+    AxisError for an axis twice; ArgumentError for another boundary.
 
     The rows 0 1 2 on rank 0, 3 4 on rank 1, width=1, boundary="periodic":
 
@@ -173,7 +225,12 @@ def halo_exchange(
     return _along(axis, dim, width, boundary, sizes, x, back=False)
 
 
-@collective(V, V, transpose="halo_exchange", value="the shard, with what was computed for it elsewhere added")
+@collective(
+    V,
+    V,
+    transpose="halo_exchange",
+    value="the shard, with what was computed for it elsewhere added",
+)
 def halo_reduce(
     x: Tree,
     axis: AxisLike | Mapping[int, AxisLike],
@@ -183,14 +240,17 @@ def halo_reduce(
     boundary: str | Mapping[int, str] = "zeros",
     sizes: Sequence[int] | Mapping[int, Sequence[int] | None] | None = None,
 ) -> Tree:
-    """Rows of halo added to the rows that they are copies of, and dropped: what windows scatter, summed at its owners.
+    """Rows of halo added to the rows that they are copies of, and dropped: what windows
+    scatter, summed at its owners.
 
-    Arguments as in `halo_exchange`, x being what that gives; sizes are those of the shards without their halos. With
-    boundary="zeros" what lies outside the whole is lost; with the others it goes to the row that it would come from.
+    Arguments as in `halo_exchange`, x being what that gives; sizes are those of the
+    shards without their halos. With boundary="zeros" what lies outside the whole is
+    lost; with the others it goes to the row that it would come from.
 
     V -> V. Transpose: halo_exchange.
     Shapes: x (..., before + k + after, ...) -> (..., k, ...).
-    Cost: as halo_exchange, the other way: sums of rows for one owner are taken before they are sent.
+    Cost: as halo_exchange, the other way: sums of rows for one owner are taken before
+    they are sent.
     Raises: as halo_exchange; ArgumentError for bool.
 
     Ones on 3 and 2 rows with width=1, boundary="periodic":

@@ -1,4 +1,6 @@
-"""Which pieces of the neighbours' shards a rank's windows reach, who sends them, and where they are put."""
+"""Which pieces of the neighbours' shards a rank's windows reach, who sends them, and
+where they are put.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Run(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Rows brought from one run to another; one row to many is repeated, many to one are summed."""
+    """Rows brought from one run to another; one row to many is repeated, many to one
+    are summed.
+    """
 
     of: Run
     to: Run
@@ -33,7 +37,9 @@ class Copy(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One rank's part; buffer 0 is the shard, buffer g message g. `permutes`: targets and rows of each message."""
+    """One rank's part; buffer 0 is the shard, buffer g message g. `permutes`: targets
+    and rows of each message.
+    """
 
     takes: tuple[Copy, ...]
     permutes: tuple[tuple[tuple[int, ...], int], ...]
@@ -44,34 +50,58 @@ class Plan(NamedTuple):
     @property
     def T(self) -> Plan:
         """The transpose: that of each step, in reverse order."""
-        back = tuple((PERMUTE.flip((targets,))[0], rows) for targets, rows in self.permutes)
-        takes, places = (tuple(copy.T for copy in copies) for copies in (self.places, self.takes))
+        back = tuple(
+            (PERMUTE.flip((targets,))[0], rows) for targets, rows in self.permutes
+        )
+        takes, places = (
+            tuple(copy.T for copy in copies) for copies in (self.places, self.takes)
+        )
         return Plan(takes, back, places, self.held, self.held)
 
     @property
     def moves(self) -> bool:
         """The window is not the shard itself, or others need rows of it."""
-        return bool(self.permutes) or self.takes != self.places or self.held != self.gives
+        return (
+            bool(self.permutes) or self.takes != self.places or self.held != self.gives
+        )
 
 
 Windows: TypeAlias = tuple[tuple[int, int], ...]
-"""Of each rank: the rows low to high - 1 of the padded whole, those before its first below 0."""
+"""Of each rank: the rows low to high - 1 of the padded whole, those before its first
+below 0.
+"""
 
 
 def _around(sizes: tuple[int, ...], width: tuple[int, int]) -> Windows:
     """Every shard with rows around it."""
-    return tuple((start - width[0], end + width[1]) for start, end in pairwise(accumulate(sizes, initial=0)))
+    return tuple(
+        (start - width[0], end + width[1])
+        for start, end in pairwise(accumulate(sizes, initial=0))
+    )
 
 
-def _window(low: int, high: int, total: int, boundary: str) -> list[tuple[int, Run, int, bool]]:
-    """The rows low to high - 1 of the padded whole: where in the window, which of its rows, how often, reversed."""
+def _window(
+    low: int, high: int, total: int, boundary: str
+) -> list[tuple[int, Run, int, bool]]:
+    """The rows low to high - 1 of the padded whole: where in the window, which of its
+    rows, how often, reversed.
+    """
     out = [(max(low, 0), max(low, 0), min(high, total), False)]
     below, above = (low, min(high, 0)), (max(low, total), high)
     if boundary == "periodic":
-        out += [(a, a + by, b + by, False) for (a, b), by in ((below, total), (above, -total))]
+        out += [
+            (a, a + by, b + by, False)
+            for (a, b), by in ((below, total), (above, -total))
+        ]
     elif boundary == "reflect":  # row a stands for row about - a
-        out += [(a, about - b + 1, about - a + 1, True) for (a, b), about in ((below, 0), (above, 2 * total - 2))]
-    runs = [(at - low, Run(0, start, end - start), end - start, reverse) for at, start, end, reverse in out]
+        out += [
+            (a, about - b + 1, about - a + 1, True)
+            for (a, b), about in ((below, 0), (above, 2 * total - 2))
+        ]
+    runs = [
+        (at - low, Run(0, start, end - start), end - start, reverse)
+        for at, start, end, reverse in out
+    ]
     if boundary == "replicate":
         edges = ((below, 0), (above, total - 1))
         runs += [(a - low, Run(0, edge, 1), b - a, False) for (a, b), edge in edges]
@@ -93,14 +123,27 @@ def _needs(low: int, high: int, sizes: tuple[int, ...], boundary: str) -> list[N
     """All that a window is made of, whoever holds it; what is not listed is zeros."""
     starts = [0, *accumulate(sizes)]
     out: list[Need] = []
-    for at, (_, start, count), length, reverse in _window(low, high, starts[-1], boundary):
+    for at, (_, start, count), length, reverse in _window(
+        low, high, starts[-1], boundary
+    ):
         first, end = start, start + count
         while first < end:
-            owner = bisect_right(starts, first, hi=len(sizes)) - 1  # of shards that start here, the last is not empty
+            owner = (
+                bisect_right(starts, first, hi=len(sizes)) - 1
+            )  # of shards that start here, the last is not empty
             last = min(end, starts[owner + 1])
             place = at + (end - last if reverse else first - start)
             rows = last - first
-            out.append(Need(owner, first - starts[owner], rows, place, rows if count > 1 else length, reverse))
+            out.append(
+                Need(
+                    owner,
+                    first - starts[owner],
+                    rows,
+                    place,
+                    rows if count > 1 else length,
+                    reverse,
+                )
+            )
             first = last
     return out
 
@@ -118,21 +161,27 @@ def _merged(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 class _Exchange(NamedTuple):
     needs: list[list[Need]]
-    sent: dict[tuple[int, int], list[tuple[int, int]]]  # (owner, rank) -> intervals of the owner's rows, each once
+    sent: dict[
+        tuple[int, int], list[tuple[int, int]]
+    ]  # (owner, rank) -> intervals of the owner's rows, each once
     message: dict[tuple[int, int], int]  # (owner, rank) -> which permute carries them
     permutes: tuple[tuple[tuple[int, ...], int], ...]
 
 
 @lru_cache(maxsize=256)
 def _exchange(sizes: tuple[int, ...], windows: Windows, boundary: str) -> _Exchange:
-    """What goes from whom to whom. A permute joins the pairs as far apart with as many rows: none is sent in vain."""
+    """What goes from whom to whom. A permute joins the pairs as far apart with as many
+    rows: none is sent in vain.
+    """
     n = len(sizes)
     needs = [_needs(low, high, sizes, boundary) for low, high in windows]
     wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank, of in enumerate(needs):
         for need in of:
             if need.owner != rank:
-                wanted.setdefault((need.owner, rank), []).append((need.start, need.start + need.rows))
+                wanted.setdefault((need.owner, rank), []).append(
+                    (need.start, need.start + need.rows)
+                )
     sent = {pair: _merged(runs) for pair, runs in wanted.items()}
     alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for pair, runs in sent.items():
@@ -149,7 +198,9 @@ def _exchange(sizes: tuple[int, ...], windows: Windows, boundary: str) -> _Excha
     return _Exchange(needs, sent, message, tuple(permutes))
 
 
-def window_plan(index: int, sizes: tuple[int, ...], windows: Windows, boundary: str) -> Plan:
+def window_plan(
+    index: int, sizes: tuple[int, ...], windows: Windows, boundary: str
+) -> Plan:
     """The part of the rank at this index."""
     exchange = _exchange(sizes, windows, boundary)
     own = sizes[index]
@@ -157,7 +208,13 @@ def window_plan(index: int, sizes: tuple[int, ...], windows: Windows, boundary: 
     for (owner, rank), runs in exchange.sent.items():
         at = 0
         for start, end in runs if owner == index else ():
-            takes.append(Copy(Run(0, start, end - start), Run(exchange.message[owner, rank], at, end - start), False))
+            takes.append(
+                Copy(
+                    Run(0, start, end - start),
+                    Run(exchange.message[owner, rank], at, end - start),
+                    False,
+                )
+            )
             at += end - start
     places: list[Copy] = []
     for need in exchange.needs[index]:
@@ -165,24 +222,43 @@ def window_plan(index: int, sizes: tuple[int, ...], windows: Windows, boundary: 
         if need.owner != index:
             pair = (need.owner, index)
             buffer = exchange.message[pair]
-            start = sum(min(end, need.start) - first for first, end in exchange.sent[pair] if first <= need.start)
-        places.append(Copy(Run(buffer, start, need.rows), Run(0, need.at, need.length), need.reverse))
+            start = sum(
+                min(end, need.start) - first
+                for first, end in exchange.sent[pair]
+                if first <= need.start
+            )
+        places.append(
+            Copy(
+                Run(buffer, start, need.rows),
+                Run(0, need.at, need.length),
+                need.reverse,
+            )
+        )
     low, high = windows[index]
     return Plan(tuple(takes), exchange.permutes, tuple(places), own, high - low)
 
 
 @lru_cache(maxsize=256)
-def _around_plan(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
+def _around_plan(
+    index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str
+) -> Plan:
     return window_plan(index, sizes, _around(sizes, width), boundary)
 
 
-def exchange_of(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
+def exchange_of(
+    index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str
+) -> Plan:
     return _around_plan(index, sizes, width, boundary)
 
 
-def plan_back(index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str) -> Plan:
+def plan_back(
+    index: int, sizes: tuple[int, ...], width: tuple[int, int], boundary: str
+) -> Plan:
     return _around_plan(index, sizes, width, boundary).T
 
 
-for _constant in (exchange_of, plan_back):  # numbers in, numbers out: compiled code need not see how
+for _constant in (
+    exchange_of,
+    plan_back,
+):  # numbers in, numbers out: compiled code need not see how
     constant_in_graphs(_constant)

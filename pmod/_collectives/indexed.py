@@ -26,9 +26,11 @@ from pmod._wire.sums import accumulator
 
 @attrs.frozen(eq=False)
 class ExchangePlan:
-    """Which rows go to which rank, made by `exchange_plan` and used every step in place of the indices.
+    """Which rows go to which rank, made by `exchange_plan` and used every step in place
+    of the indices.
 
-    `send_sizes` and `recv_sizes` count the rows per rank; `rows`, `bounds` and `place` are what is checked and sent.
+    `send_sizes` and `recv_sizes` count the rows per rank; `rows`, `bounds` and `place`
+    are what is checked and sent.
 
     >>> def lengths():
     ...     first, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
@@ -49,13 +51,17 @@ class ExchangePlan:
 
 
 def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
-    """Which rows go where, prepared once: how many rows arrive is exchanged now, in one small message.
+    """Which rows go where, prepared once: how many rows arrive is exchanged now, in one
+    small message.
 
-    indices: int64 tensors of one dim, one per rank of the axis; indices[j] are the rows for rank j, on the device of
-    the tensors to be sent. The plan is a value: immutable, picklable, good for tensors of any shape and dtype that have
-    those rows. With it `indexed_all_to_all_v` sends the rows and nothing else, and does not wait for the device.
+    indices: int64 tensors of one dim, one per rank of the axis; indices[j] are the rows
+    for rank j, on the device of the tensors to be sent. The plan is a value: immutable,
+    picklable, good for tensors of any shape and dtype that have those rows. With it
+    `indexed_all_to_all_v` sends the rows and nothing else, and does not wait for the
+    device.
 
-    Raises: ArgumentError for what is no int64 tensor; ShapeError for another number of them.
+    Raises: ArgumentError for what is no int64 tensor; ShapeError for another number of
+    them.
 
     >>> def plan():
     ...     halo = {0: [[], [2]], 1: [[0], []]}[pmod.axis_index("graph")]  # rank 0's last row, rank 1's first
@@ -68,15 +74,25 @@ def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
     rows, sent = _rows(indices, "exchange_plan", bound)
     bounds = _bounds(rows)
     if bounds[0] < 0:
-        raise wrong(ShapeError, "exchange_plan", bound, f"indices hold {bounds[0]}", "Rows count from 0.")
-    received = tuple(size for (size,) in swapped([[size] for size in sent], rows.device, bound))
+        raise wrong(
+            ShapeError,
+            "exchange_plan",
+            bound,
+            f"indices hold {bounds[0]}",
+            "Rows count from 0.",
+        )
+    received = tuple(
+        size for (size,) in swapped([[size] for size in sent], rows.device, bound)
+    )
     return ExchangePlan(sent, received, rows.detach().clone(), bounds, _place(bound))
 
 
 @collective(
-    V, V, transpose="sends back and adds into the rows the indices name",
+    V,
+    V,
+    transpose="sends back and adds into the rows the indices name",
     value="the rows that are named, on the rank that they are named for",
-)  # fmt: skip
+)
 def indexed_all_to_all_v(
     x: Tree,
     axis: AxisLike,
@@ -86,17 +102,21 @@ def indexed_all_to_all_v(
     dim: int = 0,
     reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
-    """Send to each rank the rows of x that its indices name; join what arrives in the order of the ranks.
+    """Send to each rank the rows of x that its indices name; join what arrives in the
+    order of the ranks.
 
-    V -> V. Transpose: sends back and adds into the rows the indices name; repeats add up, 16-bit ones in float32 unless
-    reduce_dtype says otherwise.
-    Shapes: x (..., m, ...) -> (..., sum(recv_sizes), ...), along `dim`; recv_sizes[j] is the length of rank j's
-    indices[i] on rank i. indices: int64 tensors of one dim, one per rank of the axis, or an `exchange_plan`. Without a
-    plan or recv_sizes the ranks exchange them: one small message more, and on cuda a wait for it.
-    Cost: every row that is named, once for each time that it is named, to that rank only.
-    Raises, before anything is sent: ShapeError for an index that x has no row for (without a plan, cuda is waited for
-    to find it; in compiled code it is left to torch), and where recv_sizes contradict the indices; MismatchError where
-    exchanged shapes do not fit; AxisError where the plan is for another axis or rank.
+    V -> V. Transpose: sends back and adds into the rows the indices name; repeats add
+    up, 16-bit ones in float32 unless reduce_dtype says otherwise.
+    Shapes: x (..., m, ...) -> (..., sum(recv_sizes), ...), along `dim`; recv_sizes[j]
+    is the length of rank j's indices[i] on rank i. indices: int64 tensors of one dim,
+    one per rank of the axis, or an `exchange_plan`. Without a plan or recv_sizes the
+    ranks exchange them: one small message more, and on cuda a wait for it.
+    Cost: every row that is named, once for each time that it is named, to that rank
+    only.
+    Raises, before anything is sent: ShapeError for an index that x has no row for
+    (without a plan, cuda is waited for to find it; in compiled code it is left to
+    torch), and where recv_sizes contradict the indices; MismatchError where exchanged
+    shapes do not fit; AxisError where the plan is for another axis or rank.
 
     >>> def ghosts():
     ...     x = torch.arange(3) + 10 * pmod.axis_index("graph")
@@ -127,7 +147,12 @@ def indexed_all_to_all_v(
         # the gradient is added up in the dtype of what is selected from
         taken = x.to(accumulator(x.dtype, asked)).index_select(at, rows).to(x.dtype)
         kept = memory_format(x)
-        return taken if kept is None else taken.contiguous(memory_format=kept), (at, at, sent, received)
+        return taken if kept is None else taken.contiguous(memory_format=kept), (
+            at,
+            at,
+            sent,
+            received,
+        )
 
     return each(ALL_TO_ALL, x, bound, function, prepare)
 
@@ -138,20 +163,40 @@ def _rows(
     """The indices of all ranks one after another, and how many each has."""
     right = f"Pass {axis.size} int64 tensors of one dim, one per rank of the axis."
     if not isinstance(indices, list | tuple) or len(indices) != axis.size:
-        held = f"{len(indices)} of them" if isinstance(indices, list | tuple) else f"a {type(indices).__name__}"
+        held = (
+            f"{len(indices)} of them"
+            if isinstance(indices, list | tuple)
+            else f"a {type(indices).__name__}"
+        )
         raise wrong(ShapeError, function, axis, f"indices are {held}", right)
     for rank, rows in enumerate(indices):
         if not isinstance(rows, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise wrong(ArgumentError, function, axis, f"indices[{rank}] is a {type(rows).__name__}", right)
+            raise wrong(
+                ArgumentError,
+                function,
+                axis,
+                f"indices[{rank}] is a {type(rows).__name__}",
+                right,
+            )
         if rows.dtype != torch.int64 or rows.dim() != 1:
             given = f"indices[{rank}] has dtype {str(rows.dtype).removeprefix('torch.')} and {rows.dim()} dims"
             raise wrong(ArgumentError, function, axis, given, right)
         if is_batched(rows):
-            raise wrong(ArgumentError, function, axis, f"indices[{rank}] is mapped by vmap", "Map over x only.")
+            raise wrong(
+                ArgumentError,
+                function,
+                axis,
+                f"indices[{rank}] is mapped by vmap",
+                "Map over x only.",
+            )
         other, name = (indices[0], "indices[0]") if x is None else (x, "x")
         if rows.device != other.device:
-            given = f"indices[{rank}] is on {rows.device} and {name} is on {other.device}"
-            raise wrong(ArgumentError, function, axis, given, f"Pass indices on {other.device}.")
+            given = (
+                f"indices[{rank}] is on {rows.device} and {name} is on {other.device}"
+            )
+            raise wrong(
+                ArgumentError, function, axis, given, f"Pass indices on {other.device}."
+            )
     return torch.cat(list(indices)), tuple(len(rows) for rows in indices)
 
 
@@ -163,14 +208,24 @@ def _bounds(rows: Tensor) -> tuple[int, int]:
     return low, high
 
 
-def _check_rows(x: Tensor, at: int, rows: Tensor, bounds: tuple[int, int], function: str, axis: Axis) -> None:
+def _check_rows(
+    x: Tensor, at: int, rows: Tensor, bounds: tuple[int, int], function: str, axis: Axis
+) -> None:
     if rows.device != x.device:
         given = f"indices are on {rows.device} and x is on {x.device}"
-        raise wrong(ArgumentError, function, axis, given, f"Pass indices on {x.device}.")
+        raise wrong(
+            ArgumentError, function, axis, given, f"Pass indices on {x.device}."
+        )
     low, high = bounds
     if low < 0 or high >= x.shape[at]:
         given = f"indices hold {low if low < 0 else high} but x.shape[{x.dim() + at}] is {x.shape[at]}"
-        raise wrong(ShapeError, function, axis, given, f"Rows are 0 to {x.shape[at] - 1}." if x.shape[at] else "")
+        raise wrong(
+            ShapeError,
+            function,
+            axis,
+            given,
+            f"Rows are 0 to {x.shape[at] - 1}." if x.shape[at] else "",
+        )
 
 
 def _place(axis: Axis) -> tuple[str, int]:
@@ -183,11 +238,19 @@ def _ranks_of(axis_key: str) -> str:
     return Axis.parse(axis_key).group_key
 
 
-def _check_plan(plan: ExchangePlan, recv_sizes: Sequence[int] | None, function: str, axis: Axis) -> None:
+def _check_plan(
+    plan: ExchangePlan, recv_sizes: Sequence[int] | None, function: str, axis: Axis
+) -> None:
     place = _place(axis)
     if plan.place != place:
         given = f"the plan is for index {plan.place[1]} of the ranks {plan.place[0]}"
         right = f"This is index {place[1]} of the ranks {place[0]}: each rank makes its own plan, per axis."
         raise wrong(AxisError, function, axis, given, right)
     if recv_sizes is not None:
-        raise wrong(ShapeError, function, axis, "recv_sizes and a plan are given", "The plan knows recv_sizes.")
+        raise wrong(
+            ShapeError,
+            function,
+            axis,
+            "recv_sizes and a plan are given",
+            "The plan knows recv_sizes.",
+        )

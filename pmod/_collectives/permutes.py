@@ -1,4 +1,6 @@
-"""`ppermute`, `pshift` and `pshuffle`: each rank sends to one rank at most, and receives from one at most."""
+"""`ppermute`, `pshift` and `pshuffle`: each rank sends to one rank at most, and
+receives from one at most.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _send_permute(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 def _inverse(params: Params) -> Params:
     targets, *uneven = params
-    inverse = tuple(targets.index(rank) if rank in targets else -1 for rank in range(len(targets)))
+    inverse = tuple(
+        targets.index(rank) if rank in targets else -1 for rank in range(len(targets))
+    )
     if not uneven:
         return (inverse,)
     dim, held, given = uneven
@@ -56,7 +60,9 @@ def _given(params: Params, xs: Sequence[Tensor], index: int) -> list[list[int]] 
     return [[*x.shape[:dim], given[index], *x.shape[x.dim() + dim + 1 :]] for x in xs]
 
 
-def _but_for_length(params: Params, shape: tuple[int, ...]) -> tuple[Params, tuple[int, ...]]:
+def _but_for_length(
+    params: Params, shape: tuple[int, ...]
+) -> tuple[Params, tuple[int, ...]]:
     """With sizes, the ranks hold different lengths along the dim."""
     if len(params) == 1:
         return params, shape
@@ -64,13 +70,22 @@ def _but_for_length(params: Params, shape: tuple[int, ...]) -> tuple[Params, tup
     return params, (*shape[:at], -1, *shape[at + 1 :])
 
 
-# targets: where each rank's value goes, -1 for nowhere. If the ranks hold different lengths along a dim: that dim, the
-# lengths that they hold, and those that they are given. A rank to which nobody sends keeps its own length (zeros), so
-# that equal sizes change nothing; in the transpose its length is that of what it held
+# targets: where each rank's value goes, -1 for nowhere. If the ranks hold different
+# lengths along a dim: that dim, the lengths that they hold, and those that they are
+# given. A rank to which nobody sends keeps its own length (zeros), so that equal sizes
+# change nothing; in the transpose its length is that of what it held
 PERMUTE = Row(
-    "permute", V, V, _send_permute, flip=_inverse, fused=True, alone=False, agreed=_but_for_length, resized=_given,
+    "permute",
+    V,
+    V,
+    _send_permute,
+    flip=_inverse,
+    fused=True,
+    alone=False,
+    agreed=_but_for_length,
+    resized=_given,
     why="each value's gradient goes back to the rank that it came from",
-)  # fmt: skip
+)
 pair(PERMUTE, PERMUTE)
 
 
@@ -81,10 +96,17 @@ def _stay(function: str, axis: Axis, leaves: list[Any]) -> list[Any]:
 
 
 def _permuted(
-    function: str, x: Tree, axis: Axis, targets: tuple[int, ...], sizes: Sequence[int] | None, dim: int
+    function: str,
+    x: Tree,
+    axis: Axis,
+    targets: tuple[int, ...],
+    sizes: Sequence[int] | None,
+    dim: int,
 ) -> Tree:
     if sizes is not None:
-        return _permuted_uneven(function, x, axis, targets, check_sizes(sizes, function, axis), dim)
+        return _permuted_uneven(
+            function, x, axis, targets, check_sizes(sizes, function, axis), dim
+        )
     if targets == tuple(range(axis.size)):  # nothing moves
         if isinstance(x, Tensor):
             check_tensor(x, function, axis)
@@ -94,17 +116,36 @@ def _permuted(
 
 
 def _permuted_uneven(
-    function: str, tree: Tree, axis: Axis, targets: tuple[int, ...], sizes: tuple[int, ...], dim: int
+    function: str,
+    tree: Tree,
+    axis: Axis,
+    targets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    dim: int,
 ) -> Tree:
-    """Each rank gets the length of the rank that sends to it, or zeros of its own length."""
-    given = tuple([sizes[targets.index(rank) if rank in targets else rank] for rank in range(axis.size)])
+    """Each rank gets the length of the rank that sends to it, or zeros of its own
+    length.
+    """
+    given = tuple(
+        [
+            sizes[targets.index(rank) if rank in targets else rank]
+            for rank in range(axis.size)
+        ]
+    )
 
     def run(leaves: list[Any]) -> list[Any]:
         at: list[int] = []
         for x in leaves:
             check_tensor(x, function, axis)
             at.append(dim_from_end(dim, x, function, axis))
-            check_own_size(x, at[-1], sizes, function, axis, "Pass the length that each rank holds along dim.")
+            check_own_size(
+                x,
+                at[-1],
+                sizes,
+                function,
+                axis,
+                "Pass the length that each rank holds along dim.",
+            )
         if targets == tuple(range(axis.size)):  # nothing moves
             return _stay(function, axis, leaves)
         if len(set(sizes)) == 1:
@@ -113,27 +154,40 @@ def _permuted_uneven(
         out: dict[int, Any] = {}
         for end in sorted(set(at)):
             some = [i for i, one in enumerate(at) if one == end]
-            ys = together(PERMUTE, [leaves[i] for i in some], axis, (targets, end, sizes, given))
+            ys = together(
+                PERMUTE, [leaves[i] for i in some], axis, (targets, end, sizes, given)
+            )
             out.update(zip(some, ys, strict=True))
         return [out[i] for i in range(len(leaves))]
 
     return map_leaves(as_piece(run, function), tree, function, axis)
 
 
-@collective(V, V, transpose="the inverse permutation", value="the value that was sent here, zeros where none was")
+@collective(
+    V,
+    V,
+    transpose="the inverse permutation",
+    value="the value that was sent here, zeros where none was",
+)
 def ppermute(
-    x: Tree, axis: AxisLike, perm: Sequence[tuple[int, int]], *, sizes: Sequence[int] | None = None, dim: int = 0
+    x: Tree,
+    axis: AxisLike,
+    perm: Sequence[tuple[int, int]],
+    *,
+    sizes: Sequence[int] | None = None,
+    dim: int = 0,
 ) -> Tree:
     """Send along (source, target) pairs of indices; zeros where nothing arrives.
 
     V -> V. Transpose: the inverse permutation.
-    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
-    x (..., sizes[i], ...) on rank i -> (..., sizes[s], ...), s being the rank that sends to it; where nothing arrives
-    zeros like x.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that
+    the ranks hold along `dim`: x (..., sizes[i], ...) on rank i -> (..., sizes[s],
+    ...), s being the rank that sends to it; where nothing arrives zeros like x.
     Cost: x sent once; where nothing moves, nothing is sent.
-    Raises: AxisError where an index is outside the axis, or a source or a target comes twice; ShapeError where sizes[i]
-    is not this rank's length.
-    JAX: lax.ppermute, which numbers the ranks of a tuple of axes in mesh order; here the first name is slowest.
+    Raises: AxisError where an index is outside the axis, or a source or a target comes
+    twice; ShapeError where sizes[i] is not this rank's length.
+    JAX: lax.ppermute, which numbers the ranks of a tuple of axes in mesh order; here
+    the first name is slowest.
 
     >>> pmod.simulate(lambda: pmod.ppermute(torch.tensor(1 + pmod.axis_index("model")), "model", [(0, 1)]), model=2)
     [tensor(0), tensor(1)]
@@ -144,20 +198,31 @@ def ppermute(
     [tensor([1, 1]), tensor([0])]
     """
     bound = resolve(axis, "ppermute")
-    return _permuted("ppermute", x, bound, targets_of(perm, "ppermute", bound), sizes, dim)
+    return _permuted(
+        "ppermute", x, bound, targets_of(perm, "ppermute", bound), sizes, dim
+    )
 
 
-@collective(V, V, transpose="the inverse permutation", value="the value of rank `perm[i]`")
+@collective(
+    V, V, transpose="the inverse permutation", value="the value of rank `perm[i]`"
+)
 def pshuffle(
-    x: Tree, axis: AxisLike, perm: Sequence[int], *, sizes: Sequence[int] | None = None, dim: int = 0
+    x: Tree,
+    axis: AxisLike,
+    perm: Sequence[int],
+    *,
+    sizes: Sequence[int] | None = None,
+    dim: int = 0,
 ) -> Tree:
     """Output i comes from input perm[i].
 
     V -> V. Transpose: the inverse permutation.
-    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
-    x (..., sizes[i], ...) -> (..., sizes[perm[i]], ...) on rank i.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that
+    the ranks hold along `dim`: x (..., sizes[i], ...) -> (..., sizes[perm[i]], ...) on
+    rank i.
     Cost: x sent once; where nothing moves, nothing is sent.
-    Raises: AxisError where perm is no permutation; ShapeError where sizes[i] is not this rank's length.
+    Raises: AxisError where perm is no permutation; ShapeError where sizes[i] is not
+    this rank's length.
     JAX: lax.pshuffle.
 
     >>> pmod.simulate(lambda: pmod.pshuffle(torch.tensor(pmod.axis_index("x")), "x", [2, 0, 1]), x=3)
@@ -165,11 +230,17 @@ def pshuffle(
     """
     bound = resolve(axis, "pshuffle")
     sources = check_permutation(perm, "pshuffle", bound)
-    targets = sources if bound.size == 1 else tuple([sources.index(rank) for rank in range(bound.size)])
+    targets = (
+        sources
+        if bound.size == 1
+        else tuple([sources.index(rank) for rank in range(bound.size)])
+    )
     return _permuted("pshuffle", x, bound, targets, sizes, dim)
 
 
-@collective(V, V, transpose="the shift back", value="the value of the rank `offset` before")
+@collective(
+    V, V, transpose="the shift back", value="the value of the rank `offset` before"
+)
 def pshift(
     x: Tree,
     axis: AxisLike,
@@ -179,14 +250,17 @@ def pshift(
     sizes: Sequence[int] | None = None,
     dim: int = 0,
 ) -> Tree:
-    """The value of the rank `offset` before: a step of a ring. Without wrap, zeros where nothing arrives.
+    """The value of the rank `offset` before: a step of a ring. Without wrap, zeros
+    where nothing arrives.
 
     V -> V. Transpose: the shift back.
-    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that the ranks hold along `dim`:
-    x (..., sizes[i], ...) on rank i -> (..., sizes[i - offset], ...); where nothing arrives zeros like x. A ring's next
-    step has these lengths: `sizes` shifted as the shards were.
+    Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that
+    the ranks hold along `dim`: x (..., sizes[i], ...) on rank i -> (..., sizes[i -
+    offset], ...); where nothing arrives zeros like x. A ring's next step has these
+    lengths: `sizes` shifted as the shards were.
     Cost: x sent once.
-    Raises: AxisError where offset is no int; ShapeError where sizes[i] is not this rank's length.
+    Raises: AxisError where offset is no int; ShapeError where sizes[i] is not this
+    rank's length.
 
     >>> pmod.simulate(lambda: pmod.pshift(torch.tensor(pmod.axis_index("x")), "x"), x=3)
     [tensor(2), tensor(0), tensor(1)]
@@ -197,7 +271,14 @@ def pshift(
     check_flag(wrap, "pshift", "wrap")
     steps = as_int(offset)
     if steps is None:
-        raise wrong(AxisError, "pshift", bound, f"offset is {quoted(offset)}", "Pass an int.")
+        raise wrong(
+            AxisError, "pshift", bound, f"offset is {quoted(offset)}", "Pass an int."
+        )
     n = bound.size
-    targets = tuple([(rank + steps) % n if wrap or 0 <= rank + steps < n else -1 for rank in range(n)])
+    targets = tuple(
+        [
+            (rank + steps) % n if wrap or 0 <= rank + steps < n else -1
+            for rank in range(n)
+        ]
+    )
     return _permuted("pshift", x, bound, targets, sizes, dim)

@@ -18,10 +18,12 @@ from pmod._wire.board import Said, code_of
 
 
 def axis_index(axis: AxisLike) -> int:
-    """This rank's index along the axis; of a tuple, in the flattened group (first name slowest).
+    """This rank's index along the axis; of a tuple, in the flattened group (first name
+    slowest).
 
     A Python int, also in compiled code. JAX: lax.axis_index, which is traced.
-    Raises: AxisError for an axis that the mesh lacks; NoMeshError where a name is given and no mesh is set.
+    Raises: AxisError for an axis that the mesh lacks; NoMeshError where a name is given
+    and no mesh is set.
 
     >>> pmod.simulate(lambda: pmod.axis_index(("data", "model")), data=2, model=2)
     [0, 1, 2, 3]
@@ -53,7 +55,13 @@ def barrier(axis: AxisLike) -> None:
     >>> pmod.barrier(mesh["model"])
     """
     if torch.compiler.is_compiling():
-        raise PmodError(phrase("barrier", "it is called in compiled code", "Call it outside the compiled function."))
+        raise PmodError(
+            phrase(
+                "barrier",
+                "it is called in compiled code",
+                "Call it outside the compiled function.",
+            )
+        )
     bound = resolve(axis, "barrier")
     with told(Call(_BARRIER, bound, ()), [], origin()):
         said = Said("barrier", code_of("barrier"), otherwise="nothing")

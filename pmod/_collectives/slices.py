@@ -1,7 +1,8 @@
-"""The rows of the derivative table that cut and join along a dim, each pair right above its public functions.
+"""The rows of the derivative table that cut and join along a dim, each pair right above
+its public functions.
 
-Dims are counted from the end inside, so that a leading vmap dim changes nothing. Sizes are lengths along the dim, one
-per rank; None stands for equal parts.
+Dims are counted from the end inside, so that a leading vmap dim changes nothing. Sizes
+are lengths along the dim, one per rank; None stands for equal parts.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def _unit(x: Tensor, dim: int) -> int:
     return math.prod(size for i, size in enumerate(x.shape) if i != x.dim() + dim)
 
 
-def _lengths(sizes: tuple[int, ...] | None, each_one: int, wire: Wire) -> tuple[int, ...]:
+def _lengths(
+    sizes: tuple[int, ...] | None, each_one: int, wire: Wire
+) -> tuple[int, ...]:
     return (each_one,) * wire.size if sizes is None else sizes
 
 
@@ -58,7 +61,9 @@ def _join(flat: Tensor, shapes: Sequence[Sequence[int]], dim: int) -> Tensor:
     if dim == -len(shapes[0]):
         return flat.view(sum(shape[dim] for shape in shapes), *shapes[0][1:])
     parts = flat.split([math.prod(shape) for shape in shapes])
-    return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
+    return torch.cat(
+        [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim
+    )
 
 
 def _with_length(shape: Sequence[int], dim: int, length: int) -> list[int]:
@@ -67,9 +72,13 @@ def _with_length(shape: Sequence[int], dim: int, length: int) -> list[int]:
     return out
 
 
-def _but_for_dim(params: Params, shape: tuple[int, ...]) -> tuple[Params, tuple[int, ...]]:
+def _but_for_dim(
+    params: Params, shape: tuple[int, ...]
+) -> tuple[Params, tuple[int, ...]]:
     """Shards may differ in length along the dim where there are sizes."""
-    return params, shape if params[1] is None else tuple(_with_length(shape, params[0], -1))
+    return params, shape if params[1] is None else tuple(
+        _with_length(shape, params[0], -1)
+    )
 
 
 def _send_all_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
@@ -77,7 +86,11 @@ def _send_all_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
     lengths = _lengths(sizes, x.shape[dim], wire)
     unit = _unit(x, dim)
     sent = wire.all_gather(x.reshape(-1), [unit * length for length in lengths])
-    return sent.then(lambda y: _join(y, [_with_length(x.shape, dim, length) for length in lengths], dim))
+    return sent.then(
+        lambda y: _join(
+            y, [_with_length(x.shape, dim, length) for length in lengths], dim
+        )
+    )
 
 
 def _send_psum_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
@@ -87,33 +100,59 @@ def _send_psum_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
     shape = _with_length(x.shape, dim, lengths[wire.index])
 
     def send(y: Tensor, scale: int) -> Sent:
-        return wire.reduce_scatter(y, [scale * unit * length for length in lengths], accumulator(y.dtype, asked))
+        return wire.reduce_scatter(
+            y,
+            [scale * unit * length for length in lengths],
+            accumulator(y.dtype, asked),
+        )
 
     return real_sum(_blocks(x, dim, lengths), send).then(lambda y: y.view(shape))
 
 
 ALL_GATHER, PSUM_SCATTER = pair(
     Row(
-        "all_gather", V, V, _send_all_gather, agreed=_but_for_dim,
+        "all_gather",
+        V,
+        V,
+        _send_all_gather,
+        agreed=_but_for_dim,
         why="each slice of the sum stands on one rank: its gradient goes to all that added to it",
     ),
     Row(
-        "psum_scatter", V, V, _send_psum_scatter,
+        "psum_scatter",
+        V,
+        V,
+        _send_psum_scatter,
         why="every rank used the slice of every other: what they send back of it adds up at its owner",
     ),
 )
 
 
-@collective(V, V, transpose="psum_scatter", value="the shards joined along dim; stacked with `tiled=False`")
+@collective(
+    V,
+    V,
+    transpose="psum_scatter",
+    value="the shards joined along dim; stacked with `tiled=False`",
+)
 def all_gather(
-    x: Tree, axis: AxisLike, *, dim: int = 0, tiled: bool = True, reduce_dtype: torch.dtype | None = None
+    x: Tree,
+    axis: AxisLike,
+    *,
+    dim: int = 0,
+    tiled: bool = True,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
-    """The shards of all ranks joined along `dim`, on every rank, which goes on with them in its own way.
+    """The shards of all ranks joined along `dim`, on every rank, which goes on with
+    them in its own way.
 
-    V -> V. Transpose: psum_scatter. `unshard` is the V -> I form, for a whole that all ranks use alike.
-    Shapes, n the axis size: x (..., k, ...) -> (..., n*k, ...); tiled=False stacks, x (...) -> (..., n, ...).
-    Cost: x sent to every other rank. reduce_dtype: what 16-bit gradients add up in, float32 by default.
-    Raises: ShapeError where x has no such dim. JAX: lax.all_gather, where tiled defaults to False.
+    V -> V. Transpose: psum_scatter. `unshard` is the V -> I form, for a whole that all
+    ranks use alike.
+    Shapes, n the axis size: x (..., k, ...) -> (..., n*k, ...); tiled=False stacks, x
+    (...) -> (..., n, ...).
+    Cost: x sent to every other rank. reduce_dtype: what 16-bit gradients add up in,
+    float32 by default.
+    Raises: ShapeError where x has no such dim. JAX: lax.all_gather, where tiled
+    defaults to False.
 
     >>> pmod.simulate(lambda: pmod.all_gather(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
     [tensor([1., 0., 1., 1.]), tensor([1., 0., 1., 1.])]
@@ -123,7 +162,10 @@ def all_gather(
     asked = accumulate_in(reduce_dtype, "all_gather", bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
-        extra, no_dims = (0 if tiled else 1), "Pass tiled=False, or a tensor with a dim."
+        extra, no_dims = (
+            (0 if tiled else 1),
+            "Pass tiled=False, or a tensor with a dim.",
+        )
         at = dim_from_end(dim, x, "all_gather", bound, extra=extra, no_dims=no_dims)
         return (x if tiled else x.unsqueeze(at)), (at, None, asked)
 
@@ -132,13 +174,20 @@ def all_gather(
 
 @collective(V, V, transpose="all_gather", value="this rank's slice of the sum")
 def psum_scatter(
-    x: Tree, axis: AxisLike, *, dim: int = 0, tiled: bool = True, reduce_dtype: torch.dtype | None = None
+    x: Tree,
+    axis: AxisLike,
+    *,
+    dim: int = 0,
+    tiled: bool = True,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
     """Sum over the axis, keeping this rank's slice.
 
     V -> V. Transpose: all_gather.
-    Shapes: x (..., n*k, ...) -> (..., k, ...), n the axis size; tiled=False: x (..., n, ...) -> (...).
-    Cost: (n-1)/n of x sent per rank. 16-bit floats add up in float32 unless reduce_dtype says otherwise.
+    Shapes: x (..., n*k, ...) -> (..., k, ...), n the axis size; tiled=False: x (..., n,
+    ...) -> (...).
+    Cost: (n-1)/n of x sent per rank. 16-bit floats add up in float32 unless
+    reduce_dtype says otherwise.
     Raises: ShapeError where dim does not divide by n; ArgumentError for bool.
     JAX: lax.psum_scatter, where tiled defaults to False.
 
@@ -152,18 +201,32 @@ def psum_scatter(
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
         check_sum(x, "psum_scatter", bound)
         at = dim_from_end(dim, x, "psum_scatter", bound)
-        _check_divides(x, at, "psum_scatter", bound) if tiled else _check_one_each(x, at, "psum_scatter", bound)
+        _check_divides(x, at, "psum_scatter", bound) if tiled else _check_one_each(
+            x, at, "psum_scatter", bound
+        )
         return x, (at, None, asked)
 
     y = each(PSUM_SCATTER, x, bound, "psum_scatter", prepare)
-    return y if tiled else map_leaves(lambda ys: [y.squeeze(dim) for y in ys], y, "psum_scatter", bound)
+    return (
+        y
+        if tiled
+        else map_leaves(
+            lambda ys: [y.squeeze(dim) for y in ys], y, "psum_scatter", bound
+        )
+    )
 
 
-def _check_divides(x: Tensor, at: int, function: str, axis: Axis, *, right: str = "", name: str = "dim") -> None:
+def _check_divides(
+    x: Tensor, at: int, function: str, axis: Axis, *, right: str = "", name: str = "dim"
+) -> None:
     if axis.size > 1 and x.size(at) % axis.size:
         place = x.dim() + at
-        given = f"x.shape[{place}] is {x.shape[at]}, which does not divide by {axis.size}"
-        default = f"Pad x, or choose a {name} whose length is a multiple of {axis.size}."
+        given = (
+            f"x.shape[{place}] is {x.shape[at]}, which does not divide by {axis.size}"
+        )
+        default = (
+            f"Pad x, or choose a {name} whose length is a multiple of {axis.size}."
+        )
         right = right.format(sizes=shares(int(x.shape[at]), axis))
         raise wrong(ShapeError, function, axis, given, right or default)
 
@@ -171,7 +234,13 @@ def _check_divides(x: Tensor, at: int, function: str, axis: Axis, *, right: str 
 def _check_one_each(x: Tensor, at: int, function: str, axis: Axis) -> None:
     if x.shape[at] != axis.size:
         given = f"tiled=False and x.shape[{x.dim() + at}] is {x.shape[at]}"
-        raise wrong(ShapeError, function, axis, given, f"It must be the axis size, {axis.size}; or pass tiled=True.")
+        raise wrong(
+            ShapeError,
+            function,
+            axis,
+            given,
+            f"It must be the axis size, {axis.size}; or pass tiled=True.",
+        )
 
 
 def _send_shard(x: Tensor, wire: Wire, params: Params) -> Tensor:
@@ -182,25 +251,37 @@ def _send_shard(x: Tensor, wire: Wire, params: Params) -> Tensor:
 
 SHARD, UNSHARD = pair(
     Row(
-        "shard", I, V, _send_shard, local=True,
+        "shard",
+        I,
+        V,
+        _send_shard,
+        local=True,
         why="the result is one value, whose gradient is on every rank already: each keeps its slice",
     ),
     Row(
-        "unshard", V, I, _send_all_gather, agreed=_but_for_dim,
+        "unshard",
+        V,
+        I,
+        _send_all_gather,
+        agreed=_but_for_dim,
         why="each rank has the gradient of its slice of one value, which all hold",
     ),
 )
 
 
 @collective(I, V, transpose="unshard", value="this rank's slice")
-def shard(x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None = None) -> Tree:
+def shard(
+    x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None = None
+) -> Tree:
     """This rank's slice of an invariant tensor.
 
     I -> V. Transpose: unshard.
-    Shapes: x (..., m, ...) -> (..., sizes[i], ...) on rank i; without sizes, `split_sizes(m, n)`: ceil(m / n) each, the
-    last ones shorter or empty, as torch.chunk and DTensor cut; over several axes, along one after the other. The result
-    may share storage with x.
-    Cost: nothing forward; backward joins the slices. Raises: ShapeError where sizes do not add up to m.
+    Shapes: x (..., m, ...) -> (..., sizes[i], ...) on rank i; without sizes,
+    `split_sizes(m, n)`: ceil(m / n) each, the last ones shorter or empty, as
+    torch.chunk and DTensor cut; over several axes, along one after the other. The
+    result may share storage with x.
+    Cost: nothing forward; backward joins the slices. Raises: ShapeError where sizes do
+    not add up to m.
 
     >>> pmod.simulate(lambda: pmod.shard(torch.arange(3), "model"), model=2)
     [tensor([0, 1]), tensor([2])]
@@ -219,32 +300,50 @@ def shard(x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None 
 
 def _uneven(length: int, axis: Axis) -> tuple[int, ...] | None:
     """The sizes of an even split, None where all are equal."""
-    return None if axis.size == 1 or length % axis.size == 0 else shares(int(length), axis)
+    return (
+        None if axis.size == 1 or length % axis.size == 0 else shares(int(length), axis)
+    )
 
 
 @collective(V, I, transpose="shard", value="the slices joined, as one value")
 def unshard(
-    x: Tree, axis: AxisLike, *, dim: int = 0, sizes: Sequence[int] | None = None, length: int | None = None
+    x: Tree,
+    axis: AxisLike,
+    *,
+    dim: int = 0,
+    sizes: Sequence[int] | None = None,
+    length: int | None = None,
 ) -> Tree:
-    """The slices of all ranks joined along `dim` into one whole, which all ranks hold and use alike.
+    """The slices of all ranks joined along `dim` into one whole, which all ranks hold
+    and use alike.
 
-    V -> I. Transpose: shard. `all_gather` is the V -> V form, for shards that each rank then uses in its own way.
-    Shapes: x (..., sizes[i], ...) on rank i -> (..., sum(sizes), ...); with length, sizes are `split_sizes(length, n)`;
-    with neither, all slices are equally long.
-    Cost: x sent to every other rank. Raises: ShapeError where x has not this rank's size.
+    V -> I. Transpose: shard. `all_gather` is the V -> V form, for shards that each rank
+    then uses in its own way.
+    Shapes: x (..., sizes[i], ...) on rank i -> (..., sum(sizes), ...); with length,
+    sizes are `split_sizes(length, n)`; with neither, all slices are equally long.
+    Cost: x sent to every other rank. Raises: ShapeError where x has not this rank's
+    size.
 
     >>> pmod.simulate(lambda: pmod.unshard(pmod.shard(torch.arange(3), "model"), "model", length=3), model=2)
     [tensor([0, 1, 2]), tensor([0, 1, 2])]
     """
     bound = resolve(axis, "unshard")
     if sizes is not None and length is not None:
-        raise wrong(ShapeError, "unshard", bound, "sizes and length are given", "Pass one of them.")
+        raise wrong(
+            ShapeError,
+            "unshard",
+            bound,
+            "sizes and length are given",
+            "Pass one of them.",
+        )
     given = None if sizes is None else check_sizes(sizes, "unshard", bound)
     if length is not None:
         whole = as_int(length)
         if whole is None or whole < 0:
             right = "Pass the whole length, 0 or more."
-            raise wrong(ShapeError, "unshard", bound, f"length is {quoted(length)}", right)
+            raise wrong(
+                ShapeError, "unshard", bound, f"length is {quoted(length)}", right
+            )
         given = shares(whole, bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
@@ -263,7 +362,11 @@ def _send_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
     send = [x.numel() if rank == root else 0 for rank in range(wire.size)]
     lengths = sizes if wire.index == root else (0,) * wire.size
     sent = wire.all_to_all(x.reshape(-1), send, [unit * length for length in lengths])
-    return sent.then(lambda y: _join(y, [_with_length(x.shape, dim, length) for length in lengths], dim))
+    return sent.then(
+        lambda y: _join(
+            y, [_with_length(x.shape, dim, length) for length in lengths], dim
+        )
+    )
 
 
 def _send_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
@@ -272,28 +375,43 @@ def _send_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
     lengths = sizes if wire.index == root else (0,) * wire.size
     mine = sizes[wire.index]
     recv = [unit * mine if rank == root else 0 for rank in range(wire.size)]
-    sent = wire.all_to_all(_blocks(x, dim, lengths), [unit * length for length in lengths], recv)
+    sent = wire.all_to_all(
+        _blocks(x, dim, lengths), [unit * length for length in lengths], recv
+    )
     return sent.then(lambda y: y.view(_with_length(x.shape, dim, mine)))
 
 
 GATHER, SCATTER = pair(
     Row(
-        "gather", V, V, _send_gather, agreed=_but_for_dim,
+        "gather",
+        V,
+        V,
+        _send_gather,
+        agreed=_but_for_dim,
         why="each rank has the gradient of its slice, which came from one rank",
     ),
     Row(
-        "scatter", V, V, _send_scatter, agreed=_but_for_dim,
+        "scatter",
+        V,
+        V,
+        _send_scatter,
+        agreed=_but_for_dim,
         why="one rank has the gradient of the whole: each slice's goes back to its rank",
     ),
 )
 
 
-@collective(V, V, transpose="scatter", value="the shards joined on dst, nothing elsewhere")
+@collective(
+    V, V, transpose="scatter", value="the shards joined on dst, nothing elsewhere"
+)
 def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
-    """The shards of all ranks joined along `dim` on dst; elsewhere a tensor of length 0 along `dim`.
+    """The shards of all ranks joined along `dim` on dst; elsewhere a tensor of length 0
+    along `dim`.
 
-    V -> V. Transpose: scatter. Shapes: x (..., k, ...) -> (..., n*k, ...) on dst, (..., 0, ...) elsewhere.
-    Cost: x sent to dst. Raises: ShapeError where x has no such dim; AxisError where dst is no index along the axis.
+    V -> V. Transpose: scatter. Shapes: x (..., k, ...) -> (..., n*k, ...) on dst, (...,
+    0, ...) elsewhere.
+    Cost: x sent to dst. Raises: ShapeError where x has no such dim; AxisError where dst
+    is no index along the axis.
 
     >>> pmod.simulate(lambda: pmod.gather(torch.tensor([pmod.axis_index("model")]), "model"), model=2)
     [tensor([0, 1]), tensor([], dtype=torch.int64)]
@@ -309,14 +427,23 @@ def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
 
 
 @collective(V, V, transpose="gather", value="this rank's slice of src's tensor")
-def scatter(x: Tree, axis: AxisLike, *, dim: int = 0, src: int = 0, sizes: Sequence[int] | None = None) -> Tree:
+def scatter(
+    x: Tree,
+    axis: AxisLike,
+    *,
+    dim: int = 0,
+    src: int = 0,
+    sizes: Sequence[int] | None = None,
+) -> Tree:
     """This rank's slice of src's tensor.
 
-    V -> V. Transpose: gather. Off src, x is a placeholder of src's shape (with sizes, of any length along `dim`): its
-    values are not read, and its gradient is zeros of its own shape.
-    Shapes: x (..., m, ...) -> (..., sizes[i], ...) on rank i; without sizes, equal parts.
-    Cost: src sends (n-1)/n of x. Raises: ShapeError where dim does not divide by n or sizes do not add up to src's
-    length; AxisError where src is no index along the axis.
+    V -> V. Transpose: gather. Off src, x is a placeholder of src's shape (with sizes,
+    of any length along `dim`): its values are not read, and its gradient is zeros of
+    its own shape.
+    Shapes: x (..., m, ...) -> (..., sizes[i], ...) on rank i; without sizes, equal
+    parts.
+    Cost: src sends (n-1)/n of x. Raises: ShapeError where dim does not divide by n or
+    sizes do not add up to src's length; AxisError where src is no index along the axis.
 
     >>> pmod.simulate(lambda: pmod.scatter(torch.arange(4) * (1 - pmod.axis_index("model")), "model"), model=2)
     [tensor([0, 1]), tensor([2, 3])]
@@ -332,7 +459,11 @@ def scatter(x: Tree, axis: AxisLike, *, dim: int = 0, src: int = 0, sizes: Seque
         elif bound.index == root:
             check_adds_up(x, at, given, "scatter", bound)
         parts = given or (int(x.shape[at]) // bound.size,) * bound.size
-        return (x if bound.index == root or bound.size == 1 else x.narrow(at, 0, 0)), (at, parts, root)
+        return (x if bound.index == root or bound.size == 1 else x.narrow(at, 0, 0)), (
+            at,
+            parts,
+            root,
+        )
 
     return each(SCATTER, x, bound, "scatter", prepare)
 
@@ -349,7 +480,9 @@ def _send_all_to_all(x: Tensor, wire: Wire, params: Params) -> Sent:
         into = _lengths(concat_sizes, x.shape[concat_dim], wire)
         shape = _with_length(x.shape, split_dim, mine)
         shapes = [_with_length(shape, concat_dim, length) for length in into]
-    sent = wire.all_to_all(_blocks(x, split_dim, out), sending, [math.prod(shape) for shape in shapes])
+    sent = wire.all_to_all(
+        _blocks(x, split_dim, out), sending, [math.prod(shape) for shape in shapes]
+    )
     return sent.then(lambda y: _join(y, shapes, concat_dim))
 
 
@@ -358,8 +491,12 @@ def _swap(params: Params) -> Params:
     return concat_dim, split_dim, concat_sizes, split_sizes_
 
 
-def _but_for_sizes(params: Params, shape: tuple[int, ...]) -> tuple[Params, tuple[int, ...]]:
-    """Along one dim each rank has sizes of its own; from dim to dim all ranks have the same."""
+def _but_for_sizes(
+    params: Params, shape: tuple[int, ...]
+) -> tuple[Params, tuple[int, ...]]:
+    """Along one dim each rank has sizes of its own; from dim to dim all ranks have the
+    same.
+    """
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     if concat_sizes is not None:
         shape = tuple(_with_length(shape, concat_dim, -1))
@@ -370,8 +507,12 @@ def _but_for_sizes(params: Params, shape: tuple[int, ...]) -> tuple[Params, tupl
     return (split_dim, concat_dim, split_sizes_ is None, concat_sizes is None), shape
 
 
-def lengths_exchanged(params: Params, length: int, axis: Axis) -> tuple[Sequence[int], Sequence[int]] | None:
-    """What a rank sends to each and expects of each along one dim; None where all ranks have the same sizes."""
+def lengths_exchanged(
+    params: Params, length: int, axis: Axis
+) -> tuple[Sequence[int], Sequence[int]] | None:
+    """What a rank sends to each and expects of each along one dim; None where all ranks
+    have the same sizes.
+    """
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     if split_dim != concat_dim or (split_sizes_ is None and concat_sizes is None):
         return None
@@ -380,13 +521,20 @@ def lengths_exchanged(params: Params, length: int, axis: Axis) -> tuple[Sequence
 
 
 ALL_TO_ALL = Row(
-    "all_to_all", V, V, _send_all_to_all, flip=_swap, agreed=_but_for_sizes,
+    "all_to_all",
+    V,
+    V,
+    _send_all_to_all,
+    flip=_swap,
+    agreed=_but_for_sizes,
     why="the gradient of each part goes back to the rank that it came from",
-)  # fmt: skip
+)
 pair(ALL_TO_ALL, ALL_TO_ALL)
 
 
-@collective(V, V, transpose="itself, dims and sizes swapped", value="a transpose across ranks")
+@collective(
+    V, V, transpose="itself, dims and sizes swapped", value="a transpose across ranks"
+)
 def all_to_all(
     x: Tree,
     axis: AxisLike,
@@ -397,13 +545,16 @@ def all_to_all(
     split_sizes: Sequence[int] | None = None,
     concat_sizes: Sequence[int] | None = None,
 ) -> Tree:
-    """Cut x along split_dim, part j to rank j; join what arrives along concat_dim: a transpose across ranks.
+    """Cut x along split_dim, part j to rank j; join what arrives along concat_dim: a
+    transpose across ranks.
 
     V -> V. Transpose: itself, dims and sizes swapped.
-    Shapes, n the axis size: tiled, split_dim n*k -> k and concat_dim m -> n*m. tiled=False: split_dim has length n and
-    is removed, a dim of length n is inserted at concat_dim of the result. With sizes (tiled only), parts are uneven:
-    split_sizes are the lengths of the parts, part j to rank j; concat_sizes the lengths that the ranks hold along
-    concat_dim. Where the two dims are the same, they are the lengths sent and received.
+    Shapes, n the axis size: tiled, split_dim n*k -> k and concat_dim m -> n*m.
+    tiled=False: split_dim has length n and is removed, a dim of length n is inserted at
+    concat_dim of the result. With sizes (tiled only), parts are uneven: split_sizes are
+    the lengths of the parts, part j to rank j; concat_sizes the lengths that the ranks
+    hold along concat_dim. Where the two dims are the same, they are the lengths sent
+    and received.
     Cost: (n-1)/n of x sent per rank.
     Raises: ShapeError where split_dim does not divide by n or sizes do not fit.
     JAX: lax.all_to_all, where tiled defaults to False.
@@ -416,16 +567,32 @@ def all_to_all(
     check_flag(tiled, "all_to_all", "tiled")
     if not tiled:
         if split_sizes is not None or concat_sizes is not None:
-            raise wrong(ShapeError, "all_to_all", bound, "tiled=False and sizes are given", "Sizes need tiled=True.")
+            raise wrong(
+                ShapeError,
+                "all_to_all",
+                bound,
+                "tiled=False and sizes are given",
+                "Sizes need tiled=True.",
+            )
         return _untiled_all_to_all(x, bound, split_dim, concat_dim)
-    sent = None if split_sizes is None else check_sizes(split_sizes, "all_to_all", bound, name="split_sizes")
-    held = None if concat_sizes is None else check_sizes(concat_sizes, "all_to_all", bound, name="concat_sizes")
+    sent = (
+        None
+        if split_sizes is None
+        else check_sizes(split_sizes, "all_to_all", bound, name="split_sizes")
+    )
+    held = (
+        None
+        if concat_sizes is None
+        else check_sizes(concat_sizes, "all_to_all", bound, name="concat_sizes")
+    )
 
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
         cut = dim_from_end(split_dim, x, "all_to_all", bound, name="split_dim")
         joined = dim_from_end(concat_dim, x, "all_to_all", bound, name="concat_dim")
         if sent is None:
-            _check_divides(x, cut, "all_to_all", bound, right="Pass split_sizes for uneven parts.")
+            _check_divides(
+                x, cut, "all_to_all", bound, right="Pass split_sizes for uneven parts."
+            )
         else:
             check_adds_up(x, cut, sent, "all_to_all", bound, "split_sizes")
         if held is not None:
@@ -439,11 +606,18 @@ def all_to_all(
 def _check_held(held: tuple[int, ...], own: int, axis: Axis) -> None:
     if held[axis.index] != own:
         given = f"concat_sizes[{axis.index}] is {held[axis.index]} but this rank holds {own} along concat_dim"
-        raise wrong(ShapeError, "all_to_all", axis, given, "Pass the length that each rank holds.")
+        raise wrong(
+            ShapeError,
+            "all_to_all",
+            axis,
+            given,
+            "Pass the length that each rank holds.",
+        )
 
 
 def _untiled_all_to_all(x: Tree, axis: Axis, split_dim: int, concat_dim: int) -> Tree:
-    # with the dim of length n in front, blocks of one row are exchanged; the dim then moves where it was asked for
+    # with the dim of length n in front, blocks of one row are exchanged; the dim then
+    # moves where it was asked for
     def prepare(x: Tensor) -> tuple[Tensor, Params]:
         cut = dim_from_end(split_dim, x, "all_to_all", axis, name="split_dim")
         dim_from_end(concat_dim, x, "all_to_all", axis, name="concat_dim")
@@ -451,4 +625,6 @@ def _untiled_all_to_all(x: Tree, axis: Axis, split_dim: int, concat_dim: int) ->
         return x.movedim(cut, 0), (-x.dim(), -x.dim(), None, None)
 
     rows = each(ALL_TO_ALL, x, axis, "all_to_all", prepare)
-    return map_leaves(lambda ys: [y.movedim(0, concat_dim) for y in ys], rows, "all_to_all", axis)
+    return map_leaves(
+        lambda ys: [y.movedim(0, concat_dim) for y in ys], rows, "all_to_all", axis
+    )

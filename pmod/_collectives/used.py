@@ -1,4 +1,6 @@
-"""`pvary` of many tensors at once, in whose backward every rank takes part, and which knows what no rank used."""
+"""`pvary` of many tensors at once, in whose backward every rank takes part, and which
+knows what no rank used.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from pmod._torch import are_transforms_active, is_wrapped, older_vmap_level
 
 
 class Idle:
-    """What no rank used in the last backward pass: the next one sends nothing of it, unless a rank uses it again.
+    """What no rank used in the last backward pass: the next one sends nothing of it,
+    unless a rank uses it again.
 
     The ranks agree on it: each learns it from a sum over all of them.
     """
@@ -36,11 +39,14 @@ class Idle:
         self._places[key] = places
 
 
-def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle) -> tuple[list[Tensor], list[Tensor]]:
-    """Copies, and empty tensors from which backward comes to the nodes of the copies: one for each dtype and device.
+def pvary_used(
+    xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies, and empty tensors from which backward comes to the nodes of the copies:
+    one for each dtype and device.
 
-    A vector travels along, which says in backward which copies a rank used. What no rank used gets no gradient, and
-    from the next pass on is not sent.
+    A vector travels along, which says in backward which copies a rank used. What no
+    rank used gets no gradient, and from the next pass on is not sent.
     """
     copies, links = list(xs), list[Tensor]()
     for places in alike(xs):
@@ -51,10 +57,16 @@ def pvary_used(xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle) -> t
     return copies, links
 
 
-def _of_one_kind(xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle) -> tuple[list[Tensor], Tensor]:
-    flags = torch.zeros(len(xs), dtype=xs[0].dtype, device=xs[0].device, requires_grad=True)
+def _of_one_kind(
+    xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle
+) -> tuple[list[Tensor], Tensor]:
+    flags = torch.zeros(
+        len(xs), dtype=xs[0].dtype, device=xs[0].device, requires_grad=True
+    )
     call = Call(PVARY, axis, (1, None))
-    *copies, counts = called_as(function, together, call.row, [*xs, flags], axis, call.params)
+    *copies, counts = called_as(
+        function, together, call.row, [*xs, flags], axis, call.params
+    )
     node: Any = counts.grad_fn
     if node is not None and not are_transforms_active():
         node.set_materialize_grads(False)  # None stands for what is unused here
@@ -63,31 +75,50 @@ def _of_one_kind(xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle) ->
 
 
 class _Sums:
-    """What backward of one node does: the sums over the ranks, but for what no rank used."""
+    """What backward of one node does: the sums over the ranks, but for what no rank
+    used.
+    """
 
-    def __init__(self, xs: Sequence[Tensor], call: Call, function: str, idle: Idle) -> None:
-        self._shapes = [*[x.shape for x in xs], torch.Size([len(xs)])]  # and of the flags
+    def __init__(
+        self, xs: Sequence[Tensor], call: Call, function: str, idle: Idle
+    ) -> None:
+        self._shapes = [
+            *[x.shape for x in xs],
+            torch.Size([len(xs)]),
+        ]  # and of the flags
         self._dtype, self._device = xs[0].dtype, xs[0].device
         self._call, self._function = call, function
-        self._idle, self._key = idle, (call.axis.key, self._dtype, self._device, *self._shapes)
+        self._idle, self._key = (
+            idle,
+            (call.axis.key, self._dtype, self._device, *self._shapes),
+        )
 
     def __call__(
-        self, gradients: Sequence[Tensor | None], needed: Sequence[bool], forward: Origin
+        self,
+        gradients: Sequence[Tensor | None],
+        needed: Sequence[bool],
+        forward: Origin,
     ) -> list[Tensor | None]:
         flags = len(self._shapes) - 1
         asked = gradients[flags] is not None and not _is_batched(gradients)
         if not asked:
             return self._summed(dict(enumerate(gradients)), needed, forward)
         sent = dict(enumerate(gradients))
-        sent[flags] = self._new([float(gradient is not None) for gradient in gradients[:flags]])
+        sent[flags] = self._new(
+            [float(gradient is not None) for gradient in gradients[:flags]]
+        )
         idle = self._idle.among(self._key)
         kept_back = {i: sent.pop(i) for i in sorted(idle)}
         sums = self._summed(sent, needed, forward)
         counts = sums[flags]
-        if counts is None:  # nobody asked for the flags: of what was kept back, all is used
+        if (
+            counts is None
+        ):  # nobody asked for the flags: of what was kept back, all is used
             idle = frozenset[int]()
         elif kept_back or any(gradient is None for gradient in gradients):
-            users: list[float] = counts.detach().real.tolist()  # waits for the device, only where it must
+            users: list[float] = (
+                counts.detach().real.tolist()
+            )  # waits for the device, only where it must
             idle = frozenset([i for i in range(flags) if users[i] == 0])
             self._idle.note(self._key, idle)
         else:  # what is used here is idle nowhere, as the other ranks hear
@@ -99,11 +130,20 @@ class _Sums:
         return [None if i in idle else y for i, y in enumerate(sums)]
 
     def _summed(
-        self, gradients: dict[int, Tensor | None], needed: Sequence[bool], forward: Origin
+        self,
+        gradients: dict[int, Tensor | None],
+        needed: Sequence[bool],
+        forward: Origin,
     ) -> list[Tensor | None]:
         """The sums of these gradients, by their places."""
         places = [i for i in gradients if needed[i]]
-        own = transposed(self._call, [self._zeros_for(i, gradients[i]) for i in places], forward) if places else []
+        own = (
+            transposed(
+                self._call, [self._zeros_for(i, gradients[i]) for i in places], forward
+            )
+            if places
+            else []
+        )
         sums = dict(zip(places, own, strict=True))
         return [sums.get(i) for i in range(len(self._shapes))]
 
@@ -123,5 +163,7 @@ def _is_batched(xs: Sequence[Tensor | None]) -> bool:
 
 
 def linked(y: Tensor, links: Sequence[Tensor]) -> Tensor:
-    """y, from which backward comes to the links: the difference keeps the sign of a zero."""
+    """y, from which backward comes to the links: the difference keeps the sign of a
+    zero.
+    """
     return y - torch.stack([x.to(y.device, y.dtype) for x in links]).sum()

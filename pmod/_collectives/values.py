@@ -1,7 +1,9 @@
-"""The rows of the derivative table that keep a tensor's shape, each pair right above its public functions.
+"""The rows of the derivative table that keep a tensor's shape, each pair right above
+its public functions.
 
-A public function resolves its axis, checks its arguments, and binds a row. The kinds, V (varying) and I (invariant),
-are explained in `_core/row.py`. The rows that cut and join along a dim are in `_collectives/slices.py`.
+A public function resolves its axis, checks its arguments, and binds a row. The kinds, V
+(varying) and I (invariant), are explained in `_core/row.py`. The rows that cut and join
+along a dim are in `_collectives/slices.py`.
 """
 
 from __future__ import annotations
@@ -38,14 +40,23 @@ from pmod._numbers import as_number
 from pmod._torch import are_transforms_active, forward_level
 from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
-from pmod._wire.sums import SIGNED, Reduction, accumulator, computed_in, is_eight_bits, real_sum
+from pmod._wire.sums import (
+    SIGNED,
+    Reduction,
+    accumulator,
+    computed_in,
+    is_eight_bits,
+    real_sum,
+)
 
 Check = Callable[[Tensor, str, Axis], None]
 
 
 def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent:
     divisor, asked = params
-    return real_sum(x, lambda y, _: wire.all_reduce(y, "sum", accumulator(y.dtype, asked), divisor))
+    return real_sum(
+        x, lambda y, _: wire.all_reduce(y, "sum", accumulator(y.dtype, asked), divisor)
+    )
 
 
 def send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
@@ -53,23 +64,40 @@ def send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
     return x if divisor == 1 else (_computable(x) / divisor).to(x.dtype)
 
 
-# a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is rounded
+# a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is
+# rounded
 PSUM, PVARY = pair(
     Row(
-        "psum", V, I, _send_psum, fused=True,
+        "psum",
+        V,
+        I,
+        _send_psum,
+        fused=True,
         why="every rank used the one value in its own way: its gradient is the sum of theirs",
     ),
     Row(
-        "pvary", I, V, send_pvary, local=True,
+        "pvary",
+        I,
+        V,
+        send_pvary,
+        local=True,
         why="the result is one value, whose gradient is on every rank already",
     ),
 )
 
 
 def fused(
-    function: str, row: Row, tree: Tree, axis: Axis, params: Params, check: Check, number: type | None = None
+    function: str,
+    row: Row,
+    tree: Tree,
+    axis: Axis,
+    params: Params,
+    check: Check,
+    number: type | None = None,
 ) -> Tree:
-    """Bind an elementwise row to a tree; with `number`, Python numbers are leaves too (metrics)."""
+    """Bind an elementwise row to a tree; with `number`, Python numbers are leaves too
+    (metrics).
+    """
 
     if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
         check_tensor(tree, function, axis)
@@ -78,13 +106,19 @@ def fused(
 
     def run(leaves: list[Any]) -> list[Any]:
         tensors = [
-            x if isinstance(x, Tensor) or number is None else summand(x, number, function, axis) for x in leaves
+            x
+            if isinstance(x, Tensor) or number is None
+            else summand(x, number, function, axis)
+            for x in leaves
         ]
         for x in tensors:
             check_tensor(x, function, axis)
             check(x, function, axis)
         ys = together(row, tensors, axis, params)
-        return [y if isinstance(x, Tensor) else total_of(y) for x, y in zip(leaves, ys, strict=True)]
+        return [
+            y if isinstance(x, Tensor) else total_of(y)
+            for x, y in zip(leaves, ys, strict=True)
+        ]
 
     return map_leaves(run, tree, function, axis)
 
@@ -99,12 +133,15 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
 
     V -> I. Transpose: pvary (its gradient needs no message).
     Shapes: x (...) -> (...).
-    Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks, (n-1) x, in one round trip.
-    Floats of 16 and 8 bits add up in float32 (`reduce_dtype` to change that) and come back in x's dtype.
-    Trees travel as one message per dtype and device. Numbers, numpy's scalars too, come back as Python numbers, and
-    have the same type on every rank (0.0, not 0, where others hold a float). Ints of up to 64 bits and bools (which are
-    counted) add up exactly, to an int of any size; integer tensors wrap around in their dtype, as torch's sums do.
-    Raises: ArgumentError for bool tensors, and for numbers of more than 64 bits. JAX: lax.psum.
+    Cost: at most 2 (n-1)/n of x sent per rank; small messages on gloo go to all ranks,
+    (n-1) x, in one round trip. Floats of 16 and 8 bits add up in float32
+    (`reduce_dtype` to change that) and come back in x's dtype. Trees travel as one
+    message per dtype and device. Numbers, numpy's scalars too, come back as Python
+    numbers, and have the same type on every rank (0.0, not 0, where others hold a
+    float). Ints of up to 64 bits and bools (which are counted) add up exactly, to an
+    int of any size; integer tensors wrap around in their dtype, as torch's sums do.
+    Raises: ArgumentError for bool tensors, and for numbers of more than 64 bits. JAX:
+    lax.psum.
 
     >>> pmod.simulate(lambda: pmod.psum(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
     [tensor([2., 1.]), tensor([2., 1.])]
@@ -116,18 +153,28 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     return fused("psum", PSUM, x, bound, params, check_sum, int)
 
 
-@collective(V, I, transpose="pvary / n", value="the mean over the axis; with a weight `psum(w x) / psum(w)`")
+@collective(
+    V,
+    I,
+    transpose="pvary / n",
+    value="the mean over the axis; with a weight `psum(w x) / psum(w)`",
+)
 def pmean(
-    x: Tree, axis: AxisLike, *, weight: Tensor | float | None = None, reduce_dtype: torch.dtype | None = None
+    x: Tree,
+    axis: AxisLike,
+    *,
+    weight: Tensor | float | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
     """Mean over the axis: the same value on every rank.
 
     V -> I. Transpose: pvary / n.
-    Shapes: x (...) -> (...). weight: a number or a tensor per rank that broadcasts to x; then psum(w x) / psum(w),
-    which is the mean over all samples where ranks hold different numbers of them. Both sums travel in one message. What
-    has weight 0 counts for nothing, NaN included: the mean over a rank that has no samples.
-    Cost and dtypes: as psum; 16-bit means are divided in float32.
-    The mean of numbers is a Python float (or complex): ints and bools are rounded to float64 first.
+    Shapes: x (...) -> (...). weight: a number or a tensor per rank that broadcasts to
+    x; then psum(w x) / psum(w), which is the mean over all samples where ranks hold
+    different numbers of them. Both sums travel in one message. What has weight 0 counts
+    for nothing, NaN included: the mean over a rank that has no samples.
+    Cost and dtypes: as psum; 16-bit means are divided in float32. The mean of numbers
+    is a Python float (or complex): ints and bools are rounded to float64 first.
     Raises: ArgumentError for bool and integer tensors. JAX: lax.pmean.
 
     >>> pmod.simulate(lambda: pmod.pmean(torch.tensor([0.0, 4.0 * pmod.axis_index("data")]), "data"), data=2)
@@ -139,11 +186,18 @@ def pmean(
     asked = accumulate_in(reduce_dtype, "pmean", bound)
     if weight is None:
         return fused("pmean", PSUM, x, bound, (bound.size, asked), check_mean, float)
-    return map_leaves(as_piece(partial(_weighted, weight, bound, asked), "pmean"), x, "pmean", bound)
+    return map_leaves(
+        as_piece(partial(_weighted, weight, bound, asked), "pmean"), x, "pmean", bound
+    )
 
 
-def _weighted(weight: Tensor | float, axis: Axis, asked: str | None, leaves: list[Any]) -> list[Any]:
-    xs = [x if isinstance(x, Tensor) else from_number(x, float, "pmean", axis) for x in leaves]
+def _weighted(
+    weight: Tensor | float, axis: Axis, asked: str | None, leaves: list[Any]
+) -> list[Any]:
+    xs = [
+        x if isinstance(x, Tensor) else from_number(x, float, "pmean", axis)
+        for x in leaves
+    ]
     for x in xs:
         check_tensor(x, "pmean", axis)
         check_mean(x, "pmean", axis)
@@ -156,12 +210,20 @@ def _weighted(weight: Tensor | float, axis: Axis, asked: str | None, leaves: lis
     parts = [_counted(x, weights[x.dtype, x.device]) for x in wide]
     sums = together(PSUM, parts + list(weights.values()), axis, (1, asked))
     totals = dict(zip(weights, sums[len(wide) :], strict=True))
-    ys = [(y / totals[y.dtype, y.device]).to(x.dtype) for x, y in zip(xs, sums, strict=False)]
-    return [y if isinstance(x, Tensor) else y.item() for x, y in zip(leaves, ys, strict=True)]
+    ys = [
+        (y / totals[y.dtype, y.device]).to(x.dtype)
+        for x, y in zip(xs, sums, strict=False)
+    ]
+    return [
+        y if isinstance(x, Tensor) else y.item()
+        for x, y in zip(leaves, ys, strict=True)
+    ]
 
 
 def _counted(x: Tensor, weight: Tensor) -> Tensor:
-    """x times its weight; of weight 0 also where x is not finite: torch's mean of no samples is NaN."""
+    """x times its weight; of weight 0 also where x is not finite: torch's mean of no
+    samples is NaN.
+    """
     return torch.where((weight == 0) & ~x.isfinite(), 0, x) * weight
 
 
@@ -169,15 +231,33 @@ def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:
     if isinstance(weight, Tensor):
         check_tensor(weight, "pmean", axis, name="weight")
         if weight.is_complex() and not x.is_complex():
-            raise wrong(ArgumentError, "pmean", axis, "weight is complex and x is real", "Pass a real weight.")
+            raise wrong(
+                ArgumentError,
+                "pmean",
+                axis,
+                "weight is complex and x is real",
+                "Pass a real weight.",
+            )
         return weight.to(x.dtype)
     number = as_number(weight)
     if number is None or isinstance(number, complex):
-        raise wrong(ArgumentError, "pmean", axis, f"weight is {quoted(weight)}", "Pass a real number, or a tensor.")
+        raise wrong(
+            ArgumentError,
+            "pmean",
+            axis,
+            f"weight is {quoted(weight)}",
+            "Pass a real number, or a tensor.",
+        )
     try:
         return torch.tensor(number, dtype=x.dtype, device=x.device)
     except (OverflowError, RuntimeError):  # torch raises either
-        raise wrong(ArgumentError, "pmean", axis, f"weight is {weight}, too large for a float", "Divide all.") from None
+        raise wrong(
+            ArgumentError,
+            "pmean",
+            axis,
+            f"weight is {weight}, too large for a float",
+            "Divide all.",
+        ) from None
 
 
 def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
@@ -187,15 +267,23 @@ def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
     )
     if not fits:
         given = f"weight has shape {tuple(shape)} and x has shape {tuple(wanted)}"
-        raise wrong(ShapeError, "pmean", axis, given, "Pass a number, or a weight that broadcasts to x.")
+        raise wrong(
+            ShapeError,
+            "pmean",
+            axis,
+            given,
+            "Pass a number, or a weight that broadcasts to x.",
+        )
 
 
 @collective(I, V, transpose="psum", value="x itself, to be used in varying computation")
 def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -> Tree:
-    """Use an invariant value in varying computation: x itself, whose gradient is summed over the axis.
+    """Use an invariant value in varying computation: x itself, whose gradient is summed
+    over the axis.
 
     I -> V. Transpose: psum; one message per dtype and device for a whole tree.
-    Shapes: x (...) -> (...); the result may share storage with x. Cost: nothing forward.
+    Shapes: x (...) -> (...); the result may share storage with x. Cost: nothing
+    forward.
     reduce_dtype: what 16-bit gradients add up in, float32 by default.
     JAX: lax.pcast(x, axis, to="varying"), which JAX inserts by itself.
 
@@ -215,27 +303,43 @@ def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -
 
 def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
     how: Reduction = params[0]
-    if x.dtype in SIGNED:  # with the first bit turned over, signed numbers are in the order of the unsigned ones
+    if (
+        x.dtype in SIGNED
+    ):  # with the first bit turned over, signed numbers are in the order of the unsigned ones
         signed = SIGNED[x.dtype]
         first = torch.iinfo(signed).min
         sent = wire.all_reduce(x.view(signed) ^ first, how, signed, 1)
         return sent.then(lambda y: (y ^ first).view(x.dtype))
-    carried = x.to(torch.uint8) if x.dtype == torch.bool else x.to(torch.bfloat16) if is_eight_bits(x) else x
+    carried = (
+        x.to(torch.uint8)
+        if x.dtype == torch.bool
+        else x.to(torch.bfloat16)
+        if is_eight_bits(x)
+        else x
+    )
     return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
 
 
 EXTREMUM = without_derivative(Row("extremum", V, I, _send_extremum, fused=True))
 
 
-@collective(V, I, derivative="to the ranks that attain it, in equal parts", value="the elementwise maximum")
+@collective(
+    V,
+    I,
+    derivative="to the ranks that attain it, in equal parts",
+    value="the elementwise maximum",
+)
 def pmax(x: Tree, axis: AxisLike) -> Tree:
     """Elementwise maximum over the axis; a NaN on any rank comes through.
 
-    V -> I. Derivative: to the ranks that attain it, shared equally among them; it exists where the maximum is NaN or
-    infinite, too. Where one is wanted, a second message counts those ranks (2 x).
-    Shapes: x (...) -> (...). bool is any; numbers, numpy's scalars too, come back as Python numbers of x's type, ints
-    of up to 63 bits. Of zeros, +0.0 is larger than -0.0.
-    Cost: as psum. Raises: ArgumentError for complex. JAX: lax.pmax, which has no derivative.
+    V -> I. Derivative: to the ranks that attain it, shared equally among them; it
+    exists where the maximum is NaN or infinite, too. Where one is wanted, a second
+    message counts those ranks (2 x).
+    Shapes: x (...) -> (...). bool is any; numbers, numpy's scalars too, come back as
+    Python numbers of x's type, ints of up to 63 bits. Of zeros, +0.0 is larger than
+    -0.0.
+    Cost: as psum. Raises: ArgumentError for complex. JAX: lax.pmax, which has no
+    derivative.
 
     >>> pmod.simulate(lambda: pmod.pmax(torch.tensor([1.0, pmod.axis_index("model")]), "model"), model=2)
     [tensor([1., 1.]), tensor([1., 1.])]
@@ -243,7 +347,12 @@ def pmax(x: Tree, axis: AxisLike) -> Tree:
     return _extremum("pmax", "max", x, axis)
 
 
-@collective(V, I, derivative="to the ranks that attain it, in equal parts", value="the elementwise minimum")
+@collective(
+    V,
+    I,
+    derivative="to the ranks that attain it, in equal parts",
+    value="the elementwise minimum",
+)
 def pmin(x: Tree, axis: AxisLike) -> Tree:
     """Elementwise minimum over the axis; a NaN on any rank comes through.
 
@@ -259,19 +368,36 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
     bound = resolve(axis, function)
 
     def run(leaves: list[Any]) -> list[Any]:
-        xs = [x if isinstance(x, Tensor) else from_number(x, int, function, bound) for x in leaves]
+        xs = [
+            x if isinstance(x, Tensor) else from_number(x, int, function, bound)
+            for x in leaves
+        ]
         for x in xs:
             check_tensor(x, function, bound)
             check_order(x, function, bound)
         if bound.size == 1:
-            return [unmoved([x])[0] if isinstance(x, Tensor) else as_number(x) for x in leaves]
+            return [
+                unmoved([x])[0] if isinstance(x, Tensor) else as_number(x)
+                for x in leaves
+            ]
         values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
-        smooth = [i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)]
-        derived = _attach([_computable(xs[i]) for i in smooth], [_computable(values[i]) for i in smooth], bound)
+        smooth = [
+            i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)
+        ]
+        derived = _attach(
+            [_computable(xs[i]) for i in smooth],
+            [_computable(values[i]) for i in smooth],
+            bound,
+        )
         for i, y in zip(smooth, derived, strict=True):
             values[i] = y.to(xs[i].dtype)
-        kinds: list[Any] = [None if isinstance(x, Tensor) else type(as_number(x)) for x in leaves]
-        return [y if kind is None else kind(y.item()) for kind, y in zip(kinds, values, strict=True)]
+        kinds: list[Any] = [
+            None if isinstance(x, Tensor) else type(as_number(x)) for x in leaves
+        ]
+        return [
+            y if kind is None else kind(y.item())
+            for kind, y in zip(kinds, values, strict=True)
+        ]
 
     return map_leaves(as_piece(run, function), tree, function, bound)
 
@@ -292,22 +418,31 @@ def _computable(x: Tensor) -> Tensor:
 
 
 def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
-    """The values with the derivative of an extremum: the mean over the ranks that attain it.
+    """The values with the derivative of an extremum: the mean over the ranks that
+    attain it.
 
-    s below is that mean up to a constant factor, and is linear in x; s - s.detach() is exactly 0 with the derivative of
-    s. The factor 1 / (2n) keeps the sum finite for the largest finite x. Where the value is infinite the difference
-    would be NaN, and s itself is the value.
+    s below is that mean up to a constant factor, and is linear in x; s - s.detach() is
+    exactly 0 with the derivative of s. The factor 1 / (2n) keeps the sum finite for the
+    largest finite x. Where the value is infinite the difference would be NaN, and s
+    itself is the value.
     """
     if not xs:
         return []
     n = axis.size
-    attained = [(x.detach() == y) | (x.detach().isnan() & y.isnan()) for x, y in zip(xs, values, strict=True)]
-    parts = [torch.where(hit, x / (2 * n), 0) for hit, x in zip(attained, xs, strict=True)]
+    attained = [
+        (x.detach() == y) | (x.detach().isnan() & y.isnan())
+        for x, y in zip(xs, values, strict=True)
+    ]
+    parts = [
+        torch.where(hit, x / (2 * n), 0) for hit, x in zip(attained, xs, strict=True)
+    ]
     hits = [hit.to(x.dtype) for hit, x in zip(attained, xs, strict=True)]
     sums = together(PSUM, parts + hits, axis, (1, None))
     out: list[Tensor] = []
     for y, s, count in zip(values, sums[: len(xs)], sums[len(xs) :], strict=True):
-        scale = 2 * n / count.detach()  # a constant: a tangent of 0 times an infinite s would be NaN
+        scale = (
+            2 * n / count.detach()
+        )  # a constant: a tangent of 0 times an infinite s would be NaN
         # subtracted: -0.0 stays what it is
         out.append(torch.where(y.isfinite(), y - (s.detach() - s) * scale, s * scale))
     return out
@@ -323,21 +458,32 @@ def _send_place(x: Tensor, wire: Wire, params: Params) -> Tensor:
 
 PICK, PLACE = pair(
     Row(
-        "pick", V, I, _send_broadcast, fused=True,
+        "pick",
+        V,
+        I,
+        _send_broadcast,
+        fused=True,
         why="one rank used the value: all others get the gradient from there",
     ),
     Row(
-        "place", I, V, _send_place, local=True,
+        "place",
+        I,
+        V,
+        _send_place,
+        local=True,
         why="the value came from one rank: the gradient goes to it alone",
     ),
 )
 
 
-@collective(V, I, transpose="place", value="src's value, as one value that all ranks hold")
+@collective(
+    V, I, transpose="place", value="src's value, as one value that all ranks hold"
+)
 def pick(x: Tree, axis: AxisLike, *, src: int = 0) -> Tree:
     """src's value, as one value that all ranks hold and use alike.
 
-    V -> I. Transpose: place. `broadcast` is the V -> V form, for a value that each rank then uses in its own way.
+    V -> I. Transpose: place. `broadcast` is the V -> V form, for a value that each rank
+    then uses in its own way.
     Shapes: x (...) -> (...), the same shape on all ranks. Cost: one broadcast.
     Raises: AxisError where src is no index along the axis.
 
@@ -345,21 +491,32 @@ def pick(x: Tree, axis: AxisLike, *, src: int = 0) -> Tree:
     [tensor(11), tensor(11)]
     """
     bound = resolve(axis, "pick")
-    return fused("pick", PICK, x, bound, (check_root(src, "pick", bound, name="src"),), anything)
+    return fused(
+        "pick", PICK, x, bound, (check_root(src, "pick", bound, name="src"),), anything
+    )
 
 
 @collective(I, V, transpose="pick", value="x on dst, zeros elsewhere")
 def place(x: Tree, axis: AxisLike, *, dst: int = 0) -> Tree:
     """An invariant value put on one rank: x on dst, zeros elsewhere.
 
-    I -> V. Transpose: pick. Shapes: x (...) -> (...); on dst the result may share storage with x.
-    Cost: nothing forward, one broadcast backward. Raises: AxisError where dst is no index along the axis.
+    I -> V. Transpose: pick. Shapes: x (...) -> (...); on dst the result may share
+    storage with x.
+    Cost: nothing forward, one broadcast backward. Raises: AxisError where dst is no
+    index along the axis.
 
     >>> pmod.simulate(lambda: pmod.place(torch.tensor(5), "model", dst=1), model=2)
     [tensor(0), tensor(5)]
     """
     bound = resolve(axis, "place")
-    return fused("place", PLACE, x, bound, (check_root(dst, "place", bound, name="dst"),), anything)
+    return fused(
+        "place",
+        PLACE,
+        x,
+        bound,
+        (check_root(dst, "place", bound, name="dst"),),
+        anything,
+    )
 
 
 def _send_reduce(x: Tensor, wire: Wire, params: Params) -> Sent:
@@ -369,43 +526,67 @@ def _send_reduce(x: Tensor, wire: Wire, params: Params) -> Sent:
 
 BROADCAST, REDUCE = pair(
     Row(
-        "broadcast", V, V, _send_broadcast, fused=True,
+        "broadcast",
+        V,
+        V,
+        _send_broadcast,
+        fused=True,
         why="the sum stands on one rank: what flows back to it is every summand's gradient",
     ),
     Row(
-        "reduce", V, V, _send_reduce, fused=True,
+        "reduce",
+        V,
+        V,
+        _send_reduce,
+        fused=True,
         why="every rank used the one rank's value: what they send back adds up there",
     ),
 )
 
 
-@collective(V, V, transpose="reduce", value="src's value, which each rank uses in its own way")
-def broadcast(x: Tree, axis: AxisLike, *, src: int = 0, reduce_dtype: torch.dtype | None = None) -> Tree:
-    """src's value on every rank, each of which goes on in its own way: the gradients add up on src.
+@collective(
+    V, V, transpose="reduce", value="src's value, which each rank uses in its own way"
+)
+def broadcast(
+    x: Tree, axis: AxisLike, *, src: int = 0, reduce_dtype: torch.dtype | None = None
+) -> Tree:
+    """src's value on every rank, each of which goes on in its own way: the gradients
+    add up on src.
 
-    V -> V. Transpose: reduce. `pick` is the V -> I form, for a value that all ranks use alike.
-    Shapes: x (...) -> (...), the same shape on all ranks. Cost: one broadcast. reduce_dtype: what 16-bit gradients add
-    up in, float32 by default. Raises: AxisError where src is no index along the axis.
+    V -> V. Transpose: reduce. `pick` is the V -> I form, for a value that all ranks use
+    alike.
+    Shapes: x (...) -> (...), the same shape on all ranks. Cost: one broadcast.
+    reduce_dtype: what 16-bit gradients add up in, float32 by default. Raises: AxisError
+    where src is no index along the axis.
 
     >>> pmod.simulate(lambda: pmod.broadcast(torch.tensor(10 + pmod.axis_index("model")), "model", src=1), model=2)
     [tensor(11), tensor(11)]
     """
     bound = resolve(axis, "broadcast")
-    params = (check_root(src, "broadcast", bound, name="src"), accumulate_in(reduce_dtype, "broadcast", bound))
+    params = (
+        check_root(src, "broadcast", bound, name="src"),
+        accumulate_in(reduce_dtype, "broadcast", bound),
+    )
     return fused("broadcast", BROADCAST, x, bound, params, anything)
 
 
 @collective(V, V, transpose="broadcast", value="the sum on dst, zeros elsewhere")
-def reduce(x: Tree, axis: AxisLike, *, dst: int = 0, reduce_dtype: torch.dtype | None = None) -> Tree:
+def reduce(
+    x: Tree, axis: AxisLike, *, dst: int = 0, reduce_dtype: torch.dtype | None = None
+) -> Tree:
     """The sum on dst, zeros elsewhere.
 
     V -> V. Transpose: broadcast. Shapes: x (...) -> (...).
-    Cost: x sent to dst by every other rank. 16-bit floats add up in float32 unless reduce_dtype says otherwise.
+    Cost: x sent to dst by every other rank. 16-bit floats add up in float32 unless
+    reduce_dtype says otherwise.
     Raises: AxisError where dst is no index along the axis; ArgumentError for bool.
 
     >>> pmod.simulate(lambda: pmod.reduce(torch.tensor(1 + pmod.axis_index("model")), "model", dst=1), model=2)
     [tensor(0), tensor(3)]
     """
     bound = resolve(axis, "reduce")
-    params = (check_root(dst, "reduce", bound, name="dst"), accumulate_in(reduce_dtype, "reduce", bound))
+    params = (
+        check_root(dst, "reduce", bound, name="dst"),
+        accumulate_in(reduce_dtype, "reduce", bound),
+    )
     return fused("reduce", REDUCE, x, bound, params, check_sum)

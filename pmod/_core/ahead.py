@@ -1,4 +1,6 @@
-"""Calls that are sent ahead: `start` runs a function twice, and what the first run sent the second one waits for."""
+"""Calls that are sent ahead: `start` runs a function twice, and what the first run sent
+the second one waits for.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,21 @@ from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import ambient, under
 from pmod._site import Line, Origin, Site, call_site, on_behalf_of, origin
-from pmod._torch import are_transforms_active, count_dispatch_modes, no_dispatch_modes, no_interpreters
+from pmod._torch import (
+    are_transforms_active,
+    count_dispatch_modes,
+    no_dispatch_modes,
+    no_interpreters,
+)
 from pmod._wire.sent import Sent
 
 T = TypeVar("T")
 
 
 class Sending(BaseException):
-    """The first messages of a piece are under way: leave it, it is run again when its result is wanted."""
+    """The first messages of a piece are under way: leave it, it is run again when its
+    result is wanted.
+    """
 
 
 class _Ahead(NamedTuple):
@@ -98,8 +107,13 @@ class SecondRun(Starter):
             raise self._unlike(self._ahead[0].call, None)
 
     def _unlike(self, first: Call, second: Call | None) -> PmodError:
-        with_params = second is not None and first[:2] == second[:2]  # else the names tell them apart
-        calls = [_shown(first, with_params), "nothing" if second is None else _shown(second, with_params)]
+        with_params = (
+            second is not None and first[:2] == second[:2]
+        )  # else the names tell them apart
+        calls = [
+            _shown(first, with_params),
+            "nothing" if second is None else _shown(second, with_params),
+        ]
         given = f"the function is not pure: its first run called {calls[0]}, its second run {calls[1]}"
         right = "Make it depend on its arguments only, and change none of them between start and wait."
         places = f"Started at {Site.at(self._line)}\nWaited for at {call_site()[1]}"
@@ -107,11 +121,15 @@ class SecondRun(Starter):
 
 
 def _shown(call: Call, with_params: bool) -> str:
-    return f"{call.row.name} along {call.axis.label!r}" + (f" with {call.params}" if with_params else "")
+    return f"{call.row.name} along {call.axis.label!r}" + (
+        f" with {call.params}" if with_params else ""
+    )
 
 
 def once(ask: Callable[[], T]) -> T:
-    """Return ask(), whose messages decide what is sent next: the first run asks, and the second remembers."""
+    """Return ask(), whose messages decide what is sent next: the first run asks, and
+    the second remembers.
+    """
     by = started.by
     if isinstance(by, SecondRun) and by.answers:
         return by.answers.pop(0)
@@ -124,7 +142,11 @@ def once(ask: Callable[[], T]) -> T:
 
 def surroundings() -> Callable[[], ExitStack]:
     """Keep the mesh, the grad mode and autocast, to be entered again."""
-    mesh, grad, cache = ambient(), torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    mesh, grad, cache = (
+        ambient(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_cache_enabled(),
+    )
     casts = [(device, *_autocast(device)) for device in ("cpu", "cuda")]
 
     def enter() -> ExitStack:

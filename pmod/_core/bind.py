@@ -1,16 +1,20 @@
-"""The one mechanism: a collective is a linear operator, declared once with its transpose.
+"""The one mechanism: a collective is a linear operator, declared once with its
+transpose.
 
-A `Row` says how to compute an operator and how its parameters turn into those of its transpose; `pair` declares two
-rows as each other's transposes. `bind` runs a row, and everything else follows here, once for all rows:
+A `Row` says how to compute an operator and how its parameters turn into those of its
+transpose; `pair` declares two rows as each other's transposes. `bind` runs a row, and
+everything else follows here, once for all rows:
 
 - backward binds the transpose, so that it has a derivative itself, to any order;
 - jvp binds the same row on the tangent (the operator is linear);
-- vmap binds the same row on the tensor with the mapped dim moved to the front (dims are counted from the end);
+- vmap binds the same row on the tensor with the mapped dim moved to the front (dims are
+counted from the end);
 - torch.func and torch.compile see one library operator, ``pmod::linear(Tensor[] xs, str call) -> Tensor[]``. The call
   travels as text, because a compiled graph may be cached and run by a process that never traced it.
 
-Along its axis a row takes V (varying: each rank its own value) or I (invariant: one value, held by all) and gives V or
-I; the transpose does the reverse, with respect to the inner product that counts a V once per rank and an I once.
+Along its axis a row takes V (varying: each rank its own value) or I (invariant: one
+value, held by all) and gives V or I; the transpose does the reverse, with respect to
+the inner product that counts a V once per rank and an I once.
 """
 
 from __future__ import annotations
@@ -58,18 +62,25 @@ from pmod._wire.sent import Sent
 
 
 class _Linear(OneLevel):
-    """Any row, on tensors of one dtype. `below` computes the value where it is not a matter of running the call.
+    """Any row, on tensors of one dtype. `below` computes the value where it is not a
+    matter of running the call.
 
-    The base is what torch makes for each level of torch.func: a Function of one level. `torch.autograd.Function` adds
-    the levels, and since torch 2.14 it does so even in an operator's kernel, where they are taken care of; it also
-    inspects its signature at each call (20 to 50 us).
+    The base is what torch makes for each level of torch.func: a Function of one level.
+    `torch.autograd.Function` adds the levels, and since torch 2.14 it does so even in
+    an operator's kernel, where they are taken care of; it also inspects its signature
+    at each call (20 to 50 us).
     """
 
     @staticmethod
-    def forward(call: Call, below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None, *xs: Tensor) -> Any:
+    def forward(
+        call: Call,
+        below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None,
+        *xs: Tensor,
+    ) -> Any:
         if below is None and call.row.local:
             return tuple(run(call, xs))
-        # what arrives is private: where it is a view of a message, autograd need not know, and the user may change it
+        # what arrives is private: where it is a view of a message, autograd need not
+        # know, and the user may change it
         with below_views():
             return tuple(run(call, xs) if below is None else below(xs))
 
@@ -84,7 +95,13 @@ class _Linear(OneLevel):
         instead = getattr(ctx, "instead", None)
         if instead is not None:
             return (None, None, *instead(gs, needed, ctx.origin))
-        own = iter(transposed(ctx.call, [g for g, need in zip(gs, needed, strict=True) if need], ctx.origin))
+        own = iter(
+            transposed(
+                ctx.call,
+                [g for g, need in zip(gs, needed, strict=True) if need],
+                ctx.origin,
+            )
+        )
         return (None, None, *(next(own) if need else None for need in needed))
 
     @staticmethod
@@ -94,26 +111,37 @@ class _Linear(OneLevel):
 
 
 def transposed(call: Call, gs: Sequence[Tensor], forward: Origin) -> list[Tensor]:
-    """The derivative of a call: its transpose on gradients. What comes back is autograd's own, to add to."""
-    # torch keeps a gradient that only it refers to, and adds later ones into it: a view would pass that on to what
-    # backward was called with
-    return [y.clone() if is_view(y) else y for y in bind(call.T, [_dense(g) for g in gs], forward)]
+    """The derivative of a call: its transpose on gradients. What comes back is
+    autograd's own, to add to.
+    """
+    # torch keeps a gradient that only it refers to, and adds later ones into it: a view
+    # would pass that on to what backward was called with
+    return [
+        y.clone() if is_view(y) else y
+        for y in bind(call.T, [_dense(g) for g in gs], forward)
+    ]
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """An embedding with sparse=True makes a sparse gradient, and no message carries one."""
+    """An embedding with sparse=True makes a sparse gradient, and no message carries
+    one.
+    """
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = cast(Any, _Linear).apply
 
 _library = torch.library.Library("pmod", "FRAGMENT")
-_library.define("linear(Tensor[] xs, str call) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "linear(Tensor[] xs, str call) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
 _operator: Any = torch.ops.pmod.linear.default
 
 
 def _fresh(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
-    """Copies where a result shares storage with an input or another result, which an operator's may not."""
+    """Copies where a result shares storage with an input or another result, which an
+    operator's may not.
+    """
     taken = {memory_of(x) for x in xs}
     out: list[Tensor] = []
     for y in ys:
@@ -133,25 +161,39 @@ def _operator_shapes(xs: list[Tensor], call: str) -> list[Tensor]:
     if watchers():
         tell(lambda watcher: watcher.compiled())
     decoded = decode(call)
-    return _fresh(begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs)
+    return _fresh(
+        begin(decoded, xs, ShapesOnly(decoded.axis.size, decoded.axis.index)).wait(), xs
+    )
 
 
 def _refuse_second_derivative(call: Call) -> None:
     """Raise where a compiled region runs backward with create_graph=True.
 
-    torch cuts the region's gradients off from what it was given: autograd.grad with respect to that leaves out the
-    second derivative, silently. Nothing tells an operator of create_graph; the stack does.
+    torch cuts the region's gradients off from what it was given: autograd.grad with
+    respect to that leaves out the second derivative, silently. Nothing tells an
+    operator of create_graph; the stack does.
     """
     frame, grad = sys._getframe(), torch.is_grad_enabled()
     while frame is not None:
-        # torch 2.13 and later end the gradients in a node that raises where it is reached, as torch 2.11 and 2.12 do
-        # where a gradient that comes in has a derivative; else these run the region as it is, in the caller's grad mode
+        # torch 2.13 and later end the gradients in a node that raises where it is
+        # reached, as torch 2.11 and 2.12 do where a gradient that comes in has a
+        # derivative; else these run the region as it is, in the caller's grad mode
         name = frame.f_code.co_qualname
-        if name.endswith("CompiledFunctionBackward.forward") or (grad and name.endswith("CompiledFunction.backward")):
+        if name.endswith("CompiledFunctionBackward.forward") or (
+            grad and name.endswith("CompiledFunction.backward")
+        ):
             given = f"a compiled function that calls {call.row.T.name} runs backward with create_graph=True"
             given += ", and what torch compiles has no second derivative"
             right = "Take both derivatives inside the compiled function, with torch.func.grad, or leave it eager."
-            raise PmodError(phrase("torch.compile", given, right, axis=call.axis.label, coords=dict(call.axis.coords)))
+            raise PmodError(
+                phrase(
+                    "torch.compile",
+                    given,
+                    right,
+                    axis=call.axis.label,
+                    coords=dict(call.axis.coords),
+                )
+            )
         frame = frame.f_back
 
 
@@ -160,7 +202,8 @@ def _operator_autograd(keyset: Any, xs: list[Tensor], call: str) -> list[Tensor]
         _refuse_second_derivative(decode(call))
 
     def below(xs: Sequence[Tensor]) -> list[Tensor]:
-        # outer transforms differentiate what is done here, so autograd stays on for the levels below this one
+        # outer transforms differentiate what is done here, so autograd stays on for the
+        # levels below this one
         with (
             torch.enable_grad(),
             with_forward_mode(True),
@@ -176,7 +219,9 @@ def _operator_autograd(keyset: Any, xs: list[Tensor], call: str) -> list[Tensor]
         allow_one_level(allowed)
 
 
-def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tuple[list[Tensor], list[int]]:
+def _operator_vmap(
+    info: Any, in_dims: Any, xs: list[Tensor], call: str
+) -> tuple[list[Tensor], list[int]]:
     moved = [
         x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(xs, in_dims[0], strict=True)
@@ -185,19 +230,29 @@ def _operator_vmap(info: Any, in_dims: Any, xs: list[Tensor], call: str) -> tupl
 
 
 def _operator_batched(xs: list[Tensor], call: str) -> list[Tensor]:
-    """autograd's own vmap, older than torch.func's: is_grads_batched, functional.jacobian(vectorize=True)."""
+    """autograd's own vmap, older than torch.func's: is_grads_batched,
+    functional.jacobian(vectorize=True).
+    """
     for level in range(older_vmap_level(), 0, -1):
-        # a tensor that is not mapped at this level gets a dim of the size that is asked for
-        one, two = ([remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2))
-        sizes = [a.shape[0] for a, b in zip(one, two, strict=True) if a.shape[0] == b.shape[0]]
+        # a tensor that is not mapped at this level gets a dim of the size that is asked
+        # for
+        one, two = (
+            [remove_batch_dim(x, level, size, 0) for x in xs] for size in (1, 2)
+        )
+        sizes = [
+            a.shape[0]
+            for a, b in zip(one, two, strict=True)
+            if a.shape[0] == b.shape[0]
+        ]
         if sizes:
             moved = [x.expand(sizes[0], *x.shape[1:]) for x in one]
             return [add_batch_dim(y, 0, level) for y in _operator(moved, call)]
     raise AssertionError("no tensor is mapped")
 
 
-# A compiler must neither drop a call whose result one rank happens not to need (the others would wait for it), nor
-# change the order of calls, which ranks with other shapes would change otherwise.
+# A compiler must neither drop a call whose result one rank happens not to need (the
+# others would wait for it), nor change the order of calls, which ranks with other
+# shapes would change otherwise.
 _check_kept = keep_calls("pmod::linear")
 _library.impl("linear", _operator_value, "CompositeExplicitAutograd")
 _library.impl("linear", _operator_autograd, "Autograd", with_keyset=True)
@@ -206,8 +261,11 @@ torch.library.register_fake("pmod::linear", _operator_shapes, lib=_library)
 torch.library.register_vmap("pmod::linear", _operator_vmap, lib=_library)
 
 
-def bind(call: Call, xs: list[Tensor], forward: Origin | None = None) -> Sequence[Tensor]:
-    """Run a call on tensors of one dtype and device; the results carry their derivative.
+def bind(
+    call: Call, xs: list[Tensor], forward: Origin | None = None
+) -> Sequence[Tensor]:
+    """Run a call on tensors of one dtype and device; the results carry their
+    derivative.
 
     forward: the origin of the call that this one is the transpose of.
     """
@@ -227,9 +285,11 @@ def _is_seen(xs: list[Tensor]) -> bool:
 
 
 def unmoved(xs: list[Tensor]) -> list[Tensor]:
-    """Return the same values as tensors of their own, where no message makes them: changing one changes no other.
+    """Return the same values as tensors of their own, where no message makes them:
+    changing one changes no other.
 
-    Memory is copied when one of them is changed, and not before; what is small is copied now, which costs less.
+    Memory is copied when one of them is changed, and not before; what is small is
+    copied now, which costs less.
     """
     if _is_seen(xs):
         return [x.clone() for x in xs]
@@ -245,13 +305,17 @@ def _unmoved(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _bind_watched(call: Call, xs: list[Tensor], forward: Origin | None) -> Sequence[Tensor]:
+def _bind_watched(
+    call: Call, xs: list[Tensor], forward: Origin | None
+) -> Sequence[Tensor]:
     of = origin() if forward is None else backward_of(forward)
     with on_behalf_of(of):
         if is_transformed(xs) or not is_ahead(call):
             with told(call, xs, of):
                 return _bind(call, xs)
-        return _bind(call, xs)  # `start` tells them what is sent ahead, and what is waited for
+        return _bind(
+            call, xs
+        )  # `start` tells them what is sent ahead, and what is waited for
 
 
 def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
@@ -263,7 +327,9 @@ def _bind(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
 
 
 def is_transformed(xs: list[Tensor]) -> bool:
-    """Whether transforms, modes or subclasses of Tensor take part, which see the operator."""
+    """Whether transforms, modes or subclasses of Tensor take part, which see the
+    operator.
+    """
     return (
         are_transforms_active()
         or count_dispatch_modes() > 0
@@ -272,15 +338,24 @@ def is_transformed(xs: list[Tensor]) -> bool:
     )
 
 
-def carry(call: Call, xs: Sequence[Tensor], below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None) -> Any:
-    """Run a call on plain tensors, or let `below` bring its value, and attach the derivative."""
-    if forward_level() >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+def carry(
+    call: Call,
+    xs: Sequence[Tensor],
+    below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+) -> Any:
+    """Run a call on plain tensors, or let `below` bring its value, and attach the
+    derivative.
+    """
+    if forward_level() >= 0 or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+    ):
         return _apply(call, below, *xs)
     if below is not None:
         return below(xs)
     ys = run(call, xs)
-    # What shares memory with x is another tensor, which requires no gradient. In a backward pass it stays x: torch
-    # takes a gradient that nobody else refers to for its own, and adds later ones into its memory.
+    # What shares memory with x is another tensor, which requires no gradient. In a
+    # backward pass it stays x: torch takes a gradient that nobody else refers to for
+    # its own, and adds later ones into its memory.
     if call.row.local and backward_here() == -1:
         return [x.detach() if y is x else y for x, y in zip(xs, ys, strict=True)]
     return ys
@@ -312,7 +387,9 @@ started = _Started()
 
 
 def is_ahead(call: Call) -> bool:
-    """Whether `start` runs a function on this thread, and a call is a message that it sends ahead."""
+    """Whether `start` runs a function on this thread, and a call is a message that it
+    sends ahead.
+    """
     return started.by is not None and not call.row.local and call.axis.size > 1
 
 
@@ -325,6 +402,10 @@ def bind_all(calls: Sequence[tuple[Call, list[Tensor]]]) -> list[Sequence[Tensor
 
 def _plain(xs: list[Tensor]) -> bool:
     for x in xs:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter and type(x) is not torch.nn.Buffer:
+        if (
+            type(x) is not Tensor
+            and type(x) is not torch.nn.Parameter
+            and type(x) is not torch.nn.Buffer
+        ):
             return False
     return True

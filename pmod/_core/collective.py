@@ -1,8 +1,10 @@
-"""What the public collectives are, as data: the kinds that each takes and gives, its value and its derivative.
+"""What the public collectives are, as data: the kinds that each takes and gives, its
+value and its derivative.
 
-`@collective` stands on the public function and returns it as it is, so that a call costs nothing more. Whoever shows or
-checks collectives reads `COLLECTIVES`: pictures, `explain`, the table that `python -m pmod.collectives` prints, tests.
-What moves is in the rows that a collective binds (`_core/row.py`).
+`@collective` stands on the public function and returns it as it is, so that a call
+costs nothing more. Whoever shows or checks collectives reads `COLLECTIVES`: pictures,
+`explain`, the table that `python -m pmod.collectives` prints, tests. What moves is in
+the rows that a collective binds (`_core/row.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +54,11 @@ class Collective:
     def required(self) -> list[str]:
         """Those of them that have no default."""
         given = inspect.signature(self.function).parameters
-        return [name for name in self.arguments if given[name].default is inspect.Parameter.empty]
+        return [
+            name
+            for name in self.arguments
+            if given[name].default is inspect.Parameter.empty
+        ]
 
     @property
     def signature(self) -> str:
@@ -64,20 +70,27 @@ class Collective:
         """
         plain = inspect.signature(self.function)
         shown = [p.replace(annotation=p.empty) for p in plain.parameters.values()]
-        return self.name + str(plain.replace(parameters=shown, return_annotation=plain.empty))
+        return self.name + str(
+            plain.replace(parameters=shown, return_annotation=plain.empty)
+        )
 
 
 COLLECTIVES: dict[str, Collective] = {}
 
 
-def collective(takes: Kind, gives: Kind, *, value: str, transpose: str = "", derivative: str = "") -> Callable[[F], F]:
+def collective(
+    takes: Kind, gives: Kind, *, value: str, transpose: str = "", derivative: str = ""
+) -> Callable[[F], F]:
     """Declare a public collective, by a decorator that gives the function back.
 
-    transpose: the name of a collective, or words such as "the shift back"; derivative: of what is not linear.
+    transpose: the name of a collective, or words such as "the shift back"; derivative:
+    of what is not linear.
     """
 
     def declare(f: F) -> F:
-        COLLECTIVES[f.__name__] = Collective(f, takes, gives, transpose, derivative or transpose, value)
+        COLLECTIVES[f.__name__] = Collective(
+            f, takes, gives, transpose, derivative or transpose, value
+        )
         return f
 
     return declare

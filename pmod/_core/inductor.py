@@ -1,9 +1,11 @@
 """What torch's Inductor must be told of pmod's operator: that calls stay in order.
 
-The operator is registered with an ordered effect, and AOTAutograd threads a token through the calls. Inductor 2.13 then
-loses it: `with_effects` records the order under the name of a buffer where the scheduler looks for the name of an
-operation, and ranks whose shapes differ (an empty shard on one of them) may run their collectives in different orders.
-This lowering records the order under both. tests/core/test_compile.py tells when it is no longer needed.
+The operator is registered with an ordered effect, and AOTAutograd threads a token
+through the calls. Inductor 2.13 then loses it: `with_effects` records the order under
+the name of a buffer where the scheduler looks for the name of an operation, and ranks
+whose shapes differ (an empty shard on one of them) may run their collectives in
+different orders. This lowering records the order under both. tests/core/test_compile.py
+tells when it is no longer needed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _told: set[Any] = set()
 
 
 def keep_order(operator: Any) -> None:
-    """Register the lowering once Inductor is there: it takes seconds to import, so pmod does not import it."""
+    """Register the lowering once Inductor is there: it takes seconds to import, so pmod
+    does not import it.
+    """
     if operator in _told or not is_inductor_loaded():
         return
     _told.add(operator)
@@ -38,7 +42,9 @@ def keep_order(operator: Any) -> None:
         before = graph.effectful_ops.get(ordered_effect())
         if before is not None:
             for operation in graph.operations[first:]:
-                graph.additional_star_deps[operation.get_operation_name()].add(before.get_name())
+                graph.additional_star_deps[operation.get_operation_name()].add(
+                    before.get_name()
+                )
         return map_only(node, box, result)
 
     lowering_registered()(operator, type_promotion_kind=None)(lower)

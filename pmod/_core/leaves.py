@@ -1,4 +1,6 @@
-"""What a tree of tensors is made of: mappings, lists, tuples, dataclasses; and the tensors in it."""
+"""What a tree of tensors is made of: mappings, lists, tuples, dataclasses; and the
+tensors in it.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +17,29 @@ _MAPPINGS: Any = (dict, MutableMapping)
 
 
 def is_mapping(tree: Any) -> bool:
-    """Whether a tree branches by keys: a dict, or what behaves as one and can be filled anew, such as a TensorDict."""
+    """Whether a tree branches by keys: a dict, or what behaves as one and can be filled
+    anew, such as a TensorDict.
+    """
     return isinstance(tree, _MAPPINGS)
 
 
 def refilled(tree: Any, filled: dict[Any, Any]) -> Any:
-    """A mapping like this one, with what it knows besides its items, in which the values are these."""
+    """A mapping like this one, with what it knows besides its items, in which the
+    values are these.
+    """
     if type(tree) is dict:
         return {key: filled[key] for key in tree}
     like: Any = tree
-    # the copy() of a subclass of dict is a dict; that of a TensorDict can be changed where the TensorDict is locked
+    # the copy() of a subclass of dict is a dict; that of a TensorDict can be changed
+    # where the TensorDict is locked
     plain = isinstance(tree, dict) or not hasattr(tree, "copy")
     out: Any = copy.copy(like) if plain else like.copy()
     if not hasattr(like, "batch_size"):
         for key, value in filled.items():
             out[key] = value
         return out
-    # a TensorDict says which first dims all its tensors share; they are others where a collective changes a length
+    # a TensorDict says which first dims all its tensors share; they are others where a
+    # collective changes a length
     out.batch_size = ()
     for key, value in filled.items():
         out[key] = value
@@ -42,7 +50,10 @@ def refilled(tree: Any, filled: dict[Any, Any]) -> Any:
 def _shared(values: Sequence[Any], most: int) -> tuple[int, ...]:
     """The first dims that all of them have, at most so many."""
     known = [value for value in values if value is not None]
-    shapes = [tuple(getattr(value, "batch_size" if is_mapping(value) else "shape", ())) for value in known]
+    shapes = [
+        tuple(getattr(value, "batch_size" if is_mapping(value) else "shape", ()))
+        for value in known
+    ]
     shared: list[int] = []
     for lengths in zip(*[shape[:most] for shape in shapes], strict=False):
         if len(set(lengths)) > 1:
@@ -94,6 +105,8 @@ def _mapped(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         filled = copy.copy(tree)
         for field in dataclasses.fields(tree):
-            object.__setattr__(filled, field.name, _mapped(f, getattr(tree, field.name)))
+            object.__setattr__(
+                filled, field.name, _mapped(f, getattr(tree, field.name))
+            )
         return filled
     return tree

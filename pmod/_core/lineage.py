@@ -1,8 +1,10 @@
 """Where a tensor comes from: a walk back through the autograd graph, along one axis.
 
-Along an axis a collective in the graph says what its result is: V ends the walk, for what went into it was looked at
-when it was called; I found on the way to something that is summed over the axis was not made V, and neither was a leaf
-that all ranks hold alike. Nothing needs to be declared: the graph has the calls (`_Linear`), and their kinds.
+Along an axis a collective in the graph says what its result is: V ends the walk, for
+what went into it was looked at when it was called; I found on the way to something that
+is summed over the axis was not made V, and neither was a leaf that all ranks hold
+alike. Nothing needs to be declared: the graph has the calls (`_Linear`), and their
+kinds.
 """
 
 from __future__ import annotations
@@ -24,19 +26,30 @@ from pmod._site import HERE, Origin
 
 @attrs.frozen(eq=False)
 class Found:
-    """What a walk came to, and the line where that was used; the leaves in the order in which they were met."""
+    """What a walk came to, and the line where that was used; the leaves in the order in
+    which they were met.
+    """
 
     leaves: list[tuple[Tensor, str]]
     invariant: list[tuple[Origin, str]]
     varying: bool  # a V of this axis is among what the tensor was made from
 
 
-UNKNOWN: Origin = ("a collective", "an unknown line")  # of a call that was made before debug was on
+UNKNOWN: Origin = (
+    "a collective",
+    "an unknown line",
+)  # of a call that was made before debug was on
 
 
 def calls_in(x: Tensor) -> list[tuple[Call, Origin]]:
-    """The calls of collectives in a tensor's graph, and where they were made; the first made comes first."""
-    return [(node.call, node.origin or UNKNOWN) for node, _ in reversed(_nodes(x)) if _is_call(node)]
+    """The calls of collectives in a tensor's graph, and where they were made; the first
+    made comes first.
+    """
+    return [
+        (node.call, node.origin or UNKNOWN)
+        for node, _ in reversed(_nodes(x))
+        if _is_call(node)
+    ]
 
 
 def lineage(x: Tensor, axis: Axis) -> Found:
@@ -67,13 +80,18 @@ def _is_call(node: Any) -> bool:
 
 
 def _nodes(x: Tensor, axis: Axis | None = None) -> list[tuple[Any, str]]:
-    """The nodes behind x with the line that used each, ended by the collectives over the axis."""
+    """The nodes behind x with the line that used each, ended by the collectives over
+    the axis.
+    """
     found: dict[Any, str] = {}
-    left: list[tuple[Any, int, str]] = [] if x.grad_fn is None else [(x.grad_fn, x.output_nr, "")]
+    left: list[tuple[Any, int, str]] = (
+        [] if x.grad_fn is None else [(x.grad_fn, x.output_nr, "")]
+    )
     seen: set[tuple[Any, int]] = set()
     while left:
         node, result, line = left.pop()
-        # of leaves that one call took together (a tree of parameters), each result was made from its own leaf only
+        # of leaves that one call took together (a tree of parameters), each result was
+        # made from its own leaf only
         one = axis is not None and _is_call(node)
         if (node, one and result) in seen:
             continue
@@ -82,12 +100,22 @@ def _nodes(x: Tensor, axis: Axis | None = None) -> list[tuple[Any, str]]:
         if axis is not None and _is_call(node) and _overlap(node.call.axis, axis):
             continue
         here = _line(node) or line
-        before = node.next_functions[result : result + 1] if one else node.next_functions
-        left += [(earlier, which, here) for earlier, which in reversed(before) if earlier is not None]
+        before = (
+            node.next_functions[result : result + 1] if one else node.next_functions
+        )
+        left += [
+            (earlier, which, here)
+            for earlier, which in reversed(before)
+            if earlier is not None
+        ]
     if axis is None:
         return list(found.items())
     # one that overlaps without being the same says nothing certain
-    return [(n, line) for n, line in found.items() if not _is_call(n) or n.call.axis.group_key == axis.group_key]
+    return [
+        (n, line)
+        for n, line in found.items()
+        if not _is_call(n) or n.call.axis.group_key == axis.group_key
+    ]
 
 
 def _overlap(a: Axis, b: Axis) -> bool:
@@ -107,7 +135,9 @@ def _line(node: Any) -> str:
 
 
 def name_of(leaf: Tensor) -> str:
-    """How the user calls a leaf: its path in the largest module that holds it, else its shape."""
+    """How the user calls a leaf: its path in the largest module that holds it, else its
+    shape.
+    """
     paths: list[tuple[int, str]] = []
     for module in _modules():
         for path, parameter in module.named_parameters():

@@ -1,4 +1,6 @@
-"""The table of derivatives: a row is a linear map between the ranks, declared once with its transpose."""
+"""The table of derivatives: a row is a linear map between the ranks, declared once with
+its transpose.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,34 @@ I: Kind = "I"  # noqa: E741
 
 @attrs.frozen
 class Row:
-    """One linear operator. `send` gets a tensor, the wire and the parameters; what moves nothing returns a tensor."""
+    """One linear operator. `send` gets a tensor, the wire and the parameters; what
+    moves nothing returns a tensor.
+    """
 
     name: str
     takes: Kind
     gives: Kind
     send: Callable[[Tensor, Wire, Params], Sent | Tensor]
-    flip: Callable[[Params], Params] = lambda params: params  # the transpose's parameters
-    fused: bool = False  # elementwise: many tensors of one dtype and device travel as one message
+    flip: Callable[[Params], Params] = lambda params: (
+        params
+    )  # the transpose's parameters
+    fused: bool = (
+        False  # elementwise: many tensors of one dtype and device travel as one message
+    )
     local: bool = False  # nothing moves, and no layout has to be agreed on
     alone: bool = True  # on an axis of one rank it is the identity
     why: str = ""  # it is called in a backward, as the transpose of another
-    # of parameters and shape, what is the same on all ranks, where that is not all of it
-    agreed: Callable[[Params, tuple[int, ...]], tuple[Params, tuple[int, ...]]] | None = None
-    # of a fused row: the shapes of the results on the rank of this index, None where they are those of the inputs; of
-    # others `send` must know how many elements arrive, its last parameter
-    resized: Callable[[Params, Sequence[Tensor], int], list[list[int]] | None] | None = None
+    # of parameters and shape, what is the same on all ranks, where that is not all of
+    # it
+    agreed: (
+        Callable[[Params, tuple[int, ...]], tuple[Params, tuple[int, ...]]] | None
+    ) = None
+    # of a fused row: the shapes of the results on the rank of this index, None where
+    # they are those of the inputs; of others `send` must know how many elements arrive,
+    # its last parameter
+    resized: (
+        Callable[[Params, Sequence[Tensor], int], list[list[int]] | None] | None
+    ) = None
 
     @property
     def T(self) -> Row:
@@ -54,7 +68,9 @@ _TRANSPOSES: dict[str, str] = {}
 
 def pair(row: Row, transpose: Row) -> tuple[Row, Row]:
     """Declare two rows as each other's transposes."""
-    assert (row.takes, row.gives) == (transpose.gives, transpose.takes), f"{row.name}: the kinds of a transpose reverse"
+    assert (row.takes, row.gives) == (transpose.gives, transpose.takes), (
+        f"{row.name}: the kinds of a transpose reverse"
+    )
     for a, b in ((row, transpose), (transpose, row)):
         ROWS[a.name] = a
         _TRANSPOSES[a.name] = b.name
@@ -94,6 +110,8 @@ def decode(call: str) -> Call:
 
 @lru_cache(maxsize=4096)
 def _read(call: str) -> tuple[Row, Params, str]:
-    """Of a call its row and parameters, and the axis as text: a memo must not keep a mesh alive."""
+    """Of a call its row and parameters, and the axis as text: a memo must not keep a
+    mesh alive.
+    """
     name, params, axis_key = call.split("|", 2)
     return ROWS[name], ast.literal_eval(params), axis_key

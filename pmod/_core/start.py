@@ -1,11 +1,13 @@
 """`start`: a function whose messages are sent now and waited for later.
 
-What pmod itself does is pure. Such a piece of work (`_Piece`) is run up to its first messages, which are sent, and is
-left; when its result is wanted it is run again, and finds what was sent. A function of pmod's is one piece.
+What pmod itself does is pure. Such a piece of work (`_Piece`) is run up to its first
+messages, which are sent, and is left; when its result is wanted it is run again, and
+finds what was sent. A function of pmod's is one piece.
 
-A user's function is not pure: it may draw random numbers, or change buffers. It runs once, and each collective in it is
-a piece. In place of the results it gets tensors that are under way (`_Later`): whoever touches one waits for it, and
-from then on it is a tensor like any other.
+A user's function is not pure: it may draw random numbers, or change buffers. It runs
+once, and each collective in it is a piece. In place of the results it gets tensors that
+are under way (`_Later`): whoever touches one waits for it, and from then on it is a
+tensor like any other.
 """
 
 from __future__ import annotations
@@ -47,9 +49,13 @@ T = TypeVar("T")
 
 
 class _Piece(Generic[T]):
-    """A pure function that has sent its first messages; `finish` gives its result, or raises, and again the same."""
+    """A pure function that has sent its first messages; `finish` gives its result, or
+    raises, and again the same.
+    """
 
-    def __init__(self, f: Callable[[], T], name: str, tensors: Sequence[Tensor], line: Line) -> None:
+    def __init__(
+        self, f: Callable[[], T], name: str, tensors: Sequence[Tensor], line: Line
+    ) -> None:
         self._name = name
         self._line = line  # that started it, for an error
         self._tensors = [x for x in tensors if not is_lazy(x) and not x.is_inference()]
@@ -76,39 +82,59 @@ class _Piece(Generic[T]):
     def finish(self) -> T:
         f, self._f = self._f, None
         if f is not None:
-            if any(version_of(x) != version for x, version in zip(self._tensors, self._versions, strict=True)):
+            if any(
+                version_of(x) != version
+                for x, version in zip(self._tensors, self._versions, strict=True)
+            ):
                 given = "a tensor was changed in place between start and wait"
-                raise ArgumentError(phrase(self._name, given, "Change a copy, or wait first."))
+                raise ArgumentError(
+                    phrase(self._name, given, "Change a copy, or wait first.")
+                )
             second = SecondRun(self._first, self._name, self._line)
             with started_by(second), self._enter():
                 result = f()
             second.check_all_found()
             self._results.append(result)
         if not self._results:
-            raise PmodError(phrase(self._name, "its wait raised before", "Start it again."))
+            raise PmodError(
+                phrase(self._name, "its wait raised before", "Start it again.")
+            )
         return self._results[0]
 
 
 class _Later(Tensor):
-    """A tensor that is under way. Whatever is done with it first makes it the tensor that arrives: the same object."""
+    """A tensor that is under way. Whatever is done with it first makes it the tensor
+    that arrives: the same object.
+    """
 
     settle: Callable[[], None]
 
     @staticmethod
     def of(like: Tensor) -> _Later:
-        # it may require a gradient: who uses it unseen then refers to it, which `become` sees
-        differentiated = torch.is_grad_enabled() and (like.is_floating_point() or like.is_complex())
+        # it may require a gradient: who uses it unseen then refers to it, which
+        # `become` sees
+        differentiated = torch.is_grad_enabled() and (
+            like.is_floating_point() or like.is_complex()
+        )
         return make_wrapper(
-            _Later, (), dtype=like.dtype, device=like.device, requires_grad=differentiated
+            _Later,
+            (),
+            dtype=like.dtype,
+            device=like.device,
+            requires_grad=differentiated,
         )
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         untraced(_settle_all)((args, kwargs))
         return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise _used_unseen()
 
     def become(self, value: Tensor) -> None:
@@ -121,7 +147,9 @@ class _Later(Tensor):
         self.__class__ = Tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _become(laters: Sequence[_Later], values: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
+def _become(
+    laters: Sequence[_Later], values: Sequence[Tensor], xs: Sequence[Tensor]
+) -> None:
     kept = [*xs]
     for later, value in zip(laters, values, strict=True):
         later.become(value.view_as(value) if any(value is x for x in kept) else value)
@@ -130,7 +158,9 @@ def _become(laters: Sequence[_Later], values: Sequence[Tensor], xs: Sequence[Ten
 
 def _used_unseen() -> PmodError:
     given = "a result was used before it arrived, by a custom autograd.Function or a torch.func transform"
-    return PmodError(phrase("start", given, "Pass y.clone() to these: it waits for the message."))
+    return PmodError(
+        phrase("start", given, "Pass y.clone() to these: it waits for the message.")
+    )
 
 
 def _settle_all(tree: Any) -> None:
@@ -153,8 +183,8 @@ class _Once(Starter):
         self.settles: list[Callable[[], None]] = []
 
     def _now(self) -> tuple[Any, ...]:
-        # where it differs from that at the start, f is in a custom Function, a backward, a checkpoint or a dual level
-        # of its own, which need a result at once
+        # where it differs from that at the start, f is in a custom Function, a
+        # backward, a checkpoint or a dual level of its own, which need a result at once
         task, level = backward_here(), forward_level()
         return torch.is_grad_enabled(), task, level, saving_hooks(True)
 
@@ -162,7 +192,9 @@ class _Once(Starter):
         if not self._can_wait():
             with told(call, xs, origin()) if watchers() else ExitStack():
                 return carry(call, xs)
-        return self.defer(lambda: cast(Starter, started.by).bind(call, xs), xs, call.row.name)
+        return self.defer(
+            lambda: cast(Starter, started.by).bind(call, xs), xs, call.row.name
+        )
 
     def _can_wait(self) -> bool:
         return self._now() == self._state
@@ -171,10 +203,16 @@ class _Once(Starter):
         """Whether pure work on these may be run in two runs."""
         tensors = all(isinstance(x, Tensor) for x in xs)
         moded = count_function_modes() > 0
-        return tensors and not moded and self._can_wait() and not is_transformed(list(xs))
+        return (
+            tensors and not moded and self._can_wait() and not is_transformed(list(xs))
+        )
 
-    def defer(self, f: Callable[[], Sequence[Tensor]], xs: Sequence[Tensor], name: str) -> Sequence[Tensor]:
-        """Send the first messages of f, which returns as many tensors as xs; return what becomes these."""
+    def defer(
+        self, f: Callable[[], Sequence[Tensor]], xs: Sequence[Tensor], name: str
+    ) -> Sequence[Tensor]:
+        """Send the first messages of f, which returns as many tensors as xs; return
+        what becomes these.
+        """
         piece = _Piece(f, name, xs, self._line)
         if not piece.under_way:
             return piece.finish()
@@ -193,12 +231,20 @@ class _Once(Starter):
         return laters
 
 
-def as_piece(f: Callable[[list[Any]], list[Any]], name: str) -> Callable[[list[Any]], Sequence[Any]]:
-    """Make pure work on a list, that goes on after its first message and returns as many, a piece where it can wait."""
+def as_piece(
+    f: Callable[[list[Any]], list[Any]], name: str
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Make pure work on a list, that goes on after its first message and returns as
+    many, a piece where it can wait.
+    """
 
     def work(leaves: list[Any]) -> Sequence[Any]:
         by = started.by
-        if isinstance(by, _Once) and not torch.compiler.is_compiling() and by.can_defer(leaves):
+        if (
+            isinstance(by, _Once)
+            and not torch.compiler.is_compiling()
+            and by.can_defer(leaves)
+        ):
             return by.defer(lambda: f(leaves), leaves, name)
         return f(leaves)
 
@@ -209,7 +255,9 @@ def _is_pure(f: Any, args: Any, kwargs: Any) -> bool:
     """Whether f is a function of pmod's that calls nothing of the user's."""
     while isinstance(f, partial):
         f, args, kwargs = f.func, (*args, *f.args), kwargs | f.keywords
-    if any(callable(x) and not isinstance(x, Tensor) for x in (*args, *kwargs.values())):
+    if any(
+        callable(x) and not isinstance(x, Tensor) for x in (*args, *kwargs.values())
+    ):
         return False
     f = f.__func__ if isinstance(f, MethodType) else f
     if not isinstance(f, FunctionType) or f.__module__.partition(".")[0] != "pmod":
@@ -231,60 +279,85 @@ class Pending(Generic[T]):
         self._result: list[T] = []
 
     def wait(self) -> T:
-        """Return the result, with its derivative; the same object however often it is asked for.
+        """Return the result, with its derivative; the same object however often it is
+        asked for.
 
-        Raises: ArgumentError where a tensor was changed in place after `start`; what the started function raises.
+        Raises: ArgumentError where a tensor was changed in place after `start`; what
+        the started function raises.
         """
         finish, self._finish = self._finish, None
         if finish is not None:
             self._result.append(finish())
         if not self._result:
-            raise PmodError(phrase(self._name, "its wait raised before", "Start it again."))
+            raise PmodError(
+                phrase(self._name, "its wait raised before", "Start it again.")
+            )
         return self._result[0]
 
     def __del__(self) -> None:
         if getattr(self, "_finish", None) is not None:
             warnings.warn(
-                phrase(self._name, "a Pending was never waited for", "Call .wait(), also where the result is unused."),
+                phrase(
+                    self._name,
+                    "a Pending was never waited for",
+                    "Call .wait(), also where the result is unused.",
+                ),
                 RuntimeWarning,
                 stacklevel=2,
             )
 
 
 def start(f: Callable[..., T], *args: Any, **kwargs: Any) -> Pending[T]:
-    """Start a collective and return at once; ``.wait()`` gives the same differentiable result.
+    """Start a collective and return at once; ``.wait()`` gives the same differentiable
+    result.
 
-    f is usually a collective, or any function. It runs once, now: its random numbers, buffers and autocast are those
-    of the call. What its collectives return is under way: whatever f does with that waits for it first, so compute
-    with the results after `wait`. (A function of pmod's that goes on after its first message, as a convolution does,
-    goes on at `wait`.) Until then what was sent must stay as it is: where a tensor was changed in place, `wait`
-    raises. All ranks start and wait in the same order. Under torch.func transforms and torch.compile nothing is sent
+    f is usually a collective, or any function. It runs once, now: its random numbers,
+    buffers and autocast are those of the call. What its collectives return is under
+    way: whatever f does with that waits for it first, so compute with the results after
+    `wait`. (A function of pmod's that goes on after its first message, as a convolution
+    does, goes on at `wait`.) Until then what was sent must stay as it is: where a
+    tensor was changed in place, `wait` raises. All ranks start and wait in the same
+    order. Under torch.func transforms and torch.compile nothing is sent
     ahead: the result is ready at once.
 
-    Raises: what f raises, at once if it is about its arguments; PmodError where f passes what is under way to a custom
-    autograd.Function or a torch.func transform, which cannot wait: pass them a clone.
+    Raises: what f raises, at once if it is about its arguments; PmodError where f
+    passes what is under way to a custom autograd.Function or a torch.func transform,
+    which cannot wait: pass them a clone.
 
     >>> pending = pmod.start(pmod.psum, torch.ones(2), mesh["model"])
     >>> pending.wait()  # after some other work
     tensor([1., 1.])
     """
     if not callable(f):
-        raise ArgumentError(phrase("start", f"f is {quoted(f)}", "Pass a function, then its arguments."))
+        raise ArgumentError(
+            phrase("start", f"f is {quoted(f)}", "Pass a function, then its arguments.")
+        )
     name = getattr(f, "__name__", type(f).__name__)
     if torch.compiler.is_compiling() or are_transforms_active():
         result = f(*args, **kwargs)
         return Pending(lambda: result, name)
     if started.by is not None:
-        raise PmodError(phrase("start", f"{name} calls start itself", "Start the functions one by one."))
+        raise PmodError(
+            phrase(
+                "start", f"{name} calls start itself", "Start the functions one by one."
+            )
+        )
     line = line_of(sys._getframe(1))
     if _is_pure(f, args, kwargs):
-        return Pending(_Piece(lambda: f(*args, **kwargs), name, tensors_in((args, kwargs)), line).finish, name)
+        return Pending(
+            _Piece(
+                lambda: f(*args, **kwargs), name, tensors_in((args, kwargs)), line
+            ).finish,
+            name,
+        )
     once = _Once(line)
     with started_by(once):
         result = f(*args, **kwargs)
 
     def finish() -> T:
-        for settle in once.settles:  # in the order of the calls, which is the same on all ranks
+        for (
+            settle
+        ) in once.settles:  # in the order of the calls, which is the same on all ranks
             settle()
         return result
 

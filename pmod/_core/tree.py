@@ -1,8 +1,10 @@
-"""Maps over the leaves of nested dicts, lists, tuples and namedtuples; leaves of one dtype and device sent together.
+"""Maps over the leaves of nested dicts, lists, tuples and namedtuples; leaves of one
+dtype and device sent together.
 
-Our own forty lines, because the order of the leaves decides which message is sent first: it must be the same on every
-rank, so dicts are walked by sorted key (torch's pytree walks them by insertion), and so are other mappings that can be
-filled, such as a TensorDict. None is a leaf that stays None.
+Our own forty lines, because the order of the leaves decides which message is sent
+first: it must be the same on every rank, so dicts are walked by sorted key (torch's
+pytree walks them by insertion), and so are other mappings that can be filled, such as a
+TensorDict. None is a leaf that stays None.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from pmod._mesh.axis import Axis
 from pmod._site import of_tree
 
 Tree = TypeVar("Tree")
-"""A tensor, or a dict, list, tuple or namedtuple of trees; what goes in comes out with the same structure."""
+"""A tensor, or a dict, list, tuple or namedtuple of trees; what goes in comes out with
+the same structure.
+"""
 
 
 def flatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
@@ -48,12 +52,16 @@ def _walk(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
 
 
 def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
-    """`tree` with its leaves replaced by those in `leaves`, which are used up from the front."""
+    """`tree` with its leaves replaced by those in `leaves`, which are used up from the
+    front.
+    """
     if tree is None:
         return None
     if is_mapping(tree):
         keys = sorted_keys(tree, function, axis)
-        return refilled(tree, {key: unflatten(tree[key], function, axis, leaves) for key in keys})
+        return refilled(
+            tree, {key: unflatten(tree[key], function, axis, leaves) for key in keys}
+        )
     if isinstance(tree, list | tuple):
         branches = [unflatten(branch, function, axis, leaves) for branch in tree]
         if isinstance(tree, list):
@@ -62,7 +70,9 @@ def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
     return leaves.pop(0)
 
 
-def map_leaves(f: Callable[[list[Any]], Sequence[Any]], tree: Tree, function: str, axis: Axis) -> Tree:
+def map_leaves(
+    f: Callable[[list[Any]], Sequence[Any]], tree: Tree, function: str, axis: Axis
+) -> Tree:
     """Replace all leaves at once: `f` takes the list of them and returns as many."""
     if isinstance(tree, Tensor):
         return f([tree])[0]
@@ -75,10 +85,18 @@ def map_leaves(f: Callable[[list[Any]], Sequence[Any]], tree: Tree, function: st
 
 
 def outline(tree: Any, function: str, axis: Axis) -> str:
-    """The structure of a tree, in which a leaf is *: the same text on all ranks, where their trees are alike."""
+    """The structure of a tree, in which a leaf is *: the same text on all ranks, where
+    their trees are alike.
+    """
     if is_mapping(tree):
         keys = sorted_keys(tree, function, axis)
-        return "{" + ", ".join([f"{_shown(key)}: {outline(tree[key], function, axis)}" for key in keys]) + "}"
+        return (
+            "{"
+            + ", ".join(
+                [f"{_shown(key)}: {outline(tree[key], function, axis)}" for key in keys]
+            )
+            + "}"
+        )
     if isinstance(tree, list | tuple):
         inside = ", ".join([outline(branch, function, axis) for branch in tree])
         if isinstance(tree, list):
@@ -105,8 +123,16 @@ def sorted_keys(tree: Any, function: str, axis: Axis) -> list[Any]:
         raise wrong(ArgumentError, function, axis, given, right) from None
 
 
-def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Tensor], tuple[Tensor, Params]]) -> Tree:
-    """Bind a row to every leaf by itself; `prepare` checks a leaf and gives what to bind. First all are checked."""
+def each(
+    row: Row,
+    tree: Tree,
+    axis: Axis,
+    function: str,
+    prepare: Callable[[Tensor], tuple[Tensor, Params]],
+) -> Tree:
+    """Bind a row to every leaf by itself; `prepare` checks a leaf and gives what to
+    bind. First all are checked.
+    """
 
     if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
         check_tensor(tree, function, axis)
@@ -117,7 +143,12 @@ def each(row: Row, tree: Tree, axis: Axis, function: str, prepare: Callable[[Ten
         for x in leaves:
             check_tensor(x, function, axis)
         prepared = [prepare(x) for x in leaves]
-        return [ys[0] for ys in bind_all([(Call(row, axis, params), [x]) for x, params in prepared])]
+        return [
+            ys[0]
+            for ys in bind_all(
+                [(Call(row, axis, params), [x]) for x, params in prepared]
+            )
+        ]
 
     return map_leaves(run, tree, function, axis)
 
@@ -135,7 +166,9 @@ def together(row: Row, leaves: list[Any], axis: Axis, params: Params) -> list[An
     if len(leaves) == 1:
         return list(bind(Call(row, axis, params), leaves))
     groups = alike(leaves)
-    results = bind_all([(Call(row, axis, params), [leaves[i] for i in group]) for group in groups])
+    results = bind_all(
+        [(Call(row, axis, params), [leaves[i] for i in group]) for group in groups]
+    )
     out: list[Any] = [None] * len(leaves)
     for group, ys in zip(groups, results, strict=True):
         for i, y in zip(group, ys, strict=True):

@@ -20,15 +20,19 @@ T = TypeVar("T")
 
 
 class Watcher:
-    """A check or a counter of your own: it is told of every collective, forward and backward, while it is on.
+    """A check or a counter of your own: it is told of every collective, forward and
+    backward, while it is on.
 
-    Write a class with some of these methods, which do nothing here, and put it on: ``with MyWatcher() as watcher:``. It
-    then hears of this rank's collectives; one that is on where `simulate` is called hears of those of all its ranks.
-    `call` says what is sent: ``call.row.name`` ("psum", "all_gather", ...), ``call.axis.label`` and ``call.axis.size``.
-    Several hear of a call in the order in which they were put on, and of its end in the other one. What `before` raises
-    reaches the user in place of the call, and nothing is sent: raise on all ranks, or the others wait for this one.
-    Those that have heard `before` of a call hear its `after`, whatever is raised. Nobody hears of the collectives that
-    a watcher calls itself. Compiled code is not seen. Cost: some 10 us per collective.
+    Write a class with some of these methods, which do nothing here, and put it on:
+    ``with MyWatcher() as watcher:``. It then hears of this rank's collectives; one that
+    is on where `simulate` is called hears of those of all its ranks. `call` says what
+    is sent: ``call.row.name`` ("psum", "all_gather", ...), ``call.axis.label`` and
+    ``call.axis.size``. Several hear of a call in the order in which they were put on,
+    and of its end in the other one. What `before` raises reaches the user in place of
+    the call, and nothing is sent: raise on all ranks, or the others wait for this one.
+    Those that have heard `before` of a call hear its `after`, whatever is raised.
+    Nobody hears of the collectives that a watcher calls itself. Compiled code is not
+    seen. Cost: some 10 us per collective.
     Raises: PmodError where it is put on twice.
 
     >>> class BytesOfModules(pmod.Watcher):
@@ -53,13 +57,17 @@ class Watcher:
     """
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
-        """A call begins: its tensors, which must stay as they are; the public function, and the line that called it.
+        """A call begins: its tensors, which must stay as they are; the public function,
+        and the line that called it.
 
-        The function of a derivative reads "the backward of psum", with the line of the forward call.
+        The function of a derivative reads "the backward of psum", with the line of the
+        forward call.
         """
 
     def after(self, call: Call) -> None:
-        """The call of the last `before` has its result, or has failed; one that was started is under way."""
+        """The call of the last `before` has its result, or has failed; one that was
+        started is under way.
+        """
 
     def waited(self, call: Call, seconds: float) -> None:
         """A call that was started has its result, after so many seconds of waiting."""
@@ -69,13 +77,19 @@ class Watcher:
 
     def __enter__(self) -> Self:
         if any(watcher is self for watcher in watchers()):
-            given, right = f"this {type(self).__name__} is on already", "Put it on once, or make another one."
+            given, right = (
+                f"this {type(self).__name__} is on already",
+                "Put it on once, or make another one.",
+            )
             raise PmodError(phrase("Watcher", given, right))
         watchers().append(self)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         watchers()[:] = [watcher for watcher in watchers() if watcher is not self]
 
@@ -86,7 +100,9 @@ def watchers() -> list[Watcher]:
 
 
 def called_as(function: str, f: Callable[..., T], *args: Any) -> T:
-    """f(*args), called in a hook: who watches sees what it sends as this function's, at the user's line."""
+    """f(*args), called in a hook: who watches sees what it sends as this function's, at
+    the user's line.
+    """
     if torch.compiler.is_compiling() or not watchers():
         return f(*args)
     with on_behalf_of((function, call_site()[1])):

@@ -1,9 +1,11 @@
-"""`debug`: before each collective its ranks compare what they are about to do, so that a hang becomes an error.
+"""`debug`: before each collective its ranks compare what they are about to do, so that
+a hang becomes an error.
 
-Speed is traded for proof: before each collective every rank writes its words on a board, the store of the world, and
-reads the others'; where they differ all of them raise the same table. What a row takes as invariant must be the same
-bits on every rank. A rank that waits long says on the board for what: ranks that wait for each other in a cycle see so
-within seconds.
+Speed is traded for proof: before each collective every rank writes its words on a
+board, the store of the world, and reads the others'; where they differ all of them
+raise the same table. What a row takes as invariant must be the same bits on every rank.
+A rank that waits long says on the board for what: ranks that wait for each other in a
+cycle see so within seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from pmod._core.arguments import check_flag, check_tolerance
 from pmod._core.lineage import lineage
 from pmod._core.row import Call
 from pmod._core.watch import Watcher, watchers
-from pmod._debug.compare import Words, bits_of, compare_calls, compare_words, differ, difference, outside_transforms
+from pmod._debug.compare import (
+    Words,
+    bits_of,
+    compare_calls,
+    compare_words,
+    differ,
+    difference,
+    outside_transforms,
+)
 from pmod._debug.invariant import check_lineage, check_root
 from pmod._errors import ArgumentError, phrase, quoted
 from pmod._mesh.ambient import ambient
@@ -36,16 +46,28 @@ from pmod._torch import are_transforms_active
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compare_claimed(leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str) -> None:
-    """Under debug: raise where leaves whose specs leave an axis out are not the same on all its ranks."""
-    checker = next((watcher for watcher in watchers() if isinstance(watcher, _Checker)), None)
+def compare_claimed(
+    leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str
+) -> None:
+    """Under debug: raise where leaves whose specs leave an axis out are not the same on
+    all its ranks.
+    """
+    checker = next(
+        (watcher for watcher in watchers() if isinstance(watcher, _Checker)), None
+    )
     if checker is None or axis.size == 1:
         return
     origin, (xs, names) = (function, call_site()[1]), zip(*leaves, strict=True)
-    words = Words.of_tensors(xs, origin, axis, ", ".join(names), [tuple(x.shape) for x in xs])
+    words = Words.of_tensors(
+        xs, origin, axis, ", ".join(names), [tuple(x.shape) for x in xs]
+    )
     with outside_transforms():
         same = compare_words(words, bits_of(xs), axis, origin)
-        found = None if same and checker.rtol == 0.0 else difference(xs, names, axis, checker.rtol)
+        found = (
+            None
+            if same and checker.rtol == 0.0
+            else difference(xs, names, axis, checker.rtol)
+        )
     if found is not None:
         given = f"{found}, but its spec leaves {axis.label!r} out, so ranks {few(axis.ranks)} should hold one value"
         right = f"Make it one (pmod.replicate, pmod.pmean), or name the axis in the spec.\nCalled at {origin[1]}"
@@ -62,7 +84,11 @@ class _Checker(Watcher):
     def compiled(self) -> None:
         if not self.warned:
             self.warned = True
-            text = phrase("debug", "compiled code is not checked", "Run the eager function under debug.")
+            text = phrase(
+                "debug",
+                "compiled code is not checked",
+                "Run the eager function under debug.",
+            )
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
@@ -74,9 +100,15 @@ class _Checker(Watcher):
         with outside_transforms():
             self._check(call, xs, words, origin)
             if traced and any(x.requires_grad for x in xs):
-                check_lineage([lineage(x, call.axis) for x in xs if x.requires_grad], call.axis, origin)
+                check_lineage(
+                    [lineage(x, call.axis) for x in xs if x.requires_grad],
+                    call.axis,
+                    origin,
+                )
 
-    def _check(self, call: Call, xs: Sequence[Tensor], words: Words, origin: Origin) -> None:
+    def _check(
+        self, call: Call, xs: Sequence[Tensor], words: Words, origin: Origin
+    ) -> None:
         invariant = call.row.takes == "I"
         same = compare_calls(call, xs, words, origin, invariant)
         if invariant and not (same and self.rtol == 0.0):
@@ -89,9 +121,11 @@ class _Checker(Watcher):
 
 
 class _Backward:
-    """torch.autograd's two entries, looked into while debug is on anywhere in this process.
+    """torch.autograd's two entries, looked into while debug is on anywhere in this
+    process.
 
-    torch's anomaly mode is on meanwhile, so that the graph knows the lines that made it.
+    torch's anomaly mode is on meanwhile, so that the graph knows the lines that made
+    it.
     """
 
     def __init__(self) -> None:
@@ -105,23 +139,37 @@ class _Backward:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._backward, self._grad = torch.autograd.backward, torch.autograd.grad
-                torch.autograd.backward, torch.autograd.grad = self._watched_backward, self._watched_grad
-                self._anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+                self._backward, self._grad = (
+                    torch.autograd.backward,
+                    torch.autograd.grad,
+                )
+                torch.autograd.backward, torch.autograd.grad = (
+                    self._watched_backward,
+                    self._watched_grad,
+                )
+                self._anomaly = (
+                    torch.is_anomaly_enabled(),
+                    torch.is_anomaly_check_nan_enabled(),
+                )
                 torch.autograd.set_detect_anomaly(True, check_nan=all(self._anomaly))
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                torch.autograd.backward, torch.autograd.grad = self._backward, self._grad
+                torch.autograd.backward, torch.autograd.grad = (
+                    self._backward,
+                    self._grad,
+                )
                 torch.autograd.set_detect_anomaly(*self._anomaly)
 
     def _watched_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
         _look_at_roots(tensors, kwargs.get("inputs"))
         return self._backward(tensors, *args, **kwargs)
 
-    def _watched_grad(self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _watched_grad(
+        self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         _look_at_roots(outputs, inputs)
         return self._grad(outputs, inputs, *args, **kwargs)
 
@@ -137,17 +185,21 @@ def _look_at_roots(roots: Any, inputs: Any) -> None:
 
 
 class debug:  # lower case: it reads as the function it is called as
-    """Compare the ranks before each collective, so that hangs and silent corruption become errors.
+    """Compare the ranks before each collective, so that hangs and silent corruption
+    become errors.
 
-    As a context manager, ``with pmod.debug():``; as a statement, ``pmod.debug()`` until ``pmod.debug(False)``; or for a
-    whole run, PMOD_DEBUG=1. All ranks switch it on and off at the same places.
-    Before each collective, forward and backward, the ranks of the axis compare function, axis, arguments, shapes,
-    dtypes, devices, requires_grad, active transforms, the structure of trees with the keys of their dicts, and call
-    site (module, file name and line: the files may lie elsewhere on each node); what is taken as invariant (into
-    `pvary`, `shard`, `place`, and back into `psum`, `unshard`, `pick`) must be the same bits on all of them, or within
-    rtol of the largest magnitude. Ranks that wait for each other in different places find out within seconds.
-    Cost: one small message before each collective, and a look at every bit of what is invariant. Eager code only:
-    compiled code runs unchecked, and a warning says so.
+    As a context manager, ``with pmod.debug():``; as a statement, ``pmod.debug()`` until
+    ``pmod.debug(False)``; or for a whole run, PMOD_DEBUG=1. All ranks switch it on and
+    off at the same places. Before each collective, forward and backward, the ranks of
+    the axis compare function, axis, arguments, shapes, dtypes, devices, requires_grad,
+    active transforms, the structure of trees with the keys of their dicts, and call
+    site (module, file name and line: the files may lie elsewhere on each node); what is
+    taken as invariant (into `pvary`, `shard`, `place`, and back into `psum`, `unshard`,
+    `pick`) must be the same bits on all of them, or within rtol of the largest
+    magnitude. Ranks that wait for each other in different places find out within
+    seconds.
+    Cost: one small message before each collective, and a look at every bit of what is
+    invariant. Eager code only: compiled code runs unchecked, and a warning says so.
     Raises: MismatchError on every rank of the axis, with what each was about to do.
 
     >>> def step():
@@ -163,10 +215,14 @@ class debug:  # lower case: it reads as the function it is called as
         rtol = check_tolerance(rtol, "debug")
         self._before = list(watchers())
         kept = [w for w in self._before if not isinstance(w, _Checker)]
-        self._change([*kept, _Checker(rtol)] if on and not world.current().alone else kept)
+        self._change(
+            [*kept, _Checker(rtol)] if on and not world.current().alone else kept
+        )
 
     def _change(self, to: list[Watcher]) -> None:
-        was, now = (any(isinstance(w, _Checker) for w in them) for them in (watchers(), to))
+        was, now = (
+            any(isinstance(w, _Checker) for w in them) for them in (watchers(), to)
+        )
         watchers()[:] = to
         if now and not was:
             world.processes().the(_Backward).watch()
@@ -177,18 +233,24 @@ class debug:  # lower case: it reads as the function it is called as
         pass
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._change(self._before)
 
 
 def checked(f: F) -> F:
-    """A step function that is run under `debug` the first time, and as it is from then on.
+    """A step function that is run under `debug` the first time, and as it is from then
+    on.
 
-    Each new signature is checked once: the shapes and dtypes of its tensors, what requires grad, the types of all else,
-    grad mode and mesh. All ranks must come to a new signature in the same call: where shards change their lengths from
-    step to step on some ranks only, use `debug` instead.
-    Cost: a look-up per call. Raises: ArgumentError where f cannot be called; as `debug`, in those calls.
+    Each new signature is checked once: the shapes and dtypes of its tensors, what
+    requires grad, the types of all else, grad mode and mesh. All ranks must come to a
+    new signature in the same call: where shards change their lengths from step to step
+    on some ranks only, use `debug` instead.
+    Cost: a look-up per call. Raises: ArgumentError where f cannot be called; as
+    `debug`, in those calls.
 
     >>> @pmod.checked
     ... def total(x):
@@ -206,8 +268,16 @@ def checked(f: F) -> F:
         ours = world.current()
         if ours.alone:  # nobody to compare with
             return f(*args, **kwargs)
-        place = None if ours.by_processes else ours.topology.rank  # ranks that are threads share this function
-        key = (ambient(), torch.is_grad_enabled(), place, _signature(args), _signature(kwargs))
+        place = (
+            None if ours.by_processes else ours.topology.rank
+        )  # ranks that are threads share this function
+        key = (
+            ambient(),
+            torch.is_grad_enabled(),
+            place,
+            _signature(args),
+            _signature(kwargs),
+        )
         if key in seen or torch.compiler.is_compiling():
             return f(*args, **kwargs)
         with debug():

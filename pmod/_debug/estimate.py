@@ -1,7 +1,9 @@
-"""`estimate`: one rank's program in a world that does not exist, to see what it would send and how long that takes.
+"""`estimate`: one rank's program in a world that does not exist, to see what it would
+send and how long that takes.
 
-The other ranks are taken to hold what this one holds: what they would send is made up from what this rank sends, so
-that values stay finite and plausible, and everything up to the wire is the code that runs on a real mesh.
+The other ranks are taken to hold what this one holds: what they would send is made up
+from what this rank sends, so that values stay finite and plausible, and everything up
+to the wire is the code that runs on a real mesh.
 """
 
 from __future__ import annotations
@@ -29,20 +31,26 @@ def estimate(
     bandwidth: Rate = math.inf,
     latency: Rate = 0.0,
 ) -> trace:
-    """What fn(*args) would send on a mesh of any size, and how long that would take: a `trace`, in this one process.
+    """What fn(*args) would send on a mesh of any size, and how long that would take: a
+    `trace`, in this one process.
 
-    fn is one rank's program, and runs once, as the rank that the mesh says (of a mapping, the first); no other rank
-    exists, and nothing is sent. Tensors may be real or on the "meta" device, where a model of any size costs no memory.
-    What arrives is made up from what this rank holds, so what depends on values may take another course than it would.
+    fn is one rank's program, and runs once, as the rank that the mesh says (of a
+    mapping, the first); no other rank exists, and nothing is sent. Tensors may be real
+    or on the "meta" device, where a model of any size costs no memory. What arrives is
+    made up from what this rank holds, so what depends on values may take another course
+    than it would.
 
-    mesh: sizes, ``{"data": 1250, "model": 8}``, or a Mesh, ``make_mesh(..., topology=Topology(rank=3, world_size=10000,
-    device="cuda"))``: on cuda the messages are those of NCCL, else those of gloo. bandwidth: bytes per second from one
-    rank to the others, latency: seconds per message, each a number, or a number for each axis; a tuple of axes that is
-    not named is as slow as its slowest.
-    A call takes ``latency * messages + max(sent, received) / bandwidth``, where messages are those that follow one
-    another, n - 1 for an all_to_all and ceil(log2 n) for a broadcast (the alpha-beta model: Thakur, Rabenseifner and
-    Gropp 2005, doi:10.1177/1094342005051521). Neither computing nor what overlaps with it is counted.
-    Eager code only. Raises: AxisError where a bandwidth or latency is missing for an axis that is used.
+    mesh: sizes, ``{"data": 1250, "model": 8}``, or a Mesh, ``make_mesh(...,
+    topology=Topology(rank=3, world_size=10000, device="cuda"))``: on cuda the messages
+    are those of NCCL, else those of gloo. bandwidth: bytes per second from one rank to
+    the others, latency: seconds per message, each a number, or a number for each axis;
+    a tuple of axes that is not named is as slow as its slowest. A call takes ``latency
+    * messages + max(sent, received) / bandwidth``, where messages are those that follow
+    one another, n - 1 for an all_to_all and ceil(log2 n) for a broadcast (the
+    alpha-beta model: Thakur, Rabenseifner and Gropp 2005,
+    doi:10.1177/1094342005051521). Neither computing nor what overlaps with it is
+    counted. Eager code only. Raises: AxisError where a bandwidth or latency is missing
+    for an axis that is used.
 
     >>> def step(x):
     ...     return pmod.psum(x, "data")
@@ -53,7 +61,10 @@ def estimate(
     """
     check_function(fn, "estimate")
     with alone_on(mesh, "estimate") as here:
-        rates = [_checked_rate(bandwidth, "bandwidth", here), _checked_rate(latency, "latency", here)]
+        rates = [
+            _checked_rate(bandwidth, "bandwidth", here),
+            _checked_rate(latency, "latency", here),
+        ]
         with trace() as found:
             fn(*args)
     found.retime(lambda event: _seconds(event, *rates))
@@ -62,14 +73,24 @@ def estimate(
 
 def _checked_rate(rate: Rate, name: str, mesh: Mesh) -> Rate:
     for axis, value in rate.items() if isinstance(rate, Mapping) else [(None, rate)]:
-        for part in () if axis is None else axis if isinstance(axis, tuple) else (axis,):
+        for part in (
+            () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        ):
             if part not in mesh.axis_names:
                 given = f"{name} has no axis {quoted(part)} to be for{near_miss(part, mesh.axis_names)}"
-                raise AxisError(phrase("estimate", given, f"The mesh has {mesh.shape}."))
+                raise AxisError(
+                    phrase("estimate", given, f"The mesh has {mesh.shape}.")
+                )
         number = as_real(value)
         if number is None or not (number > 0 if name == "bandwidth" else number >= 0):
-            right = "Pass bytes per second, above 0." if name == "bandwidth" else "Pass seconds, 0 or more."
-            raise ArgumentError(phrase("estimate", f"{name} is {quoted(value)}", right, axis=axis))
+            right = (
+                "Pass bytes per second, above 0."
+                if name == "bandwidth"
+                else "Pass seconds, 0 or more."
+            )
+            raise ArgumentError(
+                phrase("estimate", f"{name} is {quoted(value)}", right, axis=axis)
+            )
     return rate
 
 
@@ -82,11 +103,16 @@ def _of_axis(rate: Rate, axis: str | tuple[str, ...], name: str) -> float:
     missing = [part for part in parts if part not in rate]
     if missing:
         right = f"Pass {name}={{{missing[0]!r}: ...}} beside the others, or one number for all."
-        raise AxisError(phrase("estimate", f"{name} names no {missing[0]!r}, which is used", right))
+        raise AxisError(
+            phrase("estimate", f"{name} names no {missing[0]!r}, which is used", right)
+        )
     return (min if name == "bandwidth" else max)(rate[part] for part in parts)
 
 
 def _seconds(event: Event, bandwidth: Rate, latency: Rate) -> float:
-    alpha, per_second = _of_axis(latency, event.axis, "latency"), _of_axis(bandwidth, event.axis, "bandwidth")
+    alpha, per_second = (
+        _of_axis(latency, event.axis, "latency"),
+        _of_axis(bandwidth, event.axis, "bandwidth"),
+    )
     nbytes = max(event.nbytes, event.received)
     return alpha * max(event.messages, nbytes > 0) + nbytes / per_second

@@ -67,29 +67,54 @@ def in_bytes(count: float) -> str:
 
 
 def chrome_entry(event: Event, offset: float) -> dict[str, Any]:
-    """A complete event of Chrome's format; times in us. offset: of the trace's beginning on the common clock."""
+    """A complete event of Chrome's format; times in us. offset: of the trace's
+    beginning on the common clock.
+    """
     axis = named(event.axis)
     return {
-        "name": f"{event.function} ({axis})", "ph": "X", "pid": event.rank, "tid": axis,
-        "ts": 1e6 * (event.start + offset), "dur": 1e6 * event.seconds,
-        "args": {"bytes": event.nbytes, "line": event.site, "module": event.module, "step": event.step},
-    }  # fmt: skip
+        "name": f"{event.function} ({axis})",
+        "ph": "X",
+        "pid": event.rank,
+        "tid": axis,
+        "ts": 1e6 * (event.start + offset),
+        "dur": 1e6 * event.seconds,
+        "args": {
+            "bytes": event.nbytes,
+            "line": event.site,
+            "module": event.module,
+            "step": event.step,
+        },
+    }
 
 
 def write_events(path: str | os.PathLike[str], entries: list[dict[str, Any]]) -> None:
     first = min((entry["ts"] for entry in entries), default=0.0)
-    lanes = {axis: number for number, axis in enumerate(dict.fromkeys(entry["tid"] for entry in entries))}
+    lanes = {
+        axis: number
+        for number, axis in enumerate(dict.fromkeys(entry["tid"] for entry in entries))
+    }
     names: dict[tuple[int, int], str] = {}
     for entry in entries:
         names[entry["pid"], lanes[entry["tid"]]] = entry["tid"]
         entry["ts"] -= first
         entry["tid"] = lanes[entry["tid"]]
     told = [
-        {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
+        {
+            "name": "process_name",
+            "ph": "M",
+            "pid": rank,
+            "args": {"name": f"rank {rank}"},
+        }
         for rank in sorted({rank for rank, _ in names})
     ]
     told += [
-        {"name": "thread_name", "ph": "M", "pid": rank, "tid": lane, "args": {"name": axis}}
+        {
+            "name": "thread_name",
+            "ph": "M",
+            "pid": rank,
+            "tid": lane,
+            "args": {"name": axis},
+        }
         for (rank, lane), axis in sorted(names.items())
     ]
     Path(path).write_text(json.dumps({"traceEvents": told + entries}))

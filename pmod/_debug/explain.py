@@ -1,4 +1,6 @@
-"""`explain`: a program's collectives and their transposes, line by line, and why each message is there."""
+"""`explain`: a program's collectives and their transposes, line by line, and why each
+message is there.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class _Messages:
     def __str__(self) -> str:
         if not self.nbytes:
             return ""
-        return (f", {self.calls} messages" if self.calls > 1 else "") + f", {in_bytes(self.nbytes)}"
+        return (
+            f", {self.calls} messages" if self.calls > 1 else ""
+        ) + f", {in_bytes(self.nbytes)}"
 
 
 @attrs.define
@@ -69,7 +73,10 @@ class Step:
     def title(self) -> str:
         """`w: pvary(data) -> backward: psum, 12 MB`."""
         function, axis, _ = self.place
-        forward = f"{self.argument}: " * bool(self.argument) + f"{function}({named(axis)}){self.forward}"
+        forward = (
+            f"{self.argument}: " * bool(self.argument)
+            + f"{function}({named(axis)}){self.forward}"
+        )
         rows = "; ".join(f"{row}{messages}" for row, messages in self.backward.items())
         if rows:
             return f"{forward} -> backward: {rows}"
@@ -83,10 +90,15 @@ class Step:
         else:  # a layer, or a module that reduces gradients
             function = getattr(sys.modules["pmod"], self.place[0], None)
             said = getattr(function, "__doc__", None) or ""
-            yield from [f"{self.kinds}{': ' if self.kinds else ''}{line}" for line in said.splitlines()[:1]]
+            yield from [
+                f"{self.kinds}{': ' if self.kinds else ''}{line}"
+                for line in said.splitlines()[:1]
+            ]
         for row, messages in self.backward.items():
             if row in ROWS and ROWS[row].why:
-                yield f"backward: {ROWS[row].why}" + ("." if messages.nbytes else "; nothing is sent.")
+                yield f"backward: {ROWS[row].why}" + (
+                    "." if messages.nbytes else "; nothing is sent."
+                )
 
 
 @attrs.frozen
@@ -98,13 +110,22 @@ class Explanation:
 
     def _total(self) -> str:
         forward = sum(step.forward.nbytes for step in self.steps)
-        backward = sum(messages.nbytes for step in self.steps for messages in step.backward.values())
+        backward = sum(
+            messages.nbytes
+            for step in self.steps
+            for messages in step.backward.values()
+        )
         return f"In all this rank sends {in_bytes(forward)} forward and {in_bytes(backward)} backward."
 
     def __str__(self) -> str:
         lines = [self.of]
         for step in self.steps:
-            lines += ["", step.place[2], f"  {step.title()}", *(f"    {reason}" for reason in step.reasons())]
+            lines += [
+                "",
+                step.place[2],
+                f"  {step.title()}",
+                *(f"    {reason}" for reason in step.reasons()),
+            ]
         return "\n".join([*lines, "", self._total()])
 
     __repr__ = __str__
@@ -113,9 +134,10 @@ class Explanation:
         rows = "".join(
             f"<tr><td style='text-align:left'><code>{html.escape(step.place[2])}</code></td>"
             f"<td style='text-align:left'><b>{html.escape(step.title())}</b><br>"
-            + "<br>".join(map(html.escape, step.reasons())) + "</td></tr>"
+            + "<br>".join(map(html.escape, step.reasons()))
+            + "</td></tr>"
             for step in self.steps
-        )  # fmt: skip
+        )
         return f"<p>{html.escape(self.of)}</p><table>{rows}</table><p>{html.escape(self._total())}</p>"
 
 
@@ -132,14 +154,19 @@ class _Reader(Watcher):
 
 
 def _first_argument(function: str, source: str) -> str:
-    """`w` of `pmod.pvary(w, "data")`, or of `pmod.start(pmod.pvary, w, "data")`; "" where it is no such call."""
+    """`w` of `pmod.pvary(w, "data")`, or of `pmod.start(pmod.pvary, w, "data")`; ""
+    where it is no such call.
+    """
     try:
         call = ast.parse(source.strip(), mode="eval").body
     except SyntaxError:
         return ""
     if not isinstance(call, ast.Call):
         return ""
-    given = [ast.unparse(arg) for arg in [*call.args, *(keyword.value for keyword in call.keywords)]]
+    given = [
+        ast.unparse(arg)
+        for arg in [*call.args, *(keyword.value for keyword in call.keywords)]
+    ]
     names = [text.rpartition(".")[2] for text in (ast.unparse(call.func), *given[:1])]
     at = 1 if names == ["start", function] else 0
     return given[at] if names[at] == function and len(given) > at else ""
@@ -181,15 +208,21 @@ def _requiring_grad(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None) -> Explanation:
-    """The collectives of f(*args) and of its backward, line by line: what each sends, and why it is there.
+def explain(
+    f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None
+) -> Explanation:
+    """The collectives of f(*args) and of its backward, line by line: what each sends,
+    and why it is there.
 
-    f runs once, on one rank of the mesh, whose other ranks need not exist: nothing is sent, and no rank waits. Then
-    backward runs from all that f returns, unless f did that itself; where nothing requires a gradient, f runs again
-    with all of args requiring one. What f changes (parameters, by an optimizer's step) stays changed; `.grad` does not,
-    unless f calls backward. Tensors may be real or on the "meta" device.
+    f runs once, on one rank of the mesh, whose other ranks need not exist: nothing is
+    sent, and no rank waits. Then backward runs from all that f returns, unless f did
+    that itself; where nothing requires a gradient, f runs again with all of args
+    requiring one. What f changes (parameters, by an optimizer's step) stays changed;
+    `.grad` does not, unless f calls backward. Tensors may be real or on the "meta"
+    device.
     mesh: by default the ambient mesh; or another one, or sizes, ``{"data": 1000}``.
-    Returns an object that prints as text, and as a table in notebooks. Raises: NoMeshError without any mesh.
+    Returns an object that prints as text, and as a table in notebooks. Raises:
+    NoMeshError without any mesh.
 
     >>> def loss(w, x):
     ...     w = pmod.pvary(w, "data")
@@ -217,7 +250,9 @@ def explain(f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | 
         raise NoMeshError(phrase("explain", "no mesh is set", right))
     with alone_on(mesh, "explain") as here:
         found, reader, differentiated = _run(f, args)
-        if not differentiated and any(x.is_floating_point() or x.is_complex() for x in tensors_in(args)):
+        if not differentiated and any(
+            x.is_floating_point() or x.is_complex() for x in tensors_in(args)
+        ):
             found, reader, _ = _run(f, map_tensors(_requiring_grad, args))
     steps: dict[Place, Step] = {}
     for event in found.events:

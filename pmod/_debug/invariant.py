@@ -12,7 +12,16 @@ from pmod._core.arguments import check_tensor, check_tolerance, from_number, wro
 from pmod._core.lineage import Found, calls_in, lineage, name_of
 from pmod._core.marks import is_marked_varying, marked
 from pmod._core.tree import flatten
-from pmod._debug.compare import ROOT, Words, bits_of, differ, difference, gathered, outside_transforms, unwrapped
+from pmod._debug.compare import (
+    ROOT,
+    Words,
+    bits_of,
+    differ,
+    difference,
+    gathered,
+    outside_transforms,
+    unwrapped,
+)
 from pmod._errors import MismatchError
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
@@ -22,13 +31,17 @@ from pmod._torch import accumulation_hooks
 
 
 def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
-    """Raise where a value that all ranks of the axis should hold alike is not the same on all of them.
+    """Raise where a value that all ranks of the axis should hold alike is not the same
+    on all of them.
 
     The leaves are tensors or numbers.
-    rtol: the largest difference between ranks, relative to the largest magnitude; 0 asks for the same bits. Usable with
-    and without debug. All ranks of the axis call it, with trees of the same shapes.
-    Cost: one small message; two of the size of the tree where it differs or rtol is not 0.
-    Raises: MismatchError on every rank, with the largest difference and where it is; ArgumentError for other leaves.
+    rtol: the largest difference between ranks, relative to the largest magnitude; 0
+    asks for the same bits. Usable with and without debug. All ranks of the axis call
+    it, with trees of the same shapes.
+    Cost: one small message; two of the size of the tree where it differs or rtol is not
+    0.
+    Raises: MismatchError on every rank, with the largest difference and where it is;
+    ArgumentError for other leaves.
 
     >>> pmod.assert_invariant(torch.ones(2), mesh["model"])
     """
@@ -41,7 +54,9 @@ def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
         check_tensor(leaf, "assert_invariant", bound)
     if bound.size == 1:
         return
-    names = ["x"] if isinstance(tree, Tensor) else [f"leaf {i}" for i in range(len(leaves))]
+    names = (
+        ["x"] if isinstance(tree, Tensor) else [f"leaf {i}" for i in range(len(leaves))]
+    )
     with outside_transforms():
         origin = call_site()
         words = Words.of_tree(tree, leaves, origin, bound)
@@ -55,26 +70,57 @@ def assert_invariant(tree: Any, axis: AxisLike, *, rtol: float = 0.0) -> None:
 
 
 def check_lineage(found: list[Found], axis: Axis, origin: Origin) -> None:
-    """What goes into a sum over the axis must be V: made from no I of the axis but through pvary or shard."""
-    leaves = [entry for f in found for entry in f.leaves if not is_marked_varying(entry[0], axis)]
+    """What goes into a sum over the axis must be V: made from no I of the axis but
+    through pvary or shard.
+    """
+    leaves = [
+        entry
+        for f in found
+        for entry in f.leaves
+        if not is_marked_varying(entry[0], axis)
+    ]
     invariant = [entry for f in found for entry in f.invariant]
-    alone = all(not f.varying for f in found)  # nothing in it is V: it is one value itself
-    rows = gathered([len(leaves), len(invariant)], Words.of_step("what x is made from", origin, axis), axis, origin)
+    alone = all(
+        not f.varying for f in found
+    )  # nothing in it is V: it is one value itself
+    rows = gathered(
+        [len(leaves), len(invariant)],
+        Words.of_step("what x is made from", origin, axis),
+        axis,
+        origin,
+    )
     if any(row[1] for row in rows):
-        (function, called), line = invariant[0] if invariant else (("a collective", "another rank"), "")
+        (function, called), line = (
+            invariant[0] if invariant else (("a collective", "another rank"), "")
+        )
         if alone and not leaves:
             given = f"x is the result of {function}, one value (I) already: {_times(origin, axis)}"
-            raise differ(origin, axis, given, f"It comes from {called}\nLeave one of the two out.")
-        given = f"the result of {function}, one value (I), meets varying data without pvary"
+            raise differ(
+                origin,
+                axis,
+                given,
+                f"It comes from {called}\nLeave one of the two out.",
+            )
+        given = (
+            f"the result of {function}, one value (I), meets varying data without pvary"
+        )
         right = f"It comes from {called}\n{_used_in(line)}Put pmod.pvary(..., {axis.label!r}) around it there."
         raise differ(origin, axis, given, right)
     if len({row[0] for row in rows}) > 1 or not leaves:
         return  # the ranks use different leaves, so these are not one value
     step = Words.of_step("the leaves that x is made from", origin, axis)
     codes = gathered([bits_of([leaf]) for leaf, _ in leaves], step, axis, origin)
-    same = [entry for i, entry in enumerate(leaves) if entry[0].numel() and len({row[i] for row in codes}) == 1]
+    same = [
+        entry
+        for i, entry in enumerate(leaves)
+        if entry[0].numel() and len({row[i] for row in codes}) == 1
+    ]
     # zeros, ones: what shards start with, too
-    certain = [entry for entry in same if not bool((unwrapped(entry[0]) == unwrapped(entry[0]).reshape(-1)[0]).all())]
+    certain = [
+        entry
+        for entry in same
+        if not bool((unwrapped(entry[0]) == unwrapped(entry[0]).reshape(-1)[0]).all())
+    ]
     if not same:
         return
     names = [name_of(leaf) for leaf, _ in certain or same]
@@ -93,36 +139,56 @@ def check_lineage(found: list[Found], axis: Axis, origin: Origin) -> None:
 
 
 def _list(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(names[:4]) + (
+        f" and {len(names) - 4} more" if len(names) > 4 else ""
+    )
 
 
 def check_root(root: Tensor, inputs: Sequence[Tensor] | None) -> None:
-    """Backward of a V: the derivative of the sum over the ranks. So what goes into it is looked at as by a sum."""
+    """Backward of a V: the derivative of the sum over the ranks. So what goes into it
+    is looked at as by a sum.
+    """
     origin = (ROOT, call_site()[1])
-    axes = {call.axis.group_key: (call.axis, forward) for call, forward in calls_in(root) if call.axis.size > 1}
+    axes = {
+        call.axis.group_key: (call.axis, forward)
+        for call, forward in calls_in(root)
+        if call.axis.size > 1
+    }
     for _, (axis, forward) in sorted(axes.items()):
         found = lineage(root, axis)
-        asked = [(leaf, line) for leaf, line in found.leaves if _is_asked_for(leaf, inputs)]
+        asked = [
+            (leaf, line) for leaf, line in found.leaves if _is_asked_for(leaf, inputs)
+        ]
         # a rank whose loss has lost this call does not come
         words = Words.of_step("", origin, axis)
-        rows = gathered([found.varying, bits_of([root])], words, axis, backward_of(forward))
+        rows = gathered(
+            [found.varying, bits_of([root])], words, axis, backward_of(forward)
+        )
         if not all(row[0] for row in rows):
             continue
         check_lineage([Found(asked, found.invariant, found.varying)], axis, origin)
         if inputs is None and len({row[1] for row in rows}) == 1:
             given = "the loss varies (V) and is the same on all ranks, so its gradient is that of their sum"
             right = "Did you mean unshard, pmean or pick, which give one value (I)?"
-            warnings.warn(str(differ(origin, axis, given, right)), RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                str(differ(origin, axis, given, right)), RuntimeWarning, stacklevel=2
+            )
 
 
 def _is_asked_for(leaf: Tensor, inputs: Sequence[Tensor] | None) -> bool:
     if inputs is not None:
         return any(leaf is x for x in inputs)
-    return not accumulation_hooks(leaf)  # data_parallel's reduces what it leaves in .grad
+    return not accumulation_hooks(
+        leaf
+    )  # data_parallel's reduces what it leaves in .grad
 
 
 def _times(origin: Origin, axis: Axis) -> str:
-    return f"this would multiply by {axis.size}" if origin[0] == "psum" else f"this is the same value {axis.size} times"
+    return (
+        f"this would multiply by {axis.size}"
+        if origin[0] == "psum"
+        else f"this is the same value {axis.size} times"
+    )
 
 
 def _used_in(line: str) -> str:

@@ -1,4 +1,6 @@
-"""`trace`: every collective with its axis, bytes, time and line, as a table, a picture, or a file for Perfetto."""
+"""`trace`: every collective with its axis, bytes, time and line, as a table, a picture,
+or a file for Perfetto.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from pmod._collectives.objects import gather_json
 from pmod._collectives.places import barrier
 from pmod._core.row import Call
 from pmod._core.watch import Watcher
-from pmod._debug.events import TITLES, Event, Open, chrome_entry, in_bytes, write_events, write_png
+from pmod._debug.events import (
+    TITLES,
+    Event,
+    Open,
+    chrome_entry,
+    in_bytes,
+    write_events,
+    write_png,
+)
 from pmod._errors import ArgumentError, phrase, quoted
 from pmod._mesh.ambient import ambient
 from pmod._mesh.axis import named
@@ -41,7 +51,10 @@ class _Modules(threading.local):
     def enter(self, module: nn.Module, _: Any) -> None:
         if not self.calls:
             root = type(module).__name__
-            self.names = {id(m): f"{root}.{name}" if name else root for name, m in module.named_modules()}
+            self.names = {
+                id(m): f"{root}.{name}" if name else root
+                for name, m in module.named_modules()
+            }
         self.calls.append(module)
 
     def leave(self, *_: Any) -> None:
@@ -50,17 +63,24 @@ class _Modules(threading.local):
 
     @property
     def path(self) -> str:
-        return self.names.get(id(self.calls[-1]), type(self.calls[-1]).__name__) if self.calls else ""
+        return (
+            self.names.get(id(self.calls[-1]), type(self.calls[-1]).__name__)
+            if self.calls
+            else ""
+        )
 
 
 class trace(Watcher):  # lower case: it reads as the function it is called as
-    """Record every collective, forward and backward: function, axis, bytes sent by this rank, time, line, module, step.
+    """Record every collective, forward and backward: function, axis, bytes sent by this
+    rank, time, line, module, step.
 
-    As a context manager, ``with pmod.trace() as t:``. `t.events` holds the records, `t.table()` sums them up by line,
-    `t.by_axis()` by axis; `t.total_bytes(axis)`; `t.plot()` draws them (needs matplotlib); `t.chrome(path)` writes all
-    ranks' into a file that opens in Perfetto. Bytes are those handed over for other ranks: a rank's part for itself
-    does not count, and a sum that NCCL or gloo does by itself counts as a ring's. On cuda the time is the host's.
-    Compiled code is not seen. Cost: some 20 us per collective.
+    As a context manager, ``with pmod.trace() as t:``. `t.events` holds the records,
+    `t.table()` sums them up by line, `t.by_axis()` by axis; `t.total_bytes(axis)`;
+    `t.plot()` draws them (needs matplotlib); `t.chrome(path)` writes all ranks' into a
+    file that opens in Perfetto. Bytes are those handed over for other ranks: a rank's
+    part for itself does not count, and a sum that NCCL or gloo does by itself counts as
+    a ring's. On cuda the time is the host's. Compiled code is not seen. Cost: some 20
+    us per collective.
 
     >>> def step():
     ...     with pmod.trace() as t:
@@ -96,7 +116,10 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)
         meters().remove(self._meter)
@@ -104,16 +127,26 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"events": self.events, "began": self.began, "estimated": self._estimated}
+        return {
+            "events": self.events,
+            "began": self.began,
+            "estimated": self._estimated,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
-        self.events, self.began, self._estimated = state["events"], state["began"], state["estimated"]
+        self.events, self.began, self._estimated = (
+            state["events"],
+            state["began"],
+            state["estimated"],
+        )
 
     def _count_step(self, *_: Any) -> None:
-        self._step += threading.get_ident() == self._thread  # not for another rank of a simulation
+        self._step += (
+            threading.get_ident() == self._thread
+        )  # not for another rank of a simulation
 
-    # --- what is told -----------------------------------------------------------------------------
+    # --- what is told -----------------------------------------------------------------
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
         """A call begins."""
@@ -131,28 +164,45 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
             self._sites[site] = self._modules.path
         axis = call.axis
         self.events.append(
-            Event(function, call.row.name, axis.label, axis.size, axis.topology.rank,
-                  own.sent, own.received, own.messages, done.start - self.began, perf_counter() - done.start,
-                  site, self._sites.get(site, ""), self._step)
-        )  # fmt: skip
+            Event(
+                function,
+                call.row.name,
+                axis.label,
+                axis.size,
+                axis.topology.rank,
+                own.sent,
+                own.received,
+                own.messages,
+                done.start - self.began,
+                perf_counter() - done.start,
+                site,
+                self._sites.get(site, ""),
+                self._step,
+            )
+        )
 
     def waited(self, call: Call, seconds: float) -> None:
         """A call that was started has its result: the first that is not waited for yet."""
         for i, event in enumerate(self.events):
-            if (event.axis, event.size) == (call.axis.label, call.axis.size) and i not in self._waited:
+            if (event.axis, event.size) == (
+                call.axis.label,
+                call.axis.size,
+            ) and i not in self._waited:
                 self._waited.add(i)
                 self.events[i] = attrs.evolve(event, seconds=event.seconds + seconds)
                 return
 
     def retime(self, seconds: Callable[[Event], float]) -> None:
-        """Let each event take the seconds that an estimate gives it, one after the other."""
+        """Let each event take the seconds that an estimate gives it, one after the
+        other.
+        """
         clock, timed = 0.0, list[Event]()
         for event in self.events:
             timed.append(attrs.evolve(event, start=clock, seconds=seconds(event)))
             clock += timed[-1].seconds
         self.events, self._estimated = timed, True
 
-    # --- what is shown ----------------------------------------------------------------------------
+    # --- what is shown ----------------------------------------------------------------
 
     def total_bytes(self, axis: str | tuple[str, ...] | None = None) -> int:
         """Bytes that this rank sent, along an axis or along all.
@@ -164,32 +214,60 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         >>> pmod.simulate(sent, model=2)
         [16, 16]
         """
-        return sum(event.nbytes for event in self.events if axis is None or event.axis == axis)
+        return sum(
+            event.nbytes for event in self.events if axis is None or event.axis == axis
+        )
 
     def by_axis(self) -> dict[str | tuple[str, ...], dict[str, Any]]:
         """Calls, bytes and seconds of each axis."""
         found: dict[str | tuple[str, ...], dict[str, Any]] = {}
         for event in self.events:
-            entry = found.setdefault(event.axis, {"calls": 0, "bytes": 0, "seconds": 0.0})
+            entry = found.setdefault(
+                event.axis, {"calls": 0, "bytes": 0, "seconds": 0.0}
+            )
             entry["calls"] += 1
             entry["bytes"] += event.nbytes
             entry["seconds"] += event.seconds
         return found
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """One per function, axis and line, in the order of their first call; and what they come to."""
+        """One per function, axis and line, in the order of their first call; and what
+        they come to.
+        """
         sums: dict[tuple[str, str, str, str], list[float]] = {}
         for event in self.events:
-            entry = sums.setdefault((event.function, named(event.axis), event.module, event.site), [0, 0, 0.0])
+            entry = sums.setdefault(
+                (event.function, named(event.axis), event.module, event.site),
+                [0, 0, 0.0],
+            )
             entry[0] += 1
             entry[1] += event.nbytes
             entry[2] += event.seconds
         rows = [
-            (function, axis, str(int(calls)), in_bytes(nbytes), f"{1e3 * seconds:.2f}", module, site)
+            (
+                function,
+                axis,
+                str(int(calls)),
+                in_bytes(nbytes),
+                f"{1e3 * seconds:.2f}",
+                module,
+                site,
+            )
             for (function, axis, module, site), (calls, nbytes, seconds) in sums.items()
         ]
         seconds = sum(event.seconds for event in self.events)
-        return [*rows, ("all", "", str(len(self.events)), in_bytes(self.total_bytes()), f"{1e3 * seconds:.2f}", "", "")]
+        return [
+            *rows,
+            (
+                "all",
+                "",
+                str(len(self.events)),
+                in_bytes(self.total_bytes()),
+                f"{1e3 * seconds:.2f}",
+                "",
+                "",
+            ),
+        ]
 
     def table(self) -> str:
         """What was called where, how often, with how many bytes and milliseconds.
@@ -201,21 +279,29 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         widths = [max(len(line[i]) for line in lines) for i in range(len(TITLES) - 1)]
         return "\n".join(
             "  ".join(
-                [text.rjust(w) if i in (2, 3, 4) else text.ljust(w)
-                 for i, (text, w) in enumerate(zip(line, widths, strict=False))] + [line[-1]]
+                [
+                    text.rjust(w) if i in (2, 3, 4) else text.ljust(w)
+                    for i, (text, w) in enumerate(zip(line, widths, strict=False))
+                ]
+                + [line[-1]]
             ).rstrip()
             for line in lines
-        )  # fmt: skip
+        )
 
     def _repr_html_(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            return (
+                "<tr>"
+                + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+                + "</tr>"
+            )
 
         body = "".join(row(cells, "td") for cells in self._rows())
         return f"<table>{row(TITLES, 'th')}{body}</table>"
 
     def plot(self) -> Figure:
-        """A matplotlib figure: each axis a lane, each call a bar from its start to its end. Needs matplotlib.
+        """A matplotlib figure: each axis a lane, each call a bar from its start to its
+        end. Needs matplotlib.
 
         Raises: ArgumentError where matplotlib is not installed.
 
@@ -230,17 +316,25 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
             from matplotlib.figure import Figure
         except ImportError:
             right = "pip install matplotlib, or use table() or chrome(path)."
-            raise ArgumentError(phrase("trace.plot", "matplotlib is not installed", right)) from None
+            raise ArgumentError(
+                phrase("trace.plot", "matplotlib is not installed", right)
+            ) from None
         lanes = list(self.by_axis())
         figure = Figure(figsize=(10, 1 + 0.6 * len(lanes)), layout="constrained")
         axes = figure.subplots()
-        functions = sorted({event.function.removeprefix(BACKWARD) for event in self.events})
+        functions = sorted(
+            {event.function.removeprefix(BACKWARD) for event in self.events}
+        )
         for event in self.events:
             function = event.function.removeprefix(BACKWARD)
             axes.barh(
-                lanes.index(event.axis), 1e3 * event.seconds, left=1e3 * event.start, height=0.7,
-                color=f"C{functions.index(function)}", alpha=1.0 if function == event.function else 0.5,
-            )  # fmt: skip
+                lanes.index(event.axis),
+                1e3 * event.seconds,
+                left=1e3 * event.start,
+                height=0.7,
+                color=f"C{functions.index(function)}",
+                alpha=1.0 if function == event.function else 0.5,
+            )
         for i, function in enumerate(functions):
             axes.barh(0, 0, color=f"C{i}", label=function)
         axes.set_yticks(range(len(lanes)), [str(lane) for lane in lanes])
@@ -248,20 +342,30 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         if functions:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         shown: Any = figure
-        shown._repr_png_ = partial(write_png, figure)  # IPython knows no Figure until pyplot has drawn one
+        shown._repr_png_ = partial(
+            write_png, figure
+        )  # IPython knows no Figure until pyplot has drawn one
         return figure
 
     def chrome(self, path: str | os.PathLike[str]) -> None:
-        """Write the events of all ranks of the current mesh, on one clock, for Perfetto or chrome://tracing.
+        """Write the events of all ranks of the current mesh, on one clock, for Perfetto
+        or chrome://tracing.
 
-        All ranks call it; the first one writes. Without a mesh, this process's own; so those of `estimate`.
+        All ranks call it; the first one writes. Without a mesh, this process's own; so
+        those of `estimate`.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, pmod.trace() as t:
         ...     t.chrome(f"{folder}/trace.json")
         """
         if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError(phrase("trace.chrome", f"path is {quoted(path)}", "Pass the name of a file."))
+            raise ArgumentError(
+                phrase(
+                    "trace.chrome",
+                    f"path is {quoted(path)}",
+                    "Pass the name of a file.",
+                )
+            )
         mesh = ambient()
         if mesh is None or mesh.size == 1 or mesh.coords is None or self._estimated:
             write_events(path, [chrome_entry(event, 0.0) for event in self.events])

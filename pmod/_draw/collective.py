@@ -11,7 +11,14 @@ from torch import Tensor
 
 from pmod._core.collective import COLLECTIVES
 from pmod._draw.svg import LINE, Picture, Svg, colour, letters, table
-from pmod._errors import ArgumentError, AxisError, coordinates, near_miss, phrase, quoted
+from pmod._errors import (
+    ArgumentError,
+    AxisError,
+    coordinates,
+    near_miss,
+    phrase,
+    quoted,
+)
 from pmod._mesh.ambient import given_mesh
 from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
@@ -24,7 +31,9 @@ _AXIS = "x"  # of the mesh that is simulated
 
 @frozen
 class _Example:
-    """A collective on a small example: how many blocks a rank brings, given its index and how many ranks there are."""
+    """A collective on a small example: how many blocks a rank brings, given its index
+    and how many ranks there are.
+    """
 
     blocks: Callable[[int, int], int]
     arguments: Callable[[int, int], Mapping[str, Any]] = lambda index, size: {}
@@ -65,18 +74,28 @@ def _uneven(index: int, size: int) -> list[int]:
     return [2 if other in (index, (index + 1) % size) else 1 for other in range(size)]
 
 
-_TWO = _Example(_two)  # of a collective that is not named here: what keeps a tensor's shape, and needs no argument
+_TWO = _Example(
+    _two
+)  # of a collective that is not named here: what keeps a tensor's shape, and needs no argument
 _EXAMPLES = {
     "pmean": _Example(_two, word="mean"),
     "pmax": _Example(_two, word="max"),
-    "pmin": _Example(_two, word="min", drawn_as="pmax"),  # of unit vectors the minimum says nothing
-    "ppermute": _Example(_two, lambda index, size: {"perm": [(r, r + 1) for r in range(size - 1)]}),
-    "pshuffle": _Example(_two, lambda index, size: {"perm": list(reversed(range(size)))}),
+    "pmin": _Example(
+        _two, word="min", drawn_as="pmax"
+    ),  # of unit vectors the minimum says nothing
+    "ppermute": _Example(
+        _two, lambda index, size: {"perm": [(r, r + 1) for r in range(size - 1)]}
+    ),
+    "pshuffle": _Example(
+        _two, lambda index, size: {"perm": list(reversed(range(size)))}
+    ),
     "all_gather": _Example(_one),
     "psum_scatter": _Example(_each),
     "shard": _Example(_each),
     "unshard": _Example(_one),
-    "all_to_all": _Example(_each, lambda index, size: {"split_dim": 0, "concat_dim": 0}),
+    "all_to_all": _Example(
+        _each, lambda index, size: {"split_dim": 0, "concat_dim": 0}
+    ),
     "gather": _Example(_one),
     "scatter": _Example(_each),
     "all_gather_v": _Example(_own, _sizes),
@@ -84,11 +103,17 @@ _EXAMPLES = {
     "gather_v": _Example(_own, _sizes),
     "scatter_v": _Example(_all, _sizes),
     "all_to_all_v": _Example(
-        lambda index, size: sum(_uneven(index, size)), lambda index, size: {"send_sizes": _uneven(index, size)}
+        lambda index, size: sum(_uneven(index, size)),
+        lambda index, size: {"send_sizes": _uneven(index, size)},
     ),
-    "halo_exchange": _Example(lambda index, size: 3, lambda index, size: {"width": 1, "boundary": "periodic"}),
+    "halo_exchange": _Example(
+        lambda index, size: 3, lambda index, size: {"width": 1, "boundary": "periodic"}
+    ),
 }
-_NOT_DRAWN = ("indexed_all_to_all_v", "halo_reduce")  # no example can choose their arguments, or its block is many's
+_NOT_DRAWN = (
+    "indexed_all_to_all_v",
+    "halo_reduce",
+)  # no example can choose their arguments, or its block is many's
 
 
 def drawn() -> list[str]:
@@ -98,22 +123,32 @@ def drawn() -> list[str]:
 
 @frozen
 class _Block:
-    """One block of a tensor: what is written on it, whose it was, and what it is made of."""
+    """One block of a tensor: what is written on it, whose it was, and what it is made
+    of.
+    """
 
     text: str
-    source: int | None  # the rank that it comes from; None where several share in it, or none
+    source: (
+        int | None
+    )  # the rank that it comes from; None where several share in it, or none
     tip: str
 
 
-def draw_collective(name: str, mesh: Mesh | None = None, axis: AxisLike | None = None, **arguments: Any) -> Picture:
-    """What each rank along an axis holds before and after a collective, by an example: `a0` is block 0 of the first.
+def draw_collective(
+    name: str, mesh: Mesh | None = None, axis: AxisLike | None = None, **arguments: Any
+) -> Picture:
+    """What each rank along an axis holds before and after a collective, by an example:
+    `a0` is block 0 of the first.
 
-    name: "psum", "all_to_all", ... mesh: the ambient one by default. axis: all axes of the mesh, flattened, by default.
-    arguments: of the collective, such as src=1 or perm=[1, 0]; those left out are chosen. Of a long axis the first 8
-    ranks are drawn, as if there were no others. The collective is run, on threads of this process: what is drawn is
-    what it does. Nothing is sent.
+    name: "psum", "all_to_all", ... mesh: the ambient one by default. axis: all axes of
+    the mesh, flattened, by default.
+    arguments: of the collective, such as src=1 or perm=[1, 0]; those left out are
+    chosen. Of a long axis the first 8 ranks are drawn, as if there were no others. The
+    collective is run, on threads of this process: what is drawn is what it does.
+    Nothing is sent.
 
-    Raises: AxisError for another name, with the near miss; what the collective raises for wrong arguments.
+    Raises: AxisError for another name, with the near miss; what the collective raises
+    for wrong arguments.
 
     >>> pmod.draw_collective("all_gather", pmod.make_mesh(model=2, topology=pmod.Topology(rank=0, world_size=2)))
     all_gather along 'model', V -> V
@@ -124,35 +159,57 @@ def draw_collective(name: str, mesh: Mesh | None = None, axis: AxisLike | None =
     known = drawn()
     if name not in known:
         given = f"no collective {quoted(name)} is drawn{near_miss(name, known)}"
-        raise AxisError(phrase("draw_collective", given, f"There are {', '.join(known)}."))
+        raise AxisError(
+            phrase("draw_collective", given, f"There are {', '.join(known)}.")
+        )
     of, mesh = COLLECTIVES[name], given_mesh(mesh, "draw_collective")
     for argument in arguments:
         if argument not in of.arguments:
             given = f"{name} has no argument {argument!r}{near_miss(argument, of.arguments)}"
-            raise ArgumentError(phrase("draw_collective", given, f"It has {', '.join(of.arguments) or 'none'}."))
+            raise ArgumentError(
+                phrase(
+                    "draw_collective",
+                    given,
+                    f"It has {', '.join(of.arguments) or 'none'}.",
+                )
+            )
     bound = mesh.bind(mesh.label if axis is None else axis, "draw_collective")
     size = min(bound.size, _MOST)
     example = _EXAMPLES.get(name, _TWO)
     function = COLLECTIVES[example.drawn_as or name].function
     before, after = _run(function, example, size, arguments, invariant=of.takes == "I")
-    ranks = [f"rank {rank} {coordinates(mesh.coords_of(rank))}" for rank in bound.ranks[:size]]
+    ranks = [
+        f"rank {rank} {coordinates(mesh.coords_of(rank))}"
+        for rank in bound.ranks[:size]
+    ]
     few = f", {size} of {bound.size:,} ranks" if size < bound.size else ""
     title = f"{name} along {bound.label!r}, {of.kinds}{few}"
-    return Picture(_text(title, ranks, before, after), _html(title, ranks, before, after))
+    return Picture(
+        _text(title, ranks, before, after), _html(title, ranks, before, after)
+    )
 
 
 _Blocks: TypeAlias = list[list[_Block]]  # of each rank
 
 
 def _run(
-    function: Callable[..., Any], example: _Example, size: int, arguments: Mapping[str, Any], invariant: bool
+    function: Callable[..., Any],
+    example: _Example,
+    size: int,
+    arguments: Mapping[str, Any],
+    invariant: bool,
 ) -> tuple[_Blocks, _Blocks]:
-    """The blocks of every rank before and after: each block is a unit vector, so that the result says what went in."""
+    """The blocks of every rank before and after: each block is a unit vector, so that
+    the result says what went in.
+    """
     counts = [example.blocks(0 if invariant else index, size) for index in range(size)]
     starts = [0 if invariant else sum(counts[:index]) for index in range(size)]
     units = torch.eye(counts[0] if invariant else sum(counts), dtype=torch.float64)
     names = [
-        (None if invariant else index, f"{'x' if invariant else chr(ord('a') + index)}{block}")
+        (
+            None if invariant else index,
+            f"{'x' if invariant else chr(ord('a') + index)}{block}",
+        )
         for index in range(1 if invariant else size)
         for block in range(counts[index])
     ]
@@ -176,9 +233,13 @@ def _block(row: Tensor, names: list[tuple[int | None, str]], word: str) -> _Bloc
         return _Block(text, source, text)
     texts = [text for (_, text), _ in parts]
     number = texts[0][1:]
-    of_all = texts == [text for _, text in names if text[1:] == number]  # the block of every rank
+    of_all = texts == [
+        text for _, text in names if text[1:] == number
+    ]  # the block of every rank
     short = f"{word or 'Σ'}{' ' if word else ''}{number}" if of_all else "+".join(texts)
-    return _Block(short, None, f"{word}({', '.join(texts)})" if word else " + ".join(texts))
+    return _Block(
+        short, None, f"{word}({', '.join(texts)})" if word else " + ".join(texts)
+    )
 
 
 def _text(title: str, ranks: list[str], before: _Blocks, after: _Blocks) -> str:
@@ -206,7 +267,15 @@ def _html(title: str, ranks: list[str], before: _Blocks, after: _Blocks) -> str:
         svg.text(x1 - _GAP / 2, y + height / 2, "→", anchor="middle")
         for left, blocks in ((x0, before[number]), (x1, after[number])):
             for place, block in enumerate(blocks):
-                svg.box(left + place * width, y, width, height, _fill(block), block.text, block.tip)
+                svg.box(
+                    left + place * width,
+                    y,
+                    width,
+                    height,
+                    _fill(block),
+                    block.text,
+                    block.tip,
+                )
             if not blocks:
                 svg.text(left, y + height / 2, "nothing")
     return svg.html(title)

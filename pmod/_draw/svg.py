@@ -1,7 +1,9 @@
-"""What pictures are made of: an SVG that grows with what is put on it, and its text for terminals.
+"""What pictures are made of: an SVG that grows with what is put on it, and its text for
+terminals.
 
-Letters outside of boxes have the colour of the page's own text, so that a light and a dark theme both show them; boxes
-bring letters and background together. All widths are counted in letters, of a font whose letters are equally wide.
+Letters outside of boxes have the colour of the page's own text, so that a light and a
+dark theme both show them; boxes bring letters and background together. All widths are
+counted in letters, of a font whose letters are equally wide.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def letters(text: str) -> float:
 
 
 def colour(number: int, second: int = 0) -> str:
-    """A background for dark letters: hues that the golden angle spreads, paler and paler along `second`."""
+    """A background for dark letters: hues that the golden angle spreads, paler and
+    paler along `second`.
+    """
     hue = (210 + 137.508 * number) % 360
     return f"hsl({hue:.0f}, 65%, {76 + 4 * (second % 4)}%)"
 
@@ -55,7 +59,15 @@ class Svg:
         """What is drawn goes as far as here."""
         self.width, self.height = max(self.width, x), max(self.height, y)
 
-    def text(self, x: float, y: float, text: str, *, anchor: str = "start", bold: bool = False) -> None:
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        anchor: str = "start",
+        bold: bool = False,
+    ) -> None:
         """A line of letters around the height y, from, around or up to x."""
         left = {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * letters(text)
         weight = ' font-weight="bold"' if bold else ""
@@ -64,7 +76,16 @@ class Svg:
         )
         self.reach(x - left + letters(text), y + LINE / 2)
 
-    def box(self, x: float, y: float, width: float, height: float, fill: str, text: str = "", tip: str = "") -> None:
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        fill: str,
+        text: str = "",
+        tip: str = "",
+    ) -> None:
         """A box with dark letters in its middle, and what the mouse finds there."""
         inside = f"<title>{escape(tip)}</title>" if tip else ""
         dashed = "" if fill != "none" else ' stroke-dasharray="3 3"'
@@ -82,20 +103,31 @@ class Svg:
 
     def hatch(self, x: float, y: float, width: float, height: float) -> None:
         """Hatch a part of what has been drawn; letters stay above it."""
-        self._hatched.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" ')
+        self._hatched.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+        )
 
     def html(self, title: str) -> str:
-        """The picture under its title; nothing in it runs, and it asks for no other file."""
+        """The picture under its title; nothing in it runs, and it asks for no other
+        file.
+        """
         body = "".join(self._parts)
-        # names in an SVG are of the whole page: two pictures must not share one by chance
-        name = "hatch-" + hashlib.sha1((body + "".join(self._hatched)).encode()).hexdigest()[:10]
+        # names in an SVG are of the whole page: two pictures must not share one by
+        # chance
+        name = (
+            "hatch-"
+            + hashlib.sha1((body + "".join(self._hatched)).encode()).hexdigest()[:10]
+        )
         if self._hatched:
             pattern = (
                 f'<defs><pattern id="{name}" width="6" height="6" patternUnits="userSpaceOnUse" '
                 'patternTransform="rotate(45)"><path d="M0 0V6" stroke="#111" stroke-opacity="0.45" '
                 'stroke-width="2"/></pattern></defs>'
             )
-            hatched = "".join(f'{part}fill="url(#{name})" pointer-events="none"/>' for part in self._hatched)
+            hatched = "".join(
+                f'{part}fill="url(#{name})" pointer-events="none"/>'
+                for part in self._hatched
+            )
             body = pattern + body + hatched
         width, height = round(self.width + 4), round(self.height + 4)
         return (
@@ -109,6 +141,12 @@ class Svg:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, each as wide as its widest entry."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) for row in rows)
+    widths = [
+        max(len(row[i]) for row in rows if i < len(row))
+        for i in range(max(map(len, rows)))
+    ]
+    lines = (
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)

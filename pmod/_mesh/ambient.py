@@ -13,9 +13,10 @@ from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
 from pmod._torch import constant_in_graphs
 
-# The mesh hangs on the world, and is no ContextVar: autograd runs backward on threads of its own, which must find the
-# same mesh, and torch.compile cannot read a ContextVar. `_token` says which mesh that of the process is, and where:
-# compiled code reads it, so that torch guards on its value and compiles again when the mesh has changed.
+# The mesh hangs on the world, and is no ContextVar: autograd runs backward on threads
+# of its own, which must find the same mesh, and torch.compile cannot read a ContextVar.
+# `_token` says which mesh that of the process is, and where: compiled code reads it, so
+# that torch guards on its value and compiles again when the mesh has changed.
 _token: str = ""
 
 
@@ -35,8 +36,9 @@ def _put(mesh: Mesh | None) -> None:
 class set_mesh:  # lower case: it reads as the function it is called as
     """Set the ambient mesh, which gives axis names their meaning.
 
-    As a statement (a notebook cell, a script's top) it holds until further notice; as a context manager it restores
-    what was there, also after an exception. It is found inside backward, on whatever thread, and in compiled code.
+    As a statement (a notebook cell, a script's top) it holds until further notice; as a
+    context manager it restores what was there, also after an exception. It is found
+    inside backward, on whatever thread, and in compiled code.
 
     >>> with pmod.set_mesh(pmod.make_mesh(model=1)):
     ...     pmod.current_mesh().shape
@@ -45,21 +47,32 @@ class set_mesh:  # lower case: it reads as the function it is called as
 
     def __init__(self, mesh: Mesh) -> None:
         if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError(phrase("set_mesh", f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."))
+            raise ArgumentError(
+                phrase(
+                    "set_mesh", f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."
+                )
+            )
         self._mesh = mesh
-        self._before = [ambient()]  # what each exit restores; the first is for `with set_mesh(mesh):`
+        self._before = [
+            ambient()
+        ]  # what each exit restores; the first is for `with set_mesh(mesh):`
         self._entered = 0
         _put(mesh)
 
     def __enter__(self) -> Mesh:
-        if self._entered or ambient() is not self._mesh:  # an object that was kept, or is entered inside itself
+        if (
+            self._entered or ambient() is not self._mesh
+        ):  # an object that was kept, or is entered inside itself
             self._before.append(ambient())
             _put(self._mesh)
         self._entered += 1
         return self._mesh
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._entered -= 1
         _put(self._before.pop() if len(self._before) > 1 else self._before[0])
@@ -85,7 +98,9 @@ def given_mesh(mesh: Mesh | None, function: str) -> Mesh:
     if mesh is None:
         return current_mesh()
     if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArgumentError(phrase(function, f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh."))
+        raise ArgumentError(
+            phrase(function, f"mesh is a {type(mesh).__name__}", "Pass a pmod.Mesh.")
+        )
     return mesh
 
 
@@ -100,8 +115,11 @@ def _no_mesh(function: str, axis: object) -> NoMeshError:
     )
 
 
-def keep_mesh() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """For activation checkpointing: recompute under the mesh of the forward, whatever is set by then.
+def keep_mesh() -> tuple[
+    contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
+]:
+    """For activation checkpointing: recompute under the mesh of the forward, whatever
+    is set by then.
 
     >>> from torch.utils.checkpoint import checkpoint
     >>> x = torch.ones(2, requires_grad=True)
@@ -113,7 +131,9 @@ def keep_mesh() -> tuple[contextlib.AbstractContextManager[None], contextlib.Abs
 
 
 class under:
-    """Put a state of the ambient mesh back, for a while: what is set on entering, and as often as one likes."""
+    """Put a state of the ambient mesh back, for a while: what is set on entering, and
+    as often as one likes.
+    """
 
     def __init__(self, mesh: Mesh | None) -> None:
         self._mesh = mesh
@@ -128,10 +148,14 @@ class under:
 
 
 def resolve(axis: AxisLike, function: str) -> Axis:
-    """The axis that a collective was given, bound to this rank; `function` is for the error."""
+    """The axis that a collective was given, bound to this rank; `function` is for the
+    error.
+    """
     if torch.compiler.is_compiling():
         return (
-            _constant(axis._axis_key, None, function) if isinstance(axis, Mesh) else _constant(_token, axis, function)
+            _constant(axis._axis_key, None, function)
+            if isinstance(axis, Mesh)
+            else _constant(_token, axis, function)
         )
     if isinstance(axis, Mesh):
         mesh, label = axis, axis.label
@@ -141,9 +165,15 @@ def resolve(axis: AxisLike, function: str) -> Axis:
         raise _no_mesh(function, axis)
     try:
         return mesh._bound[label]
-    except (KeyError, TypeError, ValueError):  # not looked up yet, or not hashable (a list of names, a mistake)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # not looked up yet, or not hashable (a list of names, a mistake)
         bind = mesh.bind
-    return bind(axis, function)  # not in the handler: its error would be shown as a consequence of this one
+    return bind(
+        axis, function
+    )  # not in the handler: its error would be shown as a consequence of this one
 
 
 def resolve_each(mesh: Mesh, function: str) -> tuple[Axis, ...]:
@@ -155,14 +185,20 @@ def resolve_each(mesh: Mesh, function: str) -> tuple[Axis, ...]:
 
 @constant_in_graphs
 def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Axis:
-    """While torch.compile traces: the axis of a sub-mesh (its key), or of the ambient mesh (the token, and a name).
+    """While torch.compile traces: the axis of a sub-mesh (its key), or of the ambient
+    mesh (the token, and a name).
 
     Both texts are guarded on, so what is returned is a constant of the compiled code.
     """
     ours = world.current()
     if not ours.by_processes:
         raise PmodError(
-            phrase(function, "a simulated rank runs compiled code", "Simulate the eager function.", axis=axis)
+            phrase(
+                function,
+                "a simulated rank runs compiled code",
+                "Simulate the eager function.",
+                axis=axis,
+            )
         )
     if axis is None and key:
         return Axis.parse(key)

@@ -1,4 +1,6 @@
-"""Calls that block and cannot be looked at, in threads of their own, and what becomes of those threads at the end."""
+"""Calls that block and cannot be looked at, in threads of their own, and what becomes
+of those threads at the end.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,13 @@ from pmod._ranks.world import processes
 
 
 class InThread:
-    """gloo's sends and receives block, for their connection and for their end, and cannot be looked at: in a thread."""
+    """gloo's sends and receives block, for their connection and for their end, and
+    cannot be looked at: in a thread.
+    """
 
-    def __init__(self, f: Callable[[], None], cut: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, f: Callable[[], None], cut: Callable[[], None] = lambda: None
+    ) -> None:
         self._f = f
         self.cut = cut  # ends what f waits for
         self._over = threading.Lock()
@@ -25,7 +31,9 @@ class InThread:
             worker = processes().idle.pop()
         except IndexError:
             worker = queue.SimpleQueue()
-            threading.Thread(target=_serve, args=(worker,), name="pmod sends", daemon=True).start()
+            threading.Thread(
+                target=_serve, args=(worker,), name="pmod sends", daemon=True
+            ).start()
         worker.put(self)
 
     def run(self) -> None:
@@ -41,7 +49,9 @@ class InThread:
         return not self._over.locked()
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        if not self._over.acquire(timeout=-1 if timeout is None else timeout.total_seconds()):
+        if not self._over.acquire(
+            timeout=-1 if timeout is None else timeout.total_seconds()
+        ):
             raise RuntimeError("not done yet")
         self._over.release()
         if self._error is not None:
@@ -63,16 +73,17 @@ def _serve(jobs: queue.SimpleQueue[InThread]) -> None:
 def hold_still() -> None:
     """Halt the threads that are in such a call, for good, where Python is about to end.
 
-    A call that returns while Python ends wants the interpreter, does not get it, and aborts the process ("terminate
-    called without an active exception"). What it waits for often ends just then: the other ranks end, too.
+    A call that returns while Python ends wants the interpreter, does not get it, and
+    aborts the process ("terminate called without an active exception"). What it waits
+    for often ends just then: the other ranks end, too.
     """
     number = getattr(signal, "SIGRTMAX", None)
     busy = processes().busy
     if not busy or number is None:
         return
     libc = ctypes.CDLL(None)
-    # The handler is C's own `pause`: it needs no interpreter and does not return. This thread has the interpreter, so
-    # none that is halted has it.
+    # The handler is C's own `pause`: it needs no interpreter and does not return. This
+    # thread has the interpreter, so none that is halted has it.
     libc.signal(int(number), libc.pause)
     for thread in list(busy):
         signal.pthread_kill(thread, number)

@@ -1,4 +1,6 @@
-"""Connecting the processes: how they meet at a store, how the world starts, and how it ends."""
+"""Connecting the processes: how they meet at a store, how the world starts, and how it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ from pmod._torch import is_agents_store
 
 
 def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
-    """Join the default process group, starting it where nobody has; `mesh` is for the log."""
+    """Join the default process group, starting it where nobody has; `mesh` is for the
+    log.
+    """
     processes = world.processes()
     with processes.lock:
         if topology.world_size > 1 and world.is_no_rank():
@@ -60,12 +64,17 @@ def connect(topology: Topology, seconds: float, mesh: str = "") -> None:
         try:
             with lazy_gloo():
                 dist.init_process_group(
-                    topology.backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
+                    topology.backend,
+                    store=store,
+                    rank=topology.rank,
+                    world_size=topology.world_size,
+                    timeout=timeout,
                 )
             _enter_world(topology, started=True)
             processes.connection.places = places
         except BaseException:
-            # Ctrl-C came in between. Nobody else has a world that is half there, so the next make_mesh may not use it.
+            # Ctrl-C came in between. Nobody else has a world that is half there, so the
+            # next make_mesh may not use it.
             if dist.is_initialized():
                 _end(all_groups(), whole_world=True)
             processes.connection = Connection()
@@ -78,27 +87,49 @@ def announce(topology: Topology, mesh: str) -> None:
     """One line in the log, by rank 0: who started what, and where."""
     if topology.rank == 0:
         size, nodes = topology.world_size, topology.num_nodes
-        met = "" if size == 1 else f", met at {topology.master_addr}:{topology.master_port}"
+        met = (
+            ""
+            if size == 1
+            else f", met at {topology.master_addr}:{topology.master_port}"
+        )
         log.info(
-            "%d rank%s on %d node%s, started by %s%s: backend %s, device %s%s", size, "s" * (size > 1), nodes,
-            "s" * (nodes > 1), topology.launcher, met, topology.backend, topology.device, mesh and f", mesh {mesh}",
-        )  # fmt: skip
+            "%d rank%s on %d node%s, started by %s%s: backend %s, device %s%s",
+            size,
+            "s" * (size > 1),
+            nodes,
+            "s" * (nodes > 1),
+            topology.launcher,
+            met,
+            topology.backend,
+            topology.device,
+            mesh and f", mesh {mesh}",
+        )
 
 
 def _enter_world(topology: Topology, *, started: bool) -> None:
     processes = world.processes()
     processes.begin_anew()
     connection = processes.connection
-    connection.world, connection.started_world, connection.topology = dist.group.WORLD, started, topology
+    connection.world, connection.started_world, connection.topology = (
+        dist.group.WORLD,
+        started,
+        topology,
+    )
     _place.record(topology)
     store = world.current().store
     if store is not None:
-        with contextlib.suppress(RuntimeError):  # a user's store may hold nothing (torch's fake one)
-            store.set(PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}")
+        with contextlib.suppress(
+            RuntimeError
+        ):  # a user's store may hold nothing (torch's fake one)
+            store.set(
+                PLACE.format(topology.rank), f"{socket.gethostname()}\x1f{os.getpid()}"
+            )
 
 
 def _join(topology: Topology) -> None:
-    """The user (or an earlier mesh) initialized torch.distributed: use it, and check that it is the same world."""
+    """The user (or an earlier mesh) initialized torch.distributed: use it, and check
+    that it is the same world.
+    """
     actual = (dist.get_rank(), dist.get_world_size())
     if actual != (topology.rank, topology.world_size):
         raise TopologyError(
@@ -113,13 +144,22 @@ def _join(topology: Topology) -> None:
         _enter_world(topology, started=False)
 
 
-def _store(topology: Topology, timeout: timedelta) -> tuple[Store, dict[int, tuple[str, int]]]:
-    """A store of this connection alone, and where the processes are whose ranks have come together there."""
+def _store(
+    topology: Topology, timeout: timedelta
+) -> tuple[Store, dict[int, tuple[str, int]]]:
+    """A store of this connection alone, and where the processes are whose ranks have
+    come together there.
+    """
     store = _store_of_job(topology, timeout)
     if topology.world_size == 1:
         return store, {}
-    if topology.launcher == "launch":  # whose ranks all end where one fails, so that all have counted alike
-        place = topology.master_addr, topology.master_port  # a notebook that replaces an engine has a new store
+    if (
+        topology.launcher == "launch"
+    ):  # whose ranks all end where one fails, so that all have counted alike
+        place = (
+            topology.master_addr,
+            topology.master_port,
+        )  # a notebook that replaces an engine has a new store
         met = world.processes().launch_meetings
         met[place] += 1
         return PrefixStore(str(met[place]), store), {}
@@ -145,8 +185,17 @@ def _store_of_job(topology: Topology, timeout: timedelta) -> Store:
     address, port = topology.master_addr, topology.master_port
     stores = world.processes().stores
     store = stores.get((address, port))
-    if store is None and topology.launcher == "launch":  # the parent of the ranks serves the store
-        store = TCPStore(address, port, topology.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    if (
+        store is None and topology.launcher == "launch"
+    ):  # the parent of the ranks serves the store
+        store = TCPStore(
+            address,
+            port,
+            topology.world_size,
+            is_master=False,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
     elif store is None:
         store = _meet(address, port, topology, timeout)
     else:
@@ -160,15 +209,26 @@ def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> St
     seconds = f"{timeout.total_seconds():g} s"
     loopback = None if is_agents_store() else _loopback(address)
     try:
-        listener = _listener(loopback, port, topology) if loopback is not None and topology.rank == 0 else None
+        listener = (
+            _listener(loopback, port, topology)
+            if loopback is not None and topology.rank == 0
+            else None
+        )
         if listener is not None:
             return TCPStore(
-                address, port, topology.world_size, is_master=True, timeout=timeout, wait_for_workers=False,
-                multi_tenant=True, master_listen_fd=listener.detach(),
-            )  # fmt: skip
+                address,
+                port,
+                topology.world_size,
+                is_master=True,
+                timeout=timeout,
+                wait_for_workers=False,
+                multi_tenant=True,
+                master_listen_fd=listener.detach(),
+            )
         host = loopback or address
         host = f"[{host}]" if ":" in host else host
-        # a world of one: it would wait for the others without a look at them, as `Meeting` has
+        # a world of one: it would wait for the others without a look at them, as
+        # `Meeting` has
         meeting = rendezvous(f"tcp://{host}:{port}", topology.rank, 1, timeout=timeout)
         return next(iter(meeting))[0]
     except (dist.DistNetworkError, OSError) as error:
@@ -178,16 +238,25 @@ def _meet(address: str, port: int, topology: Topology, timeout: timedelta) -> St
             raise TopologyError(phrase("make_mesh", given, right)) from None
         if isinstance(error, OSError):
             right = "Set MASTER_PORT to a port that this process may listen at."
-            raise TopologyError(phrase("make_mesh", f"port {port} of {address}: {error.strerror}", right)) from None
+            raise TopologyError(
+                phrase(
+                    "make_mesh", f"port {port} of {address}: {error.strerror}", right
+                )
+            ) from None
         given = f"rank 0 did not come to {address}:{port} within {seconds}"
     right = "Were all ranks started, and with the same MASTER_ADDR and MASTER_PORT? May they reach that port?"
     raise CollectiveTimeout(phrase("make_mesh", given, right))
 
 
 def _loopback(address: str) -> str | None:
-    """The loopback address that is meant: of a host's name it may be one that other hosts do not see."""
+    """The loopback address that is meant: of a host's name it may be one that other
+    hosts do not see.
+    """
     if address == "localhost":
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
+        found = [
+            str(entry[4][0])
+            for entry in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+        ]
         return min(found, key=lambda text: ":" in text)  # IPv4 where there is
     with contextlib.suppress(ValueError):
         return address if ipaddress.ip_address(address).is_loopback else None
@@ -195,13 +264,17 @@ def _loopback(address: str) -> str | None:
 
 
 def _listener(address: str, port: int, topology: Topology) -> socket.socket | None:
-    """A socket for the store where all ranks are on this host: nobody else need reach it, and torch would let them.
+    """A socket for the store where all ranks are on this host: nobody else need reach
+    it, and torch would let them.
 
-    None where the port is taken: if by a store of this process, torch shares that, else it says so.
+    None where the port is taken: if by a store of this process, torch shares that, else
+    it says so.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return socket.create_server((address, port), family=family, backlog=max(128, topology.world_size))
+        return socket.create_server(
+            (address, port), family=family, backlog=max(128, topology.world_size)
+        )
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -215,7 +288,8 @@ INTERFACE = "Between hosts gloo takes the interface of this host's name; GLOO_SO
 def lazy_gloo() -> Generator[None]:
     """gloo pairs connect at their first message, not when the group is made.
 
-    Otherwise making a group waits for its other members, and ranks that make groups in a cyclic order wait for ever.
+    Otherwise making a group waits for its other members, and ranks that make groups in
+    a cyclic order wait for ever.
     """
     before = os.environ.get("TORCH_GLOO_LAZY_INIT")
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
@@ -229,30 +303,39 @@ def lazy_gloo() -> Generator[None]:
 
 
 def own_connection(store: Any) -> Store:
-    """One more to this store: a group that waits in the store for its members would lock out the next group."""
+    """One more to this store: a group that waits in the store for its members would
+    lock out the next group.
+    """
     try:
-        store.check([PLACE.format(0)])  # fails at once where its server is gone; to connect is tried until the deadline
+        store.check(
+            [PLACE.format(0)]
+        )  # fails at once where its server is gone; to connect is tried until the deadline
         return store.clone()
     except RuntimeError:
         given = "the store of the world cannot be reached, which rank 0 or the launcher serves"
         right = "Has rank 0 ended? Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh."
-        raise CollectiveTimeout(phrase(call_site()[0] or "make_mesh", given, right)) from None
+        raise CollectiveTimeout(
+            phrase(call_site()[0] or "make_mesh", given, right)
+        ) from None
 
 
 def _at_exit() -> None:
-    # gloo's threads let go of the tensors of the last message a little after it is done. For that they need the
-    # interpreter, and where it is ending they abort the process ("terminate called without an active exception").
+    # gloo's threads let go of the tensors of the last message a little after it is
+    # done. For that they need the interpreter, and where it is ending they abort the
+    # process ("terminate called without an active exception").
     time.sleep(0.05)
     shutdown()
     hold_still()
 
 
 def shutdown() -> None:
-    """End what `make_mesh` started: its process groups, and the world if pmod connected it.
+    """End what `make_mesh` started: its process groups, and the world if pmod connected
+    it.
 
-    Runs at exit by itself, and may be called any number of times. A process group that the user initialized is left
-    alone. Afterwards `make_mesh` starts afresh. After a failed wait the connections stay as they are until the process
-    ends, because gloo might wait for ever to end them; the ranks that wait for this one are told.
+    Runs at exit by itself, and may be called any number of times. A process group that
+    the user initialized is left alone. Afterwards `make_mesh` starts afresh. After a
+    failed wait the connections stay as they are until the process ends, because gloo
+    might wait for ever to end them; the ranks that wait for this one are told.
 
     >>> pmod.shutdown()
     """
@@ -263,8 +346,12 @@ def shutdown() -> None:
         started = connection.started_world
         connected = dist.is_initialized() and dist.group.WORLD is connection.world
         if connected:
-            for farewell in connection.farewells or (processes.before_end if started else []):
-                with contextlib.suppress(RuntimeError):  # the store may be gone, or Python too near its end
+            for farewell in connection.farewells or (
+                processes.before_end if started else []
+            ):
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # the store may be gone, or Python too near its end
                     farewell()
         if connected and started:
             _end(all_groups(), whole_world=True)
@@ -281,7 +368,9 @@ def shutdown() -> None:
 def groups_in_use() -> list[dist.ProcessGroup]:
     """Those along which something was sent."""
     connection = world.processes().connection
-    return [group for key, group in connection.groups.items() if connection.meetings[key]]
+    return [
+        group for key, group in connection.groups.items() if connection.meetings[key]
+    ]
 
 
 def _made_groups() -> list[dist.ProcessGroup]:
@@ -294,18 +383,25 @@ _PATIENCE = 5.0  # seconds for a group to end: some hundredths do where nothing 
 
 
 def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
-    """Take the groups out of torch.distributed, and end those that can be ended; `groups` is emptied.
+    """Take the groups out of torch.distributed, and end those that can be ended;
+    `groups` is emptied.
 
-    A group that was left behind stays, and so do all others of its world, whose connections the same death has broken:
+    A group that was left behind stays, and so do all others of its world, whose
+    connections the same death has broken:
     gloo ends a group's thread at a moment without an event (Loop::run), and a connection that breaks once it is asked
-    to end is never taken off its list, so that this moment never comes. A death that nobody has noticed yet can do the
-    same to any group. So groups end in a thread, for which this one waits so long and no longer. A group that somebody
-    else holds would end elsewhere, without a bound: it stays as well.
+    to end is never taken off its list, so that this moment never comes. A death that
+    nobody has noticed yet can do the same to any group. So groups end in a thread, for
+    which this one waits so long and no longer. A group that somebody else holds would
+    end elsewhere, without a bound: it stays as well.
     """
     if any(is_left_behind(group) for group in groups):
         leave_all_behind(groups)
     watched = [weakref.ref(group) for group in groups]
-    taken_out, ended, errors = threading.Event(), threading.Event(), list[BaseException]()
+    taken_out, ended, errors = (
+        threading.Event(),
+        threading.Event(),
+        list[BaseException](),
+    )
 
     def end() -> None:
         busy, me = world.processes().busy, threading.get_ident()
@@ -326,11 +422,16 @@ def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
         return
     try:
         taken_out.wait()
-    except BaseException:  # Ctrl-C, and yet a world that is half there could be taken for a whole one
+    except (
+        BaseException
+    ):  # Ctrl-C, and yet a world that is half there could be taken for a whole one
         taken_out.wait()
         raise
     if not ended.wait(_PATIENCE):
-        log.warning("gloo does not end a process group within %g s, so it is left behind", _PATIENCE)
+        log.warning(
+            "gloo does not end a process group within %g s, so it is left behind",
+            _PATIENCE,
+        )
         end_without_destructors()
     for reference in watched:
         group = reference()

@@ -1,10 +1,12 @@
 """The one cache of process groups.
 
-A group is made on first use by its own members and nobody else, so ranks
-may first use their axes in any order. torch's public ``new_group`` cannot do that: it needs every rank of the world,
-and with ``use_local_synchronization`` it derives the group's name from how many groups this process knows, so that
-ranks with different histories wait for each other under different names. We name groups by their ranks and a counter
-per rank set, through the private helper of ``new_group`` (tests/ranks/test_groups.py tells when it moves).
+A group is made on first use by its own members and nobody else, so ranks may first use
+their axes in any order. torch's public ``new_group`` cannot do that: it needs every
+rank of the world, and with ``use_local_synchronization`` it derives the group's name
+from how many groups this process knows, so that ranks with different histories wait for
+each other under different names. We name groups by their ranks and a counter per rank
+set, through the private helper of ``new_group`` (tests/ranks/test_groups.py tells when
+it moves).
 """
 
 from __future__ import annotations
@@ -22,22 +24,38 @@ from pmod._ranks.topology import Topology
 from pmod._torch import default_store, make_group, note_ranks
 
 
-def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float) -> dist.ProcessGroup:
-    """The process group over `ranks()` in this order; `key` names the same ranks in the same order."""
+def group_of(
+    key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float
+) -> dist.ProcessGroup:
+    """The process group over `ranks()` in this order; `key` names the same ranks in the
+    same order.
+    """
     ours = world.now.here
     if not ours.by_processes:
-        raise PmodError(phrase("Mesh.group", "a simulated rank has no process group", "Use pmod's own functions."))
+        raise PmodError(
+            phrase(
+                "Mesh.group",
+                "a simulated rank has no process group",
+                "Use pmod's own functions.",
+            )
+        )
     processes = ours.processes
     connection = processes.connection
     found = connection.groups.get(key)
-    if found is not None and connection.world is dist.group.WORLD and _same_place(connection.topology, topology):
+    if (
+        found is not None
+        and connection.world is dist.group.WORLD
+        and _same_place(connection.topology, topology)
+    ):
         return found
     with processes.lock:
         connect.connect(topology, seconds)
         connection = processes.connection  # of the world that it has joined
         found = connection.groups.get(key)
         if found is None:
-            found = connection.groups[key] = _make_group(key, ranks(), timedelta(seconds=seconds))
+            found = connection.groups[key] = _make_group(
+                key, ranks(), timedelta(seconds=seconds)
+            )
             if found is not dist.group.WORLD:
                 connection.made_here.add(key)
         return found
@@ -45,7 +63,8 @@ def group_of(key: str, ranks: Callable[[], list[int]], topology: Topology, secon
 
 def _same_place(known: Topology | None, topology: Topology) -> bool:
     return known is topology or (
-        known is not None and (known.rank, known.world_size) == (topology.rank, topology.world_size)
+        known is not None
+        and (known.rank, known.world_size) == (topology.rank, topology.world_size)
     )
 
 
@@ -74,8 +93,16 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
     return group
 
 
-def adopt(key: str, ranks: list[int], group: dist.ProcessGroup, topology: Topology, seconds: float) -> None:
-    """Use a group that somebody else made (a DeviceMesh's) for these ranks, unless its order differs or we have one."""
+def adopt(
+    key: str,
+    ranks: list[int],
+    group: dist.ProcessGroup,
+    topology: Topology,
+    seconds: float,
+) -> None:
+    """Use a group that somebody else made (a DeviceMesh's) for these ranks, unless its
+    order differs or we have one.
+    """
     if dist.get_process_group_ranks(group) == ranks:
         processes = world.processes()
         with processes.lock:

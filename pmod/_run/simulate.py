@@ -1,8 +1,8 @@
 """`simulate`: the ranks are threads of one process, and the wire is memory.
 
-Only one rank runs at a time: it keeps the baton until it must wait for another, then the next rank that can go on gets
-it. So a simulation is deterministic, a debugger shows one rank, and when nobody can go on it is a deadlock, seen at
-once.
+Only one rank runs at a time: it keeps the baton until it must wait for another, then
+the next rank that can go on gets it. So a simulation is deterministic, a debugger shows
+one rank, and when nobody can go on it is a deadlock, seen at once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ T = TypeVar("T")
 def _forward_mode_held_open() -> Generator[None]:
     """torch counts its forward-mode levels per process, not per thread.
 
-    Threads that entered and left them would break each other; while one level is held open, each thread's functorch
-    levels are its own, and torch.func.jvp is right on all of them.
+    Threads that entered and left them would break each other; while one level is held
+    open, each thread's functorch levels are its own, and torch.func.jvp is right on all
+    of them.
     """
     with forward_ad.dual_level():
         nesting = swap_forward_nesting(1)
@@ -45,37 +46,65 @@ def _forward_mode_held_open() -> Generator[None]:
 
 
 def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
-    """Run fn(*args) on every rank of a mesh inside this process; the results in rank order.
+    """Run fn(*args) on every rank of a mesh inside this process; the results in rank
+    order.
 
-    The ranks are threads and the wire is memory: real values and all derivatives, without a launcher. Eager code on cpu
-    tensors only; torch.func.jvp works, torch.autograd.forward_ad does not. One rank runs at a time, so the same program
-    gives the same bits each time. Each rank has a random state of torch's of its own, which starts as the caller's, and
-    the caller's is as before afterwards; those of Python and numpy are shared.
+    The ranks are threads and the wire is memory: real values and all derivatives,
+    without a launcher. Eager code on cpu tensors only; torch.func.jvp works,
+    torch.autograd.forward_ad does not. One rank runs at a time, so the same program
+    gives the same bits each time. Each rank has a random state of torch's of its own,
+    which starts as the caller's, and the caller's is as before afterwards; those of
+    Python and numpy are shared.
 
-    Raises: what a rank raises, with a note that says which; MismatchError where ranks wait for each other, or for a
-    rank that left, with the line where each waits; AxisError for sizes that make no mesh.
+    Raises: what a rank raises, with a note that says which; MismatchError where ranks
+    wait for each other, or for a rank that left, with the line where each waits;
+    AxisError for sizes that make no mesh.
 
     >>> pmod.simulate(lambda x: x * pmod.axis_index("model"), 10, model=3)
     [0, 10, 20]
     """
-    axis_sizes = check_axis_sizes(axis_sizes, "simulate", "simulate(fn, data=2, model=2)")
+    axis_sizes = check_axis_sizes(
+        axis_sizes, "simulate", "simulate(fn, data=2, model=2)"
+    )
     check_function(fn, "simulate")
     if not world.current().by_processes:
-        raise PmodError(phrase("simulate", "this is a simulated rank already", "Call it from outside."))
+        raise PmodError(
+            phrase(
+                "simulate", "this is a simulated rank already", "Call it from outside."
+            )
+        )
     if torch.compiler.is_compiling():
-        raise PmodError(phrase("simulate", "it is called in compiled code", "Simulate the eager function."))
+        raise PmodError(
+            phrase(
+                "simulate",
+                "it is called in compiled code",
+                "Simulate the eager function.",
+            )
+        )
     simulation = Simulation(math.prod(axis_sizes.values()))
     threads = Threads(world.processes(), simulation)
-    with world.instead_of_processes(threads):  # the level that another simulation held open is gone now
+    with world.instead_of_processes(
+        threads
+    ):  # the level that another simulation held open is gone now
         if forward_level() >= 0 or are_transforms_active():
             right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
-            raise PmodError(phrase("simulate", "it is called inside a transform, which its threads do not see", right))
+            raise PmodError(
+                phrase(
+                    "simulate",
+                    "it is called inside a transform, which its threads do not see",
+                    right,
+                )
+            )
         with _forward_mode_held_open():
             return _run(fn, args, axis_sizes, simulation, threads)
 
 
 def _run(
-    fn: Callable[..., T], args: tuple[Any, ...], axis_sizes: Mapping[str, int], simulation: Simulation, ranks: Threads
+    fn: Callable[..., T],
+    args: tuple[Any, ...],
+    axis_sizes: Mapping[str, int],
+    simulation: Simulation,
+    ranks: Threads,
 ) -> list[T]:
     size = simulation.size
     results: list[Any] = [None] * size
@@ -89,7 +118,9 @@ def _run(
             if simulation.error is not None:
                 raise Left
             with torch.set_grad_enabled(grad):
-                mesh = make_mesh(dict(axis_sizes), topology=ranks.settle(rank, watching))
+                mesh = make_mesh(
+                    dict(axis_sizes), topology=ranks.settle(rank, watching)
+                )
                 simulation.coords[rank] = mesh.coords
                 set_mesh(mesh)
                 results[rank] = fn(*args)
@@ -99,7 +130,10 @@ def _run(
             error = raised
         simulation.leave(rank, error)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), daemon=True)
+        for rank in range(size)
+    ]
     for rank, thread in enumerate(threads):
         try:
             thread.start()

@@ -21,7 +21,9 @@ from pmod._errors import ArgumentError, PmodError, phrase
 
 @frozen
 class Task:
-    """What every rank runs, under which mesh; `packed` is opened under it, so that meshes in it find their place."""
+    """What every rank runs, under which mesh; `packed` is opened under it, so that
+    meshes in it find their place.
+    """
 
     axis_sizes: dict[str, int]
     packed: bytes = field(repr=False)
@@ -29,12 +31,18 @@ class Task:
 
     @staticmethod
     def of(
-        fn: Callable[..., object], args: Sequence[object], axis_sizes: Mapping[str, int], *, last: bool = False
+        fn: Callable[..., object],
+        args: Sequence[object],
+        axis_sizes: Mapping[str, int],
+        *,
+        last: bool = False,
     ) -> Task:
         try:
             return Task(dict(axis_sizes), _pack((fn, tuple(args))), last)
         except pickle.PicklingError as error:
-            raise ArgumentError(phrase("launch", f"fn or args cannot be sent to the ranks: {error}")) from None
+            raise ArgumentError(
+                phrase("launch", f"fn or args cannot be sent to the ranks: {error}")
+            ) from None
 
 
 @frozen
@@ -59,7 +67,11 @@ class Raised:
         with contextlib.suppress(pickle.PicklingError):
             packed = _pack(error)
         summary = "".join(traceback.format_exception_only(error)).strip()
-        return Raised(summary, "".join(traceback.format_exception(type(error), error, trace)), packed)
+        return Raised(
+            summary,
+            "".join(traceback.format_exception(type(error), error, trace)),
+            packed,
+        )
 
     def error(self) -> Exception | None:
         if self.packed is None:
@@ -68,7 +80,9 @@ class Raised:
             error = pickle.loads(self.packed)
         except Exception:  # an __init__ with other arguments than Exception.args, a class that is not here
             return None
-        return error if isinstance(error, Exception) else None  # a SystemExit must not end the parent, too
+        return (
+            error if isinstance(error, Exception) else None
+        )  # a SystemExit must not end the parent, too
 
 
 @frozen
@@ -99,28 +113,42 @@ Outcome: TypeAlias = Returned | Raised | Died
 
 
 class _ByReference(pickle.Pickler):
-    """The standard pickler, which refuses what is named in a `__main__` that the other side does not import."""
+    """The standard pickler, which refuses what is named in a `__main__` that the other
+    side does not import.
+    """
 
     def reducer_override(self, obj: Any, /) -> Any:
-        if isinstance(obj, (type, FunctionType)) and obj.__module__ == "__main__" and not _imported_with_main(obj):
-            raise pickle.PicklingError(f"{obj.__qualname__} is defined in an interactive session")
+        if (
+            isinstance(obj, (type, FunctionType))
+            and obj.__module__ == "__main__"
+            and not _imported_with_main(obj)
+        ):
+            raise pickle.PicklingError(
+                f"{obj.__qualname__} is defined in an interactive session"
+            )
         return NotImplemented
 
 
 def _imported_with_main(obj: type | FunctionType) -> bool:
     """Whether a rank that starts from this process's `__main__` finds `obj` there."""
     # after `python -i script.py`, what was typed is in __main__ and in no file
-    return main_is_imported() and (isinstance(obj, type) or os.path.isfile(obj.__code__.co_filename))
+    return main_is_imported() and (
+        isinstance(obj, type) or os.path.isfile(obj.__code__.co_filename)
+    )
 
 
 def main_is_imported() -> bool:
-    """Whether multiprocessing imports this `__main__` into its children: a script or a module, but no session."""
+    """Whether multiprocessing imports this `__main__` into its children: a script or a
+    module, but no session.
+    """
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:
         return spec.name != "__main__" and not spec.name.endswith(".__main__")
     path = getattr(main, "__file__", None)
-    return path is not None and os.path.isfile(path)  # `python -` calls its file <stdin>
+    return path is not None and os.path.isfile(
+        path
+    )  # `python -` calls its file <stdin>
 
 
 def _pack(value: object) -> bytes:
@@ -152,10 +180,13 @@ def unpack(packed: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
         return pickle.loads(packed)
     except Exception as error:
         raise PmodError(
-            phrase("launch", f"fn or args cannot be loaded in the ranks: {type(error).__name__}: {error}",
-                    "What is passed must be defined at the top level of a module or script, "
-                    'and not under `if __name__ == "__main__":`.')
-        ) from error  # fmt: skip
+            phrase(
+                "launch",
+                f"fn or args cannot be loaded in the ranks: {type(error).__name__}: {error}",
+                "What is passed must be defined at the top level of a module or script, "
+                'and not under `if __name__ == "__main__":`.',
+            )
+        ) from error
 
 
 def pack_result(result: object) -> bytes:
@@ -163,6 +194,9 @@ def pack_result(result: object) -> bytes:
         return _pack(result)
     except pickle.PicklingError as error:
         raise PmodError(
-            phrase("launch", f"fn returned a {type(result).__name__}, which cannot be sent back: {error}",
-                    "Return tensors, numbers, or containers of them.")
-        ) from None  # fmt: skip
+            phrase(
+                "launch",
+                f"fn returned a {type(result).__name__}, which cannot be sent back: {error}",
+                "Return tensors, numbers, or containers of them.",
+            )
+        ) from None

@@ -22,34 +22,59 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def as_dtensor(x: Tensor, spec: P, sizes: Mapping[int, tuple[int, ...]], device_mesh: DeviceMesh, mesh: Mesh,
-               function: str, where: str) -> DTensor:  # fmt: skip
+def as_dtensor(
+    x: Tensor,
+    spec: P,
+    sizes: Mapping[int, tuple[int, ...]],
+    device_mesh: DeviceMesh,
+    mesh: Mesh,
+    function: str,
+    where: str,
+) -> DTensor:
     """A local tensor as the DTensor that it is a shard of."""
     from torch.distributed.tensor import DTensor
 
-    shape = [sum(sizes[dim]) if dim in sizes else int(length) for dim, length in enumerate(x.shape)]
+    shape = [
+        sum(sizes[dim]) if dim in sizes else int(length)
+        for dim, length in enumerate(x.shape)
+    ]
     for dim, held in sizes.items():
         entry = spec.entries[dim]
-        parts = tuple([mesh.shape[name] for name in ((entry,) if isinstance(entry, str) else entry or ())])
+        parts = tuple(
+            [
+                mesh.shape[name]
+                for name in ((entry,) if isinstance(entry, str) else entry or ())
+            ]
+        )
         cut = split_sizes(shape[dim], parts)
         if held != cut:
             what = f"dim {dim} is cut in {held}, and DTensor cuts {shape[dim]} in {cut}"
             right = f"Use shards of the lengths of split_sizes({shape[dim]}, {parts})."
-            raise unfit(ShapeError, function, where, what, spec, tuple(x.shape), mesh, right)
+            raise unfit(
+                ShapeError, function, where, what, spec, tuple(x.shape), mesh, right
+            )
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return DTensor.from_local(x, device_mesh, spec.placements(mesh), run_check=False, shape=torch.Size(shape),
-                              stride=tuple(strides))  # fmt: skip
+    return DTensor.from_local(
+        x,
+        device_mesh,
+        spec.placements(mesh),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(strides),
+    )
 
 
 def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
-    """Local shards as DTensors, which share their storage: for torch's distributed checkpoints (DCP), and back.
+    """Local shards as DTensors, which share their storage: for torch's distributed
+    checkpoints (DCP), and back.
 
-    What DCP loads into them is in the tensors that went in; `from_dtensors` gives local tensors back. Nothing is
-    differentiated.
-    Cost: the lengths of the shards, one small message for each axis that cuts something.
-    Raises: ShapeError where shards are not as long as `split_sizes` says, which DTensor cannot hold. Under `debug`
-    MismatchError where a leaf differs along an axis that its spec leaves out: of such a leaf a checkpoint holds the
-    value of any rank.
+    What DCP loads into them is in the tensors that went in; `from_dtensors` gives local
+    tensors back. Nothing is differentiated.
+    Cost: the lengths of the shards, one small message for each axis that cuts
+    something.
+    Raises: ShapeError where shards are not as long as `split_sizes` says, which DTensor
+    cannot hold. Under `debug` MismatchError where a leaf differs along an axis that its
+    spec leaves out: of such a leaf a checkpoint holds the value of any rank.
 
         state = pmod.to_dtensors(dict(model.named_parameters()), specs)
         torch.distributed.checkpoint.save(state, checkpoint_id="step_100")
@@ -59,7 +84,9 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
     """
     mesh, everywhere, found = checked_tree(tree, specs, mesh, "to_dtensors")
     compare_left_out(found, mesh, "to_dtensors")
-    device_mesh = mesh.device_mesh  # raises where there is none, before anything is sent
+    device_mesh = (
+        mesh.device_mesh
+    )  # raises where there is none, before anything is sent
     sizes = whole_shapes(found, mesh, "to_dtensors")
     made = [
         as_dtensor(x.detach(), spec, held, device_mesh, mesh, "to_dtensors", where)
@@ -69,7 +96,8 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
 
 
 def from_dtensors(tree: Any) -> Any:
-    """The local shards of the DTensors in a tree, which share their storage; all else as it is. Nothing is sent.
+    """The local shards of the DTensors in a tree, which share their storage; all else
+    as it is. Nothing is sent.
 
     >>> pmod.from_dtensors({"w": pmod.to_dtensors(torch.ones(2), pmod.P("model"), mesh=mesh)})
     {'w': tensor([1., 1.])}

@@ -1,8 +1,11 @@
-"""Which tensors are V and which are I inside `shard_map`, followed from operation to operation, as JAX does.
+"""Which tensors are V and which are I inside `shard_map`, followed from operation to
+operation, as JAX does.
 
-A tensor has the set of axes along which it varies. Where an operation of torch takes tensors that vary along different
-axes, those that are one value (I) along some of them go through `pvary`, and so their gradients are summed, once; a
-collective says by its row what it takes and gives. Nothing else is changed: outside `shard_map`, pvary is explicit.
+A tensor has the set of axes along which it varies. Where an operation of torch takes
+tensors that vary along different axes, those that are one value (I) along some of them
+go through `pvary`, and so their gradients are summed, once; a collective says by its
+row what it takes and gives. Nothing else is changed: outside `shard_map`, pvary is
+explicit.
 """
 
 from __future__ import annotations
@@ -60,30 +63,137 @@ NONE: Axes = frozenset()
 Known: TypeAlias = tuple[Axes, Axes, bool, int]
 UNKNOWN: tuple[None, Axes, bool, int] = (None, NONE, False, 0)
 
-# of no tensor: each rank makes the same of the same numbers. What these make is I, until the rank asks for its index
-SAME = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "asarray",
-        "scalar_tensor", "tril_indices", "triu_indices", "fft_fftfreq", "fft_rfftfreq"}  # fmt: skip
-# they take lengths of their results: one that is as long as an uneven shard is the rank's own
+# of no tensor: each rank makes the same of the same numbers. What these make is I,
+# until the rank asks for its index
+SAME = {
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "eye",
+    "arange",
+    "linspace",
+    "logspace",
+    "tensor",
+    "as_tensor",
+    "asarray",
+    "scalar_tensor",
+    "tril_indices",
+    "triu_indices",
+    "fft_fftfreq",
+    "fft_rfftfreq",
+}
+# they take lengths of their results: one that is as long as an uneven shard is the
+# rank's own
 LENGTHS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "narrow"}
-# how long their results are depends on the values: a length of the rank's own, where these vary
-BY_VALUE = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
+# how long their results are depends on the values: a length of the rank's own, where
+# these vary
+BY_VALUE = {
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "unique",
+    "unique_consecutive",
+    "bincount",
+}
 # views by which a tensor that the tracer shows without its base can be written into
-VIEWS = {"__getitem__", "view", "reshape", "transpose", "t", "permute", "select", "narrow", "expand",
-         "squeeze", "chunk", "unsqueeze", "flatten", "unflatten", "swapaxes", "movedim", "diagonal", "split",
-         "unbind", "detach", "view_as", "swapaxes_", "transpose_", "t_", "squeeze_", "unsqueeze_", "detach_",
-         "alias"}  # fmt: skip
+VIEWS = {
+    "__getitem__",
+    "view",
+    "reshape",
+    "transpose",
+    "t",
+    "permute",
+    "select",
+    "narrow",
+    "expand",
+    "squeeze",
+    "chunk",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+    "swapaxes",
+    "movedim",
+    "diagonal",
+    "split",
+    "unbind",
+    "detach",
+    "view_as",
+    "swapaxes_",
+    "transpose_",
+    "t_",
+    "squeeze_",
+    "unsqueeze_",
+    "detach_",
+    "alias",
+}
 # each rank draws its own
-RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
-          "rand_like", "randn_like", "randint_like", "normal_", "uniform_", "bernoulli_", "random_", "exponential_",
-          "cauchy_", "geometric_", "log_normal_", "kaiming_uniform_", "kaiming_normal_", "gumbel_softmax"}  # fmt: skip
-DROPOUT = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_"}
-ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # where their dropout_p is
-# they change running ones, of which torch counts no version: how, and whether where nothing is said
-STATISTICS = {"batch_norm": ("training", False), "instance_norm": ("use_input_stats", True)}
-# their result is a number, or memory of others: what a rank goes on to do with it is its own
-NUMBERS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "numpy",
-           "__array__", "equal", "allclose", "is_nonzero", "untyped_storage", "storage", TYPED_STORAGE, "data_ptr",
-           "__dlpack__"}  # fmt: skip
+RANDOM = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "bernoulli",
+    "multinomial",
+    "poisson",
+    "binomial",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "normal_",
+    "uniform_",
+    "bernoulli_",
+    "random_",
+    "exponential_",
+    "cauchy_",
+    "geometric_",
+    "log_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "gumbel_softmax",
+}
+DROPOUT = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "dropout_",
+}
+ATTENTION = {
+    "scaled_dot_product_attention": 4,
+    "multi_head_attention_forward": 10,
+}  # where their dropout_p is
+# they change running ones, of which torch counts no version: how, and whether where
+# nothing is said
+STATISTICS = {
+    "batch_norm": ("training", False),
+    "instance_norm": ("use_input_stats", True),
+}
+# their result is a number, or memory of others: what a rank goes on to do with it is
+# its own
+NUMBERS = {
+    "item",
+    "tolist",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__complex__",
+    "__contains__",
+    "numpy",
+    "__array__",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "untyped_storage",
+    "storage",
+    TYPED_STORAGE,
+    "data_ptr",
+    "__dlpack__",
+}
 
 
 class Kinds(TorchFunctionMode):
@@ -93,40 +203,71 @@ class Kinds(TorchFunctionMode):
         super().__init__()
         self.mesh = mesh
         self._idle = idle
-        self.everywhere: Axes = frozenset([name for name, size in mesh.shape.items() if size > 1])
-        # of a tensor its axes, those of them that are assumed to be on the safe side, whether it had a derivative, and
-        # how often it was changed in place. A graph cannot hold weak references, and need not
+        self.everywhere: Axes = frozenset(
+            [name for name, size in mesh.shape.items() if size > 1]
+        )
+        # of a tensor its axes, those of them that are assumed to be on the safe side,
+        # whether it had a derivative, and how often it was changed in place. A graph
+        # cannot hold weak references, and need not
         self._known: dict[Any, Known] | _Noted
-        self._written: MutableMapping[Any, Axes]  # memory that was changed by what varies
-        self._memory: MutableMapping[Any, Axes]  # memory that was changed at all, as far as was seen
+        self._written: MutableMapping[
+            Any, Axes
+        ]  # memory that was changed by what varies
+        self._memory: MutableMapping[
+            Any, Axes
+        ]  # memory that was changed at all, as far as was seen
         self._known, self._written, self._memory = {}, {}, {}
         self._began, self._level = 0, None
         if not torch.compiler.is_compiling():
-            self._known, self._written, self._memory = _Noted(), WeakIdKeyDictionary(), WeakIdKeyDictionary()
+            self._known, self._written, self._memory = (
+                _Noted(),
+                WeakIdKeyDictionary(),
+                WeakIdKeyDictionary(),
+            )
             self._began = next_number()
             self._level = transform_level()
         self._differentiates = torch.is_grad_enabled()
         self._modules: list[torch.nn.Module] = []
-        # of tensors from outside the body their pvary copies: along what, of which version
+        # of tensors from outside the body their pvary copies: along what, of which
+        # version
         self._copies: dict[Tensor, dict[Axes, tuple[int, Tensor]]] = {}
-        self._fused: set[Tensor] = set()  # copies that were made together, with a link of their own
+        self._fused: set[Tensor] = (
+            set()
+        )  # copies that were made together, with a link of their own
         self._asked: Axes = NONE  # the axes along which this rank knows its own place: what it then makes is V
         self._ways: list[Axes] = []  # the same, in the order in which it asked
-        self.lengths: dict[int, Axes] = {}  # of uneven shards, those of all ranks: numbers that a rank has of its own
+        self.lengths: dict[
+            int, Axes
+        ] = {}  # of uneven shards, those of all ranks: numbers that a rank has of its own
         self._roots: list[Any] = []  # the functions whose bodies run
-        self._links: list[Tensor] = []  # each a number that is 0, by which backward comes to what every rank sums
+        self._links: list[
+            Tensor
+        ] = []  # each a number that is 0, by which backward comes to what every rank sums
         self._arguments: list[Tensor] = []  # shards with a derivative
         self._looks_ahead = False  # what a body refers to is being looked up
-        self._views: dict[Tensor, bool] = {}  # while compiling: those whose base is not known
-        self._shown = (0, 0)  # while compiling: the writes into tensors in the graph when control was here last
+        self._views: dict[
+            Tensor, bool
+        ] = {}  # while compiling: those whose base is not known
+        self._shown = (
+            0,
+            0,
+        )  # while compiling: the writes into tensors in the graph when control was here last
         if torch.compiler.is_compiling():
             show_writes()
             self._shown = writes_traced()
-        self._met: list[Tensor] = []  # while compiling: copies of one value that met what varies
-        self._unsummed = False  # one value with a derivative met what varies while no graph was made
+        self._met: list[
+            Tensor
+        ] = []  # while compiling: copies of one value that met what varies
+        self._unsummed = (
+            False  # one value with a derivative met what varies while no graph was made
+        )
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
@@ -142,7 +283,9 @@ class Kinds(TorchFunctionMode):
             return result
         return self._followed(func, args, kwargs)
 
-    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _followed(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if func is bind:
             return self._bind(*args, **kwargs)
         if func is kinds_here:
@@ -167,12 +310,22 @@ class Kinds(TorchFunctionMode):
             return self._set(func, args)
         return self._operation(func, args, kwargs)
 
-    def _one_kind(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes | None:
-        """Of a plain operation on tensors of one kind, about which nothing is in doubt: the kind. The usual case."""
-        doubtful = self._asked or self._written or self.lengths or are_transforms_active()
+    def _one_kind(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Axes | None:
+        """Of a plain operation on tensors of one kind, about which nothing is in doubt:
+        the kind. The usual case.
+        """
+        doubtful = (
+            self._asked or self._written or self.lengths or are_transforms_active()
+        )
         if torch.is_inference_mode_enabled():  # it counts no changes
             return None
-        if doubtful or "out" in kwargs or not (_plain[func] if func in _plain else _is_plain(func)):
+        if (
+            doubtful
+            or "out" in kwargs
+            or not (_plain[func] if func in _plain else _is_plain(func))
+        ):
             return None
         kind: Axes | None = None
         for x in (*args, *kwargs.values()) if kwargs else args:
@@ -192,14 +345,15 @@ class Kinds(TorchFunctionMode):
                 return None
         return kind
 
-    # --- what is known ----------------------------------------------------------------------------
+    # --- what is known ----------------------------------------------------------------
 
     def of(self, x: Tensor) -> Axes:
         """The axes along which a tensor varies."""
         found, assumed, had_derivative, version = self._known.get(x, UNKNOWN)
         if found is not None and version != _version(x):
             found = self._changed_unseen(x, found)
-        # what got its derivative later comes from an autograd.Function, whose forward runs without
+        # what got its derivative later comes from an autograd.Function, whose forward
+        # runs without
         if found is None or (x.requires_grad and not had_derivative and not x.is_leaf):
             if torch.compiler.is_compiling():
                 return self._while_compiling(x)
@@ -213,9 +367,14 @@ class Kinds(TorchFunctionMode):
         return found
 
     def _changed_unseen(self, x: Tensor, found: Axes) -> Axes:
-        """Of a tensor that was changed by another name, or by what function modes do not see, as Tensor.set_."""
+        """Of a tensor that was changed by another name, or by what function modes do
+        not see, as Tensor.set_.
+        """
         memory = self._memory.get(x.untyped_storage()) if has_storage(x) else None
-        of, assumed = found | (self.everywhere if memory is None else memory), self.assumed(x)
+        of, assumed = (
+            found | (self.everywhere if memory is None else memory),
+            self.assumed(x),
+        )
         self.note(x, of, assumed | ((of - found) if memory is None else NONE))
         return of
 
@@ -229,7 +388,9 @@ class Kinds(TorchFunctionMode):
     def _unseen(self) -> PmodError:
         given = "under torch.compile it cannot follow tensors into a transform or a checkpoint"
         right = "Transform or checkpoint the function that shard_map gives, or run this one eagerly."
-        return wrong(ArgumentError, "shard_map", resolve(self.mesh, "shard_map"), given, right)
+        return wrong(
+            ArgumentError, "shard_map", resolve(self.mesh, "shard_map"), given, right
+        )
 
     def assumed(self, x: Tensor) -> Axes:
         """Those axes along which a tensor may as well be one value."""
@@ -253,7 +414,9 @@ class Kinds(TorchFunctionMode):
             self._copies.setdefault(x, {})
 
     def of_body(self, f: Any) -> None:
-        """The body is f: what it refers to is looked up before a rank asks for what is its own."""
+        """The body is f: what it refers to is looked up before a rank asks for what is
+        its own.
+        """
         self._roots.append(f)
 
     def of_argument(self, x: Tensor) -> None:
@@ -274,14 +437,22 @@ class Kinds(TorchFunctionMode):
             self.lengths[n] = self.lengths.get(n, NONE) | self._names(names)
 
     def _from_outside(self, x: Tensor, seen: Axes | None) -> Axes:
-        """Of a tensor that is no argument: a parameter is one value; else its graph says what it was made from.
+        """Of a tensor that is no argument: a parameter is one value; else its graph
+        says what it was made from.
 
-        A graph does not say what had no derivative: what an autograd.Function took of that was seen in its forward, and
-        of another function that runs here it can be anything.
+        A graph does not say what had no derivative: what an autograd.Function took of
+        that was seen in its forward, and of another function that runs here it can be
+        anything.
         """
         if x.is_leaf:
             self.comes_in(x)
-            return frozenset([name for name in self.everywhere if is_marked_varying(x, self._axis(name))])
+            return frozenset(
+                [
+                    name
+                    for name in self.everywhere
+                    if is_marked_varying(x, self._axis(name))
+                ]
+            )
         node: Any = x.grad_fn
         if self._unsummed and type(node).__name__ == "CheckpointFunctionBackward":
             given = f"at {call_site()[1]} one value meets what varies inside a reentrant checkpoint, which runs again"
@@ -293,7 +464,11 @@ class Kinds(TorchFunctionMode):
         for name in self.everywhere:
             axis = self._axis(name)
             found = lineage(x, axis)
-            if not (found.varying or name in seen or any(name in self.of(leaf) for leaf, _ in found.leaves)):
+            if not (
+                found.varying
+                or name in seen
+                or any(name in self.of(leaf) for leaf, _ in found.leaves)
+            ):
                 continue
             varying.add(name)
             one_value = [leaf for leaf, _ in found.leaves if name not in self.of(leaf)]
@@ -308,19 +483,29 @@ class Kinds(TorchFunctionMode):
         return resolve(self.mesh[names], "shard_map")
 
     def _names(self, axis: Any) -> Axes:
-        names = axis.axis_names if isinstance(axis, Mesh) else (axis,) if isinstance(axis, str) else tuple(axis)
+        names = (
+            axis.axis_names
+            if isinstance(axis, Mesh)
+            else (axis,)
+            if isinstance(axis, str)
+            else tuple(axis)
+        )
         return self.everywhere & frozenset(names)
 
-    # --- what is done -----------------------------------------------------------------------------
+    # --- what is done -----------------------------------------------------------------
 
     def _vary(self, x: Tensor, axes: Axes) -> Tensor:
         """x, varying along these axes too."""
         missing = axes - self.of(x)
-        self._unsummed |= bool(missing) and x.requires_grad and not torch.is_grad_enabled()
+        self._unsummed |= (
+            bool(missing) and x.requires_grad and not torch.is_grad_enabled()
+        )
         if not missing or not differentiated(x):
             return x
         if torch.compiler.is_compiling():
-            summed = (x.requires_grad and torch.is_grad_enabled()) or are_transforms_active()
+            summed = (
+                x.requires_grad and torch.is_grad_enabled()
+            ) or are_transforms_active()
             _, kept = self._copies.get(x, {}).get(missing, (0, None))
             if kept is not None:
                 return kept
@@ -331,7 +516,9 @@ class Kinds(TorchFunctionMode):
             return y
         if x not in self._copies or not self._keeps(x):
             return self._copy_elsewhere(x, missing)
-        known = self._looks_ahead or any([self._asked & along for along in self._copies[x]])
+        known = self._looks_ahead or any(
+            [self._asked & along for along in self._copies[x]]
+        )
         if missing & self._asked and not known:
             raise self._unnamed(x)
         y, along = x, NONE
@@ -345,9 +532,17 @@ class Kinds(TorchFunctionMode):
         return y
 
     def _ask_compiled(self, new: Axes) -> None:
-        """While compiling: the ranks' graphs are alike up to here; what they hold as one value varies from here on."""
-        whole = [x for x in [*self._arguments, *[x for module in self._modules for x in module.parameters()]]
-                 if x.requires_grad and torch.is_grad_enabled() and new - self.of(x)]  # fmt: skip
+        """While compiling: the ranks' graphs are alike up to here; what they hold as
+        one value varies from here on.
+        """
+        whole = [
+            x
+            for x in [
+                *self._arguments,
+                *[x for module in self._modules for x in module.parameters()],
+            ]
+            if x.requires_grad and torch.is_grad_enabled() and new - self.of(x)
+        ]
         for x in whole:
             of = self.of(x)
             earlier = [(along, y) for along, (_, y) in self._copies.get(x, {}).items()]
@@ -362,14 +557,20 @@ class Kinds(TorchFunctionMode):
         self._met = [] if new else self._met
 
     def _ordered(self) -> PmodError:
-        """While compiling: ranks that go unlike ways would sum gradients in unlike orders, or not all of them."""
+        """While compiling: ranks that go unlike ways would sum gradients in unlike
+        orders, or not all of them.
+        """
         given = "under torch.compile one value that is no argument, and no parameter of a module that is f, meets what"
         given += " varies after this rank asked for what is its own: each rank may come to it in an order of its own"
-        right = "Pass it as an argument, with the spec P(), or run this function eagerly."
+        right = (
+            "Pass it as an argument, with the spec P(), or run this function eagerly."
+        )
         return PmodError(phrase("shard_map", given, right))
 
     def _copy_elsewhere(self, x: Tensor, missing: Axes) -> Tensor:
-        """A copy that does not serve elsewhere in the body: in a transform, or of what was made in the body."""
+        """A copy that does not serve elsewhere in the body: in a transform, or of what
+        was made in the body.
+        """
         version, kept = self._copies.get(x, {}).get(missing, (None, x))
         if version == version_of(x) and torch.is_grad_enabled():
             return kept  # of the level around a transform
@@ -382,14 +583,22 @@ class Kinds(TorchFunctionMode):
         if missing & self._asked and not inside and self._keeps(x) and not x.is_leaf:
             given = f"{_here()}one value of shape {tuple(x.shape)} meets what varies, which came about after this rank"
             given += " asked for what is its own: each rank may come to it in an order of its own"
-            raise PmodError(phrase("shard_map", given, "Make it before, or put pmod.pvary around it there."))
+            raise PmodError(
+                phrase(
+                    "shard_map",
+                    given,
+                    "Make it before, or put pmod.pvary around it there.",
+                )
+            )
         return self._copy(x, missing)
 
     def _unnamed(self, x: Tensor) -> PmodError:
         given = f"{_here()}it meets a parameter or leaf of shape {tuple(x.shape)} that f does not refer to by a name,"
         given += " after this rank asked for what is its own: each rank may come to it in an order of its own"
         # no TypeError: x * y makes of one that y is not supported
-        return PmodError(phrase("shard_map", given, "Pass it as an argument, with the spec P()."))
+        return PmodError(
+            phrase("shard_map", given, "Pass it as an argument, with the spec P().")
+        )
 
     def _keeps(self, x: Tensor) -> bool:
         """Whether a copy that is made here serves elsewhere in the body."""
@@ -397,13 +606,16 @@ class Kinds(TorchFunctionMode):
         return graph and x.requires_grad and transform_level() == self._level
 
     def _copy(self, x: Tensor, axes: Axes) -> Tensor:
-        return pvary(x, self.mesh[tuple([name for name in self.mesh.axis_names if name in axes])])
+        return pvary(
+            x, self.mesh[tuple([name for name in self.mesh.axis_names if name in axes])]
+        )
 
     def _ask(self, axes: Axes) -> None:
         """The rank learns what is its own along these axes, and may go its own way.
 
-        Before, all that is one value becomes V, together: in backward each rank sums it in one message, in whichever
-        order, how often, and of whichever part it made use.
+        Before, all that is one value becomes V, together: in backward each rank sums it
+        in one message, in whichever order, how often, and of whichever part it made
+        use.
         """
         new, before = axes - self._asked, self._asked
         self._asked = self._asked | axes
@@ -415,7 +627,9 @@ class Kinds(TorchFunctionMode):
         self._vary_ahead(new, before)
 
     def _vary_unasked(self) -> None:
-        """All arguments are cut; where they are uneven, a rank with an empty shard may ask for nothing of its own."""
+        """All arguments are cut; where they are uneven, a rank with an empty shard may
+        ask for nothing of its own.
+        """
         uneven = NONE.union(*self.lengths.values())
         if uneven and not torch.compiler.is_compiling():
             self._vary_ahead(uneven - self._asked, self._asked)
@@ -427,7 +641,10 @@ class Kinds(TorchFunctionMode):
             named = [x for f in self._roots for x in captured_leaves(f)]
         self._looks_ahead = True
         try:
-            for x in [*[x for module in self._modules for x in module.parameters()], *named]:
+            for x in [
+                *[x for module in self._modules for x in module.parameters()],
+                *named,
+            ]:
                 self.of(x)
             with torch.set_grad_enabled(self._differentiates):
                 self._vary_all(new, before)
@@ -435,7 +652,9 @@ class Kinds(TorchFunctionMode):
             self._looks_ahead = False
 
     def _vary_all(self, new: Axes, before: Axes) -> None:
-        """What is one value along the new axes, varying along them, in one call for each dtype and device."""
+        """What is one value along the new axes, varying along them, in one call for
+        each dtype and device.
+        """
         together: dict[Axes, list[tuple[Tensor, Axes, Tensor]]] = {}
         for x in [*[x for x in self._copies if self._keeps(x)], *self._computed(new)]:
             of = self.of(x)
@@ -444,7 +663,9 @@ class Kinds(TorchFunctionMode):
                 continue
             copies = self._copies.setdefault(x, {})
             if along | step in copies and copies[along | step][0] == version_of(x):
-                if copies[along | step][1] not in self._fused:  # it met what varies already, on all ranks
+                if (
+                    copies[along | step][1] not in self._fused
+                ):  # it met what varies already, on all ranks
                     self._link(copies[along | step][1])
                 continue
             y = self._vary(x, of | along)
@@ -452,7 +673,9 @@ class Kinds(TorchFunctionMode):
         for step, found in together.items():
             names = tuple([name for name in self.mesh.axis_names if name in step])
             with no_function_modes():
-                copies, links = pvary_used([y for *_, y in found], self._axis(names), "pvary", self._idle)
+                copies, links = pvary_used(
+                    [y for *_, y in found], self._axis(names), "pvary", self._idle
+                )
             for link in links:
                 self._link(link)
             for (x, along, y), copy in zip(found, copies, strict=True):
@@ -461,9 +684,18 @@ class Kinds(TorchFunctionMode):
                 self._fused.add(copy)
 
     def _computed(self, new: Axes) -> list[Tensor]:
-        """What the body made so far as one value, in the order in which all ranks made it."""
+        """What the body made so far as one value, in the order in which all ranks made
+        it.
+        """
         alive = self._known.alive() if isinstance(self._known, _Noted) else []
-        found = [x for x in alive if x.requires_grad and not x.is_leaf and x not in self._copies and self._keeps(x)]
+        found = [
+            x
+            for x in alive
+            if x.requires_grad
+            and not x.is_leaf
+            and x not in self._copies
+            and self._keeps(x)
+        ]
         found = [x for x in found if x.grad_fn is not None and new - self.of(x)]
         return sorted(found, key=lambda x: (number_of(x.grad_fn), x.output_nr))
 
@@ -472,14 +704,26 @@ class Kinds(TorchFunctionMode):
             self._links.append(y.reshape(-1)[:0].abs().sum())
 
     def linked(self, y: Tensor) -> Tensor:
-        """y; in backward from it, this rank takes part in all sums, also where it used nothing of what is summed."""
+        """y; in backward from it, this rank takes part in all sums, also where it used
+        nothing of what is summed.
+        """
         if torch.compiler.is_compiling():
             return _linked(y) if self._links else y
-        if not (self._links and torch.is_grad_enabled() and (y.is_floating_point() or y.is_complex())):
+        if not (
+            self._links
+            and torch.is_grad_enabled()
+            and (y.is_floating_point() or y.is_complex())
+        ):
             return y
         of, assumed = self.of(y), self.assumed(y)
         with no_function_modes():
-            z = linked(y, [*self._links, *[x.reshape(-1)[:0].abs().sum() for x in self._arguments]])
+            z = linked(
+                y,
+                [
+                    *self._links,
+                    *[x.reshape(-1)[:0].abs().sum() for x in self._arguments],
+                ],
+            )
         self.note(z, of, assumed)
         return z
 
@@ -491,25 +735,37 @@ class Kinds(TorchFunctionMode):
         return z
 
     def check_shown(self) -> None:
-        """Whether the tracer showed each write: what varies may have been written into one value unseen."""
+        """Whether the tracer showed each write: what varies may have been written into
+        one value unseen.
+        """
         if torch.compiler.is_compiling():
             (graph, n), (of, shown) = writes_traced(), self._shown
             if graph == of and n != shown:
-                raise self._hidden("a change in place, such as y[i] = x, that torch.compile does not show")
+                raise self._hidden(
+                    "a change in place, such as y[i] = x, that torch.compile does not show"
+                )
 
     def _hidden(self, what: str) -> PmodError:
-        right = "Use torch.where, torch.cat or torch.stack, or run this function eagerly."
+        right = (
+            "Use torch.where, torch.cat or torch.stack, or run this function eagerly."
+        )
         given = f"under torch.compile it cannot follow {what}"
-        return wrong(ArgumentError, "shard_map", resolve(self.mesh, "shard_map"), given, right)
+        return wrong(
+            ArgumentError, "shard_map", resolve(self.mesh, "shard_map"), given, right
+        )
 
-    def _operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _operation(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         name = _name(func)
         if torch.compiler.is_compiling() and _is_higher_order(func):
             raise self._unseen()
         taken = tensors_in((args, kwargs))
         before = [self.of(x) for x in taken]
         axes = NONE.union(*before)
-        sure = NONE.union(*[of - self.assumed(x) for of, x in zip(before, taken, strict=True)])
+        sure = NONE.union(
+            *[of - self.assumed(x) for of, x in zip(before, taken, strict=True)]
+        )
         axes = axes | self._asked | self._own_lengths(name, args, kwargs)
         if not (before or name in SAME):
             axes = self.everywhere
@@ -524,11 +780,18 @@ class Kinds(TorchFunctionMode):
             args, kwargs = map_tensors(lambda x: self._vary(x, axes), (args, kwargs))
         versions = _versions(taken)
         result = func(*args, **kwargs)
-        for x in [x for x, old, new in zip(taken, versions, _versions(taken), strict=True) if old != new]:
+        for x in [
+            x
+            for x, old, new in zip(taken, versions, _versions(taken), strict=True)
+            if old != new
+        ]:
             self._refresh(x)
             self._change(x, axes)  # by an operator of the user's, say
             self._note_memory(x)
-        for y in [*tensors_in(result), *changed]:  # compiled code has another tensor after a change in place
+        for y in [
+            *tensors_in(result),
+            *changed,
+        ]:  # compiled code has another tensor after a change in place
             self.note(y, axes, axes - sure)
         if torch.compiler.is_compiling() and name in VIEWS:
             self._note_views(name, taken, result)
@@ -540,7 +803,9 @@ class Kinds(TorchFunctionMode):
         return result
 
     def _told(self, name: str, result: Any) -> Axes:
-        """The axes of uneven shards of which the result, a length or the rows to go through, tells the length."""
+        """The axes of uneven shards of which the result, a length or the rows to go
+        through, tells the length.
+        """
         if not self.lengths or name not in ("__len__", "size", "unbind"):
             return NONE
         n = len(result) if name == "unbind" else result
@@ -553,30 +818,49 @@ class Kinds(TorchFunctionMode):
                 self._views[y] = True
 
     def _check_shown_whole(self, name: str, changed: list[Tensor], axes: Axes) -> None:
-        """While compiling: whether all that shares memory with what varies from now on is known."""
+        """While compiling: whether all that shares memory with what varies from now on
+        is known.
+        """
         for x in changed if axes else ():
             if x not in self._known:
-                raise self._hidden(f"what {name} writes into a tensor that torch.compile shows anew, as x.data")
+                raise self._hidden(
+                    f"what {name} writes into a tensor that torch.compile shows anew, as x.data"
+                )
             if axes - self.of(x) and (name.startswith(FOREACH) or x in self._views):
-                raise self._hidden(f"what varies that {name} writes into one value, in a list or by a view of it")
+                raise self._hidden(
+                    f"what varies that {name} writes into one value, in a list or by a view of it"
+                )
 
     def _lengths_of(self, result: Any, axes: Axes) -> None:
-        for y in tensors_in(result) if axes and not torch.compiler.is_compiling() else ():
+        for y in (
+            tensors_in(result) if axes and not torch.compiler.is_compiling() else ()
+        ):
             if y.dim():
                 self.lengths[y.shape[0]] = self.lengths.get(y.shape[0], NONE) | axes
 
-    def _own_lengths(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:
+    def _own_lengths(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Axes:
         """The axes of uneven shards with a length that is asked for here."""
-        if not self.lengths or not (name in LENGTHS or name in SAME or name == "__getitem__"):
+        if not self.lengths or not (
+            name in LENGTHS or name in SAME or name == "__getitem__"
+        ):
             return NONE
         if name in SAME:
-            return NONE.union(*[self.lengths.get(n, NONE) for n in _numbers_in([*args, kwargs])])
+            return NONE.union(
+                *[self.lengths.get(n, NONE) for n in _numbers_in([*args, kwargs])]
+            )
         index = args[1] if isinstance(args[-1], tuple) else args[1:]
-        asked = [i for i in index if isinstance(i, slice)] if name == "__getitem__" else [args[1:], kwargs]
+        asked = (
+            [i for i in index if isinstance(i, slice)]
+            if name == "__getitem__"
+            else [args[1:], kwargs]
+        )
         return NONE.union(*[self.lengths.get(n, NONE) for n in _numbers_in(asked)])
 
     def _change(self, x: Tensor, axes: Axes) -> None:
-        """What is changed in place varies from now on; where it has a derivative already, that cannot be undone.
+        """What is changed in place varies from now on; where it has a derivative
+        already, that cannot be undone.
 
         A module's buffers are one value in its next call, too.
         """
@@ -584,7 +868,11 @@ class Kinds(TorchFunctionMode):
             given = f"what is one value along {sorted(axes - self.of(x))} is changed in place by what varies"
             right = "Change its pvary copy, pmod.pvary(x, axis).clone()."
             raise ArgumentError(phrase("shard_map", _here() + given, right))
-        if axes - self.of(x) and any(x is y or base_of(x) is y for module in self._modules for y in module.buffers()):
+        if axes - self.of(x) and any(
+            x is y or base_of(x) is y
+            for module in self._modules
+            for y in module.buffers()
+        ):
             given = f"a buffer of the module, one value along {sorted(axes - self.of(x))}, is changed by what varies"
             right = "Change it by what is one value (pmod.pmean). A norm keeps no statistics of its shards in eval(), "
             right += "or with track_running_stats=False."
@@ -594,7 +882,9 @@ class Kinds(TorchFunctionMode):
         if base is not None:
             self.note(base, axes)
         if not torch.compiler.is_compiling() and has_storage(x):
-            memory = x.untyped_storage()  # other views of it, x.data and x.detach() vary too
+            memory = (
+                x.untyped_storage()
+            )  # other views of it, x.data and x.detach() vary too
             self._written[memory] = axes | self._written.get(memory, NONE)
 
     def _refresh(self, x: Tensor) -> None:
@@ -604,7 +894,9 @@ class Kinds(TorchFunctionMode):
             self._known[x] = found, assumed, had_derivative, _version(x)
 
     def _note_memory(self, x: Tensor) -> None:
-        """The memory of x was changed; what it holds is now known, also where other tensors share it."""
+        """The memory of x was changed; what it holds is now known, also where other
+        tensors share it.
+        """
         if has_storage(x):
             memory = x.untyped_storage()
             self._memory[memory] = self.of(x) | self._memory.get(memory, NONE)
@@ -614,9 +906,18 @@ class Kinds(TorchFunctionMode):
         y = func(*args)
         if isinstance(y, Tensor) and torch.compiler.is_compiling():
             self._views[y] = True
-        if isinstance(y, Tensor) and y.requires_grad and self._asked and not gets_base(func):
+        if (
+            isinstance(y, Tensor)
+            and y.requires_grad
+            and self._asked
+            and not gets_base(func)
+        ):
             y = func(self._vary(args[0], self.of(args[0]) | self._asked))
-            self.note(y, self.of(args[0]) | self._asked, self.assumed(args[0]) | (self._asked - self.of(args[0])))
+            self.note(
+                y,
+                self.of(args[0]) | self._asked,
+                self.assumed(args[0]) | (self._asked - self.of(args[0])),
+            )
         if isinstance(y, Tensor) and y not in self._known:
             self.note(y, self.of(args[0]), self.assumed(args[0]))
         return y
@@ -630,8 +931,15 @@ class Kinds(TorchFunctionMode):
 
     def _gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A gradient varies where its input does."""
-        given: dict[str, Any] = {**dict(zip(("outputs", "inputs", "grad_outputs"), args, strict=False)), **kwargs}
-        outputs, inputs, cotangents = given.pop("outputs"), given.pop("inputs"), given.pop("grad_outputs", None)
+        given: dict[str, Any] = {
+            **dict(zip(("outputs", "inputs", "grad_outputs"), args, strict=False)),
+            **kwargs,
+        }
+        outputs, inputs, cotangents = (
+            given.pop("outputs"),
+            given.pop("inputs"),
+            given.pop("grad_outputs", None),
+        )
         self._check_sure(tensors_in(outputs))
         outputs = map_tensors(self.linked, outputs)
         outputs, cotangents = self._alike(outputs, cotangents)
@@ -642,17 +950,23 @@ class Kinds(TorchFunctionMode):
                 self._vary_results([gradient])
         return gradients
 
-    def _backward(self, y: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    def _backward(
+        self, y: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         self._check_sure([y])
         outputs, cotangents = self._alike([self.linked(y)], [gradient])
         Tensor.backward(outputs[0], cotangents[0], *args, **kwargs)
 
     def _check_sure(self, ys: list[Tensor]) -> None:
-        """Whether an output is one value or each rank's own decides its gradient, so it is not assumed."""
+        """Whether an output is one value or each rank's own decides its gradient, so it
+        is not assumed.
+        """
         for y in ys:
             assumed = self.assumed(y) if self.of(y) else NONE
             if assumed:
-                given = f"at {call_site()[1]} what is differentiated {self.why(assumed)}"
+                given = (
+                    f"at {call_site()[1]} what is differentiated {self.why(assumed)}"
+                )
                 right = "Pass that tensor as an argument, and ask for the place after the loss; or mark a loss of each"
                 right += " rank's own with pmod.pvary(loss, axis)."
                 raise ArgumentError(phrase("shard_map", given, right))
@@ -664,20 +978,28 @@ class Kinds(TorchFunctionMode):
         return f"{given}, or after axis_index or a number of the rank's own"
 
     def _alike(self, ys: Any, cotangents: Any) -> tuple[Any, Any]:
-        """Where what flows back into an output varies the output does, and the other way round."""
+        """Where what flows back into an output varies the output does, and the other
+        way round.
+        """
         if cotangents is None:
             return ys, None
-        ys, cotangents = [[x] if isinstance(x, Tensor) else list(x) for x in (ys, cotangents)]
+        ys, cotangents = [
+            [x] if isinstance(x, Tensor) else list(x) for x in (ys, cotangents)
+        ]
         if len(ys) != len(cotangents):
             return ys, cotangents  # torch says so
         with torch.enable_grad():
             for i, (y, cotangent) in enumerate(zip(ys, cotangents, strict=True)):
                 pair = tensors_in([y, cotangent])
                 axes = NONE.union(*[self.of(x) for x in pair])
-                ys[i], cotangents[i] = map_tensors(lambda x, axes=axes: self._vary(x, axes), [y, cotangent])
+                ys[i], cotangents[i] = map_tensors(
+                    lambda x, axes=axes: self._vary(x, axes), [y, cotangent]
+                )
         return ys, cotangents
 
-    def _bind(self, call: Call, xs: list[Tensor], forward: Any = None) -> Sequence[Tensor]:
+    def _bind(
+        self, call: Call, xs: list[Tensor], forward: Any = None
+    ) -> Sequence[Tensor]:
         over = self._names(call.axis.label)
         before = [self.of(x) for x in xs]
         assumed = [self.assumed(x) - over for x in xs]
@@ -699,7 +1021,9 @@ class Kinds(TorchFunctionMode):
         return ys
 
     def _vary_results(self, ys: Sequence[Tensor]) -> None:
-        """Copies of what all ranks make one value after the ask, now: later each may come to it in its own order."""
+        """Copies of what all ranks make one value after the ask, now: later each may
+        come to it in its own order.
+        """
         for y in ys if self._asked and not torch.compiler.is_compiling() else ():
             missing = self._asked - self.of(y)
             if missing and self._keeps(y) and differentiated(y):
@@ -707,8 +1031,12 @@ class Kinds(TorchFunctionMode):
                 self._copies[y] = {missing: (version_of(y), copy)}
                 self._link(copy)
 
-    def _pvary(self, call: Call, xs: list[Tensor], before: list[Axes], over: Axes) -> list[Tensor]:
-        """What varies already stays as it is; all others go together, as the user asked."""
+    def _pvary(
+        self, call: Call, xs: list[Tensor], before: list[Axes], over: Axes
+    ) -> list[Tensor]:
+        """What varies already stays as it is; all others go together, as the user
+        asked.
+        """
         new = [i for i, of in enumerate(before) if not of & over]
         ys = list(xs)
         for i in [i for i in new if call.params == (1, None)]:
@@ -719,14 +1047,19 @@ class Kinds(TorchFunctionMode):
         if new:
             for i, y in zip(new, bind(call, [xs[i] for i in new]), strict=True):
                 ys[i] = y
-        ys = [self._vary(y, of | over) if of & over else y for y, of in zip(ys, before, strict=True)]
+        ys = [
+            self._vary(y, of | over) if of & over else y
+            for y, of in zip(ys, before, strict=True)
+        ]
         for x, y, of in zip(xs, ys, before, strict=True):
             self.note(y, of | over, self.assumed(x) - over)
         return ys
 
 
 class _Noted:
-    """What is known of tensors, by identity, while they live: an entry of a dead one stays until its id comes again."""
+    """What is known of tensors, by identity, while they live: an entry of a dead one
+    stays until its id comes again.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[ref[Tensor], Known]] = {}
@@ -759,7 +1092,9 @@ def all_cut() -> None:
 
 
 def _linked(y: Tensor) -> Tensor:
-    """While compiling: y with the links of those whose body runs, which are not followed themselves."""
+    """While compiling: y with the links of those whose body runs, which are not
+    followed themselves.
+    """
     return handle_torch_function(_linked, (), y)
 
 
@@ -781,12 +1116,25 @@ _plain: dict[Any, bool] = {}  # a memo of `_is_plain`, which asks for names
 
 
 def _is_plain(func: Any) -> bool:
-    """Whether it is a function of torch's whose result varies where its tensors do, and that changes none of them."""
+    """Whether it is a function of torch's whose result varies where its tensors do, and
+    that changes none of them.
+    """
     name = _name(func)
-    special = SAME | LENGTHS | BY_VALUE | RANDOM | DROPOUT | ATTENTION.keys() | STATISTICS.keys() | NUMBERS
+    special = (
+        SAME
+        | LENGTHS
+        | BY_VALUE
+        | RANDOM
+        | DROPOUT
+        | ATTENTION.keys()
+        | STATISTICS.keys()
+        | NUMBERS
+    )
     special |= {"grad", "backward", "rrelu", "__getitem__", "__get__", "__set__"}
     ours = not isinstance(func, (Operator, OperatorPacket, HigherOrderOperator))
-    torchs = (getattr(func, "__module__", None) or "torch").split(".")[0] == "torch"  # a method has no module
+    torchs = (getattr(func, "__module__", None) or "torch").split(".")[
+        0
+    ] == "torch"  # a method has no module
     _plain[func] = ours and torchs and name not in special and not _is_in_place(name)
     return _plain[func]
 
@@ -795,39 +1143,67 @@ for _constant in (_name, _is_higher_order):
     constant_in_graphs(_constant)
 
 
-def _changed(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that it changes in place, going by its name or, of an operator, by what its schema says."""
+def _changed(
+    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """The tensors that it changes in place, going by its name or, of an operator, by
+    what its schema says.
+    """
     if name in STATISTICS:
         training, usual = STATISTICS[name]
         changes = kwargs.get(training, args[5] if len(args) > 5 else usual)
-        return tensors_in([args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]) if changes else []
+        return (
+            tensors_in(
+                [args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
+            )
+            if changes
+            else []
+        )
     if "out" in kwargs or _is_in_place(name):
         return tensors_in(kwargs.get("out", args[:1]))
     if kwargs.get("inplace") is True:
         return tensors_in(args[:1])
     places = written_places(func)
     by_place = [args[i] for i in places if isinstance(i, int) and i < len(args)]
-    return tensors_in(by_place + [kwargs.get(name) for name in places if isinstance(name, str)])
+    return tensors_in(
+        by_place + [kwargs.get(name) for name in places if isinstance(name, str)]
+    )
 
 
 def _is_in_place(name: str) -> bool:
     changes = name.endswith("_") and not name.endswith("__")
-    return changes or name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
+    return (
+        changes
+        or name == "__setitem__"
+        or (name.startswith("__i") and name != "__invert__")
+    )
 
 
 def _draws(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether it draws random numbers."""
     if name in DROPOUT:
         chance = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        return bool(chance > 0 and kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
+        return bool(
+            chance > 0
+            and kwargs.get(
+                "training", kwargs.get("train", args[2] if len(args) > 2 else True)
+            )
+        )
     if name in ATTENTION:
-        chance = kwargs.get("dropout_p", args[ATTENTION[name]] if len(args) > ATTENTION[name] else 0.0)
+        chance = kwargs.get(
+            "dropout_p", args[ATTENTION[name]] if len(args) > ATTENTION[name] else 0.0
+        )
         return bool(chance > 0 and kwargs.get("training", True))
-    return name in RANDOM or (name == "rrelu" and bool(kwargs.get("training", args[3] if len(args) > 3 else False)))
+    return name in RANDOM or (
+        name == "rrelu"
+        and bool(kwargs.get("training", args[3] if len(args) > 3 else False))
+    )
 
 
 def _versions(xs: list[Tensor]) -> list[int]:
-    """How often each was changed in place; a graph and an inference tensor do not count."""
+    """How often each was changed in place; a graph and an inference tensor do not
+    count.
+    """
     return [_version(x) for x in xs]
 
 
@@ -841,7 +1217,10 @@ def _version(x: Tensor) -> int:
 def _has_mask(index: Any) -> bool:
     """Whether elements are chosen by their values."""
     parts: Any = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
+    return any(
+        isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
+        for part in parts
+    )
 
 
 def _numbers_in(tree: Any) -> list[int]:
@@ -850,5 +1229,11 @@ def _numbers_in(tree: Any) -> list[int]:
         return [tree]
     if isinstance(tree, slice):
         tree = (tree.start, tree.stop)
-    branches: Any = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    branches: Any = (
+        tree.values()
+        if isinstance(tree, dict)
+        else tree
+        if isinstance(tree, list | tuple)
+        else ()
+    )
     return [n for branch in branches for n in _numbers_in(branch)]

@@ -25,29 +25,38 @@ from pmod._torch import are_transforms_active, no_function_modes
 
 
 def shard_map(
-    f: Callable[..., Any], *, mesh: Mesh | None = None, in_specs: Specs, out_specs: Specs
+    f: Callable[..., Any],
+    *,
+    mesh: Mesh | None = None,
+    in_specs: Specs,
+    out_specs: Specs,
 ) -> Callable[..., Any]:
     """A function of whole tensors that runs f on each rank's shards.
 
-    Every rank passes the same whole tensors (I). f gets its shards of those, as in_specs say, and what it returns are
-    shards of whole tensors, as out_specs say; along an axis that a spec leaves out the tensor is whole. Specs are a `P`
-    for all arguments, or a tuple with one for each; each may be a `P` for a whole tree. What is no tensor passes as it
-    is.
+    Every rank passes the same whole tensors (I). f gets its shards of those, as
+    in_specs say, and what it returns are shards of whole tensors, as out_specs say;
+    along an axis that a spec leaves out the tensor is whole. Specs are a `P` for all
+    arguments, or a tuple with one for each; each may be a `P` for a whole tree. What is
+    no tensor passes as it is.
 
-    Inside, kinds are followed as JAX follows them: where an unsharded argument, or a parameter that f refers to, meets
-    varying data, it goes through `pvary`, so that its gradient is summed, once. An explicit pvary is right as well.
-    What f knows of its own rank it asks with `axis_index`; other tensors that f refers to count as varying, but for the
-    buffers of a module that f is, or is a method of. In the body of a shard_map another one may cut along the axes that
-    are left.
+    Inside, kinds are followed as JAX follows them: where an unsharded argument, or a
+    parameter that f refers to, meets varying data, it goes through `pvary`, so that its
+    gradient is summed, once. An explicit pvary is right as well. What f knows of its
+    own rank it asks with `axis_index`; other tensors that f refers to count as varying,
+    but for the buffers of a module that f is, or is a method of. In the body of a
+    shard_map another one may cut along the axes that are left.
 
-    Shapes: any length, cut as `split_sizes` says unless a spec has sizes. Outputs may have any lengths: the ranks
-    exchange them, one small message for each entry of out_specs, and one more where arguments are cut unevenly: by it
-    they find out what has a derivative, and compare what is one value; under torch.compile an output is cut as an input
-    of its length was, or as its spec's sizes say.
-    Cost: in forward the outputs are joined on every rank, in backward the gradients of the inputs. DTensors go in by
-    their shards, redistributed where the spec says otherwise, and then DTensors come out.
-    Raises: ShapeError, AxisError with spec, shape and mesh, where they do not fit; AxisError where an output varies
-    along an axis that its spec leaves out. JAX: jax.shard_map.
+    Shapes: any length, cut as `split_sizes` says unless a spec has sizes. Outputs may
+    have any lengths: the ranks exchange them, one small message for each entry of
+    out_specs, and one more where arguments are cut unevenly: by it they find out what
+    has a derivative, and compare what is one value; under torch.compile an output is
+    cut as an input of its length was, or as its spec's sizes say.
+    Cost: in forward the outputs are joined on every rank, in backward the gradients of
+    the inputs. DTensors go in by their shards, redistributed where the spec says
+    otherwise, and then DTensors come out.
+    Raises: ShapeError, AxisError with spec, shape and mesh, where they do not fit;
+    AxisError where an output varies along an axis that its spec leaves out. JAX:
+    jax.shard_map.
 
     >>> P, shard_map = pmod.P, pmod.shard_map
     >>> def scaled():
@@ -59,7 +68,13 @@ def shard_map(
     (tensor([0., 2., 4.]), tensor(3.))
     """
     if not callable(f):
-        raise ArgumentError(phrase("shard_map", f"f is a {type(f).__name__}", "Pass a function of the shards."))
+        raise ArgumentError(
+            phrase(
+                "shard_map",
+                f"f is a {type(f).__name__}",
+                "Pass a function of the shards.",
+            )
+        )
     module = _module(f)
     idle = Idle()
 
@@ -71,7 +86,9 @@ def shard_map(
             raise ArgumentError(phrase("shard_map", given, right))
         over = given_mesh(mesh, "shard_map")
         call = _Mapped(over, kinds_here(), idle)
-        follow = call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
+        follow = (
+            call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
+        )
         with under(over) if mesh is not None else nullcontext(), follow:
             if module is not None:
                 call.kinds.of_module(module)
@@ -98,10 +115,14 @@ ROUNDING = 1e-3  # of the sum of all magnitudes: so much may the sums of one val
 
 
 def _summary(y: Tensor, is_whole: bool) -> Tensor:
-    """The sum of the elements of one value, that of their magnitudes, and whether there is a derivative."""
+    """The sum of the elements of one value, that of their magnitudes, and whether there
+    is a derivative.
+    """
     z = y.detach() if is_whole else y.detach().reshape(-1)[:0]
     z = (torch.view_as_real(z) if z.is_complex() else z).double().nan_to_num()
-    return torch.stack([z.sum(), z.abs().sum(), torch.full_like(z.sum(), y.requires_grad)])
+    return torch.stack(
+        [z.sum(), z.abs().sum(), torch.full_like(z.sum(), y.requires_grad)]
+    )
 
 
 class _Mapped:
@@ -111,11 +132,15 @@ class _Mapped:
         self.mesh = mesh
         self.axis = resolve(mesh, "shard_map")
         self.around = around
-        self.nested = around is not None and set(mesh.axis_names) <= set(around.mesh.axis_names)
+        self.nested = around is not None and set(mesh.axis_names) <= set(
+            around.mesh.axis_names
+        )
         self.kinds = around if around is not None and self.nested else Kinds(mesh, idle)
         self.outer: Axes = NONE  # along which the arguments vary already
         self.device_mesh: Any = None  # of the DTensors that went in
-        self.cut: list[tuple[Entry, tuple[int, ...], int]] = []  # of the arguments: entry, sizes, and this rank's
+        self.cut: list[
+            tuple[Entry, tuple[int, ...], int]
+        ] = []  # of the arguments: entry, sizes, and this rank's
 
     def enter(self, args: tuple[Any, ...], specs: Specs) -> tuple[Any, ...]:
         """The shards of the arguments."""
@@ -125,7 +150,10 @@ class _Mapped:
             self._check(x, spec, where)
             if isinstance(x, Tensor) and self.around is not None and not self.nested:
                 self._check_around(x, self.around, where)
-        shards = [self._shard(x, spec, where) if isinstance(x, Tensor) else x for x, spec, where in found]
+        shards = [
+            self._shard(x, spec, where) if isinstance(x, Tensor) else x
+            for x, spec, where in found
+        ]
         return unflatten(args, "shard_map", self.axis, shards)
 
     def _check_given(self, args: tuple[Any, ...], specs: Any) -> None:
@@ -144,14 +172,23 @@ class _Mapped:
                 check_tensor(x, "shard_map", self.axis, name=where)
             check_spec(spec, x.shape, self.mesh, "shard_map", where)
         elif spec.axes:
-            what, right = f"the spec cuts a {type(x).__name__}", "Give what is no tensor the spec P()."
-            raise unfit(ArgumentError, "shard_map", where, what, spec, (), self.mesh, right)
+            what, right = (
+                f"the spec cuts a {type(x).__name__}",
+                "Give what is no tensor the spec P().",
+            )
+            raise unfit(
+                ArgumentError, "shard_map", where, what, spec, (), self.mesh, right
+            )
 
     def _check_around(self, x: Tensor, around: Kinds, where: str) -> None:
         """Within the body of another mesh x is one value on the ranks of this one."""
         varies = around.of(x) - around.assumed(x)
         places = [around.mesh.coords_of(int(rank)) for rank in self.mesh.ranks.flat]
-        apart = [name for name in sorted(varies) if len({at[name] for at in places if at is not None}) > 1]
+        apart = [
+            name
+            for name in sorted(varies)
+            if len({at[name] for at in places if at is not None}) > 1
+        ]
         if apart:
             given = f"{where} varies along {apart} of the mesh around, and this mesh joins such ranks"
             right = "Cut it along the axes that are left of the mesh around, pmod.current_mesh()."
@@ -163,7 +200,9 @@ class _Mapped:
             if entry is not None:
                 along = self.mesh[entry]
                 axis = resolve(along, "shard_map")
-                sizes = sizes_of(spec, dim, axis, x.shape, self.mesh, "shard_map", where)
+                sizes = sizes_of(
+                    spec, dim, axis, x.shape, self.mesh, "shard_map", where
+                )
                 cuts.append((dim, along, sizes))
                 self.cut.append((entry, sizes, sizes[axis.index]))
                 self.kinds.uneven(entry, sizes)
@@ -182,13 +221,27 @@ class _Mapped:
     def _local(self, x: Any, spec: P) -> Tensor:
         """The shard that a DTensor holds of itself."""
         placements = spec.placements(self.mesh)
-        with no_function_modes():  # what is compared here is no number of the rank's own
-            same = torch.equal(x.device_mesh.mesh, torch.from_numpy(self.mesh.ranks.copy()))
+        with (
+            no_function_modes()
+        ):  # what is compared here is no number of the rank's own
+            same = torch.equal(
+                x.device_mesh.mesh, torch.from_numpy(self.mesh.ranks.copy())
+            )
         if not same:
             given = f"a DTensor is on {x.device_mesh}, and the mesh is {self.mesh!r} over other ranks"
-            raise AxisError(phrase("shard_map", given, "Pass mesh=pmod.Mesh.from_device_mesh(x.device_mesh)."))
+            raise AxisError(
+                phrase(
+                    "shard_map",
+                    given,
+                    "Pass mesh=pmod.Mesh.from_device_mesh(x.device_mesh).",
+                )
+            )
         self.device_mesh = x.device_mesh
-        y = (x if tuple(x.placements) == placements else x.redistribute(placements=placements)).to_local()
+        y = (
+            x
+            if tuple(x.placements) == placements
+            else x.redistribute(placements=placements)
+        ).to_local()
         self.kinds.note(y, self.kinds.everywhere & frozenset(spec.axes))
         self.kinds.of_argument(y)
         return y
@@ -198,20 +251,33 @@ class _Mapped:
         found = with_specs(result, specs, "shard_map", "out_specs", self.axis)
         for y, spec, where in found:
             self._check(y, spec, where)
-        tensors = [(y, spec, where) for y, spec, where in found if isinstance(y, Tensor)]
+        tensors = [
+            (y, spec, where) for y, spec, where in found if isinstance(y, Tensor)
+        ]
         for y, spec, where in tensors:
             self._check_whole(y, spec, where)
         tensors = [
             (self.kinds.linked(y) if smooth else y, spec, where)
-            for (y, spec, where), smooth in zip(tensors, self._compared(tensors), strict=True)
+            for (y, spec, where), smooth in zip(
+                tensors, self._compared(tensors), strict=True
+            )
         ]
         sizes = self._sizes(tensors)
-        wholes = iter([self._whole(y, spec, of, where) for (y, spec, where), of in zip(tensors, sizes, strict=True)])
+        wholes = iter(
+            [
+                self._whole(y, spec, of, where)
+                for (y, spec, where), of in zip(tensors, sizes, strict=True)
+            ]
+        )
         leaves = [next(wholes) if isinstance(y, Tensor) else y for y, _, _ in found]
         return unflatten(result, "shard_map", self.axis, leaves)
 
     def _check_whole(self, y: Tensor, spec: P, where: str) -> None:
-        own = [name for name in self.mesh.axis_names if name in self.kinds.of(y) - frozenset(spec.axes) - self.outer]
+        own = [
+            name
+            for name in self.mesh.axis_names
+            if name in self.kinds.of(y) - frozenset(spec.axes) - self.outer
+        ]
         if own:
             what = f"the result varies along {', '.join(map(repr, own))}, which the spec leaves out"
             right = "Return one value along it (pmod.psum, pmod.pmean, pmod.pick; pmod.unshard, not all_gather, to join"
@@ -219,27 +285,57 @@ class _Mapped:
             if set(own) <= self.kinds.assumed(y):
                 what = f"the result {self.kinds.why(frozenset(own))}, and the spec leaves it out"
                 right = "Pass that tensor as an argument, and ask for the place or the number after what is one value."
-            raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+            raise unfit(
+                AxisError,
+                "shard_map",
+                where,
+                what,
+                spec,
+                tuple(y.shape),
+                self.mesh,
+                right,
+            )
 
     def _compared(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[bool]:
-        """Whether a result may have a derivative on some rank; where shards are uneven, the ranks tell one another.
+        """Whether a result may have a derivative on some rank; where shards are uneven,
+        the ranks tell one another.
 
-        A rank with an empty shard may have made no use of what the others differentiate; and a loop over x.shape[0],
-        which is not seen, makes each rank's own of one value.
+        A rank with an empty shard may have made no use of what the others
+        differentiate; and a loop over x.shape[0], which is not seen, makes each rank's
+        own of one value.
         """
-        uneven = {name for entry, sizes, _ in self.cut if len(set(sizes)) > 1 for name in P(entry).axes}
-        names = tuple([name for name in self.mesh.axis_names if name in uneven - self.outer])
-        if not names or not tensors or torch.compiler.is_compiling() or are_transforms_active():
+        uneven = {
+            name
+            for entry, sizes, _ in self.cut
+            if len(set(sizes)) > 1
+            for name in P(entry).axes
+        }
+        names = tuple(
+            [name for name in self.mesh.axis_names if name in uneven - self.outer]
+        )
+        if (
+            not names
+            or not tensors
+            or torch.compiler.is_compiling()
+            or are_transforms_active()
+        ):
             return [True] * len(tensors)
         is_whole = [not set(spec.axes) & set(names) for _, spec, _ in tensors]
         if not (any(is_whole) or torch.is_grad_enabled()):
             return [False] * len(tensors)
         with torch.no_grad():
-            mine = torch.stack([_summary(y, own) for (y, _, _), own in zip(tensors, is_whole, strict=True)])
+            mine = torch.stack(
+                [
+                    _summary(y, own)
+                    for (y, _, _), own in zip(tensors, is_whole, strict=True)
+                ]
+            )
             everywhere = all_gather(mine[None], self.mesh[names])
         with no_function_modes():  # all ranks read the same numbers
             totals, sizes, smooth = everywhere.unbind(-1)
-            off = ((totals - totals[:1]).abs() > ROUNDING * sizes.amax(0)).any(0).tolist()
+            off = (
+                ((totals - totals[:1]).abs() > ROUNDING * sizes.amax(0)).any(0).tolist()
+            )
             some, columns = smooth.any(0).tolist(), totals.T.tolist()
         for (y, spec, where), differs, sums in zip(tensors, off, columns, strict=True):
             if differs:
@@ -247,10 +343,21 @@ class _Mapped:
                 what += " the spec leaves that out"
                 right = "The length of an uneven shard, as in a loop over x.shape[0], is each rank's own: make one"
                 right += " value of what depends on it (pmod.psum, pmod.pmean), or name the axis in out_specs."
-                raise unfit(AxisError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+                raise unfit(
+                    AxisError,
+                    "shard_map",
+                    where,
+                    what,
+                    spec,
+                    tuple(y.shape),
+                    self.mesh,
+                    right,
+                )
         return [self.kinds.asked or differentiated for differentiated in some]
 
-    def _sizes(self, tensors: Sequence[tuple[Tensor, P, str]]) -> list[dict[int, tuple[int, ...]]]:
+    def _sizes(
+        self, tensors: Sequence[tuple[Tensor, P, str]]
+    ) -> list[dict[int, tuple[int, ...]]]:
         if not torch.compiler.is_compiling():
             return whole_shapes(tensors, self.mesh, "shard_map")
         out: list[dict[int, tuple[int, ...]]] = []
@@ -259,18 +366,35 @@ class _Mapped:
             for dim, entry in enumerate(spec.entries):
                 if entry is None or dim in told:
                     continue
-                known = [sizes for of, sizes, own in self.cut if (of, own) == (entry, int(y.shape[dim]))]
+                known = [
+                    sizes
+                    for of, sizes, own in self.cut
+                    if (of, own) == (entry, int(y.shape[dim]))
+                ]
                 if not known:
                     what = f"no argument has length {y.shape[dim]} along {entry!r}, so how dim {dim} is cut is unknown"
                     right = f"Under torch.compile pass the lengths that the ranks hold, P(..., sizes={{{dim}: ...}})."
-                    raise unfit(ArgumentError, "shard_map", where, what, spec, tuple(y.shape), self.mesh, right)
+                    raise unfit(
+                        ArgumentError,
+                        "shard_map",
+                        where,
+                        what,
+                        spec,
+                        tuple(y.shape),
+                        self.mesh,
+                        right,
+                    )
                 told[dim] = known[0]
             out.append(told)
         return out
 
-    def _whole(self, y: Tensor, spec: P, sizes: dict[int, tuple[int, ...]], where: str) -> Tensor:
+    def _whole(
+        self, y: Tensor, spec: P, sizes: dict[int, tuple[int, ...]], where: str
+    ) -> Tensor:
         if self.device_mesh is not None:
-            return as_dtensor(y, spec, sizes, self.device_mesh, self.mesh, "shard_map", where)
+            return as_dtensor(
+                y, spec, sizes, self.device_mesh, self.mesh, "shard_map", where
+            )
         for dim, entry in enumerate(spec.entries):
             if entry is not None:
                 y = unshard(y, self.mesh[entry], dim=dim, sizes=sizes[dim])

@@ -17,25 +17,42 @@ if TYPE_CHECKING:
 
 
 Entry: TypeAlias = str | tuple[str, ...] | None
-"""What a dim is cut along: nothing, an axis, or several flattened (first name slowest)."""
+"""What a dim is cut along: nothing, an axis, or several flattened (first name slowest).
+"""
 
 
 def _entry(given: Any) -> Entry:
     names = given if isinstance(given, tuple | list) else (given,)
-    if given is not None and not (names and all(isinstance(name, str) and name for name in names)):
+    if given is not None and not (
+        names and all(isinstance(name, str) and name for name in names)
+    ):
         right = "An entry is None, an axis name, or a tuple of axis names."
         raise AxisError(phrase("P", f"{quoted(given)} is no entry of a spec", right))
     return tuple(names) if isinstance(given, tuple | list) else given
 
 
 def _lengths_by_dim(sizes: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """What P holds of `sizes`: ints only, because a float that is cut off says another length."""
+    """What P holds of `sizes`: ints only, because a float that is cut off says another
+    length.
+    """
     try:
-        parsed = {as_int(dim): tuple([as_int(length) for length in of]) for dim, of in sizes.items()}
-    except (TypeError, AttributeError):  # of another kind, or holding what is not an int
+        parsed = {
+            as_int(dim): tuple([as_int(length) for length in of])
+            for dim, of in sizes.items()
+        }
+    except (
+        TypeError,
+        AttributeError,
+    ):  # of another kind, or holding what is not an int
         parsed = {}
-    ints = {dim: cast(tuple[int, ...], of) for dim, of in parsed.items() if dim is not None and None not in of}
-    whole = isinstance(sizes, Mapping) and len(ints) == len(cast(Mapping[Any, Any], sizes))
+    ints = {
+        dim: cast(tuple[int, ...], of)
+        for dim, of in parsed.items()
+        if dim is not None and None not in of
+    }
+    whole = isinstance(sizes, Mapping) and len(ints) == len(
+        cast(Mapping[Any, Any], sizes)
+    )
     if not whole or min(sum(ints.values(), (0,))) < 0:
         right = "Pass {dim: one length per rank of its axis}, all of them ints of 0 or more."
         raise ShapeError(phrase("P", f"sizes is {quoted(sizes)}", right))
@@ -44,13 +61,15 @@ def _lengths_by_dim(sizes: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
 
 @attrs.frozen(init=False, repr=False)
 class P:
-    """How a tensor is held: for each dim the axis that cuts it, a tuple of axes, or None; dims left out are whole.
+    """How a tensor is held: for each dim the axis that cuts it, a tuple of axes, or
+    None; dims left out are whole.
 
-    Along an axis that no entry names all ranks hold the same. A dim is cut as `split_sizes` says: ceil(length / n)
-    each, the last ones shorter or empty; over several axes along one after the other, as DTensor cuts. `sizes` gives
-    other lengths, {dim: one per rank of its axis}.
-    Raises: AxisError where an axis is named twice; ShapeError where sizes are not ints of a dim that is cut. JAX:
-    jax.sharding.PartitionSpec, where dims must divide.
+    Along an axis that no entry names all ranks hold the same. A dim is cut as
+    `split_sizes` says: ceil(length / n) each, the last ones shorter or empty; over
+    several axes along one after the other, as DTensor cuts. `sizes` gives other
+    lengths, {dim: one per rank of its axis}.
+    Raises: AxisError where an axis is named twice; ShapeError where sizes are not ints
+    of a dim that is cut. JAX: jax.sharding.PartitionSpec, where dims must divide.
 
     >>> pmod.P("data", None, ("node", "model"))
     P('data', None, ('node', 'model'))
@@ -62,10 +81,16 @@ class P:
     entries: tuple[Entry, ...]
     sizes: tuple[tuple[int, tuple[int, ...]], ...]  # (dim, lengths), by dim
 
-    def __init__(self, *entries: str | Sequence[str] | None, sizes: Mapping[int, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        *entries: str | Sequence[str] | None,
+        sizes: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
         parsed = tuple([_entry(entry) for entry in entries])
         lengths = () if sizes is None else _lengths_by_dim(sizes)
-        object.__setattr__(self, "entries", parsed)  # not attrs' own init, which torch.compile cannot trace
+        object.__setattr__(
+            self, "entries", parsed
+        )  # not attrs' own init, which torch.compile cannot trace
         object.__setattr__(self, "sizes", lengths)
         seen: set[str] = set()
         for name in self.axes:
@@ -76,14 +101,22 @@ class P:
         for dim, _ in lengths:
             if not 0 <= dim < len(parsed) or parsed[dim] is None:
                 given = f"sizes names dim {dim}, which {self} does not cut"
-                raise ShapeError(phrase("P", given, "Give sizes of the dims that an entry cuts, counted from 0."))
+                raise ShapeError(
+                    phrase(
+                        "P",
+                        given,
+                        "Give sizes of the dims that an entry cuts, counted from 0.",
+                    )
+                )
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes named, in the order of the dims."""
         named: list[str] = []
         for entry in self.entries:
-            named += () if entry is None else (entry,) if isinstance(entry, str) else entry
+            named += (
+                () if entry is None else (entry,) if isinstance(entry, str) else entry
+            )
         return tuple(named)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -102,10 +135,11 @@ class P:
         return f"P({', '.join(inside)})"
 
     def placements(self, mesh: Mesh) -> tuple[Placement, ...]:
-        """What DTensor calls the spec on this mesh: Shard(dim) or Replicate() for each of its axes.
+        """What DTensor calls the spec on this mesh: Shard(dim) or Replicate() for each
+        of its axes.
 
-        Raises: ShapeError where the spec has sizes of its own, or flattens axes in another order than the mesh has:
-        DTensor knows neither.
+        Raises: ShapeError where the spec has sizes of its own, or flattens axes in
+        another order than the mesh has: DTensor knows neither.
 
         >>> pmod.P("model").placements(pmod.make_mesh(data=1, model=1))
         (Replicate(), Shard(dim=0))
@@ -116,21 +150,31 @@ class P:
         check_spec(self, [0] * len(self), mesh, "P.placements", "the spec")
         cut: dict[str, int] = {}
         for dim, entry in enumerate(self.entries):
-            names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+            names = (
+                () if entry is None else (entry,) if isinstance(entry, str) else entry
+            )
             cut |= dict.fromkeys(names, dim)
             if list(names) != sorted(names, key=mesh.axis_names.index):
                 given = f"{self} flattens axes in another order than the mesh, which has {mesh.axis_names}"
-                raise ShapeError(phrase("P.placements", given, "Name them in the order of the mesh."))
+                raise ShapeError(
+                    phrase("P.placements", given, "Name them in the order of the mesh.")
+                )
         if self.sizes:
             right = "Leave sizes out: DTensor cuts as split_sizes says."
-            raise ShapeError(phrase("P.placements", f"{self} has sizes of its own", right))
-        return tuple(Shard(cut[name]) if name in cut else Replicate() for name in mesh.axis_names)
+            raise ShapeError(
+                phrase("P.placements", f"{self} has sizes of its own", right)
+            )
+        return tuple(
+            Shard(cut[name]) if name in cut else Replicate() for name in mesh.axis_names
+        )
 
     @staticmethod
     def from_placements(placements: Sequence[Placement], mesh: Mesh) -> P:
-        """The spec that DTensor calls so on this mesh, one placement for each of its axes.
+        """The spec that DTensor calls so on this mesh, one placement for each of its
+        axes.
 
-        Raises: ShapeError for Partial, which is no way to hold a tensor but a sum to be taken.
+        Raises: ShapeError for Partial, which is no way to hold a tensor but a sum to be
+        taken.
 
         >>> from torch.distributed.tensor import Replicate, Shard
         >>> pmod.P.from_placements((Replicate(), Shard(1)), pmod.make_mesh(data=1, model=1))
@@ -152,17 +196,31 @@ class P:
                 right = "Redistribute to Shard and Replicate first."
                 raise ShapeError(phrase("P.from_placements", given, right))
         entries = [cut.get(dim, [None]) for dim in range(max(cut, default=-1) + 1)]
-        return P(*[entry[0] if len(entry) == 1 else tuple(name for name in entry if name) for entry in entries])
+        return P(
+            *[
+                entry[0] if len(entry) == 1 else tuple(name for name in entry if name)
+                for entry in entries
+            ]
+        )
 
 
 WHOLE = P()
 
 Specs: TypeAlias = Any
-"""A `P`, or a dict, list or tuple of specs: a prefix of the tree that it is for. None stands for P()."""
+"""A `P`, or a dict, list or tuple of specs: a prefix of the tree that it is for. None
+stands for P().
+"""
 
 
 def unfit(
-    kind: type[PmodError], function: str, where: str, what: str, spec: P, shape: Sequence[int], mesh: Mesh, right: str
+    kind: type[PmodError],
+    function: str,
+    where: str,
+    what: str,
+    spec: P,
+    shape: Sequence[int],
+    mesh: Mesh,
+    right: str,
 ) -> PmodError:
     """The error of a spec that does not fit: spec, shape and mesh below each other."""
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -171,7 +229,9 @@ def unfit(
     return kind(phrase(function, given, right, coords=mesh._shown_coords()))
 
 
-def check_spec(spec: P, shape: Sequence[int], mesh: Mesh, function: str, where: str) -> None:
+def check_spec(
+    spec: P, shape: Sequence[int], mesh: Mesh, function: str, where: str
+) -> None:
     """The spec's axes are the mesh's, and the tensor has its dims."""
     shown = tuple(int(length) for length in shape)
     for name in spec.axes:
@@ -181,4 +241,13 @@ def check_spec(spec: P, shape: Sequence[int], mesh: Mesh, function: str, where: 
             raise unfit(AxisError, function, where, what, spec, shown, mesh, right)
     if len(spec) > len(shown):
         what = f"the spec has {len(spec)} entries and the tensor {len(shown)} dims"
-        raise unfit(ShapeError, function, where, what, spec, shown, mesh, "Give an entry per dim, or fewer.")
+        raise unfit(
+            ShapeError,
+            function,
+            where,
+            what,
+            spec,
+            shown,
+            mesh,
+            "Give an entry per dim, or fewer.",
+        )

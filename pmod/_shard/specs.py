@@ -1,6 +1,8 @@
-"""`P`: how a tensor is held on a mesh, dim by dim; trees of specs; and what needs no more than a spec.
+"""`P`: how a tensor is held on a mesh, dim by dim; trees of specs; and what needs no
+more than a spec.
 
-The same tree of `P` beside the parameters serves `pvary_params`, `global_norm`, `to_dtensors` and `shard_map`.
+The same tree of `P` beside the parameters serves `pvary_params`, `global_norm`,
+`to_dtensors` and `shard_map`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ T = TypeVar("T")
 
 
 def sizes_of(
-    spec: P, dim: int, axis: Axis, shape: Sequence[int], mesh: Mesh, function: str, where: str
+    spec: P,
+    dim: int,
+    axis: Axis,
+    shape: Sequence[int],
+    mesh: Mesh,
+    function: str,
+    where: str,
 ) -> tuple[int, ...]:
     """How a spec cuts a dim of a whole tensor."""
     told, length = dict(spec.sizes).get(dim), operator.index(shape[dim])
@@ -44,19 +52,27 @@ def sizes_of(
     return told
 
 
-def with_specs(tree: Any, specs: Specs, function: str, where: str, axis: Axis) -> list[tuple[Any, P, str]]:
-    """The leaves of a tree in the order in which trees are walked, each with its spec and its path."""
+def with_specs(
+    tree: Any, specs: Specs, function: str, where: str, axis: Axis
+) -> list[tuple[Any, P, str]]:
+    """The leaves of a tree in the order in which trees are walked, each with its spec
+    and its path.
+    """
     try:
         return _with_specs(tree, specs, function, where, axis)
     except RecursionError:
         raise endless(function) from None
 
 
-def _with_specs(tree: Any, specs: Specs, function: str, where: str, axis: Axis) -> list[tuple[Any, P, str]]:
+def _with_specs(
+    tree: Any, specs: Specs, function: str, where: str, axis: Axis
+) -> list[tuple[Any, P, str]]:
     if tree is None:
         return []
     branches: list[tuple[Any, Specs, str]] = []
-    one = WHOLE if specs is None else specs if isinstance(specs, P) else None  # for all that is below
+    one = (
+        WHOLE if specs is None else specs if isinstance(specs, P) else None
+    )  # for all that is below
     if is_mapping(tree) and (one is not None or fits(tree, specs)):
         for key in sorted_keys(tree, function, axis):
             branches.append((tree[key], _below(specs, key, one), f"{where}[{key!r}]"))
@@ -69,7 +85,11 @@ def _with_specs(tree: Any, specs: Specs, function: str, where: str, axis: Axis) 
         given = f"{where} is {_outline(tree)} and its specs are {_outline(specs)}"
         right = "Specs are a P for all that is below it, or have the structure of what they are for."
         raise wrong(ArgumentError, function, axis, given, right)
-    return [leaf for branch in branches for leaf in _with_specs(branch[0], branch[1], function, branch[2], axis)]
+    return [
+        leaf
+        for branch in branches
+        for leaf in _with_specs(branch[0], branch[1], function, branch[2], axis)
+    ]
 
 
 def _below(specs: Any, key: Any, one: P | None) -> Specs:
@@ -80,7 +100,11 @@ def fits(tree: Any, specs: Any) -> bool:
     """Whether specs are one for each branch of a tree: of the same keys, or as many."""
     if is_mapping(tree):
         return is_mapping(specs) and set(specs.keys()) == set(tree.keys())
-    return isinstance(tree, list | tuple) and isinstance(specs, list | tuple) and len(specs) == len(tree)
+    return (
+        isinstance(tree, list | tuple)
+        and isinstance(specs, list | tuple)
+        and len(specs) == len(tree)
+    )
 
 
 def _outline(tree: Any) -> str:
@@ -112,24 +136,41 @@ def _in_groups(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], list[in
     return groups
 
 
-def compare_left_out(found: Sequence[tuple[Tensor, P, str]], mesh: Mesh, function: str) -> None:
+def compare_left_out(
+    found: Sequence[tuple[Tensor, P, str]], mesh: Mesh, function: str
+) -> None:
     """Under debug: along the axes that its spec leaves out each leaf is one value."""
     if torch.compiler.is_compiling() or not watchers():
         return
-    left_out = [tuple(name for name in mesh.axis_names if name not in spec.axes) for _, spec, _ in found]
+    left_out = [
+        tuple(name for name in mesh.axis_names if name not in spec.axes)
+        for _, spec, _ in found
+    ]
     for names, members in sorted(_in_groups(left_out).items()):
         if names:
             leaves = [(found[i][0], found[i][2]) for i in members]
-            compare_claimed(leaves, mesh.bind(names[0] if len(names) == 1 else names, function), function)
+            compare_claimed(
+                leaves,
+                mesh.bind(names[0] if len(names) == 1 else names, function),
+                function,
+            )
 
 
-def pvary_params(tree: T, specs: Specs, *, mesh: Mesh | None = None, reduce_dtype: torch.dtype | None = None) -> T:
-    """`pvary` of every leaf over the axes that its spec leaves out: parameters on their way into varying computation.
+def pvary_params(
+    tree: T,
+    specs: Specs,
+    *,
+    mesh: Mesh | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> T:
+    """`pvary` of every leaf over the axes that its spec leaves out: parameters on their
+    way into varying computation.
 
-    I -> V along those axes. Transpose: psum, of all leaves that leave out the same axes together: one message per dtype
-    and device. Shapes: x (...) -> (...). Cost: nothing forward.
-    mesh: the ambient one by default. Raises: ArgumentError where specs are no prefix of the tree; AxisError where a
-    spec names an axis that the mesh has not.
+    I -> V along those axes. Transpose: psum, of all leaves that leave out the same axes
+    together: one message per dtype and device. Shapes: x (...) -> (...). Cost: nothing
+    forward.
+    mesh: the ambient one by default. Raises: ArgumentError where specs are no prefix of
+    the tree; AxisError where a spec names an axis that the mesh has not.
 
     >>> def gradient():
     ...     w = torch.ones(2, requires_grad=True)  # held by all
@@ -141,23 +182,30 @@ def pvary_params(tree: T, specs: Specs, *, mesh: Mesh | None = None, reduce_dtyp
     """
     mesh, everywhere, found = checked_tree(tree, specs, mesh, "pvary_params")
     entered: list[Any] = [x for x, _, _ in found]
-    left_out = [tuple(name for name in mesh.axis_names if name not in spec.axes) for _, spec, _ in found]
+    left_out = [
+        tuple(name for name in mesh.axis_names if name not in spec.axes)
+        for _, spec, _ in found
+    ]
     for names, members in _in_groups(left_out).items():
         if names:
-            varying = pvary([entered[i] for i in members], mesh[names], reduce_dtype=reduce_dtype)
+            varying = pvary(
+                [entered[i] for i in members], mesh[names], reduce_dtype=reduce_dtype
+            )
             for i, y in zip(members, varying, strict=True):
                 entered[i] = y
     return unflatten(tree, "pvary_params", everywhere, entered)
 
 
 def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
-    """The 2-norm of all leaves as one vector, each element of the whole tensors counted once: for clipping.
+    """The 2-norm of all leaves as one vector, each element of the whole tensors counted
+    once: for clipping.
 
-    A leaf is V along the axes that its spec names and I along the others; the result is I along all of them. 16-bit
-    leaves add up in float32.
-    Shapes: any -> (). Cost: one number for each set of axes that specs name. optax: global_norm.
-    Raises: as `pvary_params`; ArgumentError for bools and ints. Under `debug` MismatchError where a leaf differs along
-    an axis that its spec leaves out.
+    A leaf is V along the axes that its spec names and I along the others; the result is
+    I along all of them. 16-bit leaves add up in float32.
+    Shapes: any -> (). Cost: one number for each set of axes that specs name. optax:
+    global_norm.
+    Raises: as `pvary_params`; ArgumentError for bools and ints. Under `debug`
+    MismatchError where a leaf differs along an axis that its spec leaves out.
 
     >>> def norm():
     ...     shard, bias = torch.full((2,), 3.0), torch.full((1,), 8.0)
@@ -168,11 +216,24 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     mesh, everywhere, found = checked_tree(tree, specs, mesh, "global_norm")
     for x, _, where in found:
         if not (x.is_floating_point() or x.is_complex()):
-            given = f"{where} is {str(x.dtype).removeprefix('torch.')}, which has no norm"
-            raise wrong(ArgumentError, "global_norm", everywhere, given, f"Pass {where}.float().")
+            given = (
+                f"{where} is {str(x.dtype).removeprefix('torch.')}, which has no norm"
+            )
+            raise wrong(
+                ArgumentError,
+                "global_norm",
+                everywhere,
+                given,
+                f"Pass {where}.float().",
+            )
     compare_left_out(found, mesh, "global_norm")
-    squares = [x.to(accumulator(x.dtype, None)).abs().square().sum() for x, _, _ in found]
-    cut_along = [tuple(name for name in mesh.axis_names if name in spec.axes) for _, spec, _ in found]
+    squares = [
+        x.to(accumulator(x.dtype, None)).abs().square().sum() for x, _, _ in found
+    ]
+    cut_along = [
+        tuple(name for name in mesh.axis_names if name in spec.axes)
+        for _, spec, _ in found
+    ]
     total = torch.zeros(())
     for names, members in sorted(_in_groups(cut_along).items()):
         here = sum((squares[i] for i in members[1:]), squares[members[0]])
@@ -183,7 +244,8 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
 def whole_shapes(
     leaves: Sequence[tuple[Tensor, P, str]], mesh: Mesh, function: str
 ) -> list[dict[int, tuple[int, ...]]]:
-    """For each local tensor the sizes of the dims that its spec cuts: as the spec says, else as the ranks hold them.
+    """For each local tensor the sizes of the dims that its spec cuts: as the spec says,
+    else as the ranks hold them.
 
     One message for each entry (an axis, or several as one) that some spec names.
     """
@@ -201,24 +263,33 @@ def whole_shapes(
             if len(sizes) != axis.size or sizes[axis.index] != x.shape[dim]:
                 what = f"sizes are {sizes} and the rank at {axis.index} of {axis.size} holds {x.shape[dim]}"
                 right = "Pass the lengths that the ranks hold, or leave sizes out to exchange them."
-                raise unfit(ShapeError, function, where, what, spec, tuple(x.shape), mesh, right)
+                raise unfit(
+                    ShapeError, function, where, what, spec, tuple(x.shape), mesh, right
+                )
             told[i][dim] = sizes
-    for entry in sorted(asked, key=repr):  # the ranks may have walked their trees in another order
+    for entry in sorted(
+        asked, key=repr
+    ):  # the ranks may have walked their trees in another order
         places = asked[entry]
         axis = resolve(mesh[entry], function)
         pairs = [(leaves[i][0], dim - leaves[i][0].dim()) for i, dim in places]
-        for (i, dim), sizes in zip(places, held_lengths(pairs, function, axis), strict=True):
+        for (i, dim), sizes in zip(
+            places, held_lengths(pairs, function, axis), strict=True
+        ):
             told[i][dim] = sizes
     return told
 
 
-def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole: an index for a numpy memmap, an h5py or a zarr array.
+def local_slice(
+    shape: Sequence[int], spec: P, *, mesh: Mesh | None = None
+) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the whole: an index for a numpy memmap, an h5py
+    or a zarr array.
 
-    Reading `array[pmod.local_slice(array.shape, spec)]` on every rank gives what `shard` of the whole would, and no
-    rank reads more than its part. Nothing is sent.
-    Raises: ShapeError where the spec has more entries than the shape; AxisError where it names an axis that the mesh
-    has not.
+    Reading `array[pmod.local_slice(array.shape, spec)]` on every rank gives what
+    `shard` of the whole would, and no rank reads more than its part. Nothing is sent.
+    Raises: ShapeError where the spec has more entries than the shape; AxisError where
+    it names an axis that the mesh has not.
 
     >>> pmod.simulate(lambda: pmod.local_slice((5, 4), pmod.P("data")), data=2)
     [(slice(0, 3, None), slice(0, 4, None)), (slice(3, 5, None), slice(0, 4, None))]
@@ -226,7 +297,9 @@ def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> t
     mesh = given_mesh(mesh, "local_slice")
     if not isinstance(spec, P):  # pyright: ignore[reportUnnecessaryIsInstance]
         given = f"spec is {quoted(spec)}, a {type(spec).__name__}"
-        raise ArgumentError(phrase("local_slice", given, "Pass a pmod.P.", coords=mesh._shown_coords()))
+        raise ArgumentError(
+            phrase("local_slice", given, "Pass a pmod.P.", coords=mesh._shown_coords())
+        )
     lengths = as_ints(shape)
     if lengths is None or min(lengths, default=0) < 0:
         right = "Pass a length of 0 or more per dim."
@@ -238,7 +311,9 @@ def local_slice(shape: Sequence[int], spec: P, *, mesh: Mesh | None = None) -> t
         if entry is not None:
             axis = resolve(mesh[entry], "local_slice")
             sizes = sizes_of(spec, dim, axis, shape, mesh, "local_slice", "shape")
-            index = mesh.axis_index(entry)  # who asks where its slice lies goes its own way in a shard_map
+            index = mesh.axis_index(
+                entry
+            )  # who asks where its slice lies goes its own way in a shard_map
             start = sum(sizes[:index])
             slices[dim] = slice(start, start + sizes[index])
     return tuple(slices)

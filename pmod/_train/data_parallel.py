@@ -31,7 +31,14 @@ from pmod._torch import (
     forward_hooks,
     no_function_subclasses,
 )
-from pmod._train.share_parameters import Reduce, Reduces, check_module, check_not_reduced, linked, replicate
+from pmod._train.share_parameters import (
+    Reduce,
+    Reduces,
+    check_module,
+    check_not_reduced,
+    linked,
+    replicate,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,19 +64,27 @@ class _Reducer(Reduces):
         self._module, self._axis = module, axis
         self._reduce = reduce
         self._pass = -1  # the backward pass that is running
-        self._scaled: set[int] = set()  # the parameters whose gradient of this pass is n times as large
+        self._scaled: set[int] = (
+            set()
+        )  # the parameters whose gradient of this pass is n times as large
         self._learn(list(module.parameters()))
-        self._calls = [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
+        self._calls = [
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave),
+        ]
         self._attach()
         self._registrations = _see_registrations(self)
 
     def _learn(self, parameters: list[nn.Parameter]) -> None:
         self._known = [(p, _kind(p)) for p in parameters]
         self._buckets = [_Bucket(together) for together in _in_buckets(parameters)]
-        self._inside: WeakSet[nn.Module] | None = None  # the module and those in it, once somebody asks
+        self._inside: WeakSet[nn.Module] | None = (
+            None  # the module and those in it, once somebody asks
+        )
 
     def _attach(self) -> None:
-        # every pass comes to it, also one that uses no parameter; compiled code holds it, so it stays where it can
+        # every pass comes to it, also one that uses no parameter; compiled code holds
+        # it, so it stays where it can
         device = self._known[0][0].device if self._known else torch.device("cpu")
         if getattr(self, "_anchor", torch.empty((), device="meta")).device != device:
             self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -78,21 +93,35 @@ class _Reducer(Reduces):
         self._handles: list[Any] = []
         for bucket in self._buckets:
             for p in bucket.parameters:
-                if self._reduce == "sum":  # as n times the mean: a mean may be taken again, as the next pass does
-                    accumulator = _accumulator(p)  # torch.autograd.grad does not come to it
-                    self._handles.append(accumulator.register_prehook(partial(self._times_n, id(p))))
+                if (
+                    self._reduce == "sum"
+                ):  # as n times the mean: a mean may be taken again, as the next pass does
+                    accumulator = _accumulator(
+                        p
+                    )  # torch.autograd.grad does not come to it
+                    self._handles.append(
+                        accumulator.register_prehook(partial(self._times_n, id(p)))
+                    )
                     self._accumulators[id(p)] = accumulator
-                self._handles.append(p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket)))
+                self._handles.append(
+                    p.register_post_accumulate_grad_hook(
+                        partial(self._on_gradient, bucket)
+                    )
+                )
         for p, (trained, _, _) in self._known:
             if not trained:
                 self._refuse_gradient(p, "was unfrozen")
 
     def _refuse_gradient(self, p: Tensor, happened: str) -> None:
-        """Let backward raise where it comes to this parameter, until the module is called."""
+        """Let backward raise where it comes to this parameter, until the module is
+        called.
+        """
 
         def refuse(p: Tensor) -> None:
             names = [name for name, q in self._module.named_parameters() if q is p]
-            raise self._late(f"{names[0] if names else 'a parameter'} {happened} after the last call of the module")
+            raise self._late(
+                f"{names[0] if names else 'a parameter'} {happened} after the last call of the module"
+            )
 
         # one that has no shape yet lets nobody else ask it anything
         with no_function_subclasses():
@@ -104,7 +133,9 @@ class _Reducer(Reduces):
             p.requires_grad_(trained)
 
     def registered(self, where: nn.Module, new: Any) -> None:
-        """See what is about to become a parameter or a module inside: until the next call, its gradient is its own."""
+        """See what is about to become a parameter or a module inside: until the next
+        call, its gradient is its own.
+        """
         if self._inside is None:
             self._inside = WeakSet(self._module.modules())
         if where not in self._inside or not isinstance(new, nn.Module | nn.Parameter):
@@ -132,21 +163,38 @@ class _Reducer(Reduces):
         self._calls = []
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        """See what has changed since the last call: parameters that came, went, were frozen, unfrozen or moved."""
+        """See what has changed since the last call: parameters that came, went, were
+        frozen, unfrozen or moved.
+        """
         if torch.compiler.is_compiling() or are_transforms_active():
             return
         now: list[Any] = list(module.parameters())
-        # tensors in place of parameters are of a functional_call, or of share_parameters over another axis
-        if not torch.is_grad_enabled() or not all(isinstance(p, nn.Parameter) for p in now):
+        # tensors in place of parameters are of a functional_call, or of
+        # share_parameters over another axis
+        if not torch.is_grad_enabled() or not all(
+            isinstance(p, nn.Parameter) for p in now
+        ):
             return
         before = {id(p) for p, _ in self._known}
-        same = len(now) == len(self._known) and all(p is q for p, (q, _) in zip(now, self._known, strict=True))
-        if same and all(_kind(p) == kind for p, kind in self._known) and not self._lost():
+        same = len(now) == len(self._known) and all(
+            p is q for p, (q, _) in zip(now, self._known, strict=True)
+        )
+        if (
+            same
+            and all(_kind(p) == kind for p, kind in self._known)
+            and not self._lost()
+        ):
             return
         check_not_reduced(module, "data_parallel", self._axis, but=self)
         if any(is_lazy(p) for p in now):
             right = "Call the module once under torch.no_grad(), which gives it one."
-            raise wrong(ArgumentError, "data_parallel", self._axis, "a new parameter has no shape yet", right)
+            raise wrong(
+                ArgumentError,
+                "data_parallel",
+                self._axis,
+                "a new parameter has no shape yet",
+                right,
+            )
         self._detach()
         self._learn(now)
         new = [p for p in now if id(p) not in before]
@@ -157,12 +205,18 @@ class _Reducer(Reduces):
 
     def _equal(self, new: list[nn.Parameter]) -> list[Tensor]:
         """The values that the first rank has."""
-        return together(PICK, [p.detach() for p in new], self._axis, (0,)) if new else []
+        return (
+            together(PICK, [p.detach() for p in new], self._axis, (0,)) if new else []
+        )
 
     def _lost(self) -> bool:
-        """Whether torch has made the nodes that multiply anew: a cast there and back leaves no other trace."""
+        """Whether torch has made the nodes that multiply anew: a cast there and back
+        leaves no other trace.
+        """
         return self._reduce == "sum" and any(
-            _accumulator(p) is not self._accumulators[id(p)] for bucket in self._buckets for p in bucket.parameters
+            _accumulator(p) is not self._accumulators[id(p)]
+            for bucket in self._buckets
+            for p in bucket.parameters
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,12 +229,16 @@ class _Reducer(Reduces):
         self._attach()  # a copy of a parameter has none of its hooks
         self._registrations = _see_registrations(self)
 
-    def _times_n(self, parameter: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _times_n(
+        self, parameter: int, gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         self._scaled.add(parameter)
         return tuple(gradient * self._axis.size for gradient in gradients)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        trained = torch.is_grad_enabled() and any(
+            p.requires_grad for p in module.parameters()
+        )
         return linked(output, [self._anchor]) if trained else output
 
     def _reset(self, running: int) -> None:
@@ -193,26 +251,41 @@ class _Reducer(Reduces):
             bucket.sent = None
 
     def _begin(self, _: Tensor) -> None:
-        """In a hook: where it is the first of this pass, see to it that the pass ends with `_finish`."""
+        """In a hook: where it is the first of this pass, see to it that the pass ends
+        with `_finish`.
+        """
         running = backward_here()
         if self._pass != running:  # one that raised may have left something behind
             if not self._calls:
-                raise self._late("remove_data_parallel was called between the call of the module and backward")
-            if any((p.dtype, p.device) != kind[1:] for p, kind in self._known if p.requires_grad):
-                raise self._late("a parameter was moved between the call of the module and backward")
+                raise self._late(
+                    "remove_data_parallel was called between the call of the module and backward"
+                )
+            if any(
+                (p.dtype, p.device) != kind[1:]
+                for p, kind in self._known
+                if p.requires_grad
+            ):
+                raise self._late(
+                    "a parameter was moved between the call of the module and backward"
+                )
             self._reset(running)
             at_end_of_backward(self._finish)
 
     def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
         if p.grad is None:  # by a hook of the user's, which ran before
-            given, right = "a hook took a gradient away before it was reduced", "Register the hook after data_parallel."
+            given, right = (
+                "a hook took a gradient away before it was reduced",
+                "Register the hook after data_parallel.",
+            )
             raise wrong(PmodError, "data_parallel", self._axis, given, right)
         if p.grad.requires_grad:
             given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
             right = "Use share_parameters(module, axis, reduce='mean')."
             raise wrong(PmodError, "data_parallel", self._axis, given, right)
         if self._reduce == "sum" and id(p) not in self._scaled:
-            raise self._late("a parameter was moved to another dtype or device after the last call of the module")
+            raise self._late(
+                "a parameter was moved to another dtype or device after the last call of the module"
+            )
         self._scaled.discard(id(p))
         self._begin(p)
         bucket.ready.add(id(p))
@@ -220,30 +293,51 @@ class _Reducer(Reduces):
             self._send()
 
     def _check_known(self) -> None:
-        """Raise where a parameter that no call of the module has found yet has a gradient: it is this rank's own."""
+        """Raise where a parameter that no call of the module has found yet has a
+        gradient: it is this rank's own.
+        """
         known = {id(p) for p, _ in self._known}
         for name, p in cast(Iterator[tuple[str, Any]], self._module.named_parameters()):
-            if id(p) not in known and isinstance(p, nn.Parameter) and p.grad is not None:
+            if (
+                id(p) not in known
+                and isinstance(p, nn.Parameter)
+                and p.grad is not None
+            ):
                 self._reset(-1)
-                raise self._late(f"{name} became a parameter in the last call of the module, or after it")
+                raise self._late(
+                    f"{name} became a parameter in the last call of the module, or after it"
+                )
 
     def _late(self, given: str) -> PmodError:
         right = "Call the module after the change, as it is: a call of it finds what has changed."
         return wrong(PmodError, "data_parallel", self._axis, given, right)
 
     def _send(self, everything: bool = False) -> None:
-        """Send what is complete, in the order of the buckets: it must be the same on all ranks."""
+        """Send what is complete, in the order of the buckets: it must be the same on
+        all ranks.
+        """
         for bucket in self._buckets:
             if bucket.sent is not None:
                 continue
             if not everything and len(bucket.ready) < len(bucket.parameters):
                 return
             first = bucket.parameters[0]
-            used = torch.tensor([id(p) in bucket.ready for p in bucket.parameters], device=first.device)
-            # .data: where gradients are parts of one buffer, a change of one counts as a change of all
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad.data.to_dense() for p in bucket.parameters]
+            used = torch.tensor(
+                [id(p) in bucket.ready for p in bucket.parameters], device=first.device
+            )
+            # .data: where gradients are parts of one buffer, a change of one counts as
+            # a change of all
+            gradients = [
+                torch.zeros_like(p) if p.grad is None else p.grad.data.to_dense()
+                for p in bucket.parameters
+            ]
             with torch.no_grad():
-                bucket.sent = called_as("data_parallel", start, self._mean, [*gradients, used.to(first.dtype)])
+                bucket.sent = called_as(
+                    "data_parallel",
+                    start,
+                    self._mean,
+                    [*gradients, used.to(first.dtype)],
+                )
 
     def _mean(self, gradients: list[Tensor]) -> list[Tensor]:
         return together(PSUM, gradients, self._axis, (self._axis.size, None))
@@ -255,7 +349,9 @@ class _Reducer(Reduces):
         for bucket in self._buckets:
             assert bucket.sent is not None
             *gradients, used = bucket.sent.wait()
-            for i, (p, gradient) in enumerate(zip(bucket.parameters, gradients, strict=True)):
+            for i, (p, gradient) in enumerate(
+                zip(bucket.parameters, gradients, strict=True)
+            ):
                 # one that no rank used stays without a gradient
                 if p.grad is None or p.grad.layout is not torch.strided:
                     p.grad = gradient if p.grad is not None or used[i] != 0 else None
@@ -265,7 +361,9 @@ class _Reducer(Reduces):
 
 
 def _see_registrations(reducer: _Reducer) -> list[Any]:
-    """Hooks that tell the reducer, as long as it lives, what is registered in any module."""
+    """Hooks that tell the reducer, as long as it lives, what is registered in any
+    module.
+    """
     of = ref(reducer)
 
     def tell(where: nn.Module, _: str, new: Any) -> None:
@@ -273,7 +371,10 @@ def _see_registrations(reducer: _Reducer) -> list[Any]:
         if reducer is not None:
             reducer.registered(where, new)
 
-    handles = [register_module_parameter_registration_hook(tell), register_module_module_registration_hook(tell)]
+    handles = [
+        register_module_parameter_registration_hook(tell),
+        register_module_module_registration_hook(tell),
+    ]
     for handle in handles:
         finalize(reducer, handle.remove)
     return handles
@@ -294,7 +395,9 @@ def _in_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
     full: list[Tensor] = []
     size, limit = 0, FIRST_BUCKET
     for p in reversed([p for p in parameters if p.requires_grad]):
-        if full and (size >= limit or (p.dtype, p.device) != (full[0].dtype, full[0].device)):
+        if full and (
+            size >= limit or (p.dtype, p.device) != (full[0].dtype, full[0].device)
+        ):
             yield full
             full, size, limit = [], 0, BUCKET
         full.append(p)
@@ -304,23 +407,28 @@ def _in_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
 
 
 def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
-    """Train one module on every rank's own data: the same module back, its gradients averaged over the axis.
+    """Train one module on every rank's own data: the same module back, its gradients
+    averaged over the axis.
 
-    The values are made equal now (`replicate`, from the first rank). In each backward pass the gradients travel in
-    buckets while it still runs, and `.grad` holds their mean (reduce="sum": their sum) when it returns; with several
-    backward passes before a step it holds what they add up to. A parameter that some rank did not use counts as 0
-    there; one that no rank used keeps no gradient. At axis size 1 nothing is attached. `remove_data_parallel` ends it.
-    What is frozen, unfrozen, moved, replaced or added later is found at the next call of the module, on all ranks
-    alike; the values of new parameters are made equal then, by a broadcast from the first rank; new buffers are not.
-    Calls under torch.no_grad, compiled ones and those of a submodule do not look: where a gradient then comes to what
-    no call has found, backward raises. The result is written into `.grad` where there is one, so that it may be a part
-    of a buffer of yours; a sparse gradient travels dense, and stays so.
-    Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass.
-    Only what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph or torch.func use
-    `share_parameters`, or `pvary` over the parameters. To wrap the module in torch's own DDP instead, pass
-    `process_group=mesh.group(axis)`.
-    Raises: PmodError where the gradients are reduced over this axis already, or by data_parallel over another; in a
-    backward pass with create_graph; ArgumentError for what is no module.
+    The values are made equal now (`replicate`, from the first rank). In each backward
+    pass the gradients travel in buckets while it still runs, and `.grad` holds their
+    mean (reduce="sum": their sum) when it returns; with several backward passes before
+    a step it holds what they add up to. A parameter that some rank did not use counts
+    as 0 there; one that no rank used keeps no gradient. At axis size 1 nothing is
+    attached. `remove_data_parallel` ends it. What is frozen, unfrozen, moved, replaced
+    or added later is found at the next call of the module, on all ranks alike; the
+    values of new parameters are made equal then, by a broadcast from the first rank;
+    new buffers are not. Calls under torch.no_grad, compiled ones and those of a
+    submodule do not look: where a gradient then comes to what no call has found,
+    backward raises. The result is written into `.grad` where there is one, so that it
+    may be a part of a buffer of yours; a sparse gradient travels dense, and stays so.
+    Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass. Only
+    what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph
+    or torch.func use `share_parameters`, or `pvary` over the parameters. To wrap the
+    module in torch's own DDP instead, pass `process_group=mesh.group(axis)`.
+    Raises: PmodError where the gradients are reduced over this axis already, or by
+    data_parallel over another; in a backward pass with create_graph; ArgumentError for
+    what is no module.
 
     >>> def gradient():
     ...     layer = pmod.data_parallel(torch.nn.Linear(1, 1, bias=False), "data")
@@ -339,10 +447,12 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
 
 
 def remove_data_parallel(module: M) -> M:
-    """Let the gradients of a module be this rank's own again, from its next call on: the same module back.
+    """Let the gradients of a module be this rank's own again, from its next call on:
+    the same module back.
 
-    What `data_parallel` attached to this very module, or to what it is a copy of, is taken off; the values stay.
-    Nothing is sent, and a module without it stays as it is. A backward pass of a call before this raises PmodError.
+    What `data_parallel` attached to this very module, or to what it is a copy of, is
+    taken off; the values stay. Nothing is sent, and a module without it stays as it is.
+    A backward pass of a call before this raises PmodError.
 
     >>> layer = pmod.data_parallel(torch.nn.Linear(2, 1), mesh["data"])
     >>> pmod.remove_data_parallel(layer) is layer

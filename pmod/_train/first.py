@@ -16,24 +16,40 @@ from pmod._site import call_site, on_behalf_of
 
 
 def _ahead_of(axis: AxisLike | None, per_node: bool, function: str) -> Mesh:
-    """The ranks of which the first goes ahead: of the axis, or of the whole mesh; those of this node only, if asked."""
+    """The ranks of which the first goes ahead: of the axis, or of the whole mesh; those
+    of this node only, if asked.
+    """
     check_flag(per_node, function, "per_node")
-    mesh = current_mesh() if axis is None else axis if isinstance(axis, Mesh) else current_mesh()[axis]
+    mesh = (
+        current_mesh()
+        if axis is None
+        else axis
+        if isinstance(axis, Mesh)
+        else current_mesh()[axis]
+    )
     if mesh.coords is None:
-        given, right = "this rank is outside the mesh", "Call it on the ranks of the mesh only."
+        given, right = (
+            "this rank is outside the mesh",
+            "Call it on the ranks of the mesh only.",
+        )
         raise PmodError(phrase(function, given, right, axis=axis))
     if not per_node:
         return mesh
     place = mesh.topology
-    here = [rank for rank in mesh.ranks.reshape(-1).tolist() if rank // place.local_world_size == place.node_rank]
+    here = [
+        rank
+        for rank in mesh.ranks.reshape(-1).tolist()
+        if rank // place.local_world_size == place.node_rank
+    ]
     return make_mesh({"node": len(here)}, ranks=here, topology=place)
 
 
 def is_first(axis: AxisLike | None = None, *, per_node: bool = False) -> bool:
-    """Whether this rank is the first of the axis, or of the mesh; with per_node, the first of those on its node.
+    """Whether this rank is the first of the axis, or of the mesh; with per_node, the
+    first of those on its node.
 
-    Nothing is sent. For what one rank does alone: prints, files. Where the others need what it does, use
-    `first_rank_first`.
+    Nothing is sent. For what one rank does alone: prints, files. Where the others need
+    what it does, use `first_rank_first`.
 
     >>> pmod.simulate(lambda: pmod.is_first("model"), data=2, model=2)
     [True, False, True, False]
@@ -43,11 +59,12 @@ def is_first(axis: AxisLike | None = None, *, per_node: bool = False) -> bool:
 
 
 class first_rank_first:  # lower case: it reads as the function it is called as
-    """Let one rank go ahead: the first one runs the block, and the others run it after that.
+    """Let one rank go ahead: the first one runs the block, and the others run it after
+    that.
 
-    For what fills a cache: downloads, compiled extensions, preprocessed files. The first rank of the axis, or of the
-    mesh; with per_node, the first one on each node. Where it fails all ranks raise. The block calls no collective of
-    these ranks.
+    For what fills a cache: downloads, compiled extensions, preprocessed files. The
+    first rank of the axis, or of the mesh; with per_node, the first one on each node.
+    Where it fails all ranks raise. The block calls no collective of these ranks.
     Cost: one message of 512 bytes.
     Raises: on the others PmodError, with what the first one raised.
 
@@ -61,18 +78,31 @@ class first_rank_first:  # lower case: it reads as the function it is called as
     def __init__(self, axis: AxisLike | None = None, *, per_node: bool = False) -> None:
         self._mesh = _ahead_of(axis, per_node, "first_rank_first")
         self._leads = int(self._mesh.ranks.reshape(-1)[0]) == self._mesh.topology.rank
-        self._origin = ("first_rank_first", call_site()[1])  # one place, though one rank sends at the end of the block
+        self._origin = (
+            "first_rank_first",
+            call_site()[1],
+        )  # one place, though one rank sends at the end of the block
 
     def __enter__(self) -> None:
         if self._leads:
             return
         failure = self._tell("")
         if failure:
-            ahead = coordinates(self._mesh.coords_of(int(self._mesh.ranks.reshape(-1)[0])))
-            raise PmodError(phrase("first_rank_first", f"the rank {ahead} that went ahead raised {failure}"))
+            ahead = coordinates(
+                self._mesh.coords_of(int(self._mesh.ranks.reshape(-1)[0]))
+            )
+            raise PmodError(
+                phrase(
+                    "first_rank_first",
+                    f"the rank {ahead} that went ahead raised {failure}",
+                )
+            )
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._leads:
             self._tell("" if error is None else f"{type(error).__name__}: {error}")
@@ -82,7 +112,11 @@ class first_rank_first:  # lower case: it reads as the function it is called as
         if self._mesh.size == 1:
             return failure
         text = failure.encode()[:512]
-        message = torch.tensor(list(text.ljust(512, b"\0")), dtype=torch.uint8, device=world.number_device())
+        message = torch.tensor(
+            list(text.ljust(512, b"\0")),
+            dtype=torch.uint8,
+            device=world.number_device(),
+        )
         with on_behalf_of(self._origin):
             said = pick(message, self._mesh)
         return bytes(said.tolist()).rstrip(b"\0").decode(errors="replace")

@@ -1,4 +1,6 @@
-"""Random numbers that differ along some axes and agree along the others: seeds, and torch's own generators."""
+"""Random numbers that differ along some axes and agree along the others: seeds, and
+torch's own generators.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +23,40 @@ from pmod._ranks import world
 
 def hashed(text: str) -> int:
     """63 bits that look random, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        >> 1
+    )
 
 
 def check_seed(seed: object, function: str, axis: Axis) -> int:
     """The seed as an int."""
     parsed = as_int(seed)
     if parsed is None:
-        raise wrong(ArgumentError, function, axis, f"seed is a {type(seed).__name__}", "Pass an int.")
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            f"seed is a {type(seed).__name__}",
+            "Pass an int.",
+        )
     return parsed
 
 
 def _folded(seed: int, axis: AxisLike, function: str) -> tuple[int, Axis]:
     bound = resolve(axis, function)
-    return hashed(f"{check_seed(seed, function, bound)}/{named(bound.label)}/{bound.index}"), bound
+    return hashed(
+        f"{check_seed(seed, function, bound)}/{named(bound.label)}/{bound.index}"
+    ), bound
 
 
 def fold_in(seed: int, axis: AxisLike) -> int:
     """A seed of its own for each rank along the axis, the same along all other axes.
 
-    For torch.manual_seed, torch.Generator and whatever takes an int of 63 bits. Fold several axes in one after the
-    other, or pass a tuple. It depends on the seed, the name of the axis and the index along it, so a run on another
-    number of ranks gives the ranks that remain the same numbers. Nothing is sent.
+    For torch.manual_seed, torch.Generator and whatever takes an int of 63 bits. Fold
+    several axes in one after the other, or pass a tuple. It depends on the seed, the
+    name of the axis and the index along it, so a run on another number of ranks gives
+    the ranks that remain the same numbers. Nothing is sent.
     Raises: ArgumentError where seed is no int. JAX: random.fold_in, of lax.axis_index.
 
     >>> seeds = pmod.simulate(lambda: pmod.fold_in(0, "data"), data=2, model=2)
@@ -56,17 +70,21 @@ def fold_in(seed: int, axis: AxisLike) -> int:
 
 @contextmanager
 def rng(seed: int, axis: AxisLike) -> Generator[None]:
-    """Inside, torch's random numbers differ along the axis and agree along all others; nn.Dropout's masks, too.
+    """Inside, torch's random numbers differ along the axis and agree along all others;
+    nn.Dropout's masks, too.
 
-    torch's default generators, that of the cpu and that of the mesh's device, are seeded with `fold_in(seed, axis)`;
-    on leaving they are as they were before. They agree where the ranks draw the same numbers of numbers. axis: a name;
-    a tuple, over which all ranks differ; or (), along which all agree. Python's and numpy's generators are left alone.
-    The same seed gives the same numbers again: fold the step in, ``rng(seed + step, "data")``. A layer that differs
-    along one more axis takes its seed from the numbers around it, which go on from call to call and agree along it:
-    ``rng(int(torch.randint(2**62, ())), ("data", "model"))``.
-    Activation checkpoints, inside or around it, draw the same numbers again. Nothing is sent.
-    Raises: ArgumentError where seed is no int; PmodError inside a function that is compiled with fullgraph=True (torch
-    runs others as they are). Enter it around the compiled function, whose random numbers follow it.
+    torch's default generators, that of the cpu and that of the mesh's device, are
+    seeded with `fold_in(seed, axis)`; on leaving they are as they were before. They
+    agree where the ranks draw the same numbers of numbers. axis: a name; a tuple, over
+    which all ranks differ; or (), along which all agree. Python's and numpy's
+    generators are left alone. The same seed gives the same numbers again: fold the step
+    in, ``rng(seed + step, "data")``. A layer that differs along one more axis takes its
+    seed from the numbers around it, which go on from call to call and agree along it:
+    ``rng(int(torch.randint(2**62, ())), ("data", "model"))``. Activation checkpoints,
+    inside or around it, draw the same numbers again. Nothing is sent.
+    Raises: ArgumentError where seed is no int; PmodError inside a function that is
+    compiled with fullgraph=True (torch runs others as they are). Enter it around the
+    compiled function, whose random numbers follow it.
 
     >>> def masks():
     ...     with pmod.rng(0, "data"):
@@ -77,10 +95,14 @@ def rng(seed: int, axis: AxisLike) -> Generator[None]:
     """
     if torch.compiler.is_compiling():
         right = "Enter it around the compiled function, whose random numbers follow it."
-        raise PmodError(phrase("rng", "it is entered in compiled code", right, axis=axis))
+        raise PmodError(
+            phrase("rng", "it is entered in compiled code", right, axis=axis)
+        )
     number, bound = _folded(seed, axis, "rng")
     device = bound.topology.device
-    on_cpu = device.type == "cpu" or world.current().alone  # the GPU of an estimate need not exist
+    on_cpu = (
+        device.type == "cpu" or world.current().alone
+    )  # the GPU of an estimate need not exist
     with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
         torch.default_generator.manual_seed(number)
         if not on_cpu:

@@ -1,9 +1,11 @@
-"""Modules whose parameters all ranks of an axis hold: equal at the start, and their gradients reduced over the axis.
+"""Modules whose parameters all ranks of an axis hold: equal at the start, and their
+gradients reduced over the axis.
 
-Three ways, for three needs. The pure one is `pvary` over the parameter tree, before the forward pass.
-`share_parameters` does just that inside the module's own call, so it has every derivative that the pure one has.
-`data_parallel` reduces what backward leaves in `.grad`, bucket by bucket while backward still runs: the fastest, for
-plain training loops.
+Three ways, for three needs. The pure one is `pvary` over the parameter tree, before the
+forward pass. `share_parameters` does just that inside the module's own call, so it has
+every derivative that the pure one has. `data_parallel` reduces what backward leaves in
+`.grad`, bucket by bucket while backward still runs: the fastest, for plain training
+loops.
 """
 
 from __future__ import annotations
@@ -43,26 +45,43 @@ Reduce: TypeAlias = Literal["sum", "mean"]
 
 def check_module(module: object, reduce: object, function: str, axis: Axis) -> None:
     if not isinstance(module, nn.Module):
-        raise wrong(ArgumentError, function, axis, f"module is a {type(module).__name__}", "Pass an nn.Module.")
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            f"module is a {type(module).__name__}",
+            "Pass an nn.Module.",
+        )
     if not isinstance(reduce, str) or reduce not in ("sum", "mean"):
-        raise wrong(ArgumentError, function, axis, f"reduce is {quoted(reduce)}", "Pass 'sum' or 'mean'.")
+        raise wrong(
+            ArgumentError,
+            function,
+            axis,
+            f"reduce is {quoted(reduce)}",
+            "Pass 'sum' or 'mean'.",
+        )
     _state(module, function, axis)
 
 
 def _state(module: nn.Module, function: str, axis: Axis) -> dict[str, Tensor]:
     """The parameters and buffers by name, each of which can be sent."""
-    state: dict[str, Tensor] = dict((*module.named_parameters(), *module.named_buffers()))
+    state: dict[str, Tensor] = dict(
+        (*module.named_parameters(), *module.named_buffers())
+    )
     for name, tensor in state.items():
         check_tensor(tensor, function, axis, name=name)
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def replicate(x: T, axis: AxisLike, *, src: int = 0) -> T:
-    """The values of rank src on all ranks of the axis: how what they all hold is made equal at the start.
+    """The values of rank src on all ranks of the axis: how what they all hold is made
+    equal at the start.
 
-    x is a module, whose parameters and buffers are overwritten and which is returned; or a tree of tensors, of which
-    an equal tree is returned, leaves of autograd like those that went in. Nothing is differentiated.
-    Cost: one broadcast per dtype and device. Raises: AxisError where src is no index along the axis.
+    x is a module, whose parameters and buffers are overwritten and which is returned;
+    or a tree of tensors, of which an equal tree is returned, leaves of autograd like
+    those that went in. Nothing is differentiated.
+    Cost: one broadcast per dtype and device. Raises: AxisError where src is no index
+    along the axis.
 
     >>> def start():
     ...     return pmod.replicate({"w": torch.ones(1) * pmod.axis_index("data")}, "data", src=1)
@@ -84,8 +103,12 @@ def replicate(x: T, axis: AxisLike, *, src: int = 0) -> T:
         check_tensor(leaf, "replicate", bound)
     with torch.no_grad():
         equal = pick(x, axis, src=src)
-    return map_leaves(lambda ys: [_leaf_like(like, y) for like, y in zip(leaves, ys, strict=True)],
-                      equal, "replicate", bound)  # fmt: skip
+    return map_leaves(
+        lambda ys: [_leaf_like(like, y) for like, y in zip(leaves, ys, strict=True)],
+        equal,
+        "replicate",
+        bound,
+    )
 
 
 def _leaf_like(like: Tensor, y: Tensor) -> Tensor:
@@ -123,27 +146,41 @@ class SharedParameters(Reduces):
         self._held: list[tuple[dict[str, Any], str, Any]] = []
         self._link: list[Tensor] = []
         self._number = next(_numbers)
-        _run_last([], 1 + WIDTH * self._number)  # what is made from now on has higher numbers
-        self._kept: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []  # a parameter, its state and its pvary copy
+        _run_last(
+            [], 1 + WIDTH * self._number
+        )  # what is made from now on has higher numbers
+        self._kept: list[
+            tuple[Tensor, tuple[Any, ...], Tensor]
+        ] = []  # a parameter, its state and its pvary copy
         self._idle = Idle()
-        self._links: list[Tensor] = []  # from which backward comes to the nodes of those copies
-        # what shares some of these parameters over another axis, and enters first: its copies are then copied here
+        self._links: list[
+            Tensor
+        ] = []  # from which backward comes to the nodes of those copies
+        # what shares some of these parameters over another axis, and enters first: its
+        # copies are then copied here
         self._newer: list[SharedParameters] = []
         for older in _sharing(module):
             older._newer.append(self)
-        # every module inside has the hooks, for who calls it by itself; the outermost call acts. The last to enter is
-        # the first to leave, where several share over several axes; and hooks that prune or normalise come after.
+        # every module inside has the hooks, for who calls it by itself; the outermost
+        # call acts. The last to enter is the first to leave, where several share over
+        # several axes; and hooks that prune or normalise come after.
         self._handles: list[Any] = []
         for inner in module.modules():
-            self._handles.append(inner.register_forward_pre_hook(self._enter, prepend=True))
-            self._handles.append(inner.register_forward_hook(self._leave, always_call=True))
+            self._handles.append(
+                inner.register_forward_pre_hook(self._enter, prepend=True)
+            )
+            self._handles.append(
+                inner.register_forward_hook(self._leave, always_call=True)
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_kept": [], "_links": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._number = next(_numbers)  # of a copy: its sums are not those of the original
+        self._number = next(
+            _numbers
+        )  # of a copy: its sums are not those of the original
 
     @property
     def axis(self) -> str | tuple[str, ...]:
@@ -157,7 +194,11 @@ class SharedParameters(Reduces):
         self._handles, self._kept, self._links = [], [], []
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._calls and not torch.compiler.is_compiling() and not _is_running(self._frame):
+        if (
+            self._calls
+            and not torch.compiler.is_compiling()
+            and not _is_running(self._frame)
+        ):
             self._restore()  # after what no hook sees, such as ctrl-C
         self._calls.append(module)
         if len(self._calls) > 1:
@@ -170,7 +211,9 @@ class SharedParameters(Reduces):
             for name, p in parameters_of(inner).items()
             if p is not None and differentiated(p)
         ]
-        shared = list({id(p): p for _, _, p in places}.values())  # a tied parameter once
+        shared = list(
+            {id(p): p for _, _, p in places}.values()
+        )  # a tied parameter once
         if not shared:
             return
         varying, self._link = self._copies(shared)
@@ -178,8 +221,12 @@ class SharedParameters(Reduces):
         for parameters, name, p in places:
             parameters[name] = cast(nn.Parameter, varying[id(p)])
 
-    def _copies(self, shared: Sequence[Tensor]) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """The pvary copies by the id of what they copy, and what links an output to their nodes."""
+    def _copies(
+        self, shared: Sequence[Tensor]
+    ) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """The pvary copies by the id of what they copy, and what links an output to
+        their nodes.
+        """
         kept = self._keep(shared) if _is_plain() else {}
         if all(id(p) in kept for p in shared):
             return kept, self._links
@@ -190,23 +237,31 @@ class SharedParameters(Reduces):
         return dict(zip(map(id, shared), copies, strict=True)), list(smallest.values())
 
     def _keep(self, more: Sequence[Tensor] = ()) -> dict[int, Tensor]:
-        """Copies of all parameters, made once for all calls between two steps; {} where some are computed.
+        """Copies of all parameters, made once for all calls between two steps; {} where
+        some are computed.
 
-        So one node of the graph sums a parameter's gradient, whichever module is called first and however often. The
-        nodes have the lowest numbers, in the order in which share_parameters was called: backward comes to them last.
+        So one node of the graph sums a parameter's gradient, whichever module is called
+        first and however often. The nodes have the lowest numbers, in the order in
+        which share_parameters was called: backward comes to them last.
         """
         if self._held:  # under way: the modules hold the copies
             return {id(p): y for p, _, y in self._kept}
-        whole = {id(p): p for p in (*self._module.parameters(), *more) if differentiated(p)}
+        whole = {
+            id(p): p for p in (*self._module.parameters(), *more) if differentiated(p)
+        }
         copied: set[int] = set()
         for other in reversed(self._newer):
             if other._handles:
                 newer = other._keep()
                 copied |= {id(y) for y in newer.values()}
                 whole = {id(y): y for y in (newer.get(i, p) for i, p in whole.items())}
-        if not all(id(p) in copied or (p.is_leaf and p.requires_grad) for p in whole.values()):
+        if not all(
+            id(p) in copied or (p.is_leaf and p.requires_grad) for p in whole.values()
+        ):
             return {}
-        now = [(p, (version_of(p), p.data_ptr(), p.shape, p.dtype)) for p in whole.values()]
+        now = [
+            (p, (version_of(p), p.data_ptr(), p.shape, p.dtype)) for p in whole.values()
+        ]
         if [(id(p), at) for p, at, _ in self._kept] != [(id(p), at) for p, at in now]:
             copies, self._links = self._together(list(whole.values()))
             if self._axis.size > 1:
@@ -224,15 +279,24 @@ class SharedParameters(Reduces):
         return pvary_used(parameters, self._axis, "share_parameters", self._idle)
 
     def _divided(self, gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else gradient / self._axis.size  # None: unused on this rank
+        return (
+            None if gradient is None else gradient / self._axis.size
+        )  # None: unused on this rank
 
-    def _pvary(self, parameters: Sequence[Tensor], *, scale: bool = True) -> list[Tensor]:
-        varying = called_as("share_parameters", together, PVARY, list(parameters), self._axis, (1, None))
+    def _pvary(
+        self, parameters: Sequence[Tensor], *, scale: bool = True
+    ) -> list[Tensor]:
+        varying = called_as(
+            "share_parameters", together, PVARY, list(parameters), self._axis, (1, None)
+        )
         if self._reduce == "sum" or not scale:
             return varying
         # the same value; of its derivative the n-th part
         n = self._axis.size
-        return [p.detach() + (v - v.detach()) / n for p, v in zip(parameters, varying, strict=True)]
+        return [
+            p.detach() + (v - v.detach()) / n
+            for p, v in zip(parameters, varying, strict=True)
+        ]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         if all(call is not module for call in self._calls):
@@ -253,7 +317,9 @@ class SharedParameters(Reduces):
 
 
 def _sharing(module: nn.Module) -> list[SharedParameters]:
-    """What shares a parameter of the module already, over another axis; the oldest first."""
+    """What shares a parameter of the module already, over another axis; the oldest
+    first.
+    """
     found: dict[int, SharedParameters] = {}
     for inner in module.modules():
         for hook in forward_hooks(inner).values():
@@ -264,15 +330,19 @@ def _sharing(module: nn.Module) -> list[SharedParameters]:
 
 
 def _is_plain() -> bool:
-    """Whether autograd alone runs, with no transform around it: what it makes now, a later call may use."""
+    """Whether autograd alone runs, with no transform around it: what it makes now, a
+    later call may use.
+    """
     compiling = torch.compiler.is_compiling()
     return not compiling and torch.is_grad_enabled() and not are_transforms_active()
 
 
 def _run_last(nodes: Sequence[Any], number: int) -> None:
-    """Let backward come to these nodes after all others: of those that are ready, it takes the highest number.
+    """Let backward come to these nodes after all others: of those that are ready, it
+    takes the highest number.
 
-    The rest of the graph has higher ones: this thread's next node does not get one of these.
+    The rest of the graph has higher ones: this thread's next node does not get one of
+    these.
     """
     one = torch.ones((), requires_grad=True)
     while next_number() <= number + WIDTH:
@@ -289,35 +359,52 @@ def _is_running(frame: FrameType | None) -> bool:
 
 
 def linked(output: Any, shared: list[Tensor]) -> Any:
-    """The output, and 0 times what is shared: a rank that used none of it still takes part in its sum."""
+    """The output, and 0 times what is shared: a rank that used none of it still takes
+    part in its sum.
+    """
     device = shared[0].device
-    nothing = torch.stack([x.reshape(-1)[:0].sum().real.float().to(device) for x in shared]).sum()
+    nothing = torch.stack(
+        [x.reshape(-1)[:0].sum().real.float().to(device) for x in shared]
+    ).sum()
 
     def link(x: Any) -> Any:
-        return x + nothing.to(x.device, x.dtype) if x.is_floating_point() or x.is_complex() else x
+        return (
+            x + nothing.to(x.device, x.dtype)
+            if x.is_floating_point() or x.is_complex()
+            else x
+        )
 
     return map_tensors(link, output)
 
 
-def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum") -> SharedParameters:
-    """Let all ranks of an axis hold these parameters as one, and use them each on its own data.
+def share_parameters(
+    module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum"
+) -> SharedParameters:
+    """Let all ranks of an axis hold these parameters as one, and use them each on its
+    own data.
 
-    The values are made equal now (`replicate`, from the first rank). From then on each call of the module, or of one
-    inside it, uses `pvary` copies of the parameters, so that their gradients are reduced over the axis, to any order
-    and under every transform: accumulation, create_graph, torch.func.functional_call, autocast, checkpoint.
-    The copies are made once for all calls until the parameters change, so ranks may call the modules in any order,
-    unlike often, and use other parameters, so long as what a call returns is used. What no rank used gets no gradient.
-    reduce="mean" divides the sum of the gradients by n: for losses that are averaged over the ranks.
-    Cost: in each backward pass one message per dtype and device, of all parameters that require a gradient and an
-    element for each, which says whether this rank used it. What no rank used in a pass is left out of the next; where
-    a rank then uses it, it follows in a message of its own.
-    Returns a handle with `remove()`. Raises: PmodError where parameters are shared over this axis already;
-    ArgumentError for what is no module; in backward CollectiveTimeout (MismatchError in `simulate`), where a rank calls
-    no module of these between two changes of the parameters and another rank does.
+    The values are made equal now (`replicate`, from the first rank). From then on each
+    call of the module, or of one inside it, uses `pvary` copies of the parameters, so
+    that their gradients are reduced over the axis, to any order and under every
+    transform: accumulation, create_graph, torch.func.functional_call, autocast,
+    checkpoint. The copies are made once for all calls until the parameters change, so
+    ranks may call the modules in any order, unlike often, and use other parameters, so
+    long as what a call returns is used. What no rank used gets no gradient.
+    reduce="mean" divides the sum of the gradients by n: for losses that are averaged
+    over the ranks.
+    Cost: in each backward pass one message per dtype and device, of all parameters that
+    require a gradient and an element for each, which says whether this rank used it.
+    What no rank used in a pass is left out of the next; where a rank then uses it, it
+    follows in a message of its own.
+    Returns a handle with `remove()`. Raises: PmodError where parameters are shared over
+    this axis already; ArgumentError for what is no module; in backward
+    CollectiveTimeout (MismatchError in `simulate`), where a rank calls no module of
+    these between two changes of the parameters and another rank does.
 
-    Under torch.compile and torch.func, and with parameters that are computed (functional_call with what a derivative
-    flows through), each call has a message of its own: there all ranks call alike, and what no rank used gets zeros.
-    What is used without a call of a module, `module.weight @ x`, is not reduced: write a forward.
+    Under torch.compile and torch.func, and with parameters that are computed
+    (functional_call with what a derivative flows through), each call has a message of
+    its own: there all ranks call alike, and what no rank used gets zeros. What is used
+    without a call of a module, `module.weight @ x`, is not reduced: write a forward.
 
     >>> def gradient():
     ...     layer = torch.nn.Linear(1, 1, bias=False)
@@ -334,21 +421,38 @@ def share_parameters(module: nn.Module, axis: AxisLike, *, reduce: Reduce = "sum
     return SharedParameters(module, bound, reduce)
 
 
-def check_not_reduced(module: nn.Module, function: str, axis: Axis, *, but: object = None) -> None:
+def check_not_reduced(
+    module: nn.Module, function: str, axis: Axis, *, but: object = None
+) -> None:
     for inner in module.modules():
         hooks = [*forward_hooks(inner).values()]
-        for p in parameters_of(inner).values():  # of a module around this one, or of one that holds the same parameter
+        for p in (
+            parameters_of(inner).values()
+        ):  # of a module around this one, or of one that holds the same parameter
             hooks += accumulation_hooks(p).values()
         for hook in hooks:
             owner = getattr(getattr(hook, "func", hook), "__self__", None)
             if owner is but or not isinstance(owner, Reduces):
                 continue
             name, other = type(inner).__name__, owner._axis
-            # axes of one rank are all over the same ranks; axes of one mesh that cross share this rank only
+            # axes of one rank are all over the same ranks; axes of one mesh that cross
+            # share this rank only
             alone = axis.size == other.size == 1 and other.label == axis.label
             if alone or len(set(other.ranks) & set(axis.ranks)) > 1:
                 given = f"the gradients of {name} are reduced over these ranks already"
-                raise wrong(PmodError, function, axis, given, "A second reduction would count them n times.")
+                raise wrong(
+                    PmodError,
+                    function,
+                    axis,
+                    given,
+                    "A second reduction would count them n times.",
+                )
             if function == "data_parallel" and owner._over_all_axes and axis.size > 1:
                 given = f"the gradients of {name} are reduced by data_parallel over {other.label!r}"
-                raise wrong(PmodError, function, axis, given, "Call it once, for a tuple of axes.")
+                raise wrong(
+                    PmodError,
+                    function,
+                    axis,
+                    given,
+                    "Call it once, for a tuple of axes.",
+                )

@@ -1,4 +1,6 @@
-"""The wire along an axis: over the process group that its ranks have, by the backend that carries the tensors."""
+"""The wire along an axis: over the process group that its ranks have, by the backend
+that carries the tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ for built_in in (GLOO, NCCL):
     register(built_in)
 
 
-def wire_of(axis: Axis, device: torch.device, row: str = "", said: Said | None = None) -> Wire:
+def wire_of(
+    axis: Axis, device: torch.device, row: str = "", said: Said | None = None
+) -> Wire:
     """The wire along an axis, for a message of this row in tensors of this device.
 
     said: what all ranks must say of the message.
@@ -34,7 +38,9 @@ def backend_along(axis: Axis, device: torch.device) -> Backend:
     known, key = world.now.processes.connection.backends, (axis.group_key, device)
     found = known.get(key)
     if found is None:
-        found = known[key] = backend_in(dist.get_backend_config(axis.group), device.type)
+        found = known[key] = backend_in(
+            dist.get_backend_config(axis.group), device.type
+        )
     return found
 
 
@@ -45,7 +51,8 @@ def _over_group(axis: Axis, said: Said, device: torch.device) -> Wire:
     if world.is_left_behind(group):
         wait.refuse()
     come_back(axis.topology.rank)
-    # whatever this message goes by, the others along the axis go by the backend of the mesh's device
+    # whatever this message goes by, the others along the axis go by the backend of the
+    # mesh's device
     if not (backend if device == usual else backend_along(axis, usual)).tags:
         note(axis, wait.number, said)
     return backend.wire(axis.size, axis.index, group, backend, wait)

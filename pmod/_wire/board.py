@@ -1,4 +1,6 @@
-"""What the ranks say of their waits, in the store of the world: for errors that name who is missing, and why."""
+"""What the ranks say of their waits, in the store of the world: for errors that name
+who is missing, and why.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,23 @@ WAITS, LEFT, ENDED, RETURNED = "waits", "left", "ended", "returned"
 ALIKE = "All ranks of an axis must make the same calls in the same order, with shapes that fit."
 _SOMEBODY_LEFT = "pmod/left"
 _FOUND = "pmod/unlike/{}"  # the ranks of an axis -> how their calls differ
-_CALLS = "pmod/calls/{}/{}"  # the ranks of an axis, and one of them -> what it has called
+_CALLS = (
+    "pmod/calls/{}/{}"  # the ranks of an axis, and one of them -> what it has called
+)
 
 
 @lru_cache(maxsize=4096)
 def code_of(what: Any) -> int:
-    """A number for numbers, texts, dtypes and tuples of them, the same in every process."""
+    """A number for numbers, texts, dtypes and tuples of them, the same in every
+    process.
+    """
     return zlib.crc32(repr(what).encode())
 
 
 class Said(NamedTuple):
-    """What a rank says of the call that it makes: `code` must be the same on all ranks, the rest is for an error."""
+    """What a rank says of the call that it makes: `code` must be the same on all ranks,
+    the rest is for an error.
+    """
 
     row: str
     code: int
@@ -46,20 +54,28 @@ class Said(NamedTuple):
 
     def by(self, function: str) -> str:
         """Of the function that a call site names, how an error names it."""
-        return f"{self.row} in backward" if function == "backward" else function or self.row
+        return (
+            f"{self.row} in backward"
+            if function == "backward"
+            else function or self.row
+        )
 
     @property
     def what(self) -> str:
         """`(2, 3) float32`."""
         shapes = ", ".join(str(tuple(shape)) for shape in self.shapes)
-        return f"{shapes} {str(self.dtype).removeprefix('torch.')}" if shapes else self.otherwise
+        return (
+            f"{shapes} {str(self.dtype).removeprefix('torch.')}"
+            if shapes
+            else self.otherwise
+        )
 
 
 class Post(NamedTuple):
     """What a rank that waits says."""
 
-    # WAITS; or LEFT: it raised, and comes no more; or ENDED: its world is over, as far as it is concerned; or RETURNED:
-    # what `launch` ran is over here
+    # WAITS; or LEFT: it raised, and comes no more; or ENDED: its world is over, as far
+    # as it is concerned; or RETURNED: what `launch` ran is over here
     state: str
     meeting: str  # the axis and the number of the call; of one that has returned, the number of what `launch` ran
     ranks: tuple[int, ...]  # for which it waits
@@ -68,27 +84,46 @@ class Post(NamedTuple):
     what: str = ""  # and in words: the shapes and the dtype,
     params: str = ""  # and the parameters
     parts: str = ""  # of an exchange of parts: its number, and for ranks nearby what is sent and expected, in bytes
-    met: str = ""  # of one that has ended or returned: how often it has sent along which ranks
+    met: str = (
+        ""  # of one that has ended or returned: how often it has sent along which ranks
+    )
     before: str = ""  # its last calls along these ranks: an empty one is over at once, whatever the others do
 
     def text(self) -> str:
-        return "\x1f".join([self.state, self.meeting, ",".join(map(str, self.ranks)), *self[3:]])
+        return "\x1f".join(
+            [self.state, self.meeting, ",".join(map(str, self.ranks)), *self[3:]]
+        )
 
     @staticmethod
     def of(text: str) -> Post:
         state, meeting, ranks, *rest = text.split("\x1f")
-        return Post(state, meeting, tuple(map(int, ranks.split(","))) if ranks else (), *rest)
+        return Post(
+            state, meeting, tuple(map(int, ranks.split(","))) if ranks else (), *rest
+        )
 
 
 def unlike(ours: Post, me: int, theirs: Post, other: int) -> str | None:
-    """What is wrong where this rank waits for a call, and another has made an unlike one in its place; else None."""
+    """What is wrong where this rank waits for a call, and another has made an unlike
+    one in its place; else None.
+    """
     theirs = _at(ours.meeting, theirs)
-    rows = [f"  {place_of(rank)}: {post.what} in {post.where}" for rank, post in ((me, ours), (other, theirs))]
+    rows = [
+        f"  {place_of(rank)}: {post.what} in {post.where}"
+        for rank, post in ((me, ours), (other, theirs))
+    ]
     if theirs.code and ours.code != theirs.code:
         if (ours.what, ours.where) == (theirs.what, theirs.where):
-            rows = [f"{row} with {post.params}" for row, post in zip(rows, (ours, theirs), strict=True)]
-        return "the ranks make unlike calls, so nothing was exchanged:\n" + "\n".join(rows)
-    if not theirs.parts or ours.parts.partition(" ")[0] != theirs.parts.partition(" ")[0]:
+            rows = [
+                f"{row} with {post.params}"
+                for row, post in zip(rows, (ours, theirs), strict=True)
+            ]
+        return "the ranks make unlike calls, so nothing was exchanged:\n" + "\n".join(
+            rows
+        )
+    if (
+        not theirs.parts
+        or ours.parts.partition(" ")[0] != theirs.parts.partition(" ")[0]
+    ):
         return None
     sent, expected = _parts(ours).get(other, (0, 0)), _parts(theirs).get(me, (0, 0))
     pairs = [(me, sent[0], other, expected[1]), (other, expected[0], me, sent[1])]
@@ -99,17 +134,30 @@ def unlike(ours: Post, me: int, theirs: Post, other: int) -> str | None:
     ]
     if not lines:
         return None
-    return "the ranks send what others do not expect, so nothing was exchanged:\n" + "\n".join([*lines, *rows])
+    return (
+        "the ranks send what others do not expect, so nothing was exchanged:\n"
+        + "\n".join([*lines, *rows])
+    )
 
 
 def _at(meeting: str, post: Post) -> Post:
-    """What a rank said at a meeting: now, or, where it waits in a later one, then; no code where that is unknown."""
+    """What a rank said at a meeting: now, or, where it waits in a later one, then; no
+    code where that is unknown.
+    """
     if post.meeting == meeting:
         return post
     for row in post.before.split("\x1e"):
         where, code, what, params = row.split("\x1d") if row else ("", "", "", "")
         if where == meeting:
-            return Post(post.state, meeting, post.ranks, f"a call before {post.where}", code, what, params)
+            return Post(
+                post.state,
+                meeting,
+                post.ranks,
+                f"a call before {post.where}",
+                code,
+                what,
+                params,
+            )
     return Post(post.state, meeting, post.ranks, post.where)
 
 
@@ -128,10 +176,14 @@ class Board:
         self.says_left = False  # what this rank has written last
         try:
             self.store: Any = store.clone()  # a connection of its own: a wait locks it
-        except RuntimeError:  # its server is gone, or it holds nothing (torch's fake one)
+        except (
+            RuntimeError
+        ):  # its server is gone, or it holds nothing (torch's fake one)
             self.store, self.reachable = store, False
         self._places: dict[int, tuple[str, int]] = {}
-        self.exchanges: Any = None  # what the ranks say on it under `debug`, of _debug/compare.py
+        self.exchanges: Any = (
+            None  # what the ranks say on it under `debug`, of _debug/compare.py
+        )
 
     def write(self, rank: int, post: Post) -> None:
         self.store.set(f"pmod/waits/{rank}", post.text())
@@ -198,14 +250,22 @@ class Board:
                     self._places[rank] = host, int(pid)
 
     def dead(self, ranks: Sequence[int]) -> dict[int, str]:
-        """Those, of the ranks that it has learned of, whose process was on this host and is no more."""
+        """Those, of the ranks that it has learned of, whose process was on this host
+        and is no more.
+        """
         return self._whose_process(ranks, lambda pid: not _is_alive(pid), "is dead")
 
     def stopped(self, ranks: Sequence[int]) -> dict[int, str]:
-        """Those, of the ranks that it has learned of, whose process on this host stands still until it is continued."""
-        return self._whose_process(ranks, lambda pid: process_state(pid) in ("T", "t"), "is stopped")
+        """Those, of the ranks that it has learned of, whose process on this host stands
+        still until it is continued.
+        """
+        return self._whose_process(
+            ranks, lambda pid: process_state(pid) in ("T", "t"), "is stopped"
+        )
 
-    def _whose_process(self, ranks: Sequence[int], does: Callable[[int], bool], what: str) -> dict[int, str]:
+    def _whose_process(
+        self, ranks: Sequence[int], does: Callable[[int], bool], what: str
+    ) -> dict[int, str]:
         found: dict[int, str] = {}
         for rank in ranks:
             host, pid = self._places.get(rank, ("", 0))
@@ -222,7 +282,9 @@ def _is_alive(pid: int) -> bool:
 
 
 def board() -> Board | None:
-    """That of the world; None in a simulation, and where the user's process group has no store."""
+    """That of the world; None in a simulation, and where the user's process group has
+    no store.
+    """
     ours = world.current()
     store = ours.store
     if store is None:
@@ -233,7 +295,9 @@ def board() -> Board | None:
 
 
 def come_back(rank: int) -> None:
-    """Take back that this rank comes no more: it raised in `debug`, before it sent anything, and now makes a call."""
+    """Take back that this rank comes no more: it raised in `debug`, before it sent
+    anything, and now makes a call.
+    """
     told: Board | None = world.now.here.board
     if told is not None and told.says_left:
         with contextlib.suppress(RuntimeError):  # the store is gone
@@ -248,15 +312,23 @@ def place_of(rank: int) -> str:
 
 
 def neighbours(axis: Axis) -> list[int]:
-    """The other ranks of an axis that are on this node: their processes can be looked at."""
+    """The other ranks of an axis that are on this node: their processes can be looked
+    at.
+    """
     node = ranks_of_node(axis.topology)
-    return [rank for rank in axis.ranks if rank in node and rank != axis.topology.rank][:MANY]
+    return [rank for rank in axis.ranks if rank in node and rank != axis.topology.rank][
+        :MANY
+    ]
 
 
-def roots(absent: Sequence[int], posts: dict[int, Post], dead: Collection[int]) -> dict[int, int | None]:
-    """Of the absent ranks, and those for which they wait in their turn, the ones that wait for nobody: who is to blame.
+def roots(
+    absent: Sequence[int], posts: dict[int, Post], dead: Collection[int]
+) -> dict[int, int | None]:
+    """Of the absent ranks, and those for which they wait in their turn, the ones that
+    wait for nobody: who is to blame.
 
-    With each, the rank that waits for it, None where that is this one. Empty where all wait in a circle.
+    With each, the rank that waits for it, None where that is this one. Empty where all
+    wait in a circle.
     """
     found: dict[int, int | None] = {}
     seen: set[int] = set()
@@ -274,12 +346,18 @@ def roots(absent: Sequence[int], posts: dict[int, Post], dead: Collection[int]) 
 
 
 def _awaited(rank: int, posts: dict[int, Post]) -> list[int]:
-    """The ranks for which a rank waits, or waited when it raised, and that have not come to it."""
+    """The ranks for which a rank waits, or waited when it raised, and that have not
+    come to it.
+    """
     post = posts.get(rank)
     if post is None:
         return []
     others = [other for other in post.ranks if other != rank]
-    return [other for other in others if other not in posts or posts[other].meeting != post.meeting]
+    return [
+        other
+        for other in others
+        if other not in posts or posts[other].meeting != post.meeting
+    ]
 
 
 _DOES = {
@@ -291,14 +369,27 @@ _DOES = {
 
 
 def not_here(
-    absent: Sequence[int], posts: dict[int, Post], dead: dict[int, str], timeout: float, broken: bool = False,
-    stopped: Mapping[int, str] = MappingProxyType({}), waiters: Mapping[int, int | None] = MappingProxyType({}),
-) -> str:  # fmt: skip
-    """What is wrong, for an error: these ranks did not come, and what is known of them. broken: a connection is."""
-    gone = [rank for rank in absent if rank in dead or (rank in posts and posts[rank].state != WAITS)]
+    absent: Sequence[int],
+    posts: dict[int, Post],
+    dead: dict[int, str],
+    timeout: float,
+    broken: bool = False,
+    stopped: Mapping[int, str] = MappingProxyType({}),
+    waiters: Mapping[int, int | None] = MappingProxyType({}),
+) -> str:
+    """What is wrong, for an error: these ranks did not come, and what is known of them.
+    broken: a connection is.
+    """
+    gone = [
+        rank
+        for rank in absent
+        if rank in dead or (rank in posts and posts[rank].state != WAITS)
+    ]
     still = [rank for rank in absent if rank in stopped]
     rows: list[str] = []
-    for rank in gone or still or absent:  # beside those that come no more, the others may just be late
+    for rank in (
+        gone or still or absent
+    ):  # beside those that come no more, the others may just be late
         row = place_of(rank)
         if rank in dead or rank in stopped:
             row += f", whose {dead.get(rank) or stopped[rank]}"
@@ -308,6 +399,8 @@ def not_here(
         if waiter is not None:
             row += f", for which {place_of(waiter)} waits in {posts[waiter].where}"
         rows.append(row)
-    given = "a connection failed" if broken else f"not all ranks came within {timeout:g} s"
+    given = (
+        "a connection failed" if broken else f"not all ranks came within {timeout:g} s"
+    )
     given = "some ranks come no more" if gone else given
     return f"{given}; absent: {'; '.join(rows) or 'none, so a connection is broken or slow'}"

@@ -61,7 +61,9 @@ class Simulation:
         self._batons[0].release()
 
     def stop_before(self, rank: int) -> None:
-        """Let the ranks that have a thread end, because this one and those after it have none."""
+        """Let the ranks that have a thread end, because this one and those after it
+        have none.
+        """
         given = f"this system starts {rank} threads, and there are {self.size} ranks"
         self.error = PmodError(phrase("simulate", given, "Simulate fewer ranks."))
         self._left.update(range(rank, self.size))
@@ -72,7 +74,9 @@ class Simulation:
         """Take part in the next exchange of this axis, without waiting for the others."""
         number = self._seen[rank, axis.group_key]
         self._seen[rank, axis.group_key] += 1
-        meeting = self._meetings.setdefault((axis.group_key, number), _Meeting(axis.ranks))
+        meeting = self._meetings.setdefault(
+            (axis.group_key, number), _Meeting(axis.ranks)
+        )
         if rank not in meeting.members or meeting.members[axis.index] != rank:
             raise AxisError(
                 phrase(
@@ -92,7 +96,9 @@ class Simulation:
         if meeting.complete:
             return
         self._waiting[rank] = (meeting, " at ".join(origin()))
-        drawn = torch.get_rng_state()  # torch's generator is the process's: each rank puts its own state back
+        drawn = (
+            torch.get_rng_state()
+        )  # torch's generator is the process's: each rank puts its own state back
         if not self._pass_on(rank):
             self._end(self._deadlock())
         self.take_turn(rank)
@@ -105,7 +111,9 @@ class Simulation:
         """This rank is done, or has failed."""
         if error is not None and self.error is None:
             self.error = error
-            error.add_note(f"on rank {rank} {coordinates(self.coords[rank])} of the simulation")
+            error.add_note(
+                f"on rank {rank} {coordinates(self.coords[rank])} of the simulation"
+            )
         self._left.add(rank)
         if len(self._left) == self.size:
             self.over.release()
@@ -132,17 +140,27 @@ class Simulation:
                 f"rank {other} {coordinates(self.coords[other])}{' (has left)' if other in self._left else ''}"
                 for other in meeting.missing()
             )
-            rows.append(f"  rank {rank} {coordinates(self.coords[rank])} waits for {absent} in {where}")
+            rows.append(
+                f"  rank {rank} {coordinates(self.coords[rank])} waits for {absent} in {where}"
+            )
         given = "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
         return MismatchError(
-            phrase("simulate", given, "All ranks of an axis must make the same calls in the same order.")
+            phrase(
+                "simulate",
+                given,
+                "All ranks of an axis must make the same calls in the same order.",
+            )
         )
 
 
 class MemoryWire(Wire):
-    """Tensors are handed over in memory, as copies: a rank may change its own afterwards."""
+    """Tensors are handed over in memory, as copies: a rank may change its own
+    afterwards.
+    """
 
-    def __init__(self, simulation: Simulation, rank: int, axis: Axis, said: Said) -> None:
+    def __init__(
+        self, simulation: Simulation, rank: int, axis: Axis, said: Said
+    ) -> None:
         super().__init__(axis.size, axis.index)
         self._simulation = simulation
         self._rank = rank
@@ -151,12 +169,22 @@ class MemoryWire(Wire):
 
     def _exchange(self, what: Any) -> Callable[[], list[Any]]:
         (function, site), said = origin(), self._said
-        post = Post(WAITS, "", (), f"{said.by(function)} at {site}", str(said.code), said.what, str(said.params))
+        post = Post(
+            WAITS,
+            "",
+            (),
+            f"{said.by(function)} at {site}",
+            str(said.code),
+            said.what,
+            str(said.params),
+        )
         meeting = self._simulation.bring(self._rank, self._axis, (post, what))
 
         def collect() -> list[Any]:
             self._simulation.wait(self._rank, meeting)
-            for rank in meeting.members:  # as a real wire does, which never lets unlike calls meet
+            for rank in (
+                meeting.members
+            ):  # as a real wire does, which never lets unlike calls meet
                 given = unlike(post, self._rank, meeting.brought[rank][0], rank)
                 if given is not None:
                     raise self._mismatch(given)
@@ -166,30 +194,52 @@ class MemoryWire(Wire):
 
     def _mismatch(self, given: str) -> MismatchError:
         function, axis = self._said.by(origin()[0]), self._axis
-        return MismatchError(phrase(function, given, ALIKE, axis=axis.label, coords=dict(axis.coords)))
+        return MismatchError(
+            phrase(function, given, ALIKE, axis=axis.label, coords=dict(axis.coords))
+        )
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
         count_parts(send, recv, self.index, x.element_size())
         collect = self._exchange([part.clone() for part in x.split(list(send))])
 
         def join() -> Tensor:
-            parts = [parts[self.index] if isinstance(parts, list) else None for parts in collect()]
+            parts = [
+                parts[self.index] if isinstance(parts, list) else None
+                for parts in collect()
+            ]
             return self._fit(parts, recv, x.dtype)
 
         return Sent((), join)
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
-        count_bytes((self.size - 1) * x.nbytes, (sum(counts) - x.numel()) * x.element_size(), self.size - 1)
+        count_bytes(
+            (self.size - 1) * x.nbytes,
+            (sum(counts) - x.numel()) * x.element_size(),
+            self.size - 1,
+        )
         collect = self._exchange(x.clone())
         return Sent(
-            (), lambda: self._fit([part if isinstance(part, Tensor) else None for part in collect()], counts, x.dtype)
+            (),
+            lambda: self._fit(
+                [part if isinstance(part, Tensor) else None for part in collect()],
+                counts,
+                x.dtype,
+            ),
         )
 
-    def _fit(self, parts: Sequence[Tensor | None], counts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Join what arrived, which must be what was expected: on a real wire this would hang or corrupt."""
+    def _fit(
+        self, parts: Sequence[Tensor | None], counts: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """Join what arrived, which must be what was expected: on a real wire this would
+        hang or corrupt.
+        """
         for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
             if part is None or part.numel() != count or part.dtype != dtype:
-                what = "another kind of message" if part is None else _amount(part.numel(), part.dtype, dtype)
+                what = (
+                    "another kind of message"
+                    if part is None
+                    else _amount(part.numel(), part.dtype, dtype)
+                )
                 raise MismatchError(
                     phrase(
                         "simulate",
@@ -212,7 +262,8 @@ class MemoryWire(Wire):
 
 
 class Threads(threading.local, World):
-    """The world of a simulation: each thread that is a rank has its own, and other threads have that of the process.
+    """The world of a simulation: each thread that is a rank has its own, and other
+    threads have that of the process.
 
     Python calls `__init__` anew in each thread that looks here.
     """
@@ -226,7 +277,13 @@ class Threads(threading.local, World):
     def settle(self, rank: int, watching: Sequence[Any]) -> Topology:
         """Make this thread a rank; its place."""
         size = self._simulation.size
-        self._topology = Topology(rank=rank, world_size=size, local_rank=rank, local_world_size=size, launcher=THREADS)
+        self._topology = Topology(
+            rank=rank,
+            world_size=size,
+            local_rank=rank,
+            local_world_size=size,
+            launcher=THREADS,
+        )
         self.watchers = list(watching)
         self.here = self
         return self._topology

@@ -1,4 +1,6 @@
-"""NCCL, or RCCL on ROCm, which torch calls the same: tensors on a GPU, for whose messages the host does not wait."""
+"""NCCL, or RCCL on ROCm, which torch calls the same: tensors on a GPU, for whose
+messages the host does not wait.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,22 @@ from pmod._ranks.backends import Backend
 from pmod._wire.process_group import GroupWire
 
 NCCL = Backend(
-    "nccl", "cuda", GroupWire, blocks=False, set_device=torch.cuda.set_device,
-    carries=frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8,
-                       torch.int32, torch.int64}),
+    "nccl",
+    "cuda",
+    GroupWire,
+    blocks=False,
+    set_device=torch.cuda.set_device,
+    carries=frozenset(
+        {
+            torch.float32,
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int8,
+            torch.uint8,
+            torch.int32,
+            torch.int64,
+        }
+    ),
     sums=frozenset({torch.float32, torch.float64, torch.int32, torch.int64}),
-)  # fmt: skip
+)

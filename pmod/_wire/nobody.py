@@ -1,4 +1,6 @@
-"""The wire of an estimate: the other ranks do not exist, and what they would send has the right shape."""
+"""The wire of an estimate: the other ranks do not exist, and what they would send has
+the right shape.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class _NoGroup:
 
 
 class Mirror(Wire):
-    """Sends as a backend's own wire does, to nobody; what would arrive is what this rank has."""
+    """Sends as a backend's own wire does, to nobody; what would arrive is what this
+    rank has.
+    """
 
     def __init__(self, axis: Axis, backend: Backend) -> None:
         super().__init__(axis.size, axis.index)
@@ -37,17 +41,25 @@ class Mirror(Wire):
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
         mine = x.split(list(send))[self.index]
-        return self._out.all_to_all(x, send, recv).then(lambda _: torch.cat([_fitted(mine, n) for n in recv]))
+        return self._out.all_to_all(x, send, recv).then(
+            lambda _: torch.cat([_fitted(mine, n) for n in recv])
+        )
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
-        return self._out.all_gather(x, counts).then(lambda _: torch.cat([_fitted(x, n) for n in counts]))
+        return self._out.all_gather(x, counts).then(
+            lambda _: torch.cat([_fitted(x, n) for n in counts])
+        )
 
-    def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
+    def reduce_scatter(
+        self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> Sent:
         mine = x.narrow(0, sum(counts[: self.index]), counts[self.index])
         total = (mine.to(dtype) * self.size).to(x.dtype)
         return self._out.reduce_scatter(x, counts, dtype).then(lambda _: total)
 
-    def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
+    def all_reduce(
+        self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
+    ) -> Sent:
         total = x.clone()
         if how == "sum":
             total = scaled(x.to(dtype) * self.size, divisor).to(x.dtype)
@@ -62,7 +74,13 @@ class Mirror(Wire):
             total = (x.to(dtype) * self.size).to(x.dtype)
         return self._out.reduce(x, root, dtype).then(lambda _: total)
 
-    def permute(self, x: Tensor, target: int | None, source: int | None, count: int | None = None) -> Sent:
+    def permute(
+        self,
+        x: Tensor,
+        target: int | None,
+        source: int | None,
+        count: int | None = None,
+    ) -> Sent:
         count = x.numel() if count is None else count
         arriving = x.new_zeros(count) if source is None else _fitted(x, count).clone()
         return self._out.permute(x, target, source, count).then(lambda _: arriving)
@@ -89,11 +107,20 @@ class Nobody(World):
         return self._topology
 
     def wire(self, axis: Axis, said: Said, device: torch.device) -> Wire:
-        # tensors of an estimate may be on the CPU or on "meta", in place of a GPU that need not exist
-        kinds = [kind for kind in (axis.topology.device.type, device.type) if kind not in ("cpu", "meta")]
+        # tensors of an estimate may be on the CPU or on "meta", in place of a GPU that
+        # need not exist
+        kinds = [
+            kind
+            for kind in (axis.topology.device.type, device.type)
+            if kind not in ("cpu", "meta")
+        ]
         return Mirror(axis, backend_for(kinds[0] if kinds else "cpu", "estimate"))
 
 
 def _fitted(part: Tensor, count: int) -> Tensor:
     """As many elements as are expected: the first ones, and zeros."""
-    return part[:count] if len(part) >= count else torch.cat([part, part.new_zeros(count - len(part))])
+    return (
+        part[:count]
+        if len(part) >= count
+        else torch.cat([part, part.new_zeros(count - len(part))])
+    )

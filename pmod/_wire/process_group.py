@@ -1,4 +1,6 @@
-"""A wire over a torch process group, by the collectives that its backend has: `nccl.py` is one, `gloo.py` another."""
+"""A wire over a torch process group, by the collectives that its backend has: `nccl.py`
+is one, `gloo.py` another.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,22 @@ class _Patient:
 
 
 class GroupWire(Wire):
-    """The collectives of a torch process group, where one device type goes by one backend."""
+    """The collectives of a torch process group, where one device type goes by one
+    backend.
+    """
 
     def __init__(
-        self, size: int, index: int, group: ProcessGroup | Any, backend: Backend, wait: Wait | None = None
+        self,
+        size: int,
+        index: int,
+        group: ProcessGroup | Any,
+        backend: Backend,
+        wait: Wait | None = None,
     ) -> None:
         super().__init__(size, index)
-        self.group: Any = Metered(group, size, index) if meters() else group  # its C++ methods have no stubs
+        self.group: Any = (
+            Metered(group, size, index) if meters() else group
+        )  # its C++ methods have no stubs
         self._backend = backend
         self._wait = wait
 
@@ -61,19 +72,29 @@ class GroupWire(Wire):
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
         if x.dtype not in self._backend.carries:
             scale, dtype = x.element_size(), x.dtype
-            return self.all_gather(bytes_of(x), [scale * n for n in counts]).then(lambda y: y.view(dtype))
+            return self.all_gather(bytes_of(x), [scale * n for n in counts]).then(
+                lambda y: y.view(dtype)
+            )
         out = x.new_empty(sum(counts))
         if len(set(counts)) == 1:
             return self._on_its_way(all_gather_flat(self.group, out, x), lambda: out)
-        return self._on_its_way(self.group.allgather([list(out.split(list(counts)))], [x]), lambda: out)
+        return self._on_its_way(
+            self.group.allgather([list(out.split(list(counts)))], [x]), lambda: out
+        )
 
-    def reduce_scatter(self, x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Sent:
+    def reduce_scatter(
+        self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
+    ) -> Sent:
         if dtype == x.dtype and dtype in self._backend.sums and len(set(counts)) == 1:
             out = x.new_empty(counts[0])
-            return self._on_its_way(reduce_scatter_flat(self.group, out, x), lambda: out)
+            return self._on_its_way(
+                reduce_scatter_flat(self.group, out, x), lambda: out
+            )
         return super().reduce_scatter(x, counts, dtype)
 
-    def all_reduce(self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int) -> Sent:
+    def all_reduce(
+        self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
+    ) -> Sent:
         nbytes = x.numel() * x.element_size()
         # the backend's own, but for large 16-bit sums, whose parts stay 16-bit
         native = how == "sum" and dtype in self._backend.sums
@@ -88,7 +109,9 @@ class GroupWire(Wire):
         options = torch.distributed.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
-        work = self.group.broadcast([out if x.dtype in self._backend.carries else bytes_of(out)], options)
+        work = self.group.broadcast(
+            [out if x.dtype in self._backend.carries else bytes_of(out)], options
+        )
         return self._on_its_way(work, lambda: out)
 
     def barrier(self) -> None:

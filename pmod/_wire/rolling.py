@@ -1,10 +1,11 @@
 """Unlike calls where messages have no tags: found after the fact.
 
-On gloo messages of unlike calls never meet (`_wire/waiting.py`). NCCL has no tags: there unlike calls exchange what
-nobody meant, or hang on the device, and the host goes on. So each rank mixes what it says of its calls into one number
-per axis, which depends on all calls before, and a thread compares that number with the next rank's through the store of
-the world. If the calls of any two ranks differ, so do those of two neighbours. Who finds it tells all, and their next
-call raises.
+On gloo messages of unlike calls never meet (`_wire/waiting.py`). NCCL has no tags:
+there unlike calls exchange what nobody meant, or hang on the device, and the host goes
+on. So each rank mixes what it says of its calls into one number per axis, which depends
+on all calls before, and a thread compares that number with the next rank's through the
+store of the world. If the calls of any two ranks differ, so do those of two neighbours.
+Who finds it tells all, and their next call raises.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _PRIME, _BITS = 1000003, 0xFFFFFFFFFFFF
 
 
 class Told(NamedTuple):
-    """What a rank tells of one call: its number along the axis, that of all calls until it, and its words."""
+    """What a rank tells of one call: its number along the axis, that of all calls until
+    it, and its words.
+    """
 
     number: int
     code: int
@@ -54,9 +57,14 @@ class Calls:
             self._marks.append(call)
 
     def told(self) -> list[Told]:
-        """In the order of their numbers. Called in another thread, so the deques are copied first."""
+        """In the order of their numbers. Called in another thread, so the deques are
+        copied first.
+        """
         calls = {call[0]: call for call in [*self._marks.copy(), *self._last.copy()]}
-        return [Told(number, code, f"{said.what} in {said.row}") for number, code, said in sorted(calls.values())]
+        return [
+            Told(number, code, f"{said.what} in {said.row}")
+            for number, code, said in sorted(calls.values())
+        ]
 
 
 def as_text(told: list[Told]) -> str:
@@ -69,7 +77,9 @@ def of_text(text: str) -> list[Told]:
 
 
 def first_unlike(ours: list[Told], theirs: list[Told]) -> tuple[int, Told, Told] | None:
-    """The first call that both tell and that is unlike, after the last one, by number, that is alike; else None."""
+    """The first call that both tell and that is unlike, after the last one, by number,
+    that is alike; else None.
+    """
     there = {told.number: told for told in theirs}
     alike = 0
     for mine in ours:
@@ -83,24 +93,33 @@ def first_unlike(ours: list[Told], theirs: list[Told]) -> tuple[int, Told, Told]
 
 
 class Witness:
-    """What this process has called in the world that it has connected, and the thread that compares it."""
+    """What this process has called in the world that it has connected, and the thread
+    that compares it.
+    """
 
     def __init__(self) -> None:
         self._calls: dict[str, Calls] = {}
         self._found: dict[str, str] = {}
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, name="pmod compares calls", daemon=True)
+        self._thread = threading.Thread(
+            target=self._look_on, name="pmod compares calls", daemon=True
+        )
 
     @property
     def _pause(self) -> float:
-        size = max((calls.axis.topology.world_size for calls in list(self._calls.values())), default=1)
+        size = max(
+            (calls.axis.topology.world_size for calls in list(self._calls.values())),
+            default=1,
+        )
         return LOOK * max(1.0, size / CROWD)
 
     def start(self) -> None:
         told = board()
         if told is None or not told.reachable:
             return
-        self._board = Board(told.of)  # a connection of its own: the other one is asked by those that wait
+        self._board = Board(
+            told.of
+        )  # a connection of its own: the other one is asked by those that wait
         self._thread.start()
         # in the store's C++ a daemon thread would abort the process at its end
         atexit.register(self.stop)
@@ -119,14 +138,24 @@ class Witness:
         self._calls[key].add(number, said)
 
     def check(self, axis: Axis, said: Said) -> None:
-        """Raise MismatchError where an earlier call along this axis was unlike another rank's."""
+        """Raise MismatchError where an earlier call along this axis was unlike another
+        rank's.
+        """
         key = axis.group_key
         if key in self._found:
             world.leave_behind(axis.group)
             function, _ = call_site()
             given = self._found[key]
             right = f"{ALIKE} Run under pmod.debug(): it raises before they are made, with the lines."
-            raise MismatchError(phrase(said.by(function), given, right, axis=axis.label, coords=dict(axis.coords)))
+            raise MismatchError(
+                phrase(
+                    said.by(function),
+                    given,
+                    right,
+                    axis=axis.label,
+                    coords=dict(axis.coords),
+                )
+            )
 
     def _look_on(self) -> None:
         while not self._over.wait(self._pause):
@@ -134,16 +163,23 @@ class Witness:
                 if key not in self._found:
                     try:
                         given = self._compare(key, calls)
-                    except RuntimeError:  # the store is gone, and nobody is left to compare with
+                    except (
+                        RuntimeError
+                    ):  # the store is gone, and nobody is left to compare with
                         return
                     if given:
                         self._found[key] = given
                         world.log.error(
-                            "pmod along %r %s: %s", calls.axis.label, coordinates(dict(calls.axis.coords)), given
+                            "pmod along %r %s: %s",
+                            calls.axis.label,
+                            coordinates(dict(calls.axis.coords)),
+                            given,
                         )
 
     def _compare(self, key: str, calls: Calls) -> str:
-        """What is wrong with the calls along this axis, by what all found or by what the next rank tells; else ''."""
+        """What is wrong with the calls along this axis, by what all found or by what
+        the next rank tells; else ''.
+        """
         axis, told = calls.axis, calls.told()
         ranks = list(axis.ranks)
         me, other = ranks[axis.index], ranks[(axis.index + 1) % axis.size]
@@ -153,7 +189,9 @@ class Witness:
             return self._board.was_found(key)
         alike, mine, theirs = found
         which = (
-            f"call {mine.number}" if alike == mine.number - 1 else f"one of their calls {alike + 1} to {mine.number}"
+            f"call {mine.number}"
+            if alike == mine.number - 1
+            else f"one of their calls {alike + 1} to {mine.number}"
         )
         given = (
             f"the ranks made unlike calls, {which} along this axis, and what they exchanged since then is void:\n"
@@ -164,7 +202,9 @@ class Witness:
 
 
 def note(axis: Axis, number: int, said: Said) -> None:
-    """Note a call along an axis whose messages have no tags. Raises MismatchError where an earlier one was unlike."""
+    """Note a call along an axis whose messages have no tags. Raises MismatchError where
+    an earlier one was unlike.
+    """
     witness: Witness = world.witness(Witness)
     witness.note(axis, number, said)
     witness.check(axis, said)

@@ -21,10 +21,18 @@ class Traffic:
     messages: int = 0  # that follow one another: a sum or a broadcast is as many as a tree has steps
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent + other.sent, self.received + other.received, self.messages + other.messages)
+        return Traffic(
+            self.sent + other.sent,
+            self.received + other.received,
+            self.messages + other.messages,
+        )
 
     def __sub__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent - other.sent, self.received - other.received, self.messages - other.messages)
+        return Traffic(
+            self.sent - other.sent,
+            self.received - other.received,
+            self.messages - other.messages,
+        )
 
 
 class Meter:
@@ -45,24 +53,36 @@ def count_bytes(sent: int, received: int, messages: int) -> None:
         meter.total += Traffic(sent, received, messages)
 
 
-def count_parts(send: Sequence[int], recv: Sequence[int], index: int, itemsize: int) -> None:
+def count_parts(
+    send: Sequence[int], recv: Sequence[int], index: int, itemsize: int
+) -> None:
     """Note an exchange of parts: what a rank keeps for itself does not travel."""
-    messages = sum((n > 0 or m > 0) and rank != index for rank, (n, m) in enumerate(zip(send, recv, strict=True)))
-    count_bytes((sum(send) - send[index]) * itemsize, (sum(recv) - recv[index]) * itemsize, messages)
+    messages = sum(
+        (n > 0 or m > 0) and rank != index
+        for rank, (n, m) in enumerate(zip(send, recv, strict=True))
+    )
+    count_bytes(
+        (sum(send) - send[index]) * itemsize,
+        (sum(recv) - recv[index]) * itemsize,
+        messages,
+    )
 
 
 class Metered:
     """A process group whose bytes are counted, call by call.
 
-    Exact for what goes from one rank to another; where a backend chooses the way by itself, the sum of a small tensor
-    on gloo and every sum on NCCL, it is what a ring sends.
+    Exact for what goes from one rank to another; where a backend chooses the way by
+    itself, the sum of a small tensor on gloo and every sum on NCCL, it is what a ring
+    sends.
     """
 
     def __init__(self, group: Any, size: int, index: int) -> None:
         self._group, self._size, self._index = group, size, index
         self._steps = (size - 1).bit_length()  # of a tree
 
-    def alltoall_base(self, out: Tensor, x: Tensor, recv: Sequence[int], send: Sequence[int]) -> Any:
+    def alltoall_base(
+        self, out: Tensor, x: Tensor, recv: Sequence[int], send: Sequence[int]
+    ) -> Any:
         count_parts(send, recv, self._index, x.element_size())
         return self._group.alltoall_base(out, x, recv, send)
 
@@ -87,11 +107,15 @@ class Metered:
 
     def broadcast(self, xs: list[Tensor], options: Any) -> Any:
         root = self._index == options.rootRank
-        count_bytes(xs[0].nbytes if root else 0, 0 if root else xs[0].nbytes, self._steps)
+        count_bytes(
+            xs[0].nbytes if root else 0, 0 if root else xs[0].nbytes, self._steps
+        )
         return self._group.broadcast(xs, options)
 
     def send(self, xs: list[Tensor], to: int, tag: int) -> Any:
-        return self._group.send(xs, to, tag)  # counted by who calls: it is called in a thread
+        return self._group.send(
+            xs, to, tag
+        )  # counted by who calls: it is called in a thread
 
     def recv(self, xs: list[Tensor], of: int, tag: int) -> Any:
         return self._group.recv(xs, of, tag)

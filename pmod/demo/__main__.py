@@ -1,4 +1,6 @@
-"""`python -m pmod.demo`: parse, train on the ranks, train in one process, compare, draw; the other jobs have a word."""
+"""`python -m pmod.demo`: parse, train on the ranks, train in one process, compare,
+draw; the other jobs have a word.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ JOBS = {"graph": graph.main, "wind": wind.main, "pinn": pinn.main}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where it cannot be run as asked."""
+    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
+    it cannot be run as asked.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and not given[0].startswith("-"):
         return _other(given[0], given[1:])
@@ -48,7 +52,10 @@ def _other(job: str, arguments: Sequence[str]) -> int:
     """Run the job of that name."""
     if job in JOBS:
         return JOBS[job](arguments)
-    given, right = f"no job {job!r}{near_miss(job, JOBS)}", f"Pass {', '.join(JOBS)}, or none for Darcy flow."
+    given, right = (
+        f"no job {job!r}{near_miss(job, JOBS)}",
+        f"Pass {', '.join(JOBS)}, or none for Darcy flow.",
+    )
     print(phrase("demo", given, right), file=sys.stderr)
     return 2
 
@@ -59,7 +66,9 @@ def _published(options: Options) -> tuple[Fields, Fields] | None:
     return read(options.data)[: options.train], read(options.test_data)[: options.test]
 
 
-def _shapes(options: Options, published: tuple[Fields, Fields] | None) -> tuple[Sequence[int], Sequence[int]]:
+def _shapes(
+    options: Options, published: tuple[Fields, Fields] | None
+) -> tuple[Sequence[int], Sequence[int]]:
     """(number, height, width) of the problems to train and to test on."""
     if published is not None:
         return published[0].x.shape, published[1].x.shape
@@ -71,7 +80,9 @@ def conclude(outcome: parallel.Outcome, options: Options) -> int:
     """Train in this process alone, compare, draw; the exit status."""
     other, checks = None, []
     if options.serial:
-        say(f"\nthe same in one process, with as many threads as a rank ({outcome.threads})\n{heading()}")
+        say(
+            f"\nthe same in one process, with as many threads as a rank ({outcome.threads})\n{heading()}"
+        )
         with ranks.threads(outcome.threads):
             other = serial.train(options, outcome.train, outcome.test, outcome.weights)
         checks = compare(outcome.run, other, options)

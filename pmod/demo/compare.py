@@ -27,7 +27,9 @@ class Check:
         return self.value <= self.bound  # so that NaN does not
 
     def __str__(self) -> str:
-        verdict = paint("ok", "green") if self.holds else paint("ABOVE THE BOUND", "red")
+        verdict = (
+            paint("ok", "green") if self.holds else paint("ABOVE THE BOUND", "red")
+        )
         return f"{self.what:<34} {self.text}  {verdict}"
 
 
@@ -52,10 +54,22 @@ def compare(parallel: Run, serial: Run, options: Options) -> list[Check]:
     steps = min(steps, len(parallel.losses))
     apart = (parallel.losses - serial.losses).abs()
     curve, error = apart[:steps].max().item(), abs(parallel.error - serial.error)
-    whole = "" if steps == len(apart) else f"; {apart.max().item():.1e} over all {len(apart)}"
+    whole = (
+        ""
+        if steps == len(apart)
+        else f"; {apart.max().item():.1e} over all {len(apart)}"
+    )
     return [
-        Check("largest difference of the losses", curve, bound,
-              f"{curve:.1e} over the first {steps} steps (bound {bound:.0e}){whole}"),
-        Check("difference of the test errors", error, ERROR_BOUND,
-              f"{100 * error:.2g} points (bound {100 * ERROR_BOUND:g})"),
-    ]  # fmt: skip
+        Check(
+            "largest difference of the losses",
+            curve,
+            bound,
+            f"{curve:.1e} over the first {steps} steps (bound {bound:.0e}){whole}",
+        ),
+        Check(
+            "difference of the test errors",
+            error,
+            ERROR_BOUND,
+            f"{100 * error:.2g} points (bound {100 * ERROR_BOUND:g})",
+        ),
+    ]

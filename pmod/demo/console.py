@@ -1,4 +1,6 @@
-"""What the terminal shows: colours and progress bars, on a terminal only, and what to install where they lack."""
+"""What the terminal shows: colours and progress bars, on a terminal only, and what to
+install where they lack.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,30 @@ _COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32}
 
 
 def check_extra(*names: str, extra: str = "demo") -> None:
-    """Raise PmodError, which names the command that installs them, where packages of the extra are missing."""
+    """Raise PmodError, which names the command that installs them, where packages of
+    the extra are missing.
+    """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         right = f'Install the demo\'s extra: pip install "pmod[{extra}]"'
-        raise PmodError(phrase("demo", f"{' and '.join(missing)} cannot be imported", right))
+        raise PmodError(
+            phrase("demo", f"{' and '.join(missing)} cannot be imported", right)
+        )
 
 
 def progress(*, total: int, what: str, unit: str, quiet: bool) -> Bar:
     """A progress bar on stderr, where that is a terminal; `quiet` on all ranks but one."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=True if quiet else None)
+    return tqdm(
+        total=total, desc=what, unit=unit, leave=False, disable=True if quiet else None
+    )
 
 
 def paint(text: str, colour: str) -> str:
     """The text in a colour, where the output is a terminal and NO_COLOR is not set."""
-    # both, because mpirun makes stdout look like a terminal wherever its own output goes
+    # both, because mpirun makes stdout look like a terminal wherever its own output
+    # goes
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     if not terminal or os.environ.get("NO_COLOR"):
         return text

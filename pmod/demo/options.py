@@ -36,7 +36,8 @@ line cannot be followed.
 
 @attrs.frozen
 class Options:
-    """What to train, on what, over which mesh; None stands for what is worked out later.
+    """What to train, on what, over which mesh; None stands for what is worked out
+    later.
 
     An epoch sees each problem and its mirror image.
     """
@@ -70,13 +71,19 @@ class Options:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where it is wrong."""
+    """The options that the command line gives; leaves with status 2 and a message where
+    it is wrong.
+    """
     parser = _parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
     if ("data" in given) != ("test_data" in given):
-        parser.error("--data and --test-data go together: one file to train on, one to test on")
+        parser.error(
+            "--data and --test-data go together: one file to train on, one to test on"
+        )
     if "data" in given and "size" in given:
-        parser.error("--size is for problems that the demo makes itself; the grid of --data is what it is")
+        parser.error(
+            "--size is for problems that the demo makes itself; the grid of --data is what it is"
+        )
     if "every" in given and "checkpoint" not in given:
         parser.error("--every goes with --checkpoint: nothing is kept without a folder")
     options = Options(**given)
@@ -87,7 +94,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 def check_folder(output: Path, parser: argparse.ArgumentParser) -> None:
     """Leave with a message where the picture cannot be written."""
     if not output.absolute().parent.is_dir():
-        parser.error(f"--output {output}: there is no folder {output.absolute().parent}")
+        parser.error(
+            f"--output {output}: there is no folder {output.absolute().parent}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,32 +109,72 @@ def _parser() -> argparse.ArgumentParser:
         "  graph  a message-passing network on an unstructured triangle mesh\n"
         "  wind   vorticity and divergence of winds around the globe, by halos\n"
         "  pinn   Burgers' equation by a network that knows it, data- and tensor-parallel",
-        _EXAMPLES, AXES, usual.output,
-    )  # fmt: skip
+        _EXAMPLES,
+        AXES,
+        usual.output,
+    )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, metavar="FILE", help="train on a file in the format of darcy_train_16.pt")
-    data.add_argument("--test-data", type=Path, metavar="FILE", help="test on such a file")
-    number(data, "--size", f"cells along a side of the problems that are made ({usual.size})", least=2)
-    number(data, "--train", f"problems to train on ({_MADE['train']}, or all of --data)")
-    number(data, "--test", f"problems to test on ({_MADE['test']}, or all of --test-data)")
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="train on a file in the format of darcy_train_16.pt",
+    )
+    data.add_argument(
+        "--test-data", type=Path, metavar="FILE", help="test on such a file"
+    )
+    number(
+        data,
+        "--size",
+        f"cells along a side of the problems that are made ({usual.size})",
+        least=2,
+    )
+    number(
+        data, "--train", f"problems to train on ({_MADE['train']}, or all of --data)"
+    )
+    number(
+        data, "--test", f"problems to test on ({_MADE['test']}, or all of --test-data)"
+    )
     model = parser.add_argument_group("model and training")
     number(model, "--channels", f"channels of each field ({usual.channels})")
-    number(model, "--modes", f"Fourier modes kept, of each sign, in each dimension ({usual.modes})")
+    number(
+        model,
+        "--modes",
+        f"Fourier modes kept, of each sign, in each dimension ({usual.modes})",
+    )
     number(model, "--layers", f"Fourier layers ({usual.layers})")
     number(model, "--batch", f"problems in a step, over all ranks ({usual.batch})")
     length = model.add_mutually_exclusive_group()
-    number(length, "--epochs", f"times to see all problems and their mirror images ({usual.epochs})")
+    number(
+        length,
+        "--epochs",
+        f"times to see all problems and their mirror images ({usual.epochs})",
+    )
     number(length, "--steps", "steps to take, instead")
-    number(model, "--seed", f"of the problems, the weights and the batches ({usual.seed})", least=0)
-    model.add_argument("--float64", action="store_true", help="compute in float64; the curves then agree to rounding")
+    number(
+        model,
+        "--seed",
+        f"of the problems, the weights and the batches ({usual.seed})",
+        least=0,
+    )
     model.add_argument(
-        "--no-serial", dest="serial", action="store_false", help="do not train in one process to compare"
+        "--float64",
+        action="store_true",
+        help="compute in float64; the curves then agree to rounding",
+    )
+    model.add_argument(
+        "--no-serial",
+        dest="serial",
+        action="store_false",
+        help="do not train in one process to compare",
     )
     kept = parser.add_argument_group("checkpoints")
     kept.add_argument(
-        "--checkpoint", type=Path, metavar="FOLDER",
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
         help="go on from the last checkpoint there, if any, and keep new ones; all ranks must see the folder",
-    )  # fmt: skip
+    )
     number(kept, "--every", f"steps from one to the next ({usual.every})")
     return parser
 
@@ -136,7 +185,9 @@ _MADE = {"train": 1000, "test": 100}
 def parser_of_job(
     command: str, what: str, examples: str, axes: tuple[str, str], output: Path
 ) -> argparse.ArgumentParser:
-    """The parser of a job's command, with the options that say where: the mesh of ranks, and the picture."""
+    """The parser of a job's command, with the options that say where: the mesh of
+    ranks, and the picture.
+    """
     parser = argparse.ArgumentParser(
         prog=command,
         description=what,
@@ -148,9 +199,14 @@ def parser_of_job(
     sizes = ",".join(f"{name}={name[0].upper()}" for name in axes)
     where = parser.add_argument_group("where")
     where.add_argument(
-        "--mesh", type=axis_sizes(axes), metavar=sizes, help=f"the axes; by default all ranks on {axes[1]}"
+        "--mesh",
+        type=axis_sizes(axes),
+        metavar=sizes,
+        help=f"the axes; by default all ranks on {axes[1]}",
     )
-    where.add_argument("--output", type=Path, metavar="FILE", help=f"the picture to write ({output})")
+    where.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"the picture to write ({output})"
+    )
     return parser
 
 
@@ -158,7 +214,9 @@ def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
     """An option that is a whole number."""
 
     def parse_number(text: str) -> int:
-        value = int(text)  # its ValueError is reported by argparse, under the name of this function
+        value = int(
+            text
+        )  # its ValueError is reported by argparse, under the name of this function
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
         return value
@@ -168,7 +226,9 @@ def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
 
 
 def axis_sizes(axes: tuple[str, str]) -> Callable[[str], dict[str, int]]:
-    """What parses ``data=2,space=2`` as sizes of both axes: one not named has size 1, and one may be -1, the rest."""
+    """What parses ``data=2,space=2`` as sizes of both axes: one not named has size 1,
+    and one may be -1, the rest.
+    """
     example = ",".join(f"{name}=2" for name in axes)
 
     def parse_sizes(text: str) -> dict[str, int]:
@@ -176,14 +236,20 @@ def axis_sizes(axes: tuple[str, str]) -> Callable[[str], dict[str, int]]:
         for part in text.split(","):
             name, _, size = part.partition("=")
             if name not in axes:
-                raise argparse.ArgumentTypeError(f"no axis {name!r}{near_miss(name, axes)}: write {example}")
+                raise argparse.ArgumentTypeError(
+                    f"no axis {name!r}{near_miss(name, axes)}: write {example}"
+                )
             if name in sizes:
                 raise argparse.ArgumentTypeError(f"axis {name!r} is given twice")
             if size != "-1" and not (size.isdecimal() and int(size)):
-                raise argparse.ArgumentTypeError(f"{name}={size} is no size: write a whole number of 1 or more")
+                raise argparse.ArgumentTypeError(
+                    f"{name}={size} is no size: write a whole number of 1 or more"
+                )
             sizes[name] = int(size)
         if list(sizes.values()) == [-1, -1]:
-            raise argparse.ArgumentTypeError("two sizes are -1: leave one to be worked out")
+            raise argparse.ArgumentTypeError(
+                "two sizes are -1: leave one to be worked out"
+            )
         return {name: sizes.get(name, 1) for name in axes}
 
     return parse_sizes
@@ -199,43 +265,75 @@ def counts(options: Options) -> tuple[int, int]:
     return options.train or _MADE["train"], options.test or _MADE["test"]
 
 
-def made_with(options: Options, train: Sequence[int], test: Sequence[int]) -> dict[str, Any]:
-    """What two runs on problems of these shapes (N, height, width) share if one can go on where the other ended."""
+def made_with(
+    options: Options, train: Sequence[int], test: Sequence[int]
+) -> dict[str, Any]:
+    """What two runs on problems of these shapes (N, height, width) share if one can go
+    on where the other ended.
+    """
     names = ("channels", "modes", "layers", "batch", "float64", "seed")
     data = "made" if options.data is None else options.data.name
     steps = options.steps_on(2 * train[0])
     shared = {name: getattr(options, name) for name in names}
-    return {"data": data, "train": list(train), "test": list(test), "steps": steps, **shared}
+    return {
+        "data": data,
+        "train": list(train),
+        "test": list(test),
+        "steps": steps,
+        **shared,
+    }
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on space."""
+    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on
+    space.
+    """
     return on_this_machine(options.mesh or {"data": 1, "space": usual_ranks()})
 
 
 def usual_ranks() -> int:
     """A rank per core or GPU, at most 4."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
     return min(torch.cuda.device_count() or cores, 4)
 
 
 def on_this_machine(sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes, with a -1 worked out so that there are as many ranks as usual."""
     known = max(sizes.values())
-    return {name: max(usual_ranks() // known, 1) if size == -1 else size for name, size in sizes.items()}
+    return {
+        name: max(usual_ranks() // known, 1) if size == -1 else size
+        for name, size in sizes.items()
+    }
 
 
-def check_fit(options: Options, train: Sequence[int], test: Sequence[int], axis_sizes: Mapping[str, int]) -> None:
-    """Raise PmodError where problems of these shapes (N, height, width), the model and the mesh do not fit."""
+def check_fit(
+    options: Options,
+    train: Sequence[int],
+    test: Sequence[int],
+    axis_sizes: Mapping[str, int],
+) -> None:
+    """Raise PmodError where problems of these shapes (N, height, width), the model and
+    the mesh do not fit.
+    """
     side = min(*train[1:], *test[1:])
     batch, modes = options.batch, options.modes
     rules = [
-        (2 * modes <= side, f"{modes} modes of each sign need {2 * modes} cells along a side, and there are {side}",
-         f"Pass --modes {max(side // 2, 1)} or less."),
-        (batch <= 2 * train[0], f"a batch of {batch} is more than {train[0]} problems and their mirror images",
-         f"Pass --batch {2 * train[0]} or less."),
+        (
+            2 * modes <= side,
+            f"{modes} modes of each sign need {2 * modes} cells along a side, and there are {side}",
+            f"Pass --modes {max(side // 2, 1)} or less.",
+        ),
+        (
+            batch <= 2 * train[0],
+            f"a batch of {batch} is more than {train[0]} problems and their mirror images",
+            f"Pass --batch {2 * train[0]} or less.",
+        ),
         rule_of_batches(batch, axis_sizes["data"]),
-    ]  # fmt: skip
+    ]
     check_rules(rules)
 
 
@@ -246,7 +344,9 @@ def rule_of_batches(batch: int, data: int) -> tuple[bool, str, str]:
 
 
 def check_rules(rules: Sequence[tuple[bool, str, str]]) -> None:
-    """Raise PmodError for the first that does not hold: what was given, and what would be right."""
+    """Raise PmodError for the first that does not hold: what was given, and what would
+    be right.
+    """
     for holds, given, right in rules:
         if not holds:
             raise PmodError(phrase("demo", given, right))

@@ -1,4 +1,6 @@
-"""What each rank of the demo does: make the problems, train its part, and hand the results to rank 0."""
+"""What each rank of the demo does: make the problems, train its part, and hand the
+results to rank 0.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ from pmod.demo.training import Run, Scale, fit, heading
 
 @attrs.frozen(eq=False)
 class Outcome:
-    """What the comparison needs: the problems, the weights that training began with, how it went, and over what mesh.
+    """What the comparison needs: the problems, the weights that training began with,
+    how it went, and over what mesh.
 
-    rows: how many rows of a test problem each rank along "space" holds. threads: how many a rank computes with.
+    rows: how many rows of a test problem each rank along "space" holds. threads: how
+    many a rank computes with.
     """
 
     train: Fields
@@ -35,24 +39,38 @@ class Outcome:
 
 
 def make_problems(options: Options, *, quiet: bool) -> tuple[Fields, Fields]:
-    """Draw random media, and solve them on all ranks together; the problems to train and to test on."""
+    """Draw random media, and solve them on all ranks together; the problems to train
+    and to test on.
+    """
     train, test = counts(options)
     generator = torch.Generator().manual_seed(options.seed)
     media = random_fields(train + test, options.size, generator) > 0
-    media = pmod.pick(media, ("data", "space"))  # the same on unlike machines, whose rounding may differ
+    media = pmod.pick(
+        media, ("data", "space")
+    )  # the same on unlike machines, whose rounding may differ
     pressure = solve_together(media.to(pmod.current_mesh().device), quiet=quiet).cpu()
     problems = Fields(media, pressure)
     return problems[:train], problems[train:]
 
 
-def checkpoints(options: Options, train: Sequence[int], test: Sequence[int]) -> Checkpoints | None:
-    """Where a run on problems of these shapes is kept; None where the options do not say."""
+def checkpoints(
+    options: Options, train: Sequence[int], test: Sequence[int]
+) -> Checkpoints | None:
+    """Where a run on problems of these shapes is kept; None where the options do not
+    say.
+    """
     folder = options.checkpoint
-    return None if folder is None else Checkpoints(folder, options.every, made_with(options, train, test))
+    return (
+        None
+        if folder is None
+        else Checkpoints(folder, options.every, made_with(options, train, test))
+    )
 
 
 def train(options: Options, published: tuple[Fields, Fields] | None) -> Outcome | None:
-    """Train over the current mesh ("data", "space"); the outcome on rank 0, None elsewhere."""
+    """Train over the current mesh ("data", "space"); the outcome on rank 0, None
+    elsewhere.
+    """
     mesh = pmod.current_mesh()
     quiet = mesh.topology.rank != 0
     problems, tests = published or make_problems(options, quiet=quiet)
@@ -62,22 +80,49 @@ def train(options: Options, published: tuple[Fields, Fields] | None) -> Outcome 
     torch.manual_seed(options.seed)  # so all ranks draw the same weights
     model = FNO(options.channels, options.modes, options.layers).to(options.dtype)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    kept = checkpoints(options, (len(problems) // 2, *problems.x.shape[1:]), tests.x.shape)
-    run = _run(model.to(mesh.device), problems.to(mesh.device), tests.to(mesh.device), options, kept, quiet=quiet)
+    kept = checkpoints(
+        options, (len(problems) // 2, *problems.x.shape[1:]), tests.x.shape
+    )
+    run = _run(
+        model.to(mesh.device),
+        problems.to(mesh.device),
+        tests.to(mesh.device),
+        options,
+        kept,
+        quiet=quiet,
+    )
     rows = pmod.split_sizes(tests.x.shape[1], mesh.shape["space"])
     threads = torch.get_num_threads()
-    return None if quiet else Outcome(problems, tests, weights, run, mesh.shape, rows, threads)
+    return (
+        None
+        if quiet
+        else Outcome(problems, tests, weights, run, mesh.shape, rows, threads)
+    )
 
 
 def _introduce(train: Fields, test: Fields, options: Options) -> None:
     grid = f"{train.x.shape[1]} x {train.x.shape[2]}"
-    source = f"solved to a residual of {TOLERANCE:.0e}" if options.data is None else f"from {options.data.name}"
+    source = (
+        f"solved to a residual of {TOLERANCE:.0e}"
+        if options.data is None
+        else f"from {options.data.name}"
+    )
     say(f"data    {len(train)} + {len(test)} problems on {grid} cells, {source}")
-    say(f"model   {options.layers} Fourier layers, {options.channels} channels, {options.modes} modes")
+    say(
+        f"model   {options.layers} Fourier layers, {options.channels} channels, {options.modes} modes"
+    )
     say("\n" + heading())
 
 
-def _run(model: FNO, train: Fields, test: Fields, options: Options, kept: Checkpoints | None, *, quiet: bool) -> Run:
+def _run(
+    model: FNO,
+    train: Fields,
+    test: Fields,
+    options: Options,
+    kept: Checkpoints | None,
+    *,
+    quiet: bool,
+) -> Run:
     scale, height = Scale.of(train), train.x.shape[1]
     a, y = pmod.shard(scale.apply(train, options.dtype), "space", dim=1)
 
@@ -86,23 +131,39 @@ def _run(model: FNO, train: Fields, test: Fields, options: Options, kept: Checkp
         return fno.loss(model, a[mine], y[mine], height)
 
     predict = _Predictor(model, scale, test, options)
-    losses, errors, seconds = fit(model, batch_loss, predict.error, len(train), options, quiet=quiet, checkpoints=kept)
+    losses, errors, seconds = fit(
+        model,
+        batch_loss,
+        predict.error,
+        len(train),
+        options,
+        quiet=quiet,
+        checkpoints=kept,
+    )
     return Run(losses, errors, predict.whole().cpu(), seconds)
 
 
 class _Predictor:
-    """The test problems of this rank: its part of them along "data", its rows along "space"."""
+    """The test problems of this rank: its part of them along "data", its rows along
+    "space".
+    """
 
-    def __init__(self, model: FNO, scale: Scale, test: Fields, options: Options) -> None:
+    def __init__(
+        self, model: FNO, scale: Scale, test: Fields, options: Options
+    ) -> None:
         self.model, self.scale, self.batch = model, scale, options.batch
         self.count, self.height = len(test), test.x.shape[1]
         a, _ = scale.apply(test, options.dtype)
-        self.a, self.y = pmod.shard(pmod.shard((a, test.y.to(options.dtype)), "space", dim=1), "data")
+        self.a, self.y = pmod.shard(
+            pmod.shard((a, test.y.to(options.dtype)), "space", dim=1), "data"
+        )
 
     @torch.no_grad()
     def here(self) -> Tensor:
         """This rank's rows of the predictions for its problems."""
-        return self.scale.undo(torch.cat([self.model(a, self.height) for a in self.a.split(self.batch)]))
+        return self.scale.undo(
+            torch.cat([self.model(a, self.height) for a in self.a.split(self.batch)])
+        )
 
     def error(self) -> float:
         """The mean relative error over the problems of all ranks."""

@@ -1,4 +1,6 @@
-"""The picture of a training: a problem, its solution, what the model makes of it, and the loss curves."""
+"""The picture of a training: a problem, its solution, what the model makes of it, and
+the loss curves.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,17 @@ DASHED = (0, (4, 3))
 
 
 def check_output(path: Path) -> None:
-    """Raise PmodError where matplotlib cannot write such a file: before the training, not after it."""
+    """Raise PmodError where matplotlib cannot write such a file: before the training,
+    not after it.
+    """
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in known:
         given = f"--output {path} is no kind of picture that matplotlib writes"
-        raise PmodError(phrase("demo", given, f"End it in .{', .'.join(sorted(known))}."))
+        raise PmodError(
+            phrase("demo", given, f"End it in .{', .'.join(sorted(known))}.")
+        )
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -46,10 +52,14 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def draw(path: Path, outcome: Outcome, serial: Run | None, bound: tuple[int, float]) -> None:
-    """Write the picture; of the test problems it shows the one of median error, neither the best nor the worst.
+def draw(
+    path: Path, outcome: Outcome, serial: Run | None, bound: tuple[int, float]
+) -> None:
+    """Write the picture; of the test problems it shows the one of median error, neither
+    the best nor the worst.
 
-    bound: over how many steps the loss curves are compared, and how far they may be apart.
+    bound: over how many steps the loss curves are compared, and how far they may be
+    apart.
     """
     mesh = shown(outcome.axis_sizes)
     title = f"Darcy flow by a Fourier neural operator over a mesh {mesh}: relative test error {outcome.run.error:.1%}"
@@ -73,24 +83,51 @@ def _draw_problem(panels: Sequence[Axes], outcome: Outcome) -> None:
     panels[3].set_xlabel(f"{errors[which].item():.1%}: the median of the test problems")
 
 
-def _draw_fields(panels: Sequence[Axes], x: Tensor, y: Tensor, prediction: Tensor) -> None:
+def _draw_fields(
+    panels: Sequence[Axes], x: Tensor, y: Tensor, prediction: Tensor
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    low, high = min(y.min(), prediction.min()).item(), max(y.max(), prediction.max()).item()
+    low, high = (
+        min(y.min(), prediction.min()).item(),
+        max(y.max(), prediction.max()).item(),
+    )
     error = prediction - y
     most = error.abs().max().item()
     rows: list[tuple[str, Tensor, Any, dict[str, Any]]] = [
-        ("permeability", permeability(x), [TIGHT, PERMEABLE], {"cmap": "cividis", "vmin": TIGHT, "vmax": PERMEABLE}),
-        ("pressure, solved", y, MaxNLocator(4), {"cmap": "viridis", "vmin": low, "vmax": high}),
-        ("pressure, predicted", prediction, MaxNLocator(4), {"cmap": "viridis", "vmin": low, "vmax": high}),
-        ("error", error, MaxNLocator(4), {"cmap": "RdBu_r", "vmin": -most, "vmax": most}),
+        (
+            "permeability",
+            permeability(x),
+            [TIGHT, PERMEABLE],
+            {"cmap": "cividis", "vmin": TIGHT, "vmax": PERMEABLE},
+        ),
+        (
+            "pressure, solved",
+            y,
+            MaxNLocator(4),
+            {"cmap": "viridis", "vmin": low, "vmax": high},
+        ),
+        (
+            "pressure, predicted",
+            prediction,
+            MaxNLocator(4),
+            {"cmap": "viridis", "vmin": low, "vmax": high},
+        ),
+        (
+            "error",
+            error,
+            MaxNLocator(4),
+            {"cmap": "RdBu_r", "vmin": -most, "vmax": most},
+        ),
     ]
     for panel, (title, field, ticks, colours) in zip(panels, rows, strict=True):
         draw_field(panel, field, title, ticks, **colours)
         panel.set(xticks=[], yticks=[])
 
 
-def draw_field(panel: Axes, field: Tensor, title: str, ticks: Any, **looks: Any) -> None:
+def draw_field(
+    panel: Axes, field: Tensor, title: str, ticks: Any, **looks: Any
+) -> None:
     """A field by colour, and below it what the colours stand for."""
     image = panel.imshow(field.numpy(), interpolation="nearest", **looks)
     panel.set(title=title)
@@ -100,24 +137,61 @@ def draw_field(panel: Axes, field: Tensor, title: str, ticks: Any, **looks: Any)
 def draw_losses(panel: Axes, parallel: Run, serial: Run | None, title: str) -> None:
     """The curves of the training, and the test errors."""
     steps = torch.arange(1, len(parallel.losses) + 1)
-    panel.semilogy(steps, parallel.losses, color=BLUE, linewidth=2.5, alpha=0.6, label="loss, over the mesh")
+    panel.semilogy(
+        steps,
+        parallel.losses,
+        color=BLUE,
+        linewidth=2.5,
+        alpha=0.6,
+        label="loss, over the mesh",
+    )
     if serial is not None:
-        panel.semilogy(steps, serial.losses, color="black", linewidth=0.8, label="loss, in one process")
-    panel.semilogy(list(parallel.errors), list(parallel.errors.values()), "o-", color=ORANGE, label="test error")
+        panel.semilogy(
+            steps,
+            serial.losses,
+            color="black",
+            linewidth=0.8,
+            label="loss, in one process",
+        )
+    panel.semilogy(
+        list(parallel.errors),
+        list(parallel.errors.values()),
+        "o-",
+        color=ORANGE,
+        label="test error",
+    )
     panel.set(title=title, xlabel="step")
     panel.grid(alpha=0.3)
     panel.legend()
 
 
-def _draw_difference(panel: Axes, parallel: Run, serial: Run | None, bound: tuple[int, float]) -> None:
+def _draw_difference(
+    panel: Axes, parallel: Run, serial: Run | None, bound: tuple[int, float]
+) -> None:
     if serial is None:
         panel.set_axis_off()
-        panel.text(0.5, 0.5, "not compared (--no-serial)", ha="center", transform=panel.transAxes)
+        panel.text(
+            0.5,
+            0.5,
+            "not compared (--no-serial)",
+            ha="center",
+            transform=panel.transAxes,
+        )
         return
     apart = (parallel.losses - serial.losses).abs()
-    floor = torch.finfo(apart.dtype).eps / 10  # equal losses are drawn on the floor, not at minus infinity
-    panel.semilogy(torch.arange(1, len(apart) + 1), apart.clamp_min(floor), ".", color=BLUE, markersize=3)
-    panel.hlines(bound[1], 1, min(bound[0], len(apart)), color="black", linestyle=DASHED)
+    floor = (
+        torch.finfo(apart.dtype).eps / 10
+    )  # equal losses are drawn on the floor, not at minus infinity
+    panel.semilogy(
+        torch.arange(1, len(apart) + 1),
+        apart.clamp_min(floor),
+        ".",
+        color=BLUE,
+        markersize=3,
+    )
+    panel.hlines(
+        bound[1], 1, min(bound[0], len(apart)), color="black", linestyle=DASHED
+    )
     panel.text(1, 0.5 * bound[1], f"bound, over the first {bound[0]} steps", va="top")
     panel.set(title="difference of the two loss curves", xlabel="step")
     panel.grid(alpha=0.3)

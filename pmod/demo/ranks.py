@@ -19,11 +19,17 @@ T = TypeVar("T")
 
 def launched(sizes: Mapping[str, int]) -> pmod.Mesh | None:
     """The mesh of these sizes on the ranks that a launcher started; None without one."""
-    return None if pmod.Topology.detect().launcher == "single" else pmod.make_mesh(sizes)
+    return (
+        None if pmod.Topology.detect().launcher == "single" else pmod.make_mesh(sizes)
+    )
 
 
-def run(mesh: pmod.Mesh | None, sizes: Mapping[str, int], f: Callable[..., T], *args: object) -> T:
-    """f on every rank of the mesh, or of one that is started here; what it returns on this rank, or on the first."""
+def run(
+    mesh: pmod.Mesh | None, sizes: Mapping[str, int], f: Callable[..., T], *args: object
+) -> T:
+    """f on every rank of the mesh, or of one that is started here; what it returns on
+    this rank, or on the first.
+    """
     place = pmod.Topology.detect()
     if place.rank == 0:
         ranks = math.prod(sizes.values())
@@ -31,7 +37,8 @@ def run(mesh: pmod.Mesh | None, sizes: Mapping[str, int], f: Callable[..., T], *
         say(f"mesh    {shown(sizes)}: {ranks} rank{'s' * (ranks > 1)}, {started}")
     if mesh is None:
         return pmod.launch(f, *args, **sizes)[0]
-    # under mpirun each rank would start a thread per core of the node, and they would wait for one another
+    # under mpirun each rank would start a thread per core of the node, and they would
+    # wait for one another
     with pmod.set_mesh(mesh), threads((os.cpu_count() or 1) // place.local_world_size):
         return f(*args)
 

@@ -1,4 +1,6 @@
-"""The same model in one process, in plain torch, written by itself: what the parallel one must agree with."""
+"""The same model in one process, in plain torch, written by itself: what the parallel
+one must agree with.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,45 @@ class Spectral(nn.Module):
         spectrum = torch.fft.rfft2(x)
         low, high = spectrum[:, :, :m, :m], spectrum[:, :, -m:, :m]
         out = torch.zeros_like(spectrum)
-        out[:, :, :m, :m] = torch.einsum("bixy,xyio->boxy", low, weight[:m])  # frequencies 0 ... m-1 down the rows
-        out[:, :, -m:, :m] = torch.einsum("bixy,xyio->boxy", high, weight[m:])  # and -m ... -1
+        out[:, :, :m, :m] = torch.einsum(
+            "bixy,xyio->boxy", low, weight[:m]
+        )  # frequencies 0 ... m-1 down the rows
+        out[:, :, -m:, :m] = torch.einsum(
+            "bixy,xyio->boxy", high, weight[m:]
+        )  # and -m ... -1
         return torch.fft.irfft2(out, s=x.shape[-2:])
 
 
 class SerialFNO(nn.Module):
-    """The operator on whole fields; its parameters have the names and shapes of `fno.FNO`."""
+    """The operator on whole fields; its parameters have the names and shapes of
+    `fno.FNO`.
+    """
 
     def __init__(self, channels: int, modes: int, layers: int) -> None:
         super().__init__()
         self.lift = nn.Conv2d(3, channels, 1)
-        self.spectral = nn.ModuleList([Spectral(channels, modes) for _ in range(layers)])
-        self.local = nn.ModuleList([nn.Conv2d(channels, channels, 1) for _ in range(layers)])
+        self.spectral = nn.ModuleList(
+            [Spectral(channels, modes) for _ in range(layers)]
+        )
+        self.local = nn.ModuleList(
+            [nn.Conv2d(channels, channels, 1) for _ in range(layers)]
+        )
         self.hidden = nn.Conv2d(channels, 2 * channels, 1)
         self.project = nn.Conv2d(2 * channels, 1, 1)
 
     def forward(self, a: Tensor) -> Tensor:
         """a (batch, height, width) -> the same shape."""
         batch, height, width = a.shape
-        sides = [torch.linspace(0, 1, n, dtype=a.dtype, device=a.device) for n in (height, width)]
+        sides = [
+            torch.linspace(0, 1, n, dtype=a.dtype, device=a.device)
+            for n in (height, width)
+        ]
         down, across = torch.meshgrid(*sides, indexing="ij")
-        x = self.lift(torch.stack([a, down.repeat(batch, 1, 1), across.repeat(batch, 1, 1)], dim=1))
+        x = self.lift(
+            torch.stack(
+                [a, down.repeat(batch, 1, 1), across.repeat(batch, 1, 1)], dim=1
+            )
+        )
         for i in range(len(self.spectral)):
             x = gelu(self.spectral[i](x) + self.local[i](x))
         return self.project(gelu(self.hidden(x)))[:, 0]
@@ -59,10 +78,14 @@ def relative_errors(prediction: Tensor, truth: Tensor) -> Tensor:
     return difference / torch.linalg.vector_norm(truth, dim=(1, 2))
 
 
-def train(options: Options, train: Fields, test: Fields, weights: dict[str, Tensor]) -> Run:
+def train(
+    options: Options, train: Fields, test: Fields, weights: dict[str, Tensor]
+) -> Run:
     """Train in this process, from the given weights."""
     device = ranks.device_of_one()
-    model = SerialFNO(options.channels, options.modes, options.layers).to(device, options.dtype)
+    model = SerialFNO(options.channels, options.modes, options.layers).to(
+        device, options.dtype
+    )
     model.load_state_dict(weights)
     train, test = train.to(device), test.to(device)
     scale = Scale.of(train)

@@ -1,8 +1,10 @@
-"""A state in a folder, in the format of torch's distributed checkpoints (DCP), read without running what it says.
+"""A state in a folder, in the format of torch's distributed checkpoints (DCP), read
+without running what it says.
 
-DCP's own planners, writer and reader do the work. Its `save` and `load` would send pickles through torch's object
-collectives, which unpickle whatever arrives, and which wait for a dead rank until the deadline and name nobody. Here
-pmod's collectives carry the plans, and an unpickler that makes nothing but the parts of a plan opens them.
+DCP's own planners, writer and reader do the work. Its `save` and `load` would send
+pickles through torch's object collectives, which unpickle whatever arrives, and which
+wait for a dead rank until the deadline and name nobody. Here pmod's collectives carry
+the plans, and an unpickler that makes nothing but the parts of a plan opens them.
 """
 
 from __future__ import annotations
@@ -16,11 +18,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner, storage
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+)
 
 import pmod
 from pmod._errors import PmodError, phrase
-from pmod._torch import layout_made, memory_formats, set_element, storage_info, storage_prefix
+from pmod._torch import (
+    layout_made,
+    memory_formats,
+    set_element,
+    storage_info,
+    storage_prefix,
+)
 from pmod._wire.board import place_of
 
 T = TypeVar("T")
@@ -30,10 +41,13 @@ METADATA = ".metadata"
 
 
 def write(state: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write the state of all ranks of the current mesh into an empty folder that all of them see.
+    """Write the state of all ranks of the current mesh into an empty folder that all of
+    them see.
 
-    Returns the SHA-256 of each file by its name, the same on every rank. Three small messages.
-    Raises: PmodError on every rank where one cannot write; CollectiveTimeout, which names the rank, where one dies.
+    Returns the SHA-256 of each file by its name, the same on every rank. Three small
+    messages.
+    Raises: PmodError on every rank where one cannot write; CollectiveTimeout, which
+    names the rank, where one dies.
     """
     first = is_first()
     writer, plans = filesystem.FileSystemWriter(folder), DefaultSavePlanner()
@@ -45,7 +59,10 @@ def write(state: dict[str, Any], folder: Path) -> dict[str, str]:
 
     def data() -> tuple[list[storage.WriteResult], dict[str, str]]:
         written = writer.write_data(plans.finish_plan(mine), plans).value()
-        return written, {name: digest(folder / name) for name in {part.storage_data.relative_path for part in written}}
+        return written, {
+            name: digest(folder / name)
+            for name in {part.storage_data.relative_path for part in written}
+        }
 
     def finish() -> dict[str, str]:
         if not first:
@@ -56,16 +73,20 @@ def write(state: dict[str, Any], folder: Path) -> dict[str, str]:
     mesh = pmod.current_mesh()
     # every rank makes the same plan of all plans, so that none has to be sent back
     everyones, whole = plans.create_global_plan(together(plan))
-    mine = writer.prepare_global_plan(everyones)[mesh.ranks.flatten().tolist().index(mesh.topology.rank)]
+    mine = writer.prepare_global_plan(everyones)[
+        mesh.ranks.flatten().tolist().index(mesh.topology.rank)
+    ]
     results = together(data)
     digests = [names for _, names in results] + together(finish)
     return {name: names[name] for names in digests for name in sorted(names)}
 
 
 def read(state: dict[str, Any], folder: Path) -> None:
-    """Put what the folder holds into the state's tensors in place, and what is no tensor into its dicts and lists.
+    """Put what the folder holds into the state's tensors in place, and what is no
+    tensor into its dicts and lists.
 
-    All ranks of the current mesh call it. Raises: PmodError on every rank where one cannot read.
+    All ranks of the current mesh call it. Raises: PmodError on every rank where one
+    cannot read.
     """
 
     def fill() -> None:
@@ -73,20 +94,25 @@ def read(state: dict[str, Any], folder: Path) -> None:
         kept = reader.read_metadata()
         plans.set_up_planner(state, kept, False)
         reader.set_up_storage_reader(kept, False)
-        plan = plans.finish_plan(plans.create_local_plan())  # each rank reads what it needs
+        plan = plans.finish_plan(
+            plans.create_local_plan()
+        )  # each rank reads what it needs
         reader.read_data(plan, plans).wait()
 
     together(fill)
 
 
 def is_first() -> bool:
-    """Whether this is the first rank of the current mesh, which writes what one rank writes."""
+    """Whether this is the first rank of the current mesh, which writes what one rank
+    writes.
+    """
     mesh = pmod.current_mesh()
     return mesh.topology.rank == mesh.ranks.flat[0]
 
 
 def together(f: Callable[[], T]) -> list[T]:
-    """What f returned on each rank of the current mesh, in their order, of what a plan is made of. One exchange.
+    """What f returned on each rank of the current mesh, in their order, of what a plan
+    is made of. One exchange.
 
     Raises: PmodError on every rank where f raised on one, with its words.
     """
@@ -113,37 +139,58 @@ def digest(path: Path) -> str:
 
 def _exchanged(value: object, mesh: pmod.Mesh) -> list[Any]:
     """The value of every rank, in their order."""
-    packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(mesh.device)
-    lengths = pmod.all_gather(torch.tensor([packed.numel()], device=mesh.device), mesh.axis_names).tolist()
-    parts = pmod.all_gather_v(packed, mesh.axis_names, sizes=lengths).cpu().split(lengths)
+    packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(
+        mesh.device
+    )
+    lengths = pmod.all_gather(
+        torch.tensor([packed.numel()], device=mesh.device), mesh.axis_names
+    ).tolist()
+    parts = (
+        pmod.all_gather_v(packed, mesh.axis_names, sizes=lengths).cpu().split(lengths)
+    )
     return [_Parts(io.BytesIO(part.numpy().tobytes())).load() for part in parts]
 
 
-# --- what may be unpickled -------------------------------------------------------------------------------------------
+# --- what may be unpickled ------------------------------------------------------------
 
 
 def _parts() -> dict[tuple[str, str], object]:
-    """What plans and metadata are made of, by the names under which a pickle asks for it."""
+    """What plans and metadata are made of, by the names under which a pickle asks for
+    it.
+    """
     made: list[Any] = [
         *(planner.SavePlan, planner.WriteItem, planner.WriteItemType),
         *(planner.TensorWriteData, planner.BytesIOWriteData),
-        *(metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata),
+        *(
+            metadata.Metadata,
+            metadata.MetadataIndex,
+            metadata.TensorStorageMetadata,
+            metadata.BytesStorageMetadata,
+        ),
         *(metadata.ChunkStorageMetadata, metadata.TensorProperties, memory_formats()),
         *(metadata.StorageMeta, storage.WriteResult, storage_info(), storage_prefix()),
         *(torch.Size, layout_made(), type(Path())),
     ]
-    dtypes = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    dtypes = {
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+    }
     return {**{(part.__module__, part.__qualname__): part for part in made}, **dtypes}
 
 
 class _Parts(pickle.Unpickler):
-    """Makes numbers, texts, containers and the parts of a plan; of anything else it raises and calls nothing."""
+    """Makes numbers, texts, containers and the parts of a plan; of anything else it
+    raises and calls nothing.
+    """
 
     allowed: Mapping[tuple[str, str], object] = _parts()
 
     def find_class(self, module: str, name: str, /) -> Any:
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint, and is not loaded")
+            raise pickle.UnpicklingError(
+                f"{module}.{name} is no part of a checkpoint, and is not loaded"
+            )
         return self.allowed[module, name]
 
 
@@ -160,4 +207,6 @@ class _LoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: planner.ReadItem, value: io.BytesIO) -> None:
         where = self.mappings[read_item.dest_index.fqn]
-        set_element()(self.original_state_dict, where, torch.load(value, weights_only=True))
+        set_element()(
+            self.original_state_dict, where, torch.load(value, weights_only=True)
+        )

@@ -1,4 +1,6 @@
-"""The loop that drives both models: the same batches in the same order, the same optimizer, one curve."""
+"""The loop that drives both models: the same batches in the same order, the same
+optimizer, one curve.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from pmod.demo.options import LEARNING_RATE
 
 @attrs.frozen(eq=False)
 class Run:
-    """One training: the loss of each step, the relative error on the test problems at some, the last predictions."""
+    """One training: the loss of each step, the relative error on the test problems at
+    some, the last predictions.
+    """
 
     losses: Tensor
     errors: dict[int, float]
@@ -44,7 +48,12 @@ class Scale:
     @staticmethod
     def of(train: Fields) -> Scale:
         x, y = train.x.double(), train.y.double()
-        return Scale(x.mean().item(), x.std().item() or 1.0, y.mean().item(), y.std().item() or 1.0)
+        return Scale(
+            x.mean().item(),
+            x.std().item() or 1.0,
+            y.mean().item(),
+            y.std().item() or 1.0,
+        )
 
     def apply(self, fields: Fields, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The inputs and the outputs, scaled to mean 0 and deviation 1."""
@@ -57,7 +66,9 @@ class Scale:
 
 
 def batches(problems: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Numbers of problems, `size` at a time, in a new order each time round; what is left of a round is dropped."""
+    """Numbers of problems, `size` at a time, in a new order each time round; what is
+    left of a round is dropped.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(problems, generator=generator)
@@ -84,23 +95,31 @@ def fit(
     quiet: bool = False,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[Tensor, dict[int, float], float]:
-    """Minimize `loss`, a function of the batch; the curve, the test errors by step, and the seconds it took.
+    """Minimize `loss`, a function of the batch; the curve, the test errors by step, and
+    the seconds it took.
 
-    checkpoints: where to go on from, and what to keep; the curve is then that of all attempts, the seconds of this one.
+    checkpoints: where to go on from, and what to keep; the curve is then that of all
+    attempts, the seconds of this one.
     """
     steps = options.steps_on(problems)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps
+    )
     curve: list[Tensor] = []
     errors: dict[int, float] = {}
     if checkpoints is not None:
         curve, errors = checkpoints.resume(model, optimizer, quiet=quiet)
-        schedule.last_epoch = len(curve)  # the rates of the next step came with the optimizer
+        schedule.last_epoch = len(
+            curve
+        )  # the rates of the next step came with the optimizer
     tested = max(steps // 10, 1)
     begun = time.perf_counter()
     with progress(total=steps, what="training", unit="step", quiet=quiet) as bar:
         bar.update(len(curve))
-        for batch in islice(batches(problems, options.batch, options.seed), len(curve), steps):
+        for batch in islice(
+            batches(problems, options.batch, options.seed), len(curve), steps
+        ):
             optimizer.zero_grad()
             value = loss(batch)
             value.backward()
@@ -114,7 +133,9 @@ def fit(
                 if not quiet:
                     recent = torch.stack(curve[-tested:]).mean().item()
                     report(step, recent, errors[step], time.perf_counter() - begun)
-            if checkpoints is not None and (step % checkpoints.every == 0 or step == steps):
+            if checkpoints is not None and (
+                step % checkpoints.every == 0 or step == steps
+            ):
                 checkpoints.save(model, optimizer, curve, errors)
     return torch.stack(curve).cpu(), errors, time.perf_counter() - begun
 
@@ -125,5 +146,7 @@ def report(step: int, loss: float, error: float, seconds: float) -> None:
 
 
 def heading() -> str:
-    """The names of the columns that `report` prints; the loss that `fit` prints is the mean since the last row."""
+    """The names of the columns that `report` prints; the loss that `fit` prints is the
+    mean since the last row.
+    """
     return f"{'step':>7}  {'loss':>9}  {'test error':>10}  {'seconds':>7}"

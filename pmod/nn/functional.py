@@ -1,32 +1,41 @@
-"""Convolutions of a tensor whose spatial dims are cut over the ranks of axes: torch.nn.functional on shards.
+"""Convolutions of a tensor whose spatial dims are cut over the ranks of axes:
+torch.nn.functional on shards.
 
     y = pmod.nn.functional.conv2d(x, weight, bias, padding="same", axis="space")  # rows cut over "space"
     y = pmod.nn.functional.conv2d(x, weight, bias, padding=1, axis={-2: "y", -1: "x"})  # rows and columns
 
-x is this rank's shard of a whole tensor, in the order of the ranks, each as long as it likes, empty ones included; the
-result is this rank's shard of what torch.nn.functional gives on the whole. A rank fetches the rows around its own that
-its windows reach into, as `halo_exchange` does, and convolves: values, gradients and higher derivatives are torch's. So
-is the memory format: of a channels_last x, and of a slice of one, the result is channels_last.
+x is this rank's shard of a whole tensor, in the order of the ranks, each as long as it
+likes, empty ones included; the result is this rank's shard of what torch.nn.functional
+gives on the whole. A rank fetches the rows around its own that its windows reach into,
+as `halo_exchange` does, and convolves: values, gradients and higher derivatives are
+torch's. So is the memory format: of a channels_last x, and of a slice of one, the
+result is channels_last.
 
 Names, arguments and defaults are torch's. These follow, by keyword:
 
 - axis: the mesh axis; or, for several dims, {dim: axis}.
-- dim: the dim of x that is cut where axis is one axis, by default the first spatial one.
-- padding_mode: what the whole is padded with, "zeros", "circular", "reflect" or "replicate", as of torch.nn.Conv2d.
-- sizes: the length of each rank's shard along dim; {dim: sizes} where axis is a mapping. Without them the ranks
+- dim: the dim of x that is cut where axis is one axis, by default the first spatial
+one.
+- padding_mode: what the whole is padded with, "zeros", "circular", "reflect" or
+"replicate", as of torch.nn.Conv2d.
+- sizes: the length of each rank's shard along dim; {dim: sizes} where axis is a
+mapping. Without them the ranks
   exchange them: one small message more per dim, and on cuda a wait for it; under torch.compile they must be given.
 
-Which rank has which row of the result: row j is where row j * stride of x is; rows past the end of x are on the last
-rank. So without a stride shards keep their lengths, but that the last ones are shorter where the result is, and longer
-where it is longer; a stride divides where they start, rounded up. A rank has as much of the result as of x, neighbours
-alone talk where shards are as long as a window with its padding, and patches (a stride as long as the window, that
-divides the shards) need no message. `conv_sizes` says what the lengths are, for the next layer's `sizes`: nothing is
-sent for that.
+Which rank has which row of the result: row j is where row j * stride of x is; rows past
+the end of x are on the last rank. So without a stride shards keep their lengths, but
+that the last ones are shorter where the result is, and longer where it is longer; a
+stride divides where they start, rounded up. A rank has as much of the result as of x,
+neighbours alone talk where shards are as long as a window with its padding, and patches
+(a stride as long as the window, that divides the shards) need no message. `conv_sizes`
+says what the lengths are, for the next layer's `sizes`: nothing is sent for that.
 
-`pmod.start(conv2d, ...)` sends the rows of the first dim that is cut and returns; `wait` convolves.
+`pmod.start(conv2d, ...)` sends the rows of the first dim that is cut and returns;
+`wait` convolves.
 
-x, weight and bias are V. A weight that every rank holds (I) goes through `pvary` once, as everywhere: then its gradient
-arrives already summed, and without it each rank has the part of its own rows.
+x, weight and bias are V. A weight that every rank holds (I) goes through `pvary` once,
+as everywhere: then its gradient arrives already summed, and without it each rank has
+the part of its own rows.
 """
 
 from __future__ import annotations
@@ -41,7 +50,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._collectives.cuts import Cut, axes_by_dim, by_dim, places_of, settled, too_wide
+from pmod._collectives.cuts import (
+    Cut,
+    axes_by_dim,
+    by_dim,
+    places_of,
+    settled,
+    too_wide,
+)
 from pmod._collectives.halo import carry_out, laid_out_as
 from pmod._collectives.halo_plan import Plan, window_plan
 from pmod._core.arguments import LONGEST, check_sizes, check_tensor, wrong
@@ -55,9 +71,14 @@ from pmod._torch import constant_in_graphs
 Ints = int | Sequence[int]
 Sizes = Sequence[int] | Mapping[int, Sequence[int] | None]
 
-BOUNDARIES = {"zeros": "zeros", "circular": "periodic", "reflect": "reflect", "replicate": "replicate"}  # as of a halo
+BOUNDARIES = {
+    "zeros": "zeros",
+    "circular": "periodic",
+    "reflect": "reflect",
+    "replicate": "replicate",
+}  # as of a halo
 
-# --- one dim --------------------------------------------------------------------------------------
+# --- one dim --------------------------------------------------------------------------
 
 
 class _Dim(NamedTuple):
@@ -80,24 +101,39 @@ class _Dim(NamedTuple):
     def starts(self, sizes: tuple[int, ...]) -> list[int]:
         """Where each rank's rows of the result begin, and its length."""
         length = self.length(sum(sizes))
-        return [*[min(-(-start // self.stride), length) for start in accumulate(sizes[:-1], initial=0)], length]
+        return [
+            *[
+                min(-(-start // self.stride), length)
+                for start in accumulate(sizes[:-1], initial=0)
+            ],
+            length,
+        ]
 
     def windows(self, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         """The rows that each rank's rows of the result are made of."""
         before = self.padding[0]
         return tuple(
-            (first * self.stride - before, (end - 1) * self.stride - before + self.extent) if first < end else (0, 0)
+            (
+                first * self.stride - before,
+                (end - 1) * self.stride - before + self.extent,
+            )
+            if first < end
+            else (0, 0)
             for first, end in pairwise(self.starts(sizes))
         )
 
 
 @lru_cache(maxsize=256)
-def _plan_of(index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str) -> Plan:
+def _plan_of(
+    index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str
+) -> Plan:
     return window_plan(index, sizes, _Dim(*of).windows(sizes), boundary)
 
 
 @constant_in_graphs
-def _plan(index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str) -> Plan:
+def _plan(
+    index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str
+) -> Plan:
     """How a rank comes by its window; of: a `_Dim` as a plain tuple, for compiled code."""
     return _plan_of(index, sizes, of, boundary)
 
@@ -109,45 +145,78 @@ Wrong = Callable[[str, str], PmodError]
 def _ints(given: Any, name: str, count: int, least: int, error: Wrong) -> list[int]:
     """One number for each spatial dim."""
     listed = list(given) if isinstance(given, tuple | list) else [given]
-    parsed = [number for number in map(as_int, listed) if number is not None and least <= number <= LONGEST]
+    parsed = [
+        number
+        for number in map(as_int, listed)
+        if number is not None and least <= number <= LONGEST
+    ]
     if len(parsed) != len(listed) or len(parsed) not in (1, count):
-        of = f"an int of {least} or more" + (f", or {count} of them" if count > 1 else "")
+        of = f"an int of {least} or more" + (
+            f", or {count} of them" if count > 1 else ""
+        )
         raise error(f"{name} is {quoted(given)}", f"Pass {of}.")
-    constants = [operator.index(number) for number in parsed]  # also in compiled code: plans are made of them
+    constants = [
+        operator.index(number) for number in parsed
+    ]  # also in compiled code: plans are made of them
     return constants * count if len(parsed) == 1 else constants
 
 
-def _dims(kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, error: Wrong) -> list[_Dim]:
+def _dims(
+    kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, error: Wrong
+) -> list[_Dim]:
     count = len(kernel)
     strides = _ints(stride, "stride", count, 1, error)
     dilations = _ints(dilation, "dilation", count, 1, error)
     if isinstance(padding, str) and padding == "same":
         if set(strides) != {1}:
-            raise error(f"padding is 'same' and stride {quoted(stride)}", "Pass padding as numbers, as torch has it.")
+            raise error(
+                f"padding is 'same' and stride {quoted(stride)}",
+                "Pass padding as numbers, as torch has it.",
+            )
         totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
         paddings = [(total // 2, total - total // 2) for total in totals]
     elif isinstance(padding, str) and padding != "valid":
         right = "Pass 'same' or 'valid', an int, or one for each spatial dim."
-        raise error(f"padding is {quoted(padding)}{near_miss(padding, ('same', 'valid'))}", right)
+        raise error(
+            f"padding is {quoted(padding)}{near_miss(padding, ('same', 'valid'))}",
+            right,
+        )
     else:
-        paddings = [(p, p) for p in _ints(0 if isinstance(padding, str) else padding, "padding", count, 0, error)]
-    return [_Dim(*each) for each in zip(kernel, strides, paddings, dilations, strict=True)]
+        paddings = [
+            (p, p)
+            for p in _ints(
+                0 if isinstance(padding, str) else padding, "padding", count, 0, error
+            )
+        ]
+    return [
+        _Dim(*each) for each in zip(kernel, strides, paddings, dilations, strict=True)
+    ]
 
 
 def _check_length(of: _Dim, rows: int, where: str, error: Wrong) -> None:
     """There is a window."""
     if rows < 1 or of.length(rows) < 1:
         given = f"the whole has {rows} rows{where}, {rows + sum(of.padding)} with padding, and a window {of.extent}"
-        raise error(given, "Pass an input that is as long, or more padding." if rows else "Pass an input with rows.")
+        raise error(
+            given,
+            "Pass an input that is as long, or more padding."
+            if rows
+            else "Pass an input with rows.",
+        )
 
 
 def conv_sizes(
-    sizes: Sequence[int], kernel_size: int, stride: int = 1, padding: int | str = 0, dilation: int = 1
+    sizes: Sequence[int],
+    kernel_size: int,
+    stride: int = 1,
+    padding: int | str = 0,
+    dilation: int = 1,
 ) -> tuple[int, ...]:
-    """How long the shards of a convolution's result are along a dim, where those of its input are `sizes`.
+    """How long the shards of a convolution's result are along a dim, where those of its
+    input are `sizes`.
 
-    The numbers are those of that dim. Nothing is sent: it is the rule that row j is where row j * stride of the input
-    is, and rows past its end on the last rank.
+    The numbers are those of that dim. Nothing is sent: it is the rule that row j is
+    where row j * stride of the input is, and rows past its end on the last rank.
 
     Raises: ShapeError for sizes or numbers that do not fit.
 
@@ -160,15 +229,22 @@ def conv_sizes(
         return ShapeError(phrase("nn.functional.conv_sizes", given, right))
 
     listed = list(sizes) if isinstance(sizes, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
-    held = tuple([size for size in map(as_int, listed) if size is not None and size >= 0])
+    held = tuple(
+        [size for size in map(as_int, listed) if size is not None and size >= 0]
+    )
     if not held or len(held) != len(listed):
-        raise error(f"sizes is {quoted(sizes)}", "Pass ints of 0 or more, one per rank of the axis.")
-    (of,) = _dims(_ints(kernel_size, "kernel_size", 1, 1, error), stride, padding, dilation, error)
+        raise error(
+            f"sizes is {quoted(sizes)}",
+            "Pass ints of 0 or more, one per rank of the axis.",
+        )
+    (of,) = _dims(
+        _ints(kernel_size, "kernel_size", 1, 1, error), stride, padding, dilation, error
+    )
     _check_length(of, sum(held), "", error)
     return tuple(end - first for first, end in pairwise(of.starts(held)))
 
 
-# --- any number of them ---------------------------------------------------------------------------
+# --- any number of them ---------------------------------------------------------------
 
 
 class _Spread(NamedTuple):
@@ -180,11 +256,15 @@ class _Spread(NamedTuple):
     sizes: Sizes | None
 
 
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Any, count: int, of: Axis) -> None:
+def _check_tensors(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: Any, count: int, of: Axis
+) -> None:
     """torch would take them, and raise before anything is sent if not."""
     function = f"nn.functional.conv{count}d"
 
-    def shapes(more: str = "") -> str:  # not made in compiled code, where lengths may be symbols
+    def shapes(
+        more: str = "",
+    ) -> str:  # not made in compiled code, where lengths may be symbols
         return f"input is {tuple(x.shape)} and weight {tuple(weight.shape)}{more}"
 
     if x.dim() not in (count + 1, count + 2) or weight.dim() != count + 2:
@@ -192,24 +272,57 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Any, 
         raise wrong(ShapeError, function, of, shapes(), right)
     number = as_int(groups)
     if number is None or number < 1:
-        raise wrong(ShapeError, function, of, f"groups is {quoted(groups)}", "Pass an int of 1 or more.")
+        raise wrong(
+            ShapeError,
+            function,
+            of,
+            f"groups is {quoted(groups)}",
+            "Pass an int of 1 or more.",
+        )
     made, taken, *kernel = weight.shape
-    if x.shape[-count - 1] != taken * number or made < 1 or made % number or min(kernel) < 1:
+    if (
+        x.shape[-count - 1] != taken * number
+        or made < 1
+        or made % number
+        or min(kernel) < 1
+    ):
         right = "A weight is (out, in / groups, ...), out a multiple of groups, and its windows are not empty."
         raise wrong(ShapeError, function, of, shapes(f", groups {number}"), right)
     if bias is not None and tuple(bias.shape) != (made,):
-        raise wrong(ShapeError, function, of, f"bias is {tuple(bias.shape)} and weight {tuple(weight.shape)}",
-                    f"Pass a bias of ({made},).")  # fmt: skip
+        raise wrong(
+            ShapeError,
+            function,
+            of,
+            f"bias is {tuple(bias.shape)} and weight {tuple(weight.shape)}",
+            f"Pass a bias of ({made},).",
+        )
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.device != x.device:
             right = f"Pass {name}.to({str(x.device)!r})."
-            raise wrong(ArgumentError, function, of, f"{name} is on {other.device} and input on {x.device}", right)
-        if other is not None and other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise wrong(ArgumentError, function, of, f"{name} is {other.dtype} and input {x.dtype}",
-                        f"Pass {name}.to({x.dtype}), or call it under torch.autocast.")  # fmt: skip
+            raise wrong(
+                ArgumentError,
+                function,
+                of,
+                f"{name} is on {other.device} and input on {x.device}",
+                right,
+            )
+        if (
+            other is not None
+            and other.dtype != x.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            raise wrong(
+                ArgumentError,
+                function,
+                of,
+                f"{name} is {other.dtype} and input {x.dtype}",
+                f"Pass {name}.to({x.dtype}), or call it under torch.autocast.",
+            )
 
 
-def _parse(spread: _Spread, count: int, x: Any, weight: Any, bias: Any, groups: Any) -> list[Cut]:
+def _parse(
+    spread: _Spread, count: int, x: Any, weight: Any, bias: Any, groups: Any
+) -> list[Cut]:
     """The cuts as they were given, the tensors checked."""
     function = f"nn.functional.conv{count}d"
     bound = axes_by_dim(function, spread.axis, spread.dim, -count)
@@ -218,33 +331,71 @@ def _parse(spread: _Spread, count: int, x: Any, weight: Any, bias: Any, groups: 
         if tensor is not None or name != "bias":
             check_tensor(tensor, function, first, name=name)
     _check_tensors(x, weight, bias, groups, count, first)
-    if not isinstance(spread.padding_mode, str) or spread.padding_mode not in BOUNDARIES:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if (
+        not isinstance(spread.padding_mode, str)
+        or spread.padding_mode not in BOUNDARIES
+    ):  # pyright: ignore[reportUnnecessaryIsInstance]
         given = f"padding_mode is {quoted(spread.padding_mode)}{near_miss(spread.padding_mode, BOUNDARIES)}"
-        raise wrong(ArgumentError, function, first, given, "Pass 'zeros', 'circular', 'reflect' or 'replicate'.")
+        raise wrong(
+            ArgumentError,
+            function,
+            first,
+            given,
+            "Pass 'zeros', 'circular', 'reflect' or 'replicate'.",
+        )
     told = by_dim(function, spread.sizes, "sizes", spread.axis, bound)
     return [
-        Cut(of, key, (0, 0), "zeros", None if sizes is None else check_sizes(sizes, function, of))
+        Cut(
+            of,
+            key,
+            (0, 0),
+            "zeros",
+            None if sizes is None else check_sizes(sizes, function, of),
+        )
         for (key, of), sizes in zip(bound, told, strict=True)
     ]
 
 
-def _held(function: str, dims: dict[int, _Dim], cuts: list[Cut], x: Tensor, mode: str) -> dict[int, Cut]:
-    """The cuts by their dims, with the sizes of all shards; what can be checked before these are exchanged is."""
+def _held(
+    function: str, dims: dict[int, _Dim], cuts: list[Cut], x: Tensor, mode: str
+) -> dict[int, Cut]:
+    """The cuts by their dims, with the sizes of all shards; what can be checked before
+    these are exchanged is.
+    """
 
     def check(at: int, rows: int, of: Axis) -> None:
         where, padding = f" along dim {at}", dims[at].padding
-        _check_length(dims[at], rows, where, lambda given, right: wrong(ShapeError, function, of, given, right))
+        _check_length(
+            dims[at],
+            rows,
+            where,
+            lambda given, right: wrong(ShapeError, function, of, given, right),
+        )
         limit = too_wide(padding, rows, BOUNDARIES[mode])
         if limit is not None:
             given = f"padding is {padding} with padding_mode={mode!r}, but the whole has {rows} rows{where}"
-            raise wrong(ShapeError, function, of, given, f"Pass padding of at most {limit}, or padding_mode='zeros'.")
+            raise wrong(
+                ShapeError,
+                function,
+                of,
+                given,
+                f"Pass padding of at most {limit}, or padding_mode='zeros'.",
+            )
 
-    placed = zip([places[0] for places in places_of(function, cuts, [x])], cuts, strict=True)
+    placed = zip(
+        [places[0] for places in places_of(function, cuts, [x])], cuts, strict=True
+    )
     held = dict(sorted(placed, key=lambda one: one[0]))
     for at, cut in held.items():
         if at not in dims:
             right = f"Pass a dim from {min(dims)} to -1; shards of a batch are convolved by torch alone."
-            raise wrong(ShapeError, function, cut.axis, f"dim {cut.dim} is not a spatial one", right)
+            raise wrong(
+                ShapeError,
+                function,
+                cut.axis,
+                f"dim {cut.dim} is not a spatial one",
+                right,
+            )
         if cut.sizes is not None:
             check(at, sum(cut.sizes), cut.axis)
     for at in dims:
@@ -260,9 +411,13 @@ def _held(function: str, dims: dict[int, _Dim], cuts: list[Cut], x: Tensor, mode
 def _window(
     x: Tensor, dims: dict[int, _Dim], held: dict[int, Cut], boundary: str, axis: Axis
 ) -> tuple[Tensor, list[int]]:
-    """What this rank's part of the result is made of, and the padding that is left to torch."""
+    """What this rank's part of the result is made of, and the padding that is left to
+    torch.
+    """
     left = dict.fromkeys(dims, 0)
-    for at in sorted(dims, key=lambda at: at not in held):  # what is padded here need not travel
+    for at in sorted(
+        dims, key=lambda at: at not in held
+    ):  # what is padded here need not travel
         of, cut = dims[at], held.get(at)
         if cut is not None and cut.axis.size > 1:
             assert cut.sizes is not None
@@ -278,9 +433,16 @@ def _window(
 
 
 def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any,
-    spread: _Spread, count: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    spread: _Spread,
+    count: int,
+) -> Tensor:
     """torch's convolution of the whole tensor whose shard is x."""
     function = f"nn.functional.conv{count}d"
     cuts = _parse(spread, count, x, weight, bias, groups)
@@ -289,7 +451,9 @@ def _conv(
     def error(given: str, right: str) -> PmodError:
         return wrong(ShapeError, function, axis, given, right)
 
-    parsed = _dims([operator.index(k) for k in weight.shape[2:]], stride, padding, dilation, error)
+    parsed = _dims(
+        [operator.index(k) for k in weight.shape[2:]], stride, padding, dilation, error
+    )
     dims = dict(zip(range(-count, 0), parsed, strict=True))
     held = _held(function, dims, cuts, x, spread.padding_mode)
     x, left = _window(x, dims, held, BOUNDARIES[spread.padding_mode], axis)
@@ -297,7 +461,9 @@ def _conv(
     for at in empty:  # torch gives no empty result: a window of zeros is convolved, and the row dropped
         x = laid_out_as(F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent]), kept)
     strides, dilations = [of.stride for of in parsed], [of.dilation for of in parsed]
-    y = getattr(F, f"conv{count}d")(x, weight, bias, strides, left, dilations, operator.index(groups))
+    y = getattr(F, f"conv{count}d")(
+        x, weight, bias, strides, left, dilations, operator.index(groups)
+    )
     for at in empty:
         y = y.narrow(at, 0, 0)
     return y
@@ -317,14 +483,16 @@ def conv1d(
     padding_mode: str = "zeros",
     sizes: Sizes | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv1d of a whole signal that is cut over the ranks of an axis.
+    """torch.nn.functional.conv1d of a whole signal that is cut over the ranks of an
+    axis.
 
-    V -> V. Shapes: input (..., channels, k), weight (out, channels / groups, kernel) -> (..., out, k'), k' being
-    `conv_sizes` of the k of all ranks at this one.
-    Cost: each row that a window of another rank reaches, once to it: kernel - 1 of them across a border, where stride
-    and dilation are 1.
-    Raises: ShapeError for shapes, numbers or sizes that do not fit, and a padding that torch.nn.functional.pad would
-    not allow; ArgumentError for tensors of other dtypes or devices, or another padding_mode; AxisError as everywhere.
+    V -> V. Shapes: input (..., channels, k), weight (out, channels / groups, kernel) ->
+    (..., out, k'), k' being `conv_sizes` of the k of all ranks at this one.
+    Cost: each row that a window of another rank reaches, once to it: kernel - 1 of them
+    across a border, where stride and dilation are 1.
+    Raises: ShapeError for shapes, numbers or sizes that do not fit, and a padding that
+    torch.nn.functional.pad would not allow; ArgumentError for tensors of other dtypes
+    or devices, or another padding_mode; AxisError as everywhere.
 
     >>> def differences():
     ...     x = pmod.shard(torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]]), "x", dim=-1)
@@ -350,14 +518,17 @@ def conv2d(
     padding_mode: str = "zeros",
     sizes: Sizes | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv2d of a whole image whose rows, columns or both are cut over the ranks of axes.
+    """torch.nn.functional.conv2d of a whole image whose rows, columns or both are cut
+    over the ranks of axes.
 
-    V -> V. Shapes: input (..., channels, h/ranks, w), weight (out, channels / groups, kernel, kernel)
-    -> (..., out, h'/ranks, w'); the shards along a dim that is cut are as long as `conv_sizes` says.
-    Cost: each row that a window of another rank reaches, once to it, corners included; for each dim that is cut a
-    message to each neighbour. Raises: as `conv1d`.
+    V -> V. Shapes: input (..., channels, h/ranks, w), weight (out, channels / groups,
+    kernel, kernel) -> (..., out, h'/ranks, w'); the shards along a dim that is cut are
+    as long as `conv_sizes` says.
+    Cost: each row that a window of another rank reaches, once to it, corners included;
+    for each dim that is cut a message to each neighbour. Raises: as `conv1d`.
 
-    A weight that all ranks hold goes through pvary once; its gradient is then that of the whole image:
+    A weight that all ranks hold goes through pvary once; its gradient is then that of
+    the whole image:
 
     >>> def gradient():
     ...     weight = torch.ones(1, 1, 3, 3, requires_grad=True)
@@ -388,10 +559,12 @@ def conv3d(
     padding_mode: str = "zeros",
     sizes: Sizes | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv3d of a whole volume that is cut along any of its dims over the ranks of axes.
+    """torch.nn.functional.conv3d of a whole volume that is cut along any of its dims
+    over the ranks of axes.
 
-    V -> V. Shapes: input (..., channels, d/ranks, h, w), weight (out, channels / groups, kernel, kernel, kernel)
-    -> (..., out, d'/ranks, h', w'); the shards along a dim that is cut are as long as `conv_sizes` says.
+    V -> V. Shapes: input (..., channels, d/ranks, h, w), weight (out, channels /
+    groups, kernel, kernel, kernel) -> (..., out, d'/ranks, h', w'); the shards along a
+    dim that is cut are as long as `conv_sizes` says.
     Cost: as `conv2d`. Raises: as `conv1d`.
 
     >>> def smooth():

@@ -1,4 +1,6 @@
-"""The processes behind `%mesh`: a controller of ipyparallel and an engine per rank. They end with this process."""
+"""The processes behind `%mesh`: a controller of ipyparallel and an engine per rank.
+They end with this process.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ _LOOPBACK = "127.0.0.1"
 _START = 300.0  # seconds: 64 engines that import torch on a slow file system
 _OBEY = 1.0  # seconds that processes have to end when asked to: Jupyter gives the notebook itself little more
 
-# Both programs run the files of this name in their profile folder when they start. Their parent is the notebook: where
-# it is killed they get another, and leave, with the processes that they have started.
+# Both programs run the files of this name in their profile folder when they start.
+# Their parent is the notebook: where it is killed they get another, and leave, with the
+# processes that they have started.
 _WITH_PARENT = """
 import os, shutil, signal, threading, time
 
@@ -56,7 +59,9 @@ def check_installed() -> None:
     """Raises: PmodError that names the extra."""
     if importlib.util.find_spec("ipyparallel") is None:
         right = 'Install the extra: pip install "pmod[notebook]". Without %mesh, cells run in this process.'
-        raise PmodError(phrase("notebook", "%mesh needs ipyparallel, which is not installed", right))
+        raise PmodError(
+            phrase("notebook", "%mesh needs ipyparallel, which is not installed", right)
+        )
 
 
 @frozen
@@ -73,8 +78,16 @@ class Engine:
     def death(self) -> str:
         """How it died, for a message."""
         code = self.process.returncode
-        how = f"left with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        memory = ", as the system does where memory is short" if code == -signal.SIGKILL else ""
+        how = (
+            f"left with exit code {code}"
+            if code >= 0
+            else f"was killed by {signal.Signals(-code).name}"
+        )
+        memory = (
+            ", as the system does where memory is short"
+            if code == -signal.SIGKILL
+            else ""
+        )
         return f"its engine, process {self.process.pid}, {how}{memory}"
 
     def kill(self) -> None:
@@ -82,56 +95,107 @@ class Engine:
         _kill(self.process)
 
     def call(self, f: Callable[..., Any], *args: object) -> Any:
-        """Start f(*args) there, after what was sent before. Returns ipyparallel's AsyncResult."""
+        """Start f(*args) there, after what was sent before. Returns ipyparallel's
+        AsyncResult.
+        """
         return self.view.apply_async(f, *args)
 
 
 class Engines:
-    """The controller, the engines in the order of the ranks (perhaps more than there are), and where the ranks meet."""
+    """The controller, the engines in the order of the ranks (perhaps more than there
+    are), and where the ranks meet.
+    """
 
     def __init__(self) -> None:
         check_installed()
         self.ranks: list[Engine] = []
         self._stores: list[TCPStore] = []  # the ranks may hold on to an earlier one
         self._count = 0
-        # a profile of its own: another key, other ports, and nothing of the user's own clusters
+        # a profile of its own: another key, other ports, and nothing of the user's own
+        # clusters
         self._folder = Path(tempfile.mkdtemp(prefix="pmod-notebook-"))
         atexit.register(self.end)
         for name, text in _CONFIGURATION.items():
             (self._folder / name).write_text(text)
         try:
-            options = ("--IPController.use_threads=True", "--IPController.broadcast_scheduler_depth=0", "--nodb")
-            self._controller = self._spawn("controller", f"--ip={_LOOPBACK}", f"--location={_LOOPBACK}", *options)
-            files = [self._folder / "security" / f"ipcontroller-{whose}.json" for whose in ("client", "engine")]
-            self._until(lambda: all(map(_is_written, files)), [self._controller], "its controller did not start")
+            options = (
+                "--IPController.use_threads=True",
+                "--IPController.broadcast_scheduler_depth=0",
+                "--nodb",
+            )
+            self._controller = self._spawn(
+                "controller", f"--ip={_LOOPBACK}", f"--location={_LOOPBACK}", *options
+            )
+            files = [
+                self._folder / "security" / f"ipcontroller-{whose}.json"
+                for whose in ("client", "engine")
+            ]
+            self._until(
+                lambda: all(map(_is_written, files)),
+                [self._controller],
+                "its controller did not start",
+            )
             self._client: Any = _client(files[0])
         except BaseException:
             self.end()
             raise
 
     def _spawn(self, program: str, *options: str) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path))
-        command = [sys.executable, "-m", f"ipyparallel.{program}", f"--profile-dir={self._folder}", *options]
+        environment = dict(
+            os.environ,
+            PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
+        )
+        command = [
+            sys.executable,
+            "-m",
+            f"ipyparallel.{program}",
+            f"--profile-dir={self._folder}",
+            *options,
+        ]
         with (self._folder / f"{program}.log").open("ab") as log:
-            # a session of its own: Ctrl-C of a terminal, and Jupyter's stop button, go to the whole group of processes
+            # a session of its own: Ctrl-C of a terminal, and Jupyter's stop button, go
+            # to the whole group of processes
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
             )
 
-    def _until(self, done: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]], given: str) -> None:
+    def _until(
+        self,
+        done: Callable[[], bool],
+        processes: Sequence[subprocess.Popen[bytes]],
+        given: str,
+    ) -> None:
         until = monotonic() + _START
         while not done():
-            if monotonic() > until or any(process.poll() is not None for process in processes):
-                logs = "\n".join(path.read_text()[-2000:] for path in sorted(self._folder.glob("*.log")))
-                raise PmodError(phrase("notebook", given, f"What was logged last:\n{logs}"))
+            if monotonic() > until or any(
+                process.poll() is not None for process in processes
+            ):
+                logs = "\n".join(
+                    path.read_text()[-2000:]
+                    for path in sorted(self._folder.glob("*.log"))
+                )
+                raise PmodError(
+                    phrase("notebook", given, f"What was logged last:\n{logs}")
+                )
             sleep(0.02)
 
     def start(self, places: Sequence[int], tell: Callable[[int], None]) -> None:
-        """Start engines for these ranks, in the place of dead ones or as new ones; `tell` how many are there yet."""
+        """Start engines for these ranks, in the place of dead ones or as new ones;
+        `tell` how many are there yet.
+        """
         first = self._count
         self._count += len(places)
         numbers = list(range(first, self._count))
-        options = ("--IPEngine.enable_nanny=False", "--IPEngine.wait_for_url_file=60", "--IPEngine.timeout=60")
+        options = (
+            "--IPEngine.enable_nanny=False",
+            "--IPEngine.wait_for_url_file=60",
+            "--IPEngine.timeout=60",
+        )
         processes: list[subprocess.Popen[bytes]] = []
 
         def all_there() -> bool:
@@ -141,7 +205,9 @@ class Engines:
 
         try:
             for number in numbers:
-                processes.append(self._spawn("engine", f"--IPEngine.id={number}", *options))
+                processes.append(
+                    self._spawn("engine", f"--IPEngine.id={number}", *options)
+                )
             self._until(all_there, processes, "an engine did not start")
         except BaseException:
             _end(processes)
@@ -160,21 +226,34 @@ class Engines:
         view.activate()
 
     def connect(self, axes: dict[str, int], size: int) -> Board:
-        """Connect the first `size` ranks anew and set the mesh there. Returns what they will say of their waits.
+        """Connect the first `size` ranks anew and set the mesh there. Returns what they
+        will say of their waits.
 
-        They meet at a store that this process serves, which no death of an engine ends, and at a new one each time: the
-        keys of one that was in use when ranks were cut off would mislead.
+        They meet at a store that this process serves, which no death of an engine ends,
+        and at a new one each time: the keys of one that was in use when ranks were cut
+        off would mislead.
         """
         listener = socket.create_server((_LOOPBACK, 0), backlog=max(128, size))
         port = listener.getsockname()[1]
-        store = TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        store = TCPStore(
+            _LOOPBACK,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         self._stores.append(store)
         engines = self.ranks[:size]
         try:
-            calls = [engine.call(on_rank.enter, rank, size, port, axes) for rank, engine in enumerate(engines)]
+            calls = [
+                engine.call(on_rank.enter, rank, size, port, axes)
+                for rank, engine in enumerate(engines)
+            ]
             self.gather(engines, calls)
         except BaseException:
-            _end([engine.process for engine in engines])  # they may wait for one another until the deadline
+            _end(
+                [engine.process for engine in engines]
+            )  # they may wait for one another until the deadline
             raise
         return Board(_as_on_ranks(store))
 
@@ -183,13 +262,21 @@ class Engines:
         for engine, call in zip(engines, calls, strict=True):
             while not call.wait(0.05):
                 if not engine.is_alive:
-                    raise PmodError(phrase("notebook", engine.death(), "Run the cell again: a new one is started."))
+                    raise PmodError(
+                        phrase(
+                            "notebook",
+                            engine.death(),
+                            "Run the cell again: a new one is started.",
+                        )
+                    )
         results = [call.get() for call in calls]
         self.forget(calls)
         return results
 
     def forget(self, calls: Sequence[Any]) -> None:
-        """Let go of what these calls brought: ipyparallel's client keeps every result for ever."""
+        """Let go of what these calls brought: ipyparallel's client keeps every result
+        for ever.
+        """
         self._client.purge_local_results(list(calls))
 
     def end(self) -> None:
@@ -211,9 +298,15 @@ def _is_written(file: Path) -> bool:
 
 
 def _as_on_ranks(store: TCPStore) -> Store:
-    """The part of the store where the ranks write as to the store of their world: below a prefix that torch chose."""
+    """The part of the store where the ranks write as to the store of their world: below
+    a prefix that torch chose.
+    """
     said = [key for key in store.list_keys() if key.endswith(PLACE.format(0))]
-    return PrefixStore(said[0].removesuffix(f"/{PLACE.format(0)}"), store) if said else store  # nobody waits alone
+    return (
+        PrefixStore(said[0].removesuffix(f"/{PLACE.format(0)}"), store)
+        if said
+        else store
+    )  # nobody waits alone
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

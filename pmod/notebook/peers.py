@@ -1,7 +1,9 @@
-"""Values between processes that are the ranks themselves: a kernel of jupyter-distributed, IPython under mpirun.
+"""Values between processes that are the ranks themselves: a kernel of
+jupyter-distributed, IPython under mpirun.
 
-What the network brings is read by the unpickler that torch has for checkpoints of strangers: it makes tensors, arrays,
-numbers, texts and containers, and calls nothing else.
+What the network brings is read by the unpickler that torch has for checkpoints of
+strangers: it makes tensors, arrays, numbers, texts and containers, and calls nothing
+else.
 """
 
 from __future__ import annotations
@@ -20,27 +22,45 @@ from pmod._ranks import world
 
 # what numpy's arrays and numbers are made with, besides what torch knows
 _NUMPY: list[Any] = [
-    *(np.ndarray, np.dtype, bytes, np.empty(0).__reduce__()[0], np.float64().__reduce__()[0]),
+    *(
+        np.ndarray,
+        np.dtype,
+        bytes,
+        np.empty(0).__reduce__()[0],
+        np.float64().__reduce__()[0],
+    ),
     *{type(np.dtype(code)) for code in np.typecodes["All"]},
 ]
 
 
 def gathered(value: object, mesh: Mesh, function: str) -> list[Any]:
-    """The value of each rank, in the order of the mesh, tensors on the CPU. All ranks of the mesh call it together.
+    """The value of each rank, in the order of the mesh, tensors on the CPU. All ranks
+    of the mesh call it together.
 
-    Raises: on all of them ArgumentError where a rank has what is no tensor, array, number, text or container of these.
+    Raises: on all of them ArgumentError where a rank has what is no tensor, array,
+    number, text or container of these.
     """
     if mesh.size == 1:
         return [value]
-    packed = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8).to(world.number_device())
-    sizes = all_gather(packed.new_tensor([packed.numel()], dtype=torch.int64), mesh).tolist()
+    packed = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8).to(
+        world.number_device()
+    )
+    sizes = all_gather(
+        packed.new_tensor([packed.numel()], dtype=torch.int64), mesh
+    ).tolist()
     parts = all_gather_v(packed, mesh, sizes=sizes).cpu().split(sizes)
     values: list[Any] = []
     for rank, part in zip(mesh.ranks.reshape(-1), parts, strict=True):
         value, refused = _unpacked(part.numpy().tobytes())
         if refused:
             right = "Between ranks go tensors, arrays, numbers, texts, and dicts, lists and tuples of them."
-            raise ArgumentError(phrase(f"notebook.{function}", f"on rank {rank} the value holds {refused}", right))
+            raise ArgumentError(
+                phrase(
+                    f"notebook.{function}",
+                    f"on rank {rank} the value holds {refused}",
+                    right,
+                )
+            )
         values.append(value)
     return values
 
@@ -52,7 +72,9 @@ def _packed(value: object) -> bytes:
         torch.save((value, ""), buffer)
         buffer.seek(0)
         with torch.serialization.safe_globals(_NUMPY):
-            refused = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(buffer))
+            refused = ", ".join(
+                torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+            )
     except Exception as error:  # whatever the pickling of a user's class raises: the other ranks wait for this one
         refused = f"what cannot be pickled ({type(error).__name__}: {error})"
     if refused:

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 import pmod
 from tests.lib import oracle, properties, spmd
 from tests.lib.listening import counted, listening, same
-from tests.lib.properties import DTYPES, EVERYWHERE, HEAVY, PAIRS, PROPERTIES, on_all, on_rank, simulated
+from tests.lib.properties import (
+    DTYPES,
+    EVERYWHERE,
+    HEAVY,
+    PAIRS,
+    PROPERTIES,
+    on_all,
+    on_rank,
+    simulated,
+)
 from tests.lib.table import CASES, Choices
 
 

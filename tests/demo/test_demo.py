@@ -21,7 +21,14 @@ import pmod
 from pmod._wire import base
 from pmod.demo import compare, console, darcy, fno, parallel, picture, serial
 from pmod.demo.__main__ import main
-from pmod.demo.darcy import Fields, conductances, outflow, permeability, random_fields, solve
+from pmod.demo.darcy import (
+    Fields,
+    conductances,
+    outflow,
+    permeability,
+    random_fields,
+    solve,
+)
 from pmod.demo.options import Options, check_fit, local_sizes, parse
 from pmod.demo.training import Run, Scale, batches
 from tests.lib.commands import check_refused

@@ -21,7 +21,15 @@ import pmod
 from pmod.demo.__main__ import main
 from pmod.demo.wind import command, compare, files, parallel, picture, whole
 from pmod.demo.wind.options import Options, local_sizes, parse
-from pmod.demo.wind.winds import RADIUS, Winds, latitudes, longitudes, norm, solid_body, solid_body_vorticity
+from pmod.demo.wind.winds import (
+    RADIUS,
+    Winds,
+    latitudes,
+    longitudes,
+    norm,
+    solid_body,
+    solid_body_vorticity,
+)
 from tests.lib import spmd
 from tests.lib.commands import check_refused
 

@@ -19,7 +19,16 @@ from pmod._mesh.ambient import resolve
 from pmod._ranks import backends, world
 from pmod._wire import gloo, rolling, waiting
 from pmod._wire.board import Said
-from pmod._wire.rolling import MARK, SHOWN, Calls, Told, Witness, as_text, first_unlike, of_text
+from pmod._wire.rolling import (
+    MARK,
+    SHOWN,
+    Calls,
+    Told,
+    Witness,
+    as_text,
+    first_unlike,
+    of_text,
+)
 from tests.lib import spmd
 
 

@@ -1,1 +1,3 @@
-"""`python -m pmod.demo graph`: message passing on an unstructured mesh whose nodes are spread over ranks."""
+"""`python -m pmod.demo graph`: message passing on an unstructured mesh whose nodes are
+spread over ranks.
+"""

@@ -1,4 +1,6 @@
-"""`python -m pmod.demo graph`: parse, train on the ranks, compare with one process, say what was sent, draw."""
+"""`python -m pmod.demo graph`: parse, train on the ranks, compare with one process, say
+what was sent, draw.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,18 @@ from pmod.demo.picture import check_output
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where it cannot be run as asked."""
+    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
+    it cannot be run as asked.
+    """
     options = parse(arguments)
     try:
         check_extra("matplotlib", "tqdm", "scipy")
         check_output(options.output)
-        surface, said = files.read(options.mesh_file) if options.mesh_file else (plate(options.nodes, options.seed), [])
+        surface, said = (
+            files.read(options.mesh_file)
+            if options.mesh_file
+            else (plate(options.nodes, options.seed), [])
+        )
         mesh = ranks.launched(options.mesh or {"data": 1, "graph": -1})
         sizes = local_sizes(options) if mesh is None else mesh.shape
         check_fit(options, sizes)
@@ -39,9 +47,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _introduce(surface: Surface, said: list[str], options: Options) -> None:
-    source = "a plate with two holes" if options.mesh_file is None else f"from {options.mesh_file.name}"
+    source = (
+        "a plate with two holes"
+        if options.mesh_file is None
+        else f"from {options.mesh_file.name}"
+    )
     pieces = "" if surface.pieces == 1 else f" in {surface.pieces} pieces"
-    say(f"nodes   {len(surface)}, in {len(surface.triangles)} triangles{pieces}: {source}")
+    say(
+        f"nodes   {len(surface)}, in {len(surface.triangles)} triangles{pieces}: {source}"
+    )
     for line in said:
         say(f"        {line}")
 
@@ -55,32 +69,59 @@ def conclude(outcome: Outcome, options: Options) -> int:
     if options.serial:
         with ranks.threads(outcome.threads):
             checks = compare(outcome, options)
-        say(f"\nthe same in one process that holds all {len(outcome.surface)} nodes, before and after the training")
+        say(
+            f"\nthe same in one process that holds all {len(outcome.surface)} nodes, before and after the training"
+        )
     status = report(checks)
     picture.draw(options.output, outcome)
-    say(f"test error {paint(f'{outcome.run.error:.2%}', 'bold')}; picture: {options.output}")
+    say(
+        f"test error {paint(f'{outcome.run.error:.2%}', 'bold')}; picture: {options.output}"
+    )
     return status
 
 
 def traffic(outcome: Outcome) -> list[str]:
     """How many ghosts each rank has, and what it sent in a step."""
-    names = ("rank", "nodes", "ghosts", "share", "fetch ghosts", "their gradients", "loss", "parameters", "sent, kB")
+    names = (
+        "rank",
+        "nodes",
+        "ghosts",
+        "share",
+        "fetch ghosts",
+        "their gradients",
+        "loss",
+        "parameters",
+        "sent, kB",
+    )
     widths = [max(len(name), 6) for name in names]
     heads = "  ".join(name.rjust(w) for name, w in zip(names, widths, strict=True))
     lines = ["kB that each rank sends in a step, counted", heads]
     for data, graph, nodes, ghosts, *sent in outcome.traffic[:8]:
         share = f"{ghosts / nodes:.1%}" if nodes else "-"
-        cells = [f"{data},{graph}", str(nodes), str(ghosts), share, *(f"{n / 1e3:.2f}" for n in (*sent, sum(sent)))]
-        lines.append("  ".join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True)))
+        cells = [
+            f"{data},{graph}",
+            str(nodes),
+            str(ghosts),
+            share,
+            *(f"{n / 1e3:.2f}" for n in (*sent, sum(sent))),
+        ]
+        lines.append(
+            "  ".join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))
+        )
     if len(outcome.traffic) > 8:
         lines.append(f"... and {len(outcome.traffic) - 8} ranks more")
-    rows = [row for row in outcome.traffic if row[0] == 0]  # along data they hold the same nodes
+    rows = [
+        row for row in outcome.traffic if row[0] == 0
+    ]  # along data they hold the same nodes
     share = sum(row[3] for row in rows) / len(outcome.surface)
     total = sum(sum(row[4:]) for row in outcome.traffic)
-    return [*lines, f"ghost rows are {share:.1%} of all nodes; all ranks together sent {total / 1e3:.2f} kB in a step"]
+    return [
+        *lines,
+        f"ghost rows are {share:.1%} of all nodes; all ranks together sent {total / 1e3:.2f} kB in a step",
+    ]
 
 
-# --- the comparison --------------------------------------------------------------------------------------------------
+# --- the comparison -------------------------------------------------------------------
 
 
 def bound(options: Options) -> float:
@@ -89,7 +130,9 @@ def bound(options: Options) -> float:
 
 
 def compare(outcome: Outcome, options: Options) -> list[Check]:
-    """Loss and gradients of the ranks beside those of one process, before and after the training."""
+    """Loss and gradients of the ranks beside those of one process, before and after the
+    training.
+    """
     pairs = [_differences(step, outcome, options) for step in outcome.steps]
     apart = torch.stack([loss for loss, _ in pairs])
     names = list(outcome.steps[0].weights)
@@ -97,18 +140,35 @@ def compare(outcome: Outcome, options: Options) -> list[Check]:
     most, limit = gradients.max().item(), bound(options)
     worst = names[int(gradients.argmax())]
     return [
-        Check("largest difference of the losses", apart.max().item(), limit,
-              f"{apart.max().item():.1e} (bound {limit:.0e})"),
-        Check(f"of the {len(names)} parameters' gradients", most, limit,
-              f"{most:.1e} (bound {limit:.0e}), in {worst}"),
-    ]  # fmt: skip
+        Check(
+            "largest difference of the losses",
+            apart.max().item(),
+            limit,
+            f"{apart.max().item():.1e} (bound {limit:.0e})",
+        ),
+        Check(
+            f"of the {len(names)} parameters' gradients",
+            most,
+            limit,
+            f"{most:.1e} (bound {limit:.0e}), in {worst}",
+        ),
+    ]
 
 
-def _differences(step: Step, outcome: Outcome, options: Options) -> tuple[Tensor, Tensor]:
-    """Of the loss, and of the gradient in each weight, at the entry where it is largest."""
+def _differences(
+    step: Step, outcome: Outcome, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Of the loss, and of the gradient in each weight, at the entry where it is
+    largest.
+    """
     device = ranks.device_of_one()
     weights = {name: value.to(device) for name, value in step.weights.items()}
     problems = outcome.train[step.batch].to(options.dtype).to(device)
-    loss, gradients = whole.loss_and_gradients(weights, outcome.surface, problems.x, problems.u / outcome.scale)
-    each = [(step.gradients[name] - gradient.cpu()).abs().max() for name, gradient in gradients.items()]
+    loss, gradients = whole.loss_and_gradients(
+        weights, outcome.surface, problems.x, problems.u / outcome.scale
+    )
+    each = [
+        (step.gradients[name] - gradient.cpu()).abs().max()
+        for name, gradient in gradients.items()
+    ]
     return (step.loss - loss.cpu()).abs(), torch.stack(each)

@@ -1,7 +1,9 @@
-"""A message-passing network whose nodes are spread over a mesh ("data", "graph"): the parallel part of the job.
+"""A message-passing network whose nodes are spread over a mesh ("data", "graph"): the
+parallel part of the job.
 
-The problems of a batch are sharded over "data", the nodes over "graph". What acts on a node or an edge is local; what
-its neighbours on other ranks say is fetched in each round by `pmod.indexed_all_to_all_v`.
+The problems of a batch are sharded over "data", the nodes over "graph". What acts on a
+node or an edge is local; what its neighbours on other ranks say is fetched in each
+round by `pmod.indexed_all_to_all_v`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from pmod.demo.graph.partition import Part
 
 
 class Round(nn.Module):
-    """Each edge forms a message of its two ends and its shape; each node takes the mean of those that reach it."""
+    """Each edge forms a message of its two ends and its shape; each node takes the mean
+    of those that reach it.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,11 +29,17 @@ class Round(nn.Module):
         self.update = nn.Linear(2 * channels, channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, h: Tensor, edges: Tensor, part: Part, plan: pmod.ExchangePlan) -> Tensor:
+    def forward(
+        self, h: Tensor, edges: Tensor, part: Part, plan: pmod.ExchangePlan
+    ) -> Tensor:
         """V -> V. h (nodes of this rank, batch, channels) -> the same shape."""
         sent = self.sender(h)
         sent = torch.cat([sent, pmod.indexed_all_to_all_v(sent, "graph", indices=plan)])
-        messages = F.gelu(sent[part.sender] + self.receiver(h)[part.receiver] + self.edge(edges)[:, None])
+        messages = F.gelu(
+            sent[part.sender]
+            + self.receiver(h)[part.receiver]
+            + self.edge(edges)[:, None]
+        )
         mean = torch.zeros_like(h).index_add(0, part.receiver, messages) / part.degree
         return h + self.out(F.gelu(self.update(torch.cat([h, mean], dim=-1))))
 
@@ -39,10 +49,16 @@ class GraphNet(nn.Module):
 
     def __init__(self, channels: int, rounds: int) -> None:
         super().__init__()
-        self.nodes = nn.Sequential(nn.Linear(2, channels), nn.GELU(), nn.Linear(channels, channels))
-        self.edges = nn.Sequential(nn.Linear(4, channels), nn.GELU(), nn.Linear(channels, channels))
+        self.nodes = nn.Sequential(
+            nn.Linear(2, channels), nn.GELU(), nn.Linear(channels, channels)
+        )
+        self.edges = nn.Sequential(
+            nn.Linear(4, channels), nn.GELU(), nn.Linear(channels, channels)
+        )
         self.rounds = nn.ModuleList(Round(channels) for _ in range(rounds))
-        self.decode = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, 1))
+        self.decode = nn.Sequential(
+            nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, 1)
+        )
 
     def forward(self, x: Tensor, part: Part, plan: pmod.ExchangePlan) -> Tensor:
         """V -> V. x (nodes of this rank, batch, 2) -> (nodes of this rank, batch)."""
@@ -53,22 +69,36 @@ class GraphNet(nn.Module):
 
 
 def varying(model: GraphNet) -> dict[str, Tensor]:
-    """The parameters, once a step: backward() then sums their gradients in one message. I -> V."""
+    """The parameters, once a step: backward() then sums their gradients in one message.
+    I -> V.
+    """
     held: dict[str, Tensor] = dict(model.named_parameters())
     return pmod.pvary(held, ("data", "graph"))
 
 
-def predict(model: GraphNet, parameters: dict[str, Tensor], x: Tensor, part: Part, plan: pmod.ExchangePlan) -> Tensor:
+def predict(
+    model: GraphNet,
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    part: Part,
+    plan: pmod.ExchangePlan,
+) -> Tensor:
     """The model's output with these parameters. V -> V."""
     return torch.func.functional_call(model, parameters, (x, part, plan))
 
 
 def loss(prediction: Tensor, u: Tensor, count: int) -> Tensor:
-    """The mean square over the nodes and problems of all ranks, `count` of them. V -> I."""
+    """The mean square over the nodes and problems of all ranks, `count` of them. V ->
+    I.
+    """
     return pmod.psum((prediction - u).square().sum(), ("data", "graph")) / count
 
 
 def relative_errors(prediction: Tensor, u: Tensor) -> Tensor:
-    """|prediction - u| / |u| of each problem, both norms over the nodes of all ranks. V -> I along "graph"."""
-    wrong, whole = pmod.psum(((prediction - u).square().sum(0), u.square().sum(0)), "graph")
+    """|prediction - u| / |u| of each problem, both norms over the nodes of all ranks. V
+    -> I along "graph".
+    """
+    wrong, whole = pmod.psum(
+        ((prediction - u).square().sum(0), u.square().sum(0)), "graph"
+    )
     return (wrong / whole).sqrt()

@@ -1,4 +1,6 @@
-"""The command line of the job, parsed into one value, and whether what it asks for fits together."""
+"""The command line of the job, parsed into one value, and whether what it asks for fits
+together.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +67,15 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where it is wrong."""
+    """The options that the command line gives; leaves with status 2 and a message where
+    it is wrong.
+    """
     parser = _parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
     if "mesh_file" in given and "nodes" in given:
-        parser.error("--nodes is for the mesh that the demo makes itself; the nodes of --mesh-file are what they are")
+        parser.error(
+            "--nodes is for the mesh that the demo makes itself; the nodes of --mesh-file are what they are"
+        )
     options = Options(**given)
     check_folder(options.output, parser)
     return options
@@ -82,11 +88,20 @@ def _parser() -> argparse.ArgumentParser:
         "Train a message-passing network to solve steady diffusion on an unstructured triangle mesh, over\n"
         "a mesh of ranks data x graph: the nodes are spread over graph, the problems over data. Loss and gradients\n"
         "are compared with one process that holds the whole mesh. Without a launcher it starts its own ranks.",
-        _EXAMPLES, AXES, usual.output,
-    )  # fmt: skip
+        _EXAMPLES,
+        AXES,
+        usual.output,
+    )
     data = parser.add_argument_group("data")
-    data.add_argument("--mesh-file", type=Path, metavar="FILE", help="a mesh: .obj, .ply, .stl, .glb, .vtk, .msh, ...")
-    number(data, "--nodes", f"of the mesh that is made, about ({usual.nodes})", least=50)
+    data.add_argument(
+        "--mesh-file",
+        type=Path,
+        metavar="FILE",
+        help="a mesh: .obj, .ply, .stl, .glb, .vtk, .msh, ...",
+    )
+    number(
+        data, "--nodes", f"of the mesh that is made, about ({usual.nodes})", least=50
+    )
     number(data, "--train", f"problems to train on ({usual.train})")
     number(data, "--test", f"problems to test on ({usual.test})")
     model = parser.add_argument_group("model and training")
@@ -96,21 +111,43 @@ def _parser() -> argparse.ArgumentParser:
     length = model.add_mutually_exclusive_group()
     number(length, "--epochs", f"times to see all problems ({usual.epochs})")
     number(length, "--steps", "steps to take, instead")
-    number(model, "--seed", f"of the mesh, the problems, the weights and the batches ({usual.seed})", least=0)
-    model.add_argument("--float64", action="store_true", help="compute in float64; loss and gradients agree to 1e-10")
-    model.add_argument("--no-serial", dest="serial", action="store_false", help="do not compare with one process")
+    number(
+        model,
+        "--seed",
+        f"of the mesh, the problems, the weights and the batches ({usual.seed})",
+        least=0,
+    )
+    model.add_argument(
+        "--float64",
+        action="store_true",
+        help="compute in float64; loss and gradients agree to 1e-10",
+    )
+    model.add_argument(
+        "--no-serial",
+        dest="serial",
+        action="store_false",
+        help="do not compare with one process",
+    )
     return parser
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on graph."""
+    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on
+    graph.
+    """
     return on_this_machine(options.mesh or {"data": 1, "graph": usual_ranks()})
 
 
 def check_fit(options: Options, sizes: Mapping[str, int]) -> None:
     """Raise PmodError where the problems and the mesh of ranks do not fit."""
     batch, train = options.batch, options.train
-    check_rules([
-        (batch <= train, f"a batch of {batch} is more than {train} problems", f"Pass --batch {train} or less."),
-        rule_of_batches(batch, sizes["data"]),
-    ])  # fmt: skip
+    check_rules(
+        [
+            (
+                batch <= train,
+                f"a batch of {batch} is more than {train} problems",
+                f"Pass --batch {train} or less.",
+            ),
+            rule_of_batches(batch, sizes["data"]),
+        ]
+    )

@@ -1,4 +1,6 @@
-"""Who owns which node, and what of the mesh each rank then needs: its nodes, the ghosts around them, its edges."""
+"""Who owns which node, and what of the mesh each rank then needs: its nodes, the ghosts
+around them, its edges.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,20 @@ from pmod.demo.graph.surface import Numbers, Reals, Surface
 
 
 def partitioner(surface: Surface, ranks: int) -> str:
-    """The one that `owners` uses: METIS where it is installed and there are nodes enough."""
+    """The one that `owners` uses: METIS where it is installed and there are nodes
+    enough.
+    """
     # METIS wants a few nodes for each part
-    return "METIS" if importlib.util.find_spec("pymetis") and len(surface) >= 8 * ranks > 8 else "coordinate bisection"
+    return (
+        "METIS"
+        if importlib.util.find_spec("pymetis") and len(surface) >= 8 * ranks > 8
+        else "coordinate bisection"
+    )
 
 
 def owners(surface: Surface, ranks: int) -> Tensor:
-    """The rank of each node, so that all ranks have about the same work: a node's is its edges, not itself.
+    """The rank of each node, so that all ranks have about the same work: a node's is
+    its edges, not itself.
 
     Shapes: -> (n,) int64.
     """
@@ -40,7 +49,9 @@ def _by_metis(surface: Surface, ranks: int, work: Numbers) -> Numbers:
 
 
 def by_coordinates(points: Reals, ranks: int, work: Numbers) -> Numbers:
-    """Recursive coordinate bisection: halve the ranks, and with them the work, across the longest side."""
+    """Recursive coordinate bisection: halve the ranks, and with them the work, across
+    the longest side.
+    """
     found = np.zeros(len(points), dtype=np.int64)
     todo = [(np.arange(len(points)), 0, ranks)]
     while todo:
@@ -59,9 +70,11 @@ def by_coordinates(points: Reals, ranks: int, work: Numbers) -> Numbers:
 
 @attrs.frozen(eq=False)
 class Part:
-    """What one rank holds. Its own nodes come first, then the ghosts: nodes of other ranks that send to its own.
+    """What one rank holds. Its own nodes come first, then the ghosts: nodes of other
+    ranks that send to its own.
 
-    Numbers in `owned` and `ghosts` are those of the whole mesh; in all else they count the nodes of this rank.
+    Numbers in `owned` and `ghosts` are those of the whole mesh; in all else they count
+    the nodes of this rank.
     """
 
     owned: Tensor
@@ -69,20 +82,32 @@ class Part:
     """By owner: the order in which they arrive."""
     sender: Tensor
     receiver: Tensor
-    """An edge belongs to the rank that owns its receiver. By receiver, as in the whole mesh."""
+    """An edge belongs to the rank that owns its receiver. By receiver, as in the whole
+    mesh.
+    """
     outgoing: list[Tensor]
     """Which of this rank's nodes are ghosts of each rank."""
     shape: Tensor
-    """(edges, 4): the way from receiver to sender, and how long it is, in mean lengths of the mesh."""
+    """(edges, 4): the way from receiver to sender, and how long it is, in mean lengths
+    of the mesh.
+    """
     degree: Tensor
     """(owned, 1, 1): how many edges end at each node of this rank."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Part:
         """The same on a device, the reals in this dtype."""
-        owned, ghosts, sender, receiver = (v.to(device) for v in (self.owned, self.ghosts, self.sender, self.receiver))
+        owned, ghosts, sender, receiver = (
+            v.to(device) for v in (self.owned, self.ghosts, self.sender, self.receiver)
+        )
         outgoing = [v.to(device) for v in self.outgoing]
         return Part(
-            owned, ghosts, sender, receiver, outgoing, self.shape.to(device, dtype), self.degree.to(device, dtype)
+            owned,
+            ghosts,
+            sender,
+            receiver,
+            outgoing,
+            self.shape.to(device, dtype),
+            self.degree.to(device, dtype),
         )
 
 
@@ -98,9 +123,16 @@ def part_of(surface: Surface, owner: Tensor, ranks: int, rank: int) -> Part:
     local[torch.cat([owned, ghosts])] = torch.arange(len(owned) + len(ghosts))
     leaving = (owner[sender] == rank) & (owner[receiver] != rank)
     to = owner[receiver]
-    outgoing = [local[torch.unique(sender[leaving & (to == other)])] for other in range(ranks)]
+    outgoing = [
+        local[torch.unique(sender[leaving & (to == other)])] for other in range(ranks)
+    ]
     way = surface.points[s] - surface.points[r]
-    mean = torch.linalg.vector_norm(surface.points[sender] - surface.points[receiver], dim=1).mean()
-    shape = torch.cat([way, torch.linalg.vector_norm(way, dim=1, keepdim=True)], dim=1) / mean
+    mean = torch.linalg.vector_norm(
+        surface.points[sender] - surface.points[receiver], dim=1
+    ).mean()
+    shape = (
+        torch.cat([way, torch.linalg.vector_norm(way, dim=1, keepdim=True)], dim=1)
+        / mean
+    )
     degree = torch.bincount(local[r], minlength=len(owned)).view(-1, 1, 1).double()
     return Part(owned, ghosts, local[s], local[r], outgoing, shape, degree)

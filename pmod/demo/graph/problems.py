@@ -1,10 +1,11 @@
-"""Steady diffusion on a triangle mesh: random media and sources, solved with linear finite elements.
+"""Steady diffusion on a triangle mesh: random media and sources, solved with linear
+finite elements.
 
     -div(k grad u) + u = f, no flow across the edge
 
-The term u is what makes the solution unique on every mesh, closed ones and each piece of several. k lies between a
-third and three times 0.002, so that a source is felt over a twentieth of the mesh's size, which is 1; f lies
-between -1 and 1, and so does u.
+The term u is what makes the solution unique on every mesh, closed ones and each piece
+of several. k lies between a third and three times 0.002, so that a source is felt over
+a twentieth of the mesh's size, which is 1; f lies between -1 and 1, and so does u.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _WAVES = 14.0  # media and sources vary over 5 / 14 of the mesh's size, about
 class Problems:
     """Media, sources and solutions at the nodes of one mesh.
 
-    Shapes: x (n, N, 2): the logarithm of the medium and the source, both from -1 to 1; u (n, N).
+    Shapes: x (n, N, 2): the logarithm of the medium and the source, both from -1 to 1;
+    u (n, N).
     """
 
     x: Tensor
@@ -57,7 +59,7 @@ def conductivity(x: Tensor) -> Tensor:
     return _CONDUCTIVITY * _CONTRAST**x
 
 
-# --- finite elements -------------------------------------------------------------------------------------------------
+# --- finite elements ------------------------------------------------------------------
 
 
 class Elements:
@@ -66,9 +68,13 @@ class Elements:
     def __init__(self, surface: Surface) -> None:
         self._n, self._t = len(surface), surface.triangles.numpy()
         corners = surface.points.numpy()[self._t]
-        sides = np.roll(corners, 1, axis=1) - np.roll(corners, -1, axis=1)  # each is opposite to its corner
+        sides = np.roll(corners, 1, axis=1) - np.roll(
+            corners, -1, axis=1
+        )  # each is opposite to its corner
         area = np.linalg.norm(np.cross(sides[:, 0], sides[:, 1]), axis=1) / 2
-        self._stiffness = np.einsum("tix,tjx->tij", sides, sides) / (4 * area[:, None, None])
+        self._stiffness = np.einsum("tix,tjx->tij", sides, sides) / (
+            4 * area[:, None, None]
+        )
         self.mass = self._assembled(area[:, None, None] / 12 * (1 + np.eye(3)))
         self._lumped = np.asarray(self.mass.sum(1), dtype=np.float64)
 
@@ -77,7 +83,9 @@ class Elements:
 
         rows: Numbers = np.repeat(self._t, 3, axis=1).reshape(-1)
         columns: Numbers = np.tile(self._t, 3).reshape(-1)
-        return coo_array((elements.reshape(-1), (rows, columns)), shape=(self._n, self._n)).tocsc()
+        return coo_array(
+            (elements.reshape(-1), (rows, columns)), shape=(self._n, self._n)
+        ).tocsc()
 
     def stiffness(self, k: Reals) -> Any:
         """The matrix of -div(k grad u), k given at the nodes."""
@@ -86,48 +94,71 @@ class Elements:
     def solve(self, k: Reals, f: Reals, *, reaction: float = 1.0) -> Reals:
         """u of -div(k grad u) + reaction u = f, no flow across the edge.
 
-        Shapes: k (n,), f (n,) -> (n,). Raises: PmodError where the residual stays above 1e-10 of the right side.
+        Shapes: k (n,), f (n,) -> (n,). Raises: PmodError where the residual stays above
+        1e-10 of the right side.
         """
         matrix, right = self.stiffness(k) + reaction * self.mass, self.mass @ f
         u: Reals = _factors(matrix).solve(right)
-        residual = float(np.linalg.norm(right - matrix @ u) / max(np.linalg.norm(right), np.finfo(float).tiny))
+        residual = float(
+            np.linalg.norm(right - matrix @ u)
+            / max(np.linalg.norm(right), np.finfo(float).tiny)
+        )
         if not residual <= TOLERANCE:
             given = f"a problem on this mesh is solved to a residual of {residual:.1e} only, above {TOLERANCE}"
-            raise PmodError(phrase("demo", given, "Its triangles are too thin or too unlike in size."))
+            raise PmodError(
+                phrase(
+                    "demo", given, "Its triangles are too thin or too unlike in size."
+                )
+            )
         return u
 
     def smooth(self, noise: Reals) -> Reals:
-        """Samples of a Gaussian random field, of noise that is independent and normal at each node.
+        """Samples of a Gaussian random field, of noise that is independent and normal
+        at each node.
 
-        White noise is what (waves^2 - Laplacian)^2 makes of that field, which gives it its smoothness on any mesh.
+        White noise is what (waves^2 - Laplacian)^2 makes of that field, which gives it
+        its smoothness on any mesh.
         Shapes: noise (n, N) -> (n, N).
         """
         matrix = self.stiffness(np.ones(self._n)) + _WAVES**2 * self.mass
         factors, white = _factors(matrix), np.sqrt(self._lumped)[:, None] * noise
         once: Reals = factors.solve(white)
-        return math.sqrt(12 * math.pi) * _WAVES**3 * factors.solve(self.mass @ once)  # of variance 1 in the plane
+        return (
+            math.sqrt(12 * math.pi) * _WAVES**3 * factors.solve(self.mass @ once)
+        )  # of variance 1 in the plane
 
 
 def _factors(matrix: Any) -> Any:
     from scipy.sparse.linalg import splu
 
     # the order and the pivots that suit a symmetric positive definite matrix
-    return splu(matrix.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    return splu(
+        matrix.tocsc(),
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0.0,
+        options={"SymmetricMode": True},
+    )
 
 
-# --- on the ranks ----------------------------------------------------------------------------------------------------
+# --- on the ranks ---------------------------------------------------------------------
 
 
 def make_problems(surface: Surface, count: int, seed: int, *, quiet: bool) -> Problems:
-    """Draw problems and solve them, each rank of the mesh a share of them; all ranks get all. I -> I."""
+    """Draw problems and solve them, each rank of the mesh a share of them; all ranks
+    get all. I -> I.
+    """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(surface), 2 * count, dtype=torch.float64, generator=generator).view(-1, count, 2)
+    noise = torch.randn(
+        len(surface), 2 * count, dtype=torch.float64, generator=generator
+    ).view(-1, count, 2)
     mine = pmod.shard(noise, _AXES, dim=1)
     elements, n, share = Elements(surface), len(surface), mine.shape[1]
     x = np.tanh(elements.smooth(mine.reshape(n, -1).numpy())).reshape(n, share, 2)
     k = conductivity(torch.from_numpy(x[..., 0])).numpy()
     u = np.zeros((n, share))
-    with progress(total=share, what="solving this rank's problems", unit="problem", quiet=quiet) as bar:
+    with progress(
+        total=share, what="solving this rank's problems", unit="problem", quiet=quiet
+    ) as bar:
         for i in range(share):
             u[:, i] = elements.solve(k[:, i], x[:, i, 1])
             bar.update()

@@ -1,4 +1,6 @@
-"""Triangle meshes: what they hold, one that is generated, and what is put right in those that others made."""
+"""Triangle meshes: what they hold, one that is generated, and what is put right in
+those that others made.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ _FLAT = 1e-12  # a triangle of less area than that, on a longest side of 1, has 
 
 @attrs.define(slots=False, eq=False)
 class Surface:
-    """A triangle mesh, flat or curved, closed or not, in one piece or more; its area is 1.
+    """A triangle mesh, flat or curved, closed or not, in one piece or more; its area is
+    1.
 
-    Shapes: points (n, 3) float64, triangles (m, 3) int64. Every point is a corner of some triangle.
+    Shapes: points (n, 3) float64, triangles (m, 3) int64. Every point is a corner of
+    some triangle.
     """
 
     points: Tensor
@@ -49,15 +53,19 @@ class Surface:
         from scipy.sparse.csgraph import connected_components
 
         sender, receiver = (v.numpy() for v in self.edges)
-        graph = coo_array((np.ones(len(sender)), (sender, receiver)), shape=(len(self), len(self)))
+        graph = coo_array(
+            (np.ones(len(sender)), (sender, receiver)), shape=(len(self), len(self))
+        )
         return int(connected_components(graph, directed=False)[0])
 
 
 def clean(points: Reals, triangles: Numbers) -> tuple[Surface, list[str]]:
-    """The mesh that is meant, and what was put right: points that coincide, triangles without area or given twice.
+    """The mesh that is meant, and what was put right: points that coincide, triangles
+    without area or given twice.
 
     Shapes: points (n, 2) or (n, 3), triangles (m, 3).
-    Raises: PmodError where nothing is left, for points that are not finite, and for corners that do not exist.
+    Raises: PmodError where nothing is left, for points that are not finite, and for
+    corners that do not exist.
     """
     _check(points, triangles)
     points = np.pad(points, ((0, 0), (0, 3 - points.shape[1])))
@@ -67,7 +75,9 @@ def clean(points: Reals, triangles: Numbers) -> tuple[Surface, list[str]]:
     _note(said, len(points) - len(used), "point", "of no triangle left out")
     points = points[used] - points[used].min(0)
     points /= points.max() or 1.0
-    _, first, same = np.unique(np.round(points / _SAME), axis=0, return_index=True, return_inverse=True)
+    _, first, same = np.unique(
+        np.round(points / _SAME), axis=0, return_index=True, return_inverse=True
+    )
     _note(said, len(points) - len(first), "point", "merged with another at its place")
     triangles = first[same.reshape(-1)[corners.reshape(-1, 3)]]
 
@@ -89,13 +99,21 @@ def clean(points: Reals, triangles: Numbers) -> tuple[Surface, list[str]]:
 
 def _check(points: Reals, triangles: Numbers) -> None:
     if points.ndim != 2 or points.shape[1] not in (2, 3):
-        raise PmodError(phrase("demo", f"the points are {points.shape}", "They should be (n, 2) or (n, 3)."))
+        raise PmodError(
+            phrase(
+                "demo",
+                f"the points are {points.shape}",
+                "They should be (n, 2) or (n, 3).",
+            )
+        )
     if not len(triangles):
         raise PmodError(phrase("demo", "the mesh has no triangles"))
     low, high = int(triangles.min()), int(triangles.max())
     if low < 0 or high >= len(points):
         given = f"a triangle has the corner {low if low < 0 else high}, and there are {len(points)} points"
-        raise PmodError(phrase("demo", given, "Corners count from the first point of the file."))
+        raise PmodError(
+            phrase("demo", given, "Corners count from the first point of the file.")
+        )
     if not np.isfinite(points[np.unique(triangles)]).all():
         raise PmodError(phrase("demo", "a corner of the mesh is not a finite point"))
 
@@ -116,21 +134,30 @@ def _longest(points: Reals, triangles: Numbers) -> Reals:
     return np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(1)
 
 
-# --- one that is generated -------------------------------------------------------------------------------------------
+# --- one that is generated ------------------------------------------------------------
 
 _WIDTH, _HEIGHT = 1.6, 1.0
-_HOLES = ((0.45, 0.55, 0.2), (1.15, 0.4, 0.15), (1.0, 1.0, 0.18))  # x, y, radius; the last is cut off by the rim
+_HOLES = (
+    (0.45, 0.55, 0.2),
+    (1.15, 0.4, 0.15),
+    (1.0, 1.0, 0.18),
+)  # x, y, radius; the last is cut off by the rim
 _AREA, _RIM = 1.33, 7.0  # of what is left, about
 
 
 def plate(nodes: int, seed: int) -> Surface:
-    """A plate with two holes and a notch, of about so many points: a hexagonal grid that is shaken, and the rim."""
+    """A plate with two holes and a notch, of about so many points: a hexagonal grid
+    that is shaken, and the rim.
+    """
     from scipy.spatial import Delaunay
 
-    # nodes = area / (0.87 gap^2) + rim / (2 gap): points inside keep half a gap from the rim
+    # nodes = area / (0.87 gap^2) + rim / (2 gap): points inside keep half a gap from
+    # the rim
     gap = (_RIM / 4 + math.sqrt(_RIM**2 / 16 + nodes * _AREA / 0.87)) / nodes
     rows, columns = np.mgrid[: int(_HEIGHT / (0.87 * gap)) + 2, : int(_WIDTH / gap) + 2]
-    grid = np.stack([(columns + rows % 2 / 2) * gap, rows * 0.87 * gap], axis=-1).reshape(-1, 2)
+    grid = np.stack(
+        [(columns + rows % 2 / 2) * gap, rows * 0.87 * gap], axis=-1
+    ).reshape(-1, 2)
     inside = grid + np.random.default_rng(seed).uniform(-0.3, 0.3, grid.shape) * gap
     points = np.concatenate([_rim(gap), inside[depth(inside) > 0.5 * gap]])
     triangles = Delaunay(points).simplices.astype(np.int64)
@@ -149,12 +176,22 @@ def depth(points: Reals) -> Reals:
 def _rim(gap: float) -> Reals:
     """Points on the edge of the plate."""
     lines: list[Reals] = []
-    corners: Sequence[tuple[float, float]] = [(0, 0), (_WIDTH, 0), (_WIDTH, _HEIGHT), (0, _HEIGHT)]
+    corners: Sequence[tuple[float, float]] = [
+        (0, 0),
+        (_WIDTH, 0),
+        (_WIDTH, _HEIGHT),
+        (0, _HEIGHT),
+    ]
     for (x, y), (to_x, to_y) in zip(corners, [*corners[1:], corners[0]], strict=True):
-        t = np.linspace(0, 1, int(np.hypot(to_x - x, to_y - y) / gap) + 1, endpoint=False)
+        t = np.linspace(
+            0, 1, int(np.hypot(to_x - x, to_y - y) / gap) + 1, endpoint=False
+        )
         lines.append(np.stack([x + t * (to_x - x), y + t * (to_y - y)], axis=1))
     for x, y, r in _HOLES:
-        t = np.linspace(0, 2 * np.pi, max(int(2 * np.pi * r / gap), 6), endpoint=False) + 0.01
+        t = (
+            np.linspace(0, 2 * np.pi, max(int(2 * np.pi * r / gap), 6), endpoint=False)
+            + 0.01
+        )
         lines.append(np.stack([x + r * np.cos(t), y + r * np.sin(t)], axis=1))
     line = np.concatenate(lines)
     return line[depth(line) > -1e-12]

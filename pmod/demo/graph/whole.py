@@ -1,4 +1,6 @@
-"""The same network on the whole mesh, in plain torch, written by itself: what the partitioned one must agree with."""
+"""The same network on the whole mesh, in plain torch, written by itself: what the
+partitioned one must agree with.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,14 @@ from pmod.demo.graph.surface import Surface
 def loss_and_gradients(
     weights: dict[str, Tensor], surface: Surface, x: Tensor, u: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean square error on these problems, and its gradient in each weight. x (n, batch, 2), u (n, batch)."""
+    """The mean square error on these problems, and its gradient in each weight. x (n,
+    batch, 2), u (n, batch).
+    """
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     value = (network(leaves, surface, x) - u).square().mean()
-    return value.detach(), dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+    return value.detach(), dict(
+        zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True)
+    )
 
 
 def neighbours(surface: Surface) -> tuple[Tensor, Tensor]:
@@ -25,7 +31,10 @@ def neighbours(surface: Surface) -> tuple[Tensor, Tensor]:
 
     t, n = surface.triangles.numpy(), len(surface)
     ones = np.ones(len(t))
-    beside = sum(coo_array((ones, (t[:, i], t[:, (i + 1) % 3])), shape=(n, n)).tocsr() for i in range(3))
+    beside = sum(
+        coo_array((ones, (t[:, i], t[:, (i + 1) % 3])), shape=(n, n)).tocsr()
+        for i in range(3)
+    )
     a, b = (beside + beside.T).nonzero()  # pyright: ignore[reportAttributeAccessIssue]
     return torch.from_numpy(a).long(), torch.from_numpy(b).long()
 
@@ -46,9 +55,15 @@ def network(w: dict[str, Tensor], surface: Surface, x: Tensor) -> Tensor:
     edges = layers("edges", (torch.cat([apart, length], 1) / length.mean()).to(x.dtype))
     degree = torch.bincount(at, minlength=len(x))[:, None, None]
     h = layers("nodes", x)
-    for i in range(len({name.split(".")[1] for name in w if name.startswith("rounds.")})):
+    for i in range(
+        len({name.split(".")[1] for name in w if name.startswith("rounds.")})
+    ):
         r = f"rounds.{i}"
         heard = layer(f"{r}.sender", h)[neighbour] + layer(f"{r}.receiver", h)[at]
-        total = torch.zeros_like(h).index_add(0, at, gelu(heard + layer(f"{r}.edge", edges)[:, None]))
-        h = h + layer(f"{r}.out", gelu(layer(f"{r}.update", torch.cat([h, total / degree], -1))))
+        total = torch.zeros_like(h).index_add(
+            0, at, gelu(heard + layer(f"{r}.edge", edges)[:, None])
+        )
+        h = h + layer(
+            f"{r}.out", gelu(layer(f"{r}.update", torch.cat([h, total / degree], -1)))
+        )
     return layers("decode", h)[..., 0]

@@ -1,4 +1,6 @@
-"""`python -m pmod.demo pinn`: parse, train on the ranks, compare with one process and with the formula, draw."""
+"""`python -m pmod.demo pinn`: parse, train on the ranks, compare with one process and
+with the formula, draw.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ERROR_BOUND = 0.05  # of the solution, after the usual steps
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where it cannot be run as asked."""
+    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
+    it cannot be run as asked.
+    """
     options = parse(arguments)
     try:
         check_extra("matplotlib", "tqdm")
@@ -38,16 +42,28 @@ def main(arguments: Sequence[str]) -> int:
 
 def conclude(outcome: Outcome, options: Options) -> int:
     """Compute in this process alone, compare, draw; the exit status."""
-    sums = [f"{count} over {axis} ({sent / 1e3:.1f} kB)" for axis, (count, sent) in outcome.sent.items()]
+    sums = [
+        f"{count} over {axis} ({sent / 1e3:.1f} kB)"
+        for axis, (count, sent) in outcome.sent.items()
+    ]
     say(f"\nmessages of a loss and its gradient: {', '.join(sums)} sent by rank 0")
     checks: list[Check] = []
     if options.serial:
-        say(f"the first {TRIAL} steps, of Adam, and {TRIAL} of L-BFGS after the training, again in one process")
+        say(
+            f"the first {TRIAL} steps, of Adam, and {TRIAL} of L-BFGS after the training, again in one process"
+        )
         with ranks.threads(outcome.threads):
             checks += compare(outcome)
     error = outcome.run.error
     if options.steps >= Options().steps and options.warm_up >= Options().warm_up:
-        checks.append(Check("error beside Cole and Hopf", error, ERROR_BOUND, f"{error:.2%} (bound {ERROR_BOUND:.0%})"))
+        checks.append(
+            Check(
+                "error beside Cole and Hopf",
+                error,
+                ERROR_BOUND,
+                f"{error:.2%} (bound {ERROR_BOUND:.0%})",
+            )
+        )
     status = report(checks)
     picture.draw(options.output, outcome)
     say(f"relative L2 error {paint(f'{error:.2%}', 'bold')}; picture: {options.output}")
@@ -55,17 +71,29 @@ def conclude(outcome: Outcome, options: Options) -> int:
 
 
 def compare(outcome: Outcome) -> list[Check]:
-    """The losses of each step of the trials, and the parameters after the last, beside those of one process."""
+    """The losses of each step of the trials, and the parameters after the last, beside
+    those of one process.
+    """
     device = ranks.device_of_one()
     losses: list[Tensor] = []
     parameters: list[Tensor] = []
     for trial in outcome.trials:
         before = {name: value.to(device) for name, value in trial.before.items()}
-        curve, after = whole.train(before, outcome.t.to(device), outcome.x.to(device), trial.warm_up, TRIAL)
+        curve, after = whole.train(
+            before, outcome.t.to(device), outcome.x.to(device), trial.warm_up, TRIAL
+        )
         losses.append((trial.losses - curve).abs().max())
-        parameters += [(trial.after[name] - value.cpu()).abs().max() for name, value in after.items()]
-    apart = {"losses": torch.stack(losses).max().item(), "parameters": torch.stack(parameters).max().item()}
+        parameters += [
+            (trial.after[name] - value.cpu()).abs().max()
+            for name, value in after.items()
+        ]
+    apart = {
+        "losses": torch.stack(losses).max().item(),
+        "parameters": torch.stack(parameters).max().item(),
+    }
     return [
-        Check(f"difference of the {what}", most, BOUND, f"{most:.1e} (bound {BOUND:.0e})")
+        Check(
+            f"difference of the {what}", most, BOUND, f"{most:.1e} (bound {BOUND:.0e})"
+        )
         for what, most in apart.items()
     ]

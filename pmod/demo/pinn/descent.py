@@ -1,8 +1,9 @@
 """Adam, then L-BFGS, for parameters that are spread over ranks.
 
-Adam takes each number by itself. The direction of L-BFGS is a combination of the last steps, the last changes of the
-gradient and the gradient, whose coefficients follow from their inner products alone (Chen, Wang and Zhou, "Large-scale
-L-BFGS using MapReduce", 2014): one message brings all of them.
+Adam takes each number by itself. The direction of L-BFGS is a combination of the last
+steps, the last changes of the gradient and the gradient, whose coefficients follow from
+their inner products alone (Chen, Wang and Zhou, "Large-scale L-BFGS using MapReduce",
+2014): one message brings all of them.
 """
 
 from __future__ import annotations
@@ -17,21 +18,34 @@ from torch.nn.utils.convert_parameters import parameters_to_vector, vector_to_pa
 Evaluate: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
 """The value and the gradient (n,) at a point (n,)."""
 Products: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Of rows of vectors (a, n) and (b, n), each rank with its part of them, all inner products (a, b)."""
+"""Of rows of vectors (a, n) and (b, n), each rank with its part of them, all inner
+products (a, b).
+"""
 
 MEMORY = 50
-_ENOUGH, _FLATTER, _TRIALS = 1e-4, 0.9, 20  # of the descent that is foretold; of the slope; points along a direction
+_ENOUGH, _FLATTER, _TRIALS = (
+    1e-4,
+    0.9,
+    20,
+)  # of the descent that is foretold; of the slope; points along a direction
 
 
 LEARNING_RATE = 5e-3
 
 
 def descend(
-    loss: Callable[[], Tensor], parameters: Sequence[Tensor], products: Products, warm_up: int
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    products: Products,
+    warm_up: int,
 ) -> Iterator[float]:
-    """So many steps of Adam, which finds the valley, then L-BFGS, which goes down it; the loss of each step."""
+    """So many steps of Adam, which finds the valley, then L-BFGS, which goes down it;
+    the loss of each step.
+    """
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(warm_up, 1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=max(warm_up, 1)
+    )
     for _ in range(warm_up):
         optimizer.zero_grad()
         value = loss()
@@ -42,16 +56,22 @@ def descend(
     yield from minimize(loss, parameters, products)
 
 
-def minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor], products: Products) -> Iterator[float]:
-    """Change the parameters step by step; the loss after each. It ends where no step goes down any more.
+def minimize(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], products: Products
+) -> Iterator[float]:
+    """Change the parameters step by step; the loss after each. It ends where no step
+    goes down any more.
 
-    loss: a function of the parameters as they are, the same on all ranks. So is all that decides: all go the same way.
+    loss: a function of the parameters as they are, the same on all ranks. So is all
+    that decides: all go the same way.
     """
 
     def evaluate(x: Tensor) -> tuple[float, Tensor]:
         vector_to_parameters(x, parameters)
         value = loss()
-        return value.item(), torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters)])
+        return value.item(), torch.cat(
+            [g.reshape(-1) for g in torch.autograd.grad(value, parameters)]
+        )
 
     x = parameters_to_vector(parameters).detach()
     value, gradient = evaluate(x)
@@ -60,7 +80,9 @@ def minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor], products:
         basis = torch.cat([steps, changes, gradient[None]])
         weights = coefficients(products(basis, basis).cpu()).to(x)
         direction = weights @ basis
-        found = _search(evaluate, x, value, gradient, direction, products, first=not len(steps))
+        found = _search(
+            evaluate, x, value, gradient, direction, products, first=not len(steps)
+        )
         if found is None and not len(steps):
             vector_to_parameters(x, parameters)
             return
@@ -71,12 +93,17 @@ def minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor], products:
         step, change = length * direction, after - gradient
         x, gradient = x + step, after
         # the search leaves a slope that rose, so that step @ change > 0
-        steps, changes = (torch.cat([old, new[None]])[-MEMORY:] for old, new in ((steps, step), (changes, change)))
+        steps, changes = (
+            torch.cat([old, new[None]])[-MEMORY:]
+            for old, new in ((steps, step), (changes, change))
+        )
         yield value
 
 
 def coefficients(gram: Tensor) -> Tensor:
-    """The direction in terms of k steps, k changes and the gradient: L-BFGS's two loops on their inner products."""
+    """The direction in terms of k steps, k changes and the gradient: L-BFGS's two loops
+    on their inner products.
+    """
     k = len(gram) // 2
     c = gram.new_zeros(2 * k + 1)
     c[-1] = -1
@@ -92,9 +119,18 @@ def coefficients(gram: Tensor) -> Tensor:
 
 
 def _search(
-    evaluate: Evaluate, x: Tensor, value: float, gradient: Tensor, direction: Tensor, products: Products, *, first: bool
+    evaluate: Evaluate,
+    x: Tensor,
+    value: float,
+    gradient: Tensor,
+    direction: Tensor,
+    products: Products,
+    *,
+    first: bool,
 ) -> tuple[float, float, Tensor] | None:
-    """A length along the direction, the value and the gradient there: lower enough and flatter (Wolfe's conditions)."""
+    """A length along the direction, the value and the gradient there: lower enough and
+    flatter (Wolfe's conditions).
+    """
 
     def slope(at: Tensor) -> float:
         return products(at[None], direction[None]).item()
@@ -102,7 +138,11 @@ def _search(
     start = slope(gradient)
     if not start < 0:
         return None
-    low, high, length = 0.0, float("inf"), min(1.0, 1 / abs(start) ** 0.5) if first else 1.0
+    low, high, length = (
+        0.0,
+        float("inf"),
+        min(1.0, 1 / abs(start) ** 0.5) if first else 1.0,
+    )
     for _ in range(_TRIALS):
         there, after = evaluate(x + length * direction)
         if not there <= value + _ENOUGH * length * start:

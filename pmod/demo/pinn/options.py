@@ -13,7 +13,9 @@ import torch
 from pmod.demo.options import check_folder, number, on_this_machine, parser_of_job
 
 AXES = ("data", "model")
-TRIAL = 10  # steps that are compared with one process at a time: rounding grows with each
+TRIAL = (
+    10  # steps that are compared with one process at a time: rounding grows with each
+)
 
 _EXAMPLES = """\
 examples:
@@ -44,7 +46,9 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where it is wrong."""
+    """The options that the command line gives; leaves with status 2 and a message where
+    it is wrong.
+    """
     parser = _parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
     options = Options(**given)
@@ -59,8 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         "Solve Burgers' equation by a network that is trained to satisfy it, over a mesh of ranks data x model: the\n"
         "points where it is to hold are spread over data, each pair of layers over model. Steps are compared with one\n"
         "process, and the solution with the formula of Cole and Hopf. Without a launcher it starts its own ranks.",
-        _EXAMPLES, AXES, usual.output,
-    )  # fmt: skip
+        _EXAMPLES,
+        AXES,
+        usual.output,
+    )
     model = parser.add_argument_group("model and training")
     number(model, "--points", f"where the equation is asked to hold ({usual.points})")
     number(model, "--width", f"units of each hidden layer ({usual.width})")
@@ -68,11 +74,21 @@ def _parser() -> argparse.ArgumentParser:
     number(model, "--warm-up", f"steps of Adam, before ({usual.warm_up})")
     number(model, "--steps", f"of L-BFGS ({usual.steps})")
     number(model, "--seed", f"of the points and the weights ({usual.seed})", least=0)
-    model.add_argument("--no-serial", dest="serial", action="store_false", help="do not compare with one process")
+    model.add_argument(
+        "--no-serial",
+        dest="serial",
+        action="store_false",
+        help="do not compare with one process",
+    )
     return parser
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine: where nothing is said 2 x 2, on 1 to 3 GPUs all ranks on model."""
+    """The axis sizes of a mesh on this machine: where nothing is said 2 x 2, on 1 to 3
+    GPUs all ranks on model.
+    """
     gpus = torch.cuda.device_count()
-    return on_this_machine(options.mesh or ({"data": 1, "model": gpus} if 0 < gpus < 4 else {"data": 2, "model": 2}))
+    return on_this_machine(
+        options.mesh
+        or ({"data": 1, "model": gpus} if 0 < gpus < 4 else {"data": 2, "model": 2})
+    )

@@ -1,4 +1,6 @@
-"""The picture of the job: the solution, its error with the points, three moments beside the formula, and the loss."""
+"""The picture of the job: the solution, its error with the points, three moments beside
+the formula, and the loss.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,21 @@ def draw(path: Path, outcome: Outcome) -> None:
     panels: Any = figure.subplots(2, 2)
     prediction, truth = outcome.run.prediction, solution(*grid())
     _draw(panels[0, 0], prediction, "u(t, x)")
-    _draw(panels[0, 1], prediction - truth, "error, and where the equation is asked to hold")
-    panels[0, 1].plot(outcome.t.flatten(), outcome.x.flatten(), ",", color="black", alpha=0.5)
+    _draw(
+        panels[0, 1],
+        prediction - truth,
+        "error, and where the equation is asked to hold",
+    )
+    panels[0, 1].plot(
+        outcome.t.flatten(), outcome.x.flatten(), ",", color="black", alpha=0.5
+    )
     _draw_moments(panels[1, 0], prediction, truth)
-    draw_losses(panels[1, 1], outcome.run, None, "mean square of the residual, relative error of u")
+    draw_losses(
+        panels[1, 1],
+        outcome.run,
+        None,
+        "mean square of the residual, relative error of u",
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -35,7 +48,12 @@ def _draw(panel: Axes, field: Tensor, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     most = field.abs().max().item()
-    looks: dict[str, Any] = {"extent": (0, 1, -1, 1), "aspect": "auto", "origin": "lower", "cmap": "RdBu_r"}
+    looks: dict[str, Any] = {
+        "extent": (0, 1, -1, 1),
+        "aspect": "auto",
+        "origin": "lower",
+        "cmap": "RdBu_r",
+    }
     draw_field(panel, field.T, title, MaxNLocator(5), vmin=-most, vmax=most, **looks)
     panel.set(xlabel="t", ylabel="x")
 
@@ -44,8 +62,17 @@ def _draw_moments(panel: Axes, prediction: Tensor, truth: Tensor) -> None:
     t, x = grid()
     for part, shade in ((0.25, 0.4), (0.5, 0.7), (1.0, 1.0)):
         row = round(part * (len(t) - 1))
-        panel.plot(x[row], prediction[row], color=BLUE, linewidth=2.5, alpha=shade, label=f"t = {part:g}")
+        panel.plot(
+            x[row],
+            prediction[row],
+            color=BLUE,
+            linewidth=2.5,
+            alpha=shade,
+            label=f"t = {part:g}",
+        )
         panel.plot(x[row], truth[row], color="black", linewidth=0.8, linestyle=DASHED)
-    panel.set(title="u at three times; dashed: the formula of Cole and Hopf", xlabel="x")
+    panel.set(
+        title="u at three times; dashed: the formula of Cole and Hopf", xlabel="x"
+    )
     panel.grid(alpha=0.3)
     panel.legend()

@@ -1,4 +1,6 @@
-"""The same in one process, in plain torch, written by itself: what the parallel network must agree with."""
+"""The same in one process, in plain torch, written by itself: what the parallel network
+must agree with.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def layers(w: Weights, t: Tensor, x: Tensor) -> Tensor:
     """What the solution is made from."""
     y, pairs = torch.cat([2 * t - 1, x], 1), (len(w) + 1) // 4
     for i in range(pairs):
-        columns, columns_bias, rows = (w[f"pairs.{i}.{name}"] for name in ("columns", "columns_bias", "rows"))
+        columns, columns_bias, rows = (
+            w[f"pairs.{i}.{name}"] for name in ("columns", "columns_bias", "rows")
+        )
         hidden = torch.tanh(linear(y, columns, columns_bias))
         if i == pairs - 1:
             return linear(hidden, rows)
@@ -44,9 +48,15 @@ def loss(w: Weights, t: Tensor, x: Tensor) -> Tensor:
     return (u_t + u * u_x - NU * u_xx).pow(2).mean()
 
 
-def train(weights: Weights, t: Tensor, x: Tensor, warm_up: int, steps: int) -> tuple[Tensor, Weights]:
-    """So many steps from the weights on, the first `warm_up` Adam's; the loss of each, and the weights at the end."""
+def train(
+    weights: Weights, t: Tensor, x: Tensor, warm_up: int, steps: int
+) -> tuple[Tensor, Weights]:
+    """So many steps from the weights on, the first `warm_up` Adam's; the loss of each,
+    and the weights at the end.
+    """
     held = {name: value.clone().requires_grad_() for name, value in weights.items()}
-    descent = descend(lambda: loss(held, t, x), list(held.values()), lambda a, b: a @ b.T, warm_up)
+    descent = descend(
+        lambda: loss(held, t, x), list(held.values()), lambda a, b: a @ b.T, warm_up
+    )
     curve = torch.tensor(list(islice(descent, steps)), dtype=torch.float64)
     return curve, {name: value.detach() for name, value in held.items()}

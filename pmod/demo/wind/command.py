@@ -20,7 +20,9 @@ from pmod.demo.wind.winds import Winds, solid_body, solid_body_vorticity
 
 @attrs.frozen(eq=False)
 class Job:
-    """The winds, where they come from, and what their vorticity and divergence are: published, or known, or neither."""
+    """The winds, where they come from, and what their vorticity and divergence are:
+    published, or known, or neither.
+    """
 
     winds: Winds
     source: str
@@ -29,7 +31,9 @@ class Job:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where it cannot be run as asked."""
+    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
+    it cannot be run as asked.
+    """
     options = parse(arguments)
     try:
         check_extra("matplotlib", "tqdm")
@@ -50,16 +54,25 @@ def gather(options: Options) -> Job:
         made = (options.rows, options.columns, options.tilt)
         source = f"a solid body that turns about an axis {options.tilt:g} degrees from the poles'"
         return Job(solid_body(*made), source, known=solid_body_vorticity(*made))
-    winds, source = files.read(options.u, options.v), f"from {options.u.name} and {options.v.name}"
+    winds, source = (
+        files.read(options.u, options.v),
+        f"from {options.u.name} and {options.v.name}",
+    )
     if options.vorticity is None or options.divergence is None:
         return Job(winds, source)
     fields = files.field(options.vorticity), files.field(options.divergence)
-    for found, path in zip(fields, (options.vorticity, options.divergence), strict=True):
+    for found, path in zip(
+        fields, (options.vorticity, options.divergence), strict=True
+    ):
         files.check_like(winds.u, found, path)
     rows, columns = winds.grid
     if not rows % 2 or columns % 2:
         given = f"the error of differences on {rows} x {columns} points cannot be estimated from every second one"
-        raise PmodError(phrase("demo", given, "Pass an odd number of rows and an even one of columns."))
+        raise PmodError(
+            phrase(
+                "demo", given, "Pass an odd number of rows and an even one of columns."
+            )
+        )
     return Job(winds, source, published=fields)
 
 
@@ -68,7 +81,9 @@ def conclude(outcome: parallel.Outcome, job: Job, options: Options) -> int:
     times, rows, columns = job.winds.u.shape
     say(f"winds   {job.source}")
     say(f"grid    {rows} x {columns} points, {times} time{'s' * (times > 1)}")
-    sent, held = (f"{max(counted) / 1e3:.1f} kB" for counted in (outcome.sent, outcome.held))
+    sent, held = (
+        f"{max(counted) / 1e3:.1f} kB" for counted in (outcome.sent, outcome.held)
+    )
     say(f"halos   a rank sent at most {sent}, and holds at most {held} of winds\n")
     with ranks.threads(outcome.threads):
         checks: list[Check] = [compare.with_one_process(outcome, job.winds)]

@@ -9,7 +9,13 @@ from typing import Any
 
 import attrs
 
-from pmod.demo.options import check_folder, number, on_this_machine, parser_of_job, usual_ranks
+from pmod.demo.options import (
+    check_folder,
+    number,
+    on_this_machine,
+    parser_of_job,
+    usual_ranks,
+)
 
 AXES = ("lat", "lon")
 
@@ -45,16 +51,25 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where it is wrong."""
+    """The options that the command line gives; leaves with status 2 and a message where
+    it is wrong.
+    """
     parser = _parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
-    for one, other, what in (("u", "v", "eastward, one northward"), ("vorticity", "divergence", "of each")):
+    for one, other, what in (
+        ("u", "v", "eastward, one northward"),
+        ("vorticity", "divergence", "of each"),
+    ):
         if (one in given) != (other in given):
             parser.error(f"--{one} and --{other} go together: one file {what}")
     if "u" in given and given.keys() & {"rows", "columns", "tilt"}:
-        parser.error("--rows, --columns and --tilt are for winds that the demo makes itself; those of --u are given")
+        parser.error(
+            "--rows, --columns and --tilt are for winds that the demo makes itself; those of --u are given"
+        )
     if "vorticity" in given and "u" not in given:
-        parser.error("--vorticity and --divergence are those of winds in files: pass --u and --v")
+        parser.error(
+            "--vorticity and --divergence are those of winds in files: pass --u and --v"
+        )
     options = Options(**given)
     check_folder(options.output, parser)
     return options
@@ -67,20 +82,38 @@ def _parser() -> argparse.ArgumentParser:
         "Vorticity and divergence of winds around the globe, by differences over halos, on a mesh of ranks lat x lon\n"
         "that is periodic in longitude. Every value equals that of one process, bit for bit. Without a launcher it\n"
         "starts its own ranks.",
-        _EXAMPLES, AXES, usual.output,
-    )  # fmt: skip
+        _EXAMPLES,
+        AXES,
+        usual.output,
+    )
     made = parser.add_argument_group("winds that are made: a solid body that turns")
     number(made, "--rows", f"from pole to pole ({usual.rows})", least=3)
     number(made, "--columns", f"once round ({usual.columns})", least=3)
-    made.add_argument("--tilt", type=float, metavar="DEGREES", help=f"of its axis from the poles' ({usual.tilt:g})")
-    read = parser.add_argument_group("winds in files, netCDF 4 or .npy, on a regular grid from pole to pole")
+    made.add_argument(
+        "--tilt",
+        type=float,
+        metavar="DEGREES",
+        help=f"of its axis from the poles' ({usual.tilt:g})",
+    )
+    read = parser.add_argument_group(
+        "winds in files, netCDF 4 or .npy, on a regular grid from pole to pole"
+    )
     read.add_argument("--u", type=Path, metavar="FILE", help="the wind eastward, m/s")
     read.add_argument("--v", type=Path, metavar="FILE", help="the wind northward")
-    read.add_argument("--vorticity", type=Path, metavar="FILE", help="a published vorticity to compare with, 1/s")
-    read.add_argument("--divergence", type=Path, metavar="FILE", help="a published divergence")
+    read.add_argument(
+        "--vorticity",
+        type=Path,
+        metavar="FILE",
+        help="a published vorticity to compare with, 1/s",
+    )
+    read.add_argument(
+        "--divergence", type=Path, metavar="FILE", help="a published divergence"
+    )
     return parser
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on lon."""
+    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on
+    lon.
+    """
     return on_this_machine(options.mesh or {"lat": 1, "lon": usual_ranks()})

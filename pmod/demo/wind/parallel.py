@@ -1,4 +1,6 @@
-"""What each rank of the job does: take its part of the globe, differentiate, and hand the results to rank 0."""
+"""What each rank of the job does: take its part of the globe, differentiate, and hand
+the results to rank 0.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ from pmod.demo.wind.winds import Winds
 class Outcome:
     """What the comparison, the text and the picture need.
 
-    Shapes: vorticity, divergence (times, lat, lon). rows, columns: how many each rank along "lat" and "lon" holds.
-    sent, held: for each rank, the bytes that it sent for its halos, and those of its winds.
+    Shapes: vorticity, divergence (times, lat, lon). rows, columns: how many each rank
+    along "lat" and "lon" holds.
+    sent, held: for each rank, the bytes that it sent for its halos, and those of its
+    winds.
     """
 
     vorticity: Tensor
@@ -31,17 +35,37 @@ class Outcome:
 
 
 def differentiate(winds: Winds) -> Outcome | None:
-    """Vorticity and divergence over the current mesh ("lat", "lon"); the outcome on rank 0, None elsewhere."""
+    """Vorticity and divergence over the current mesh ("lat", "lon"); the outcome on
+    rank 0, None elsewhere.
+    """
     mesh, (lat, lon) = pmod.current_mesh(), winds.grid
-    both = pmod.pick((winds.u.to(mesh.device), winds.v.to(mesh.device)), AXES)  # unlike machines may round differently
+    both = pmod.pick(
+        (winds.u.to(mesh.device), winds.v.to(mesh.device)), AXES
+    )  # unlike machines may round differently
     u, v = pmod.shard(pmod.shard(both, "lat", dim=-2), "lon", dim=-1)
     with pmod.trace() as halos:
         found = stencil.derivatives(u, v, lat, lon)
-    counted = torch.tensor([halos.total_bytes(), u.nbytes + v.nbytes], device=mesh.device)
+    counted = torch.tensor(
+        [halos.total_bytes(), u.nbytes + v.nbytes], device=mesh.device
+    )
     sent, held = pmod.all_gather(counted, AXES, tiled=False).T.tolist()
-    whole = pmod.unshard(pmod.unshard(found, "lon", dim=-1, length=lon), "lat", dim=-2, length=lat)
+    whole = pmod.unshard(
+        pmod.unshard(found, "lon", dim=-1, length=lon), "lat", dim=-2, length=lat
+    )
     vorticity, divergence = (field.cpu() for field in whole)
     if mesh.topology.rank != 0:
         return None
-    rows, columns = (pmod.split_sizes(n, mesh.shape[axis]) for n, axis in zip((lat, lon), AXES, strict=True))
-    return Outcome(vorticity, divergence, mesh.shape, rows, columns, sent, held, torch.get_num_threads())
+    rows, columns = (
+        pmod.split_sizes(n, mesh.shape[axis])
+        for n, axis in zip((lat, lon), AXES, strict=True)
+    )
+    return Outcome(
+        vorticity,
+        divergence,
+        mesh.shape,
+        rows,
+        columns,
+        sent,
+        held,
+        torch.get_num_threads(),
+    )

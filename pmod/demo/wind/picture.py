@@ -1,4 +1,6 @@
-"""The picture of the job: the winds, their vorticity and divergence with the borders of the ranks, and the error."""
+"""The picture of the job: the winds, their vorticity and divergence with the borders of
+the ranks, and the error.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,21 @@ if TYPE_CHECKING:
 
 
 def draw(path: Path, outcome: Outcome, winds: Winds, beside: Tensor | None) -> None:
-    """Write the picture, of the first time. beside: the vorticity that it is compared with."""
-    figure = new_figure(13, 8.4, f"Vorticity and divergence of winds over a mesh {shown(outcome.axis_sizes)}")
+    """Write the picture, of the first time. beside: the vorticity that it is compared
+    with.
+    """
+    figure = new_figure(
+        13,
+        8.4,
+        f"Vorticity and divergence of winds over a mesh {shown(outcome.axis_sizes)}",
+    )
     panels: Any = figure.subplots(2, 2)
     u, v = winds.u[0], winds.v[0]
     _draw(panels[0, 0], (u.square() + v.square()).sqrt(), "wind, m/s", cmap="viridis")
     _draw_arrows(panels[0, 0], u, v)
-    borders = [list(accumulate(sizes))[:-1] for sizes in (outcome.rows, outcome.columns)]
+    borders = [
+        list(accumulate(sizes))[:-1] for sizes in (outcome.rows, outcome.columns)
+    ]
     for panel, field, title in (
         (panels[0, 1], outcome.vorticity[0], "vorticity, 1/s"),
         (panels[1, 0], outcome.divergence[0], "divergence, 1/s"),
@@ -34,9 +44,19 @@ def draw(path: Path, outcome: Outcome, winds: Winds, beside: Tensor | None) -> N
         _draw_borders(panel, borders, outcome)
     if beside is None:
         panels[1, 1].set_axis_off()
-        panels[1, 1].text(0.5, 0.5, "nothing to compare with", ha="center", transform=panels[1, 1].transAxes)
+        panels[1, 1].text(
+            0.5,
+            0.5,
+            "nothing to compare with",
+            ha="center",
+            transform=panels[1, 1].transAxes,
+        )
     else:
-        _draw_signed(panels[1, 1], outcome.vorticity[0] - beside[0], "error of the vorticity, 1/s")
+        _draw_signed(
+            panels[1, 1],
+            outcome.vorticity[0] - beside[0],
+            "error of the vorticity, 1/s",
+        )
     figure.savefig(path, dpi=120)
 
 
@@ -58,13 +78,26 @@ def _draw_arrows(panel: Axes, u: Tensor, v: Tensor) -> None:
     down, along = max(rows // 12, 1), max(columns // 24, 1)
     y = [90 - 180 * i / (rows - 1) for i in range(rows)][::down]
     x = [360 * (j + 0.5) / columns for j in range(columns)][::along]
-    panel.quiver(x, y, u[::down, ::along].numpy(), v[::down, ::along].numpy(), color="white", width=0.002)
+    panel.quiver(
+        x,
+        y,
+        u[::down, ::along].numpy(),
+        v[::down, ::along].numpy(),
+        color="white",
+        width=0.002,
+    )
 
 
-def _draw_borders(panel: Axes, borders: Sequence[Sequence[int]], outcome: Outcome) -> None:
+def _draw_borders(
+    panel: Axes, borders: Sequence[Sequence[int]], outcome: Outcome
+) -> None:
     rows, columns = sum(outcome.rows), sum(outcome.columns)
     for edge in borders[0]:
-        panel.axhline(90 - 180 * edge / rows, color="black", linewidth=1, linestyle=DASHED)
+        panel.axhline(
+            90 - 180 * edge / rows, color="black", linewidth=1, linestyle=DASHED
+        )
     for edge in borders[1]:
-        panel.axvline(360 * edge / columns, color="black", linewidth=1, linestyle=DASHED)
+        panel.axvline(
+            360 * edge / columns, color="black", linewidth=1, linestyle=DASHED
+        )
     panel.set_xlabel("dashed: where a rank's points end")

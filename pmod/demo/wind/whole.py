@@ -1,6 +1,7 @@
 """The same differences in one process, in plain torch, written by itself.
 
-The parallel ones must agree bit for bit, so each value comes of the same operations in the same order.
+The parallel ones must agree bit for bit, so each value comes of the same operations in
+the same order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def derivatives(winds: Winds) -> tuple[Tensor, Tensor]:
     cosine = latitudes(lat).cos().to(u)[:, None]
 
     def north(f: Tensor) -> Tensor:
-        return (f.roll(1, -2) - f.roll(-1, -2)) / (2 * dy)  # round the poles nonsense, replaced below
+        return (f.roll(1, -2) - f.roll(-1, -2)) / (
+            2 * dy
+        )  # round the poles nonsense, replaced below
 
     def east(f: Tensor) -> Tensor:
         return (f.roll(-1, -1) - f.roll(1, -1)) / (2 * dx)
@@ -29,6 +32,10 @@ def derivatives(winds: Winds) -> tuple[Tensor, Tensor]:
     divergence = (east(u) + north(v * cosine)) / (RADIUS * cosine)
     scale = RADIUS * math.tan(dy / 2)
     for pole, circle, sign in ((0, 1, 1), (-1, -2, -1)):
-        along, through = torch.stack([u[..., circle, :], v[..., circle, :]]).mean(-1, keepdim=True) * sign / scale
+        along, through = (
+            torch.stack([u[..., circle, :], v[..., circle, :]]).mean(-1, keepdim=True)
+            * sign
+            / scale
+        )
         vorticity[..., pole, :], divergence[..., pole, :] = along, -through
     return vorticity, divergence
