@@ -1,5 +1,7 @@
 """What the bodies of `shard_map` in several files use."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """A command line that a program refuses."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,7 @@
 """The code blocks of the README, by name."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 import contextlib

@@ -7,6 +7,8 @@ undisturbed one, to the last bit. Anything else is a hang or a wrong result, and
 `python -m tests.lib.faults --short --trials 300 --beside 4`: many more, of small jobs and more kinds (`short_faults`).
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import argparse

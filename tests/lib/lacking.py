@@ -7,6 +7,8 @@ A process that has imported torch, and not pmod, forks a child for each try, sin
 reads a name a line, and writes for each a line of JSON: what the use raised, "" where it raised nothing.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import contextlib
@@ -68,11 +70,12 @@ def psum(x: Tensor) -> Tensor:
 def fake_ranks() -> Any:
     """A mesh of 2 x 2 ranks, of which this process is the first and the others do not exist."""
     import torch.distributed as dist
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     import pmod
 
     importlib.import_module("torch.testing._internal.distributed.fake_pg")  # it registers the backend
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     dist.init_process_group("fake", store=store, rank=0, world_size=4)
     yield pmod.make_mesh({"x": 2, "y": 2}, topology=pmod.Topology(rank=0, world_size=4))
 

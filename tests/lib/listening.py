@@ -1,5 +1,7 @@
 """What is sent, counted on ranks of either kind; and two tensors compared."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 import itertools

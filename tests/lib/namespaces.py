@@ -1,5 +1,7 @@
 """Two hosts on one machine, for the tests: network namespaces that a pair of virtual interfaces joins."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 import contextlib

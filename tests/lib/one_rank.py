@@ -1,5 +1,7 @@
 """What each collective gives along an axis of one rank."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -5,6 +5,8 @@ is the same array n times. `groups` says which ranks of a mesh those are; `Jacob
 from which every derivative follows by plain linear algebra.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import math
@@ -72,8 +74,8 @@ def pmin(xs: Arrays) -> Arrays:
 def at_extremum(xs: Arrays, value: Array, tangents: Arrays) -> Arrays:
     """The derivative of pmax and pmin: the mean of the tangents over the ranks that attain the value."""
     hit = [(x == value) | (np.isnan(x) & np.isnan(value)) for x in xs]
-    total = sum(np.where(h, t, 0) for h, t in zip(hit, tangents, strict=True))
-    return [total / sum(h.astype(float) for h in hit)] * len(xs)
+    total = np.sum([np.where(h, t, 0) for h, t in zip(hit, tangents, strict=True)], 0)
+    return [total / np.sum([h.astype(float) for h in hit], 0)] * len(xs)
 
 
 # --- one rank's value ---------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def all_to_all(
     return [np.concatenate([parts[i][j] for i in range(n)], concat_dim) for j in range(n)]
 
 
-def indexed_all_to_all(xs: Arrays, dim: int, indices: Sequence[Sequence[Sequence[int]]]) -> Arrays:
+def indexed_all_to_all(xs: Arrays, dim: int, indices: Sequence[Sequence[Any]]) -> Arrays:
     """`indices[i][j]` are the rows that rank i sends to rank j."""
     ranks = range(len(xs))
     return [np.concatenate([np.take(xs[i], np.asarray(indices[i][j], int), dim) for i in ranks], dim) for j in ranks]

@@ -11,6 +11,8 @@ of the result y:
 A V counts once per rank and an I once, in S and in every product.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import itertools
@@ -24,7 +26,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pmod
@@ -33,6 +35,9 @@ from tests.lib import oracle
 from tests.lib.listening import counted, listening, same
 from tests.lib.oracle import Arrays
 from tests.lib.table import CASES, Case, Choices, Here
+
+_func: Any = torch.func  # whose stubs do not tell two results from three
+jvp, vjp = _func.jvp, _func.vjp
 
 
 def value(h: Here) -> Any:
@@ -149,9 +154,8 @@ def batched(h: Here) -> None:
         return h.loss(h.call(x))
 
     for dim in range(-rows[0].dim() - 1, rows[0].dim() + 1):
-        x = torch.stack(rows, dim)
-        same(vmap(h.call, in_dims=dim)(x), ys, f"vmap, in_dims={dim}")
-    same(vmap(grad(S), in_dims=-1)(x), gradients, "vmap of grad")
+        same(vmap(h.call, in_dims=dim)(torch.stack(rows, dim)), ys, f"vmap, in_dims={dim}")
+    same(vmap(grad(S), in_dims=-1)(torch.stack(rows, -1)), gradients, "vmap of grad")
     x = torch.stack(rows)
     same(vmap(h.call, out_dims=-1)(x), ys.movedim(0, -1), "vmap, out_dims=-1")
     same(grad(lambda x: sum(map(h.loss, vmap(h.call)(x))))(x), gradients, "grad of vmap")
@@ -161,7 +165,7 @@ def batched(h: Here) -> None:
     second = torch.stack([b.mine(b.derivative(h.vs)) for b in batch])
     same(vmap(lambda x: jvp(grad(S), (x,), (v,))[1])(x), second, "vmap of jvp of grad")
     leaf = x.clone().requires_grad_()
-    (g,) = torch.autograd.grad(sum(map(h.loss, vmap(h.call)(leaf))), leaf)
+    (g,) = torch.autograd.grad(torch.stack(list(map(h.loss, vmap(h.call)(leaf)))).sum(), leaf)
     same(g, gradients, "backward through vmap")
 
 
@@ -170,7 +174,8 @@ def jacobians(h: Here) -> None:
     if not h.alike:
         return
     x = h.mine(h.xs)
-    units_in, units_out = (np.eye(a.size).reshape((a.size, *a.shape)) for a in (h.xs[0], h.ys[0]))
+    units_in: Any = np.eye(h.xs[0].size).reshape((h.xs[0].size, *h.xs[0].shape))
+    units_out: Any = np.eye(h.ys[0].size).reshape((h.ys[0].size, *h.ys[0].shape))
 
     def columns(push: Callable[[Arrays], Arrays]) -> Tensor:
         parts = [h.mine(push([unit] * h.n)) for unit in units_in]
@@ -223,7 +228,7 @@ def layouts(h: Here) -> None:
         if how == 2:
             return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
         if how == 3:
-            return torch._neg_view(-x)
+            return torch.ops.aten._neg_view.default(-x)
         return x
 
     for how in range(4):
@@ -298,7 +303,7 @@ def trees(h: Here) -> None:
         used = [k for k, part in enumerate(parts) if (k + (h.index if h.case.gives == "V" else 0)) % 2 == 0]
     else:
         used = list(range(4))
-    loss = sum(parts[k].loss(leaves_of(y)[k]) for k in used)
+    loss = torch.stack([parts[k].loss(leaves_of(y)[k]) for k in used]).sum()
     for part, g in zip(parts, torch.autograd.grad(loss, leaves, allow_unused=h.still), strict=True):
         same(torch.zeros_like(leaves[0]) if g is None else g, part.mine(part.derivative()), "gradient of a leaf")
     tangents = [part.mine(part.vs) for part in parts]
@@ -528,7 +533,7 @@ def fused_on_rank() -> list[Any]:
     varied, none = counted(lambda: pmod.pvary(params, "x"))
     assert none == [] and list(varied) == keys
     # a rank that does not use a leaf sends zeros for it
-    loss = sum((i + 1) * varied[k].sum().double() for k in ("h", "z", "w" if i else "b"))
+    loss = torch.stack([(i + 1) * varied[k].sum().double() for k in ("h", "z", "w" if i else "b")]).sum()
     grads, back = counted(lambda: torch.autograd.grad(loss, [params["w"], params["b"], params["h"], params["z"]]))
     total = n * (n + 1) / 2
     assert [g.unique().tolist() for g in grads] == [[total - 1], [1.0], [total], [total]]

@@ -1,5 +1,7 @@
 """What a wrong call raises, on each rank of a simulation, and its exact text."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The README's picture, made of what `draw_collective` draws: `python -m tests.lib.readme_picture` writes it anew."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 import re

@@ -6,6 +6,8 @@ survivors' new mesh adds up to. A verdict is "ok", "HANG", "WRONG", "NAMELESS" (
 rank) or "ALSO" (one that blames another, too).
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import argparse

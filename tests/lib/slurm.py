@@ -1,5 +1,7 @@
 """Slurm on loopback, for the tests: munged, slurmctld and a slurmd per node, in a folder and on ports of their own."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 import contextlib

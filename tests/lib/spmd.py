@@ -12,6 +12,8 @@ One rank's exception fails the test on all, and a rank that hangs does so until 
 the next use starts a new one (seconds). So what is expected to raise is caught in the function, with `pytest.raises`.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import atexit
@@ -74,7 +76,9 @@ def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filt
     faulthandler.dump_traceback_later(0.9 * timeout)
     try:
         with warnings.catch_warnings():
-            warnings.filters[:] = filters
+            warnings.resetwarnings()
+            list_of_all: Any = warnings.filters
+            list_of_all[:] = filters
             return fn(*args), bool(world.processes().left_behind)
     finally:
         faulthandler.cancel_dump_traceback_later()

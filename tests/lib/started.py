@@ -1,5 +1,7 @@
 """Ranks that are started as torchrun would, each a program of its own."""
 
+# pyright: standard
+
 from __future__ import annotations
 
 import contextlib

@@ -4,6 +4,8 @@ Adding a collective is a row with its functions in pmod, and a Case here: test_c
 missing, and holds every Case to every property.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import copy
@@ -465,10 +467,10 @@ class Here:
         self.index, self.n = self.group.index(rank), len(self.group)
         self.case = case
         # one draw for all groups of the mesh, as one program is for all ranks; the numbers differ between groups
-        self.drawn = drawn
         if drawn is None:
             axes = tuple(mesh.shape[name] for name in names)
-            self.drawn = case.draw(Choices.seeded(case.name, axis, self.n, *seed, axes=axes, **choices), self.n)
+            drawn = case.draw(Choices.seeded(case.name, axis, self.n, *seed, axes=axes, **choices), self.n)
+        self.drawn = drawn
         self._numbers = np.random.default_rng([*map(ord, case.name), self.group[0]])
         self.complex = False
         self.xs = self.random_inputs()

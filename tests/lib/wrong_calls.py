@@ -6,6 +6,8 @@ what became of it is one of OUTCOMES. `python -m tests.lib.wrong_calls --draws 1
 each, and prints what was raw, late or hung; `--accepted` prints what was taken, to be looked at by eye.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import argparse

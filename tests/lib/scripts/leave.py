@@ -1,5 +1,7 @@
 """Rank 1 ends with 3 between two sums, unless torchrun has restarted it; the others say what they get instead."""
 
+# pyright: standard
+
 import sys
 
 import torch

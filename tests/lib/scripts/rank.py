@@ -1,5 +1,7 @@
 """Adds a number over the ranks; each says who it is, where they met, and the sum."""
 
+# pyright: standard
+
 import sys
 
 import torch

@@ -1,5 +1,7 @@
 """Somebody has the port that follows from the job, when the ranks want to meet there."""
 
+# pyright: standard
+
 import socket
 
 import pmod

@@ -1,5 +1,7 @@
 """Trains a small network on the mesh that its launcher gives it, and prints what every launcher must print alike."""
 
+# pyright: standard
+
 import torch
 
 import pmod
@@ -18,6 +20,7 @@ def descend(rate: float) -> None:
     """Gradient descent by hand: torch.optim imports the compiler, which takes a rank a second and more."""
     with torch.no_grad():
         for parameter in model.parameters():
+            assert parameter.grad is not None
             parameter -= rate * parameter.grad
 
 
@@ -35,6 +38,7 @@ def step(x: torch.Tensor, y: torch.Tensor) -> float:
     return loss.item()
 
 
+loss = float("nan")
 for _ in range(50):
     loss = step(*pmod.shard((inputs, targets), "data"))
 if mesh.topology.rank == 0:

@@ -1,5 +1,7 @@
 """Writes what this process was told, its variables, as a file of its own into a folder."""
 
+# pyright: standard
+
 import json
 import os
 import sys
