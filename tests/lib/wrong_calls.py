@@ -229,7 +229,17 @@ RIGHT: dict[str, Right] = {
 }  # fmt: skip
 
 # What is not drawn: types of errors, values that functions give, and what takes no argument or starts processes.
-NOT_DRAWN = {"current_mesh", "keep_mesh", "shutdown", "ExchangePlan", "Pending", "SharedParameters", "trace", "launch"}
+NOT_DRAWN = {
+    "current_mesh",
+    "keep_mesh",
+    "shutdown",
+    "ExchangePlan",
+    "Pending",
+    "SharedParameters",
+    "Watcher",
+    "trace",
+    "launch",
+}
 
 # --- odd values -------------------------------------------------------------------------------------------------------
 
