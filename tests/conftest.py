@@ -72,7 +72,7 @@ def ranks_are_forked() -> Iterator[None]:
     `launch` spawns ranks, which then see the caller's environment as it is. So do these where it has changed since, and
     in tests of how ranks start (`spawned`).
     """
-    multiprocessing.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "pmod"])
+    multiprocessing.set_forkserver_preload(["tests.lib.preloaded"])
     forkserver.ensure_running()
     before = _environment()
 
