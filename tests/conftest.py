@@ -37,6 +37,7 @@ LONG = (
     "test_unlike.py",
     "test_notebooks.py",
     "test_compile.py",
+    "test_compiled_cases.py",
     "test_collectives.py",
     "test_launch.py",
     "test_notebook.py",

@@ -58,11 +58,11 @@ def _run(module: str, arguments: list[str], out: Path, err: Path) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def run_module(module: str, arguments: Sequence[str], folder: Path) -> CompletedProcess[str]:
-    """What `python -W error -m module` with these arguments returns and prints, which is called in the folder."""
+def run_module(module: str, arguments: Sequence[str], folder: Path, **variables: str) -> CompletedProcess[str]:
+    """What `python -W error -m module` returns and prints where it is called in the folder, with these variables."""
     out, err = folder / "stdout", folder / "stderr"
     streams = (out, err)
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     inherited = (streams, folder, environ, list(warnings.filters))
     process = _CONTEXT.Process(target=_begin, args=(inherited, _run, (module, list(arguments), out, err)))
     process.start()
