@@ -37,6 +37,7 @@ LONG = (
     "test_unlike.py",
     "test_notebooks.py",
     "test_compile.py",
+    "test_compiled_cases.py",
     "test_collectives.py",
     "test_launch.py",
     "test_notebook.py",
@@ -72,7 +73,7 @@ def ranks_are_forked() -> Iterator[None]:
     `launch` spawns ranks, which then see the caller's environment as it is. So do these where it has changed since, and
     in tests of how ranks start (`spawned`).
     """
-    multiprocessing.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "pmod"])
+    multiprocessing.set_forkserver_preload(["tests.lib.preloaded"])
     forkserver.ensure_running()
     before = _environment()
 

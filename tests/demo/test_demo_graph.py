@@ -7,8 +7,6 @@ import itertools
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import attrs
@@ -28,9 +26,9 @@ from pmod.demo.graph.options import Options, check_fit, local_sizes, parse
 from pmod.demo.graph.partition import by_coordinates, owners, part_of, partitioner
 from pmod.demo.graph.problems import Elements, conductivity, make_problems
 from pmod.demo.graph.surface import Surface, areas, clean, depth, plate
+from tests.lib import forked
 from tests.lib.commands import check_refused
 
-ROOT = Path(pmod.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -504,12 +502,8 @@ def test_under_a_launcher_it_uses_the_ranks_that_are_there(tmp_path, capsys, mon
 
 
 def test_the_command_from_end_to_end(tmp_path):
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     given = [*SMALL.split(), "--nodes", "90", "--float64", "--mesh", "graph=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pmod.demo", "graph", *given],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = forked.run_module("pmod.demo", ["graph", *given], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     surface = plate(90, 0)
     owner = owners(surface, 2)

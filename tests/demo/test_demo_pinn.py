@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
 from itertools import islice
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -22,9 +18,9 @@ from pmod.demo.pinn import burgers, command, net, parallel, picture, whole
 from pmod.demo.pinn.burgers import NU, collocation_points, grid, solution
 from pmod.demo.pinn.descent import MEMORY, coefficients, descend, minimize
 from pmod.demo.pinn.options import TRIAL, Options, local_sizes, parse
+from tests.lib import forked
 from tests.lib.commands import check_refused
 
-ROOT = Path(pmod.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -275,12 +271,8 @@ def test_under_a_launcher_it_uses_the_ranks_that_are_there(tmp_path, capsys, mon
 
 
 def test_the_command_from_end_to_end(tmp_path):
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     small = ["--points", "60", "--width", "6", "--pairs", "2", "--warm-up", "10", "--steps", "10"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pmod.demo", "pinn", "--mesh", "model=2", *small],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = forked.run_module("pmod.demo", ["pinn", "--mesh", "model=2", *small], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "mesh    data=1 x model=2: 2 ranks, started here"

@@ -6,8 +6,6 @@ import itertools
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import attrs
@@ -30,10 +28,8 @@ from pmod.demo.wind.winds import (
     solid_body,
     solid_body_vorticity,
 )
-from tests.lib import spmd
+from tests.lib import forked, spmd
 from tests.lib.commands import check_refused
-
-ROOT = Path(pmod.__file__).parents[1]
 
 
 def rough(rows: int, columns: int, times: int = 2) -> Winds:
@@ -303,11 +299,8 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_from_end_to_end(tmp_path):
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pmod.demo", "wind", "--mesh", "lat=2,lon=1", "--rows", "31", "--columns", "40"],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=spmd.LONG,
-    )  # fmt: skip
+    given = ["--mesh", "lat=2,lon=1", "--rows", "31", "--columns", "40"]
+    done = forked.run_module("pmod.demo", ["wind", *given], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "mesh    lat=2 x lon=1: 2 ranks, started here"

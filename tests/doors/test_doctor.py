@@ -18,7 +18,7 @@ import torch
 import pmod
 from pmod import doctor
 from pmod.doctor import Row
-from tests.lib import spmd
+from tests.lib import forked, spmd
 
 ROOT = Path(pmod.__file__).parents[1]
 SECRETS = {"HF_TOKEN": "hf_Vq3", "AWS_SECRET_ACCESS_KEY": "wJalr", "USER": "somebody", "SLURM_JWT": "eyJhbG",
@@ -240,10 +240,11 @@ def run(command: list[str], environ: dict[str, str]) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_without_a_launcher_it_starts_the_ranks_of_a_mesh(secrets):
-    status, said, errors = run([sys.executable, "-m", "pmod.doctor", "--mesh", "data=1,model=2"], {})
+def test_without_a_launcher_it_starts_the_ranks_of_a_mesh(secrets, tmp_path):
+    done = forked.run_module("pmod.doctor", ["--mesh", "data=1,model=2"], tmp_path)
+    said = done.stdout
     check_report(said, secrets)
-    assert (status, errors) == (0, ""), said
+    assert (done.returncode, done.stderr) == (0, ""), said
     assert "variables none of a launcher" in said and "launcher  launch" in said and "mesh      data=1, model=2" in said
     assert said.count("yes") == 2 and said.splitlines()[-1] == "all is right"
 
@@ -259,13 +260,14 @@ def test_under_torchrun(secrets):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes(rank, secrets):
+def test_a_rank_that_never_comes(rank, secrets, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     alone = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    status, said, errors = run([sys.executable, "-m", "pmod.doctor", "--timeout", "2"], alone)
+    done = forked.run_module("pmod.doctor", ["--timeout", "2"], tmp_path, **alone)
+    said = done.stdout
     check_report(said, secrets)
-    assert status == 1 and "Traceback" not in errors
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     # whose 2 s are over first: those of the doctor, or on a busy machine those of the meeting itself
     where = rf"127\.0\.0\.1:{port} within 2 s\. "
     meeting = rf"rank 0 did not come to {where}" if rank else r"not all 2 ranks came within 2 s; absent: rank 1\. "

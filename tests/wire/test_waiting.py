@@ -110,7 +110,9 @@ def test_who_waits_elsewhere_is_told_where() -> None:
 
 def late() -> float:
     """A rank that comes within the deadline is waited for; nothing is left on the board."""
-    with pmod.set_mesh(pmod.make_mesh(data=3, timeout=20.0)):
+    topology = pmod.current_mesh().topology
+    pmod.shutdown()  # on this board functions have returned, and said so
+    with pmod.set_mesh(pmod.make_mesh(data=3, timeout=spmd.LONG, topology=topology)):
         CALLS["psum"]()
         if me() == 1:
             time.sleep(2.5)
@@ -118,6 +120,7 @@ def late() -> float:
         CALLS["barrier"]()
         board = _board.board()
         assert board is not None and board.read([0, 1, 2]) == {} and not board.somebody_left()
+        spmd.meet(3)  # a rank that returns says so on the board
     return total
 
 
