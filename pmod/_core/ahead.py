@@ -1,5 +1,6 @@
-"""Calls that are sent ahead: `start` runs a function twice, and what the first run sent
-the second one waits for.
+"""Calls that are sent ahead of the wait for them.
+
+`start` runs a function twice; what the first run sent, the second one waits for.
 """
 
 from __future__ import annotations
@@ -7,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from pmod._core.bind import Starter, carry, send_ahead, started
+from pmod._core.bind import Starter, carry, is_ahead, send_ahead, started
 from pmod._core.row import Call
 from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError, phrase
@@ -30,13 +31,11 @@ T = TypeVar("T")
 
 
 class Sending(BaseException):
-    """The first messages of a piece are under way: leave it, it is run again when its
-    result is wanted.
-    """
+    """The first messages of a piece are under way: leave it, it is run again later."""
 
 
 class _Ahead(NamedTuple):
-    """A message that was sent before anybody waits for it."""
+    """A message that was sent before anybody waited for it."""
 
     call: Call
     sent: Sent
@@ -45,6 +44,7 @@ class _Ahead(NamedTuple):
 
 @contextmanager
 def started_by(starter: Starter | None) -> Generator[None]:
+    """Let a starter have the calls that are bound here; None runs them as always."""
     before, started.by = started.by, starter
     try:
         yield
@@ -53,11 +53,11 @@ def started_by(starter: Starter | None) -> Generator[None]:
 
 
 class FirstRun(Starter):
-    """Sends the first messages, and leaves."""
+    """The run of a piece that sends its first messages, and leaves."""
 
     def __init__(self) -> None:
         self.ahead: list[_Ahead] = []
-        self.answers: list[Any] = []
+        self.answers: list[object] = []
 
     def bind(self, call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
         self._send(call, xs)
@@ -65,7 +65,7 @@ class FirstRun(Starter):
 
     def prepare(self, calls: Sequence[tuple[Call, list[Tensor]]]) -> None:
         for call, xs in calls:
-            if not call.row.local and call.axis.size > 1:
+            if is_ahead(call):
                 self._send(call, xs)
         if self.ahead:
             raise Sending
@@ -77,18 +77,21 @@ class FirstRun(Starter):
 
 
 class SecondRun(Starter):
-    """Finds what the first run sent; what follows from that is sent as always."""
+    """The run of a piece that finds what the first run sent.
+
+    What follows from that is sent as always.
+    """
 
     def __init__(self, first: FirstRun, name: str, line: Line) -> None:
         self._ahead = first.ahead
         self.answers = first.answers
         self._name = name
-        self._line = line  # that started it
+        # an error names the line that started it
+        self._line = line
 
     def bind(self, call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
         if not self._ahead:
-            with told(call, xs, origin()) if watchers() else ExitStack():
-                return carry(call, xs)
+            return carry_watched(call, xs)
         first = self._ahead.pop(0)
         if first.call != call:
             raise self._unlike(first.call, call)
@@ -107,32 +110,43 @@ class SecondRun(Starter):
             raise self._unlike(self._ahead[0].call, None)
 
     def _unlike(self, first: Call, second: Call | None) -> PmodError:
-        with_params = (
-            second is not None and first[:2] == second[:2]
-        )  # else the names tell them apart
-        calls = [
-            _shown(first, with_params),
-            "nothing" if second is None else _shown(second, with_params),
-        ]
-        given = f"the function is not pure: its first run called {calls[0]}, its second run {calls[1]}"
-        right = "Make it depend on its arguments only, and change none of them between start and wait."
+        one, other = _shown(first), "nothing"
+        if second is not None:
+            other = _shown(second)
+        # the names do not tell them apart
+        if second is not None and one == other:
+            one += f" with {first.params}"
+            other += f" with {second.params}"
+        given = f"the function is not pure: its first run called {one}, "
+        given += f"its second run {other}"
+        right = "Make it depend on its arguments only, and change none of them between "
+        right += "start and wait."
         places = f"Started at {Site.at(self._line)}\nWaited for at {call_site()[1]}"
         return PmodError(phrase(self._name, given, f"{right}\n{places}"))
 
 
-def _shown(call: Call, with_params: bool) -> str:
-    return f"{call.row.name} along {call.axis.label!r}" + (
-        f" with {call.params}" if with_params else ""
-    )
+def carry_watched(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
+    """Run a call now, while `start` runs the function that makes it."""
+    if not watchers():
+        return carry(call, xs)
+    # `bind` has left it to the starter to tell them
+    with told(call, xs, origin()):
+        return carry(call, xs)
+
+
+def _shown(call: Call) -> str:
+    return f"{call.row.name} along {call.axis.label!r}"
 
 
 def once(ask: Callable[[], T]) -> T:
-    """Return ask(), whose messages decide what is sent next: the first run asks, and
-    the second remembers.
+    """Return ask(): the first run of a piece asks, and the second remembers.
+
+    Its messages decide what is sent next.
     """
     by = started.by
     if isinstance(by, SecondRun) and by.answers:
-        return by.answers.pop(0)
+        return cast(T, by.answers.pop(0))
+    # what it sends is not a first message of the piece
     with started_by(None):
         answer = ask()
     if isinstance(by, FirstRun):
@@ -141,17 +155,15 @@ def once(ask: Callable[[], T]) -> T:
 
 
 def surroundings() -> Callable[[], ExitStack]:
-    """Keep the mesh, the grad mode and autocast, to be entered again."""
-    mesh, grad, cache = (
-        ambient(),
-        torch.is_grad_enabled(),
-        torch.is_autocast_cache_enabled(),
-    )
+    """Return a function that enters the mesh, the grad mode and autocast of now."""
+    mesh, grad = ambient(), torch.is_grad_enabled()
+    cache = torch.is_autocast_cache_enabled()
     casts = [(device, *_autocast(device)) for device in ("cpu", "cuda")]
 
     def enter() -> ExitStack:
         stack = ExitStack()
-        if are_transforms_active():  # somebody waits inside them
+        # somebody may wait inside transforms and modes that this was not called in
+        if are_transforms_active():
             stack.enter_context(no_interpreters())
         if count_dispatch_modes() > 0:
             stack.enter_context(no_dispatch_modes())
