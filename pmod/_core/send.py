@@ -38,9 +38,11 @@ def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
         if len(xs) == 1
         else torch.cat([x.reshape(-1) for x in whole])
     )
-    shapes = None if row.resized is None else row.resized(params, xs, wire.index)
-    if shapes is not None:  # also where this rank holds nothing, others may
-        params = (*params, sum(math.prod(shape) for shape in shapes))
+    shapes = None
+    resized = None if row.resized is None else row.resized(params, xs, wire.index)
+    # where shapes change, a rank takes part that holds nothing: others may send to it
+    if resized is not None:
+        params, shapes = resized
     elif flat.numel() == 0:
         return Sent((), lambda: [torch.empty_like(x) for x in xs])
     sent = row.send(flat, wire, params)
@@ -48,7 +50,9 @@ def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
     return sent.then(lambda y: _cut(y, xs, shapes))
 
 
-def _begin_one(row: Row, x: Tensor, wire: Wire, params: Params) -> Sent | Tensor:
+def _begin_one(
+    row: Row[Params], x: Tensor, wire: Wire, params: Params
+) -> Sent | Tensor:
     if row.local:
         return row.send(x, wire, params)
     sent = row.send(_laid_out(x), wire, params)
@@ -144,7 +148,7 @@ def wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
     return wire_of(axis, xs[0].device, row.name, _said(row, params, xs))
 
 
-def _said(row: Row, params: Params, xs: Sequence[Tensor]) -> Said:
+def _said(row: Row[Params], params: Params, xs: Sequence[Tensor]) -> Said:
     """What must be the same on all ranks, and what an error shows."""
     shapes, dtype = [x.shape for x in xs], xs[0].dtype
     # a sum of gradients and one of values may look alike, and must not meet
