@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod._collectives.slices import ALL_TO_ALL
+from pmod._collectives.slices import ALL_TO_ALL, Exchange, Sizes
 from pmod._core.ahead import once
 from pmod._core.arguments import (
     check_own_size,
@@ -18,7 +18,6 @@ from pmod._core.arguments import (
     dim_from_end,
     wrong,
 )
-from pmod._core.row import Call
 from pmod._core.tree import flatten
 from pmod._core.watch import told
 from pmod._errors import ArgumentError, MismatchError
@@ -27,8 +26,6 @@ from pmod._ranks import world
 from pmod._site import origin
 from pmod._torch import no_function_modes, no_transforms
 from pmod._wire.along import wire_of
-
-Sizes = tuple[int, ...]
 
 HEAD = (
     8  # numbers in the message that tells sizes; trees of more leaves send a second one
@@ -61,8 +58,9 @@ def swapped(
         counts = [width] * axis.size
         # plain numbers, in any transform and mode
         with no_transforms(), no_function_modes(), torch.no_grad():
+            call = ALL_TO_ALL.along(axis, Exchange(-1, -1, None, None))
             flat = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1)
-            with told(Call(ALL_TO_ALL, axis, (-1, -1, None, None)), [flat], origin()):
+            with told(call, [flat], origin()):
                 return (
                     wire_of(axis, device)
                     .all_to_all(flat, counts, counts)

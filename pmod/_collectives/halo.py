@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pmod._collectives.cuts import Width, cuts_of, places_of, settled
 from pmod._collectives.halo_plan import Copy, Plan, exchange_of, plan_back
-from pmod._collectives.permutes import PERMUTE
+from pmod._collectives.permutes import PERMUTE, Permutation
 from pmod._core.bind import bind_all, unmoved
 from pmod._core.collective import collective
 from pmod._core.row import Call, V
@@ -114,7 +114,7 @@ def carry_out(
     calls: list[tuple[Call, list[Tensor]]] = []
     for g, (targets, _) in enumerate(plan.permutes, 1):
         calls += [
-            (Call(PERMUTE, axis, (targets,)), [buffers[i][g] for i in some])
+            (PERMUTE.along(axis, Permutation(targets)), [buffers[i][g] for i in some])
             for some in alike.values()
         ]
     arrived = iter(bind_all(calls))

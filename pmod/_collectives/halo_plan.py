@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
-from pmod._collectives.permutes import PERMUTE
+from pmod._collectives.permutes import inverse_of
 from pmod._torch import constant_in_graphs
 
 
@@ -50,9 +50,7 @@ class Plan(NamedTuple):
     @property
     def T(self) -> Plan:
         """The transpose: that of each step, in reverse order."""
-        back = tuple(
-            (PERMUTE.flip((targets,))[0], rows) for targets, rows in self.permutes
-        )
+        back = tuple((inverse_of(targets), rows) for targets, rows in self.permutes)
         takes, places = (
             tuple(copy.T for copy in copies) for copies in (self.places, self.takes)
         )

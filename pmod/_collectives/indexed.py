@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pmod._collectives.exchange import Sizes, check_eager, leaves_of, swapped
 from pmod._collectives.ragged import rows_received
-from pmod._collectives.slices import ALL_TO_ALL
+from pmod._collectives.slices import ALL_TO_ALL, Exchange
 from pmod._core.arguments import accumulate_in, dim_from_end, wrong
 from pmod._core.collective import collective
-from pmod._core.row import Params, V
+from pmod._core.row import V
 from pmod._core.send import memory_format
 from pmod._core.tree import Tree, each
 from pmod._errors import ArgumentError, AxisError, ShapeError
@@ -142,17 +142,14 @@ def indexed_all_to_all_v(
     else:
         received = rows_received(leaves, sent, recv_sizes, function, bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Exchange]:
         at = dim_from_end(dim, x, function, bound)
         # the gradient is added up in the dtype of what is selected from
         taken = x.to(accumulator(x.dtype, asked)).index_select(at, rows).to(x.dtype)
         kept = memory_format(x)
-        return taken if kept is None else taken.contiguous(memory_format=kept), (
-            at,
-            at,
-            sent,
-            received,
-        )
+        if kept is not None:
+            taken = taken.contiguous(memory_format=kept)
+        return taken, Exchange(at, at, sent, received)
 
     return each(ALL_TO_ALL, x, bound, function, prepare)
 

@@ -4,12 +4,14 @@ receives from one at most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
+from pmod._collectives.slices import Sizes
 from pmod._collectives.values import anything, fused
 from pmod._core.arguments import (
     check_flag,
@@ -23,7 +25,7 @@ from pmod._core.arguments import (
 )
 from pmod._core.bind import unmoved
 from pmod._core.collective import collective
-from pmod._core.row import Params, Row, V, pair
+from pmod._core.row import Row, V, pair
 from pmod._core.start import as_piece
 from pmod._core.tree import Tree, map_leaves, together
 from pmod._errors import AxisError, quoted
@@ -35,49 +37,78 @@ from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 
 
-def _send_permute(x: Tensor, wire: Wire, params: Params) -> Sent:
-    targets, *uneven = params
+class Permutation(NamedTuple):
+    """The parameters of a permute.
+
+    If the ranks hold different lengths along a dim, `dim`, `held` and `given` say which.
+    A rank to which nobody sends keeps its own length (zeros), so that equal sizes change
+    nothing; in the transpose its length is that of what it held.
+    """
+
+    targets: tuple[int, ...]
+    """Where each rank's value goes, -1 for nowhere."""
+    dim: int = -1
+    held: Sizes = ()
+    """The length that each rank holds; () if all hold the same."""
+    given: Sizes = ()
+    """The length that each rank is given."""
+    arriving: int | None = None
+    """How many elements arrive on this rank, where `send` cannot tell."""
+
+    def __repr__(self) -> str:
+        if not self.held:
+            return f"Permutation(targets={self.targets})"
+        return "Permutation" + repr(self[:4])
+
+
+def inverse_of(targets: tuple[int, ...]) -> tuple[int, ...]:
+    """Return where each value came from."""
+    ranks = range(len(targets))
+    return tuple(targets.index(rank) if rank in targets else -1 for rank in ranks)
+
+
+def _send_permute(x: Tensor, wire: Wire, params: Permutation) -> Sent:
+    targets = params.targets
     source = targets.index(wire.index) if wire.index in targets else None
     target = targets[wire.index] if targets[wire.index] >= 0 else None
-    return wire.permute(x, target, source, uneven[-1] if uneven else None)
+    return wire.permute(x, target, source, params.arriving)
 
 
-def _inverse(params: Params) -> Params:
-    targets, *uneven = params
-    inverse = tuple(
-        targets.index(rank) if rank in targets else -1 for rank in range(len(targets))
+def _inverse(params: Permutation) -> Permutation:
+    return Permutation(
+        inverse_of(params.targets), params.dim, params.given, params.held
     )
-    if not uneven:
-        return (inverse,)
-    dim, held, given = uneven
-    return inverse, dim, given, held
 
 
-def _given(params: Params, xs: Sequence[Tensor], index: int) -> list[list[int]] | None:
-    if len(params) == 1:
+def _given(
+    params: Permutation, xs: Sequence[Tensor], index: int
+) -> tuple[Permutation, list[list[int]]] | None:
+    if not params.held:
         return None
-    _, dim, _, given = params
-    return [[*x.shape[:dim], given[index], *x.shape[x.dim() + dim + 1 :]] for x in xs]
+    shapes: list[list[int]] = []
+    for x in xs:
+        shape = list(x.shape)
+        shape[params.dim] = params.given[index]
+        shapes.append(shape)
+    arriving = sum(math.prod(shape) for shape in shapes)
+    return params._replace(arriving=arriving), shapes
 
 
 def _but_for_length(
-    params: Params, shape: tuple[int, ...]
-) -> tuple[Params, tuple[int, ...]]:
-    """With sizes, the ranks hold different lengths along the dim."""
-    if len(params) == 1:
+    params: Permutation, shape: tuple[int, ...]
+) -> tuple[Permutation, tuple[int, ...]]:
+    """Return what ranks agree on: with sizes, not the length along the dim."""
+    if not params.held:
         return params, shape
-    at = len(shape) + params[1]
+    at = len(shape) + params.dim
     return params, (*shape[:at], -1, *shape[at + 1 :])
 
 
-# targets: where each rank's value goes, -1 for nowhere. If the ranks hold different
-# lengths along a dim: that dim, the lengths that they hold, and those that they are
-# given. A rank to which nobody sends keeps its own length (zeros), so that equal sizes
-# change nothing; in the transpose its length is that of what it held
 PERMUTE = Row(
     "permute",
     V,
     V,
+    Permutation,
     _send_permute,
     flip=_inverse,
     fused=True,
@@ -112,7 +143,7 @@ def _permuted(
             check_tensor(x, function, axis)
             return cast(Tree, unmoved([x])[0])
         return map_leaves(partial(_stay, function, axis), x, function, axis)
-    return fused(function, PERMUTE, x, axis, (targets,), anything)
+    return fused(function, PERMUTE, x, axis, Permutation(targets), anything)
 
 
 def _permuted_uneven(
@@ -149,14 +180,13 @@ def _permuted_uneven(
         if targets == tuple(range(axis.size)):  # nothing moves
             return _stay(function, axis, leaves)
         if len(set(sizes)) == 1:
-            return together(PERMUTE, leaves, axis, (targets,))
+            return together(PERMUTE, leaves, axis, Permutation(targets))
         # one message per dtype and device, where the dim is as far from the end
         out: dict[int, Any] = {}
         for end in sorted(set(at)):
             some = [i for i, one in enumerate(at) if one == end]
-            ys = together(
-                PERMUTE, [leaves[i] for i in some], axis, (targets, end, sizes, given)
-            )
+            params = Permutation(targets, end, sizes, given)
+            ys = together(PERMUTE, [leaves[i] for i in some], axis, params)
             out.update(zip(some, ys, strict=True))
         return [out[i] for i in range(len(leaves))]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.overrides import handle_torch_function
 
-from pmod._collectives.values import send_pvary
-from pmod._core.row import Call, Row, V
+from pmod._collectives.values import SUM, Mean, send_pvary
+from pmod._core.row import Row, V
 from pmod._core.watch import told
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import resolve
@@ -44,7 +44,7 @@ def axis_size(axis: AxisLike) -> int:
     return resolve(axis, "axis_size").size
 
 
-_BARRIER = Row("barrier", V, V, send_pvary)  # for who watches: nothing is bound
+_BARRIER = Row("barrier", V, V, Mean, send_pvary)  # for watchers: nothing is bound
 
 
 def barrier(axis: AxisLike) -> None:
@@ -63,6 +63,6 @@ def barrier(axis: AxisLike) -> None:
             )
         )
     bound = resolve(axis, "barrier")
-    with told(Call(_BARRIER, bound, ()), [], origin()):
+    with told(_BARRIER.along(bound, SUM), [], origin()):
         said = Said("barrier", code_of("barrier"), otherwise="nothing")
         wire_of(bound, bound.topology.device, said=said).barrier()

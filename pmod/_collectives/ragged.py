@@ -26,6 +26,9 @@ from pmod._collectives.slices import (
     GATHER,
     PSUM_SCATTER,
     SCATTER,
+    Exchange,
+    Parts,
+    RootParts,
 )
 from pmod._core.arguments import (
     accumulate_in,
@@ -37,7 +40,7 @@ from pmod._core.arguments import (
     wrong,
 )
 from pmod._core.collective import collective
-from pmod._core.row import Params, V
+from pmod._core.row import V
 from pmod._core.tree import Tree, each
 from pmod._errors import ShapeError
 from pmod._mesh.ambient import resolve
@@ -75,8 +78,8 @@ def all_gather_v(
     asked = accumulate_in(reduce_dtype, "all_gather_v", bound)
     held = sizes_of_leaves(x, dim, sizes, "all_gather_v", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
-        return x, (*next(held), asked)
+    def prepare(x: Tensor) -> tuple[Tensor, Parts]:
+        return x, Parts(*next(held), asked)
 
     return each(ALL_GATHER, x, bound, "all_gather_v", prepare)
 
@@ -110,11 +113,11 @@ def psum_scatter_v(
     asked = accumulate_in(reduce_dtype, "psum_scatter_v", bound)
     given = check_sizes(sizes, "psum_scatter_v", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Parts]:
         check_sum(x, "psum_scatter_v", bound)
         at = dim_from_end(dim, x, "psum_scatter_v", bound)
         check_adds_up(x, at, given, "psum_scatter_v", bound)
-        return x, (at, given, asked)
+        return x, Parts(at, given, asked)
 
     return each(PSUM_SCATTER, x, bound, "psum_scatter_v", prepare)
 
@@ -152,8 +155,8 @@ def gather_v(
     root = check_root(dst, "gather_v", bound, name="dst")
     held = sizes_of_leaves(x, dim, sizes, "gather_v", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
-        return x, (*next(held), root)
+    def prepare(x: Tensor) -> tuple[Tensor, RootParts]:
+        return x, RootParts(*next(held), root)
 
     return each(GATHER, x, bound, "gather_v", prepare)
 
@@ -183,12 +186,12 @@ def scatter_v(
     root = check_root(src, "scatter_v", bound, name="src")
     given = check_sizes(sizes, "scatter_v", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, RootParts]:
         at = dim_from_end(dim, x, "scatter_v", bound)
         if bound.index != root:
-            return x.narrow(at, 0, 0), (at, given, root)
+            return x.narrow(at, 0, 0), RootParts(at, given, root)
         check_adds_up(x, at, given, "scatter_v", bound)
-        return x, (at, given, root)
+        return x, RootParts(at, given, root)
 
     return each(SCATTER, x, bound, "scatter_v", prepare)
 
@@ -228,9 +231,9 @@ def all_to_all_v(
         check_adds_up(leaf, at, sent, "all_to_all_v", bound, "send_sizes")
     received = rows_received(leaves, sent, recv_sizes, "all_to_all_v", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Exchange]:
         at = dim_from_end(dim, x, "all_to_all_v", bound)
-        return x, (at, at, sent, received)
+        return x, Exchange(at, at, sent, received)
 
     return each(ALL_TO_ALL, x, bound, "all_to_all_v", prepare)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from pmod._collectives.values import fused
 from pmod._core.arguments import accumulate_in, check_flag, check_sum
 from pmod._core.collective import collective
-from pmod._core.row import Params, Row, V, pair
+from pmod._core.row import Row, V, pair
 from pmod._core.tree import Tree
 from pmod._mesh.ambient import resolve
 from pmod._mesh.mesh import AxisLike
@@ -31,7 +32,16 @@ def _totals(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     return accumulate(parts[1:], _added, initial=parts[0].to(dtype))
 
 
-def _send_scan(x: Tensor, wire: Wire, params: Params) -> Sent:
+class Scan(NamedTuple):
+    """The parameters of `pscan`."""
+
+    exclusive: bool
+    reverse: bool
+    reduce_dtype: str | None
+    """The name of the dtype that 16-bit floats add up in; None for float32."""
+
+
+def _send_scan(x: Tensor, wire: Wire, params: Scan) -> Sent:
     exclusive, reverse, asked = params
     order = range(wire.size)[::-1] if reverse else range(wire.size)
 
@@ -95,9 +105,9 @@ def _scan_by_parts(
     return wire.all_to_all(x, counts, mine).then(give_back)
 
 
-def _turned(params: Params) -> Params:
+def _turned(params: Scan) -> Scan:
     exclusive, reverse, asked = params
-    return exclusive, not reverse, asked
+    return Scan(exclusive, not reverse, asked)
 
 
 # on one rank an exclusive scan is 0, and no identity
@@ -105,6 +115,7 @@ SCAN = Row(
     "scan",
     V,
     V,
+    Scan,
     _send_scan,
     flip=_turned,
     fused=True,
@@ -152,7 +163,7 @@ def pscan(
     bound = resolve(axis, "pscan")
     check_flag(exclusive, "pscan", "exclusive")
     check_flag(reverse, "pscan", "reverse")
-    params = (
+    params = Scan(
         bool(exclusive),
         bool(reverse),
         accumulate_in(reduce_dtype, "pscan", bound),

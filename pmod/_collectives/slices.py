@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from pmod._core.arguments import (
     wrong,
 )
 from pmod._core.collective import collective
-from pmod._core.row import I, Params, Row, V, pair
+from pmod._core.row import I, Row, V, pair
 from pmod._core.tree import Tree, each, map_leaves
 from pmod._errors import ShapeError, quoted
 from pmod._mesh.ambient import resolve
@@ -37,15 +38,52 @@ from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import accumulator, real_sum
 
+Sizes: TypeAlias = tuple[int, ...]
+"""The length of each rank along the dim."""
+
+
+class Parts(NamedTuple):
+    """The parameters of `all_gather` and `psum_scatter`."""
+
+    dim: int
+    sizes: Sizes | None
+    reduce_dtype: str | None
+    """The name of the dtype that 16-bit floats add up in; None for float32."""
+
+
+class Slices(NamedTuple):
+    """The parameters of `shard` and `unshard`."""
+
+    dim: int
+    sizes: Sizes | None
+
+
+class RootParts(NamedTuple):
+    """The parameters of `gather` and `scatter`."""
+
+    dim: int
+    sizes: Sizes
+    root: int
+    """The index of the rank that has the whole."""
+
+
+class Exchange(NamedTuple):
+    """The parameters of `all_to_all`."""
+
+    split_dim: int
+    concat_dim: int
+    split_sizes: Sizes | None
+    """The lengths that this rank sends: part j to rank j."""
+    concat_sizes: Sizes | None
+    """The lengths that arrive, by rank."""
+
 
 def _unit(x: Tensor, dim: int) -> int:
     """The number of elements per step of `dim`."""
     return math.prod(size for i, size in enumerate(x.shape) if i != x.dim() + dim)
 
 
-def _lengths(
-    sizes: tuple[int, ...] | None, each_one: int, wire: Wire
-) -> tuple[int, ...]:
+def _lengths(sizes: Sizes | None, each_one: int, wire: Wire) -> Sizes:
     return (each_one,) * wire.size if sizes is None else sizes
 
 
@@ -72,17 +110,23 @@ def _with_length(shape: Sequence[int], dim: int, length: int) -> list[int]:
     return out
 
 
+SomeParts = TypeVar("SomeParts", Parts, Slices, RootParts)
+
+
 def _but_for_dim(
-    params: Params, shape: tuple[int, ...]
-) -> tuple[Params, tuple[int, ...]]:
-    """Shards may differ in length along the dim where there are sizes."""
-    return params, shape if params[1] is None else tuple(
-        _with_length(shape, params[0], -1)
-    )
+    params: SomeParts, shape: tuple[int, ...]
+) -> tuple[SomeParts, tuple[int, ...]]:
+    """Return what ranks agree on: with sizes, not the length along the dim."""
+    if params.sizes is None:
+        return params, shape
+    return params, tuple(_with_length(shape, params.dim, -1))
 
 
-def _send_all_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
-    dim, sizes = params[:2]
+def _send_all_gather(x: Tensor, wire: Wire, params: Parts) -> Sent:
+    return _joined(x, wire, params.dim, params.sizes)
+
+
+def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent:
     lengths = _lengths(sizes, x.shape[dim], wire)
     unit = _unit(x, dim)
     sent = wire.all_gather(x.reshape(-1), [unit * length for length in lengths])
@@ -93,7 +137,7 @@ def _send_all_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
     )
 
 
-def _send_psum_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_psum_scatter(x: Tensor, wire: Wire, params: Parts) -> Sent:
     dim, sizes, asked = params
     lengths = _lengths(sizes, x.shape[dim] // wire.size, wire)
     unit = _unit(x, dim)
@@ -114,6 +158,7 @@ ALL_GATHER, PSUM_SCATTER = pair(
         "all_gather",
         V,
         V,
+        Parts,
         _send_all_gather,
         agreed=_but_for_dim,
         why="each slice of the sum stands on one rank: its gradient goes to all that added to it",
@@ -122,6 +167,7 @@ ALL_GATHER, PSUM_SCATTER = pair(
         "psum_scatter",
         V,
         V,
+        Parts,
         _send_psum_scatter,
         why="every rank used the slice of every other: what they send back of it adds up at its owner",
     ),
@@ -161,13 +207,13 @@ def all_gather(
     check_flag(tiled, "all_gather", "tiled")
     asked = accumulate_in(reduce_dtype, "all_gather", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Parts]:
         extra, no_dims = (
             (0 if tiled else 1),
             "Pass tiled=False, or a tensor with a dim.",
         )
         at = dim_from_end(dim, x, "all_gather", bound, extra=extra, no_dims=no_dims)
-        return (x if tiled else x.unsqueeze(at)), (at, None, asked)
+        return (x if tiled else x.unsqueeze(at)), Parts(at, None, asked)
 
     return each(ALL_GATHER, x, bound, "all_gather", prepare)
 
@@ -198,13 +244,13 @@ def psum_scatter(
     check_flag(tiled, "psum_scatter", "tiled")
     asked = accumulate_in(reduce_dtype, "psum_scatter", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Parts]:
         check_sum(x, "psum_scatter", bound)
         at = dim_from_end(dim, x, "psum_scatter", bound)
         _check_divides(x, at, "psum_scatter", bound) if tiled else _check_one_each(
             x, at, "psum_scatter", bound
         )
-        return x, (at, None, asked)
+        return x, Parts(at, None, asked)
 
     y = each(PSUM_SCATTER, x, bound, "psum_scatter", prepare)
     return (
@@ -243,10 +289,14 @@ def _check_one_each(x: Tensor, at: int, function: str, axis: Axis) -> None:
         )
 
 
-def _send_shard(x: Tensor, wire: Wire, params: Params) -> Tensor:
+def _send_shard(x: Tensor, wire: Wire, params: Slices) -> Tensor:
     dim, sizes = params
     lengths = _lengths(sizes, x.shape[dim] // wire.size, wire)
     return x.narrow(dim, sum(lengths[: wire.index]), lengths[wire.index])
+
+
+def _send_unshard(x: Tensor, wire: Wire, params: Slices) -> Sent:
+    return _joined(x, wire, params.dim, params.sizes)
 
 
 SHARD, UNSHARD = pair(
@@ -254,6 +304,7 @@ SHARD, UNSHARD = pair(
         "shard",
         I,
         V,
+        Slices,
         _send_shard,
         local=True,
         why="the result is one value, whose gradient is on every rank already: each keeps its slice",
@@ -262,7 +313,8 @@ SHARD, UNSHARD = pair(
         "unshard",
         V,
         I,
-        _send_all_gather,
+        Slices,
+        _send_unshard,
         agreed=_but_for_dim,
         why="each rank has the gradient of its slice of one value, which all hold",
     ),
@@ -289,11 +341,11 @@ def shard(
     bound = resolve(axis, "shard")
     given = None if sizes is None else check_sizes(sizes, "shard", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Slices]:
         at = dim_from_end(dim, x, "shard", bound)
         if given is not None:
             check_adds_up(x, at, given, "shard", bound)
-        return x, (at, given or _uneven(x.size(at), bound))
+        return x, Slices(at, given or _uneven(x.size(at), bound))
 
     return each(SHARD, x, bound, "shard", prepare)
 
@@ -346,17 +398,17 @@ def unshard(
             )
         given = shares(whole, bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Slices]:
         at = dim_from_end(dim, x, "unshard", bound)
         if given is not None:
             right = "Pass the sizes that the ranks hold, or the whole length that shard cut."
             check_own_size(x, at, given, "unshard", bound, right)
-        return x, (at, given)
+        return x, Slices(at, given)
 
     return each(UNSHARD, x, bound, "unshard", prepare)
 
 
-def _send_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_gather(x: Tensor, wire: Wire, params: RootParts) -> Sent:
     dim, sizes, root = params
     unit = _unit(x, dim)
     send = [x.numel() if rank == root else 0 for rank in range(wire.size)]
@@ -369,7 +421,7 @@ def _send_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
     )
 
 
-def _send_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_scatter(x: Tensor, wire: Wire, params: RootParts) -> Sent:
     dim, sizes, root = params
     unit = _unit(x, dim)
     lengths = sizes if wire.index == root else (0,) * wire.size
@@ -386,6 +438,7 @@ GATHER, SCATTER = pair(
         "gather",
         V,
         V,
+        RootParts,
         _send_gather,
         agreed=_but_for_dim,
         why="each rank has the gradient of its slice, which came from one rank",
@@ -394,6 +447,7 @@ GATHER, SCATTER = pair(
         "scatter",
         V,
         V,
+        RootParts,
         _send_scatter,
         agreed=_but_for_dim,
         why="one rank has the gradient of the whole: each slice's goes back to its rank",
@@ -419,9 +473,9 @@ def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
     bound = resolve(axis, "gather")
     root = check_root(dst, "gather", bound, name="dst")
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, RootParts]:
         at = dim_from_end(dim, x, "gather", bound)
-        return x, (at, (int(x.size(at)),) * bound.size, root)
+        return x, RootParts(at, (int(x.size(at)),) * bound.size, root)
 
     return each(GATHER, x, bound, "gather", prepare)
 
@@ -452,23 +506,22 @@ def scatter(
     root = check_root(src, "scatter", bound, name="src")
     given = None if sizes is None else check_sizes(sizes, "scatter", bound)
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, RootParts]:
         at = dim_from_end(dim, x, "scatter", bound)
         if given is None:
             _check_divides(x, at, "scatter", bound, right="Pass sizes={sizes}.")
         elif bound.index == root:
             check_adds_up(x, at, given, "scatter", bound)
         parts = given or (int(x.shape[at]) // bound.size,) * bound.size
-        return (x if bound.index == root or bound.size == 1 else x.narrow(at, 0, 0)), (
-            at,
-            parts,
-            root,
-        )
+        params = RootParts(at, parts, root)
+        if bound.index == root or bound.size == 1:
+            return x, params
+        return x.narrow(at, 0, 0), params
 
     return each(SCATTER, x, bound, "scatter", prepare)
 
 
-def _send_all_to_all(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent:
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     out = _lengths(split_sizes_, x.shape[split_dim] // wire.size, wire)
     mine = out[wire.index]
@@ -486,14 +539,14 @@ def _send_all_to_all(x: Tensor, wire: Wire, params: Params) -> Sent:
     return sent.then(lambda y: _join(y, shapes, concat_dim))
 
 
-def _swap(params: Params) -> Params:
+def _swap(params: Exchange) -> Exchange:
     split_dim, concat_dim, split_sizes_, concat_sizes = params
-    return concat_dim, split_dim, concat_sizes, split_sizes_
+    return Exchange(concat_dim, split_dim, concat_sizes, split_sizes_)
 
 
 def _but_for_sizes(
-    params: Params, shape: tuple[int, ...]
-) -> tuple[Params, tuple[int, ...]]:
+    params: Exchange, shape: tuple[int, ...]
+) -> tuple[Exchange | tuple[int, int, bool, bool], tuple[int, ...]]:
     """Along one dim each rank has sizes of its own; from dim to dim all ranks have the
     same.
     """
@@ -508,7 +561,7 @@ def _but_for_sizes(
 
 
 def lengths_exchanged(
-    params: Params, length: int, axis: Axis
+    params: Exchange, length: int, axis: Axis
 ) -> tuple[Sequence[int], Sequence[int]] | None:
     """What a rank sends to each and expects of each along one dim; None where all ranks
     have the same sizes.
@@ -524,6 +577,7 @@ ALL_TO_ALL = Row(
     "all_to_all",
     V,
     V,
+    Exchange,
     _send_all_to_all,
     flip=_swap,
     agreed=_but_for_sizes,
@@ -586,7 +640,7 @@ def all_to_all(
         else check_sizes(concat_sizes, "all_to_all", bound, name="concat_sizes")
     )
 
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Exchange]:
         cut = dim_from_end(split_dim, x, "all_to_all", bound, name="split_dim")
         joined = dim_from_end(concat_dim, x, "all_to_all", bound, name="concat_dim")
         if sent is None:
@@ -598,7 +652,7 @@ def all_to_all(
         if held is not None:
             own = sent[bound.index] if sent is not None else x.shape[cut] // bound.size
             _check_held(held, own if cut == joined else x.shape[joined], bound)
-        return x, (cut, joined, sent, held)
+        return x, Exchange(cut, joined, sent, held)
 
     return each(ALL_TO_ALL, x, bound, "all_to_all", prepare)
 
@@ -618,11 +672,11 @@ def _check_held(held: tuple[int, ...], own: int, axis: Axis) -> None:
 def _untiled_all_to_all(x: Tree, axis: Axis, split_dim: int, concat_dim: int) -> Tree:
     # with the dim of length n in front, blocks of one row are exchanged; the dim then
     # moves where it was asked for
-    def prepare(x: Tensor) -> tuple[Tensor, Params]:
+    def prepare(x: Tensor) -> tuple[Tensor, Exchange]:
         cut = dim_from_end(split_dim, x, "all_to_all", axis, name="split_dim")
         dim_from_end(concat_dim, x, "all_to_all", axis, name="concat_dim")
         _check_one_each(x, cut, "all_to_all", axis)
-        return x.movedim(cut, 0), (-x.dim(), -x.dim(), None, None)
+        return x.movedim(cut, 0), Exchange(-x.dim(), -x.dim(), None, None)
 
     rows = each(ALL_TO_ALL, x, axis, "all_to_all", prepare)
     return map_leaves(

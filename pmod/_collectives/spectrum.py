@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmod._collectives.exchange import check_eager, sizes_of_leaves
-from pmod._collectives.slices import ALL_TO_ALL, SHARD, UNSHARD
+from pmod._collectives.slices import ALL_TO_ALL, SHARD, UNSHARD, Exchange, Slices
 from pmod._core.arguments import LONGEST, check_tensor, dim_from_end, shares, wrong
 from pmod._core.bind import bind
-from pmod._core.row import Call
 from pmod._errors import ArgumentError, PmodError, ShapeError, quoted
 from pmod._mesh.ambient import resolve, resolve_each
 from pmod._mesh.axis import Axis
@@ -93,9 +92,9 @@ def _list(given: Any, what: str, kind: _Kind) -> list[int | None]:
 
 def _check_input(x: Tensor, kind: _Kind) -> Tensor:
     """x as torch.fft would take it: floating or complex."""
-    if kind.norm is not None and not (
-        isinstance(kind.norm, str) and kind.norm in ("backward", "ortho", "forward")
-    ):  # pyright: ignore[reportUnnecessaryIsInstance]
+    norm: object = kind.norm
+    is_known = isinstance(norm, str) and norm in ("backward", "ortho", "forward")
+    if norm is not None and not is_known:
         given = f"norm is {quoted(kind.norm)}"
         raise wrong(
             ArgumentError,
@@ -243,7 +242,10 @@ def _measure(
 
 
 class _Move(NamedTuple):
-    """One exchange: an axis cuts another dim; None: its ranks all have the whole."""
+    """One exchange, after which an axis cuts another dim than before.
+
+    None for no dim, when all ranks of the axis have the whole. Not both are None.
+    """
 
     number: int
     before: int | None
@@ -300,15 +302,18 @@ def _stages(
 
 
 def _exchange(x: Tensor, axis: Axis, move: _Move, sizes: Sizes) -> tuple[Tensor, Sizes]:
-    """x after a move, and the lengths along the dim that is cut now."""
-    if move.after is None:
-        return bind(Call(UNSHARD, axis, (move.before, sizes)), [x])[0], ()
-    cut = shares(int(x.shape[move.after]), axis)
-    if move.before is None:
-        return bind(Call(SHARD, axis, (move.after, cut)), [x])[0], cut
-    return bind(Call(ALL_TO_ALL, axis, (move.after, move.before, cut, sizes)), [x])[
-        0
-    ], cut
+    """Return x after a move, and the lengths along the dim that is cut now."""
+    _, before, after = move
+    if after is None:
+        assert before is not None
+        call, cut = UNSHARD.along(axis, Slices(before, sizes)), ()
+    elif before is None:
+        cut = shares(int(x.shape[after]), axis)
+        call = SHARD.along(axis, Slices(after, cut))
+    else:
+        cut = shares(int(x.shape[after]), axis)
+        call = ALL_TO_ALL.along(axis, Exchange(after, before, cut, sizes))
+    return bind(call, [x])[0], cut
 
 
 def _padded(x: Tensor, at: int, n: int, start: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod._collectives.values import PVARY
+from pmod._collectives.values import PVARY, SUM
 from pmod._core.bind import transposed
 from pmod._core.row import Call
 from pmod._core.tree import alike, together
@@ -63,10 +63,8 @@ def _of_one_kind(
     flags = torch.zeros(
         len(xs), dtype=xs[0].dtype, device=xs[0].device, requires_grad=True
     )
-    call = Call(PVARY, axis, (1, None))
-    *copies, counts = called_as(
-        function, together, call.row, [*xs, flags], axis, call.params
-    )
+    call = PVARY.along(axis, SUM)
+    *copies, counts = called_as(function, together, PVARY, [*xs, flags], axis, SUM)
     node: Any = counts.grad_fn
     if node is not None and not are_transforms_active():
         node.set_materialize_grads(False)  # None stands for what is unused here

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -52,16 +52,30 @@ from pmod._wire.sums import (
 Check = Callable[[Tensor, str, Axis], None]
 
 
-def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent:
+class Mean(NamedTuple):
+    """The parameters of `psum` and `pvary`."""
+
+    divisor: int
+    """1 for a sum, the number of ranks for a mean."""
+    reduce_dtype: str | None
+    """The name of the dtype that 16-bit floats add up in; None for float32."""
+
+
+SUM = Mean(1, None)
+"""Of a plain sum, made once: a NamedTuple takes longer to make than a tuple."""
+
+
+def _send_psum(x: Tensor, wire: Wire, params: Mean) -> Sent:
     divisor, asked = params
     return real_sum(
         x, lambda y, _: wire.all_reduce(y, "sum", accumulator(y.dtype, asked), divisor)
     )
 
 
-def send_pvary(x: Tensor, wire: Wire, params: Params) -> Tensor:
-    divisor, _ = params
-    return x if divisor == 1 else (_computable(x) / divisor).to(x.dtype)
+def send_pvary(x: Tensor, wire: Wire, params: Mean) -> Tensor:
+    if params.divisor == 1:
+        return x
+    return (_computable(x) / params.divisor).to(x.dtype)
 
 
 # a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is
@@ -71,6 +85,7 @@ PSUM, PVARY = pair(
         "psum",
         V,
         I,
+        Mean,
         _send_psum,
         fused=True,
         why="every rank used the one value in its own way: its gradient is the sum of theirs",
@@ -79,6 +94,7 @@ PSUM, PVARY = pair(
         "pvary",
         I,
         V,
+        Mean,
         send_pvary,
         local=True,
         why="the result is one value, whose gradient is on every rank already",
@@ -88,7 +104,7 @@ PSUM, PVARY = pair(
 
 def fused(
     function: str,
-    row: Row,
+    row: Row[Params],
     tree: Tree,
     axis: Axis,
     params: Params,
@@ -127,6 +143,13 @@ def anything(x: Tensor, function: str, axis: Axis) -> None:
     """No dtype is refused."""
 
 
+def summing(reduce_dtype: torch.dtype | None, function: str, axis: Axis) -> Mean:
+    """Return the parameters of a sum."""
+    if reduce_dtype is None:
+        return SUM
+    return Mean(1, accumulate_in(reduce_dtype, function, axis))
+
+
 @collective(V, I, transpose="pvary", value="the sum over the axis")
 def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -> Tree:
     """Sum over the axis: the same value on every rank.
@@ -149,7 +172,7 @@ def psum(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) ->
     {'seen': 6, 'loss': 1.0}
     """
     bound = resolve(axis, "psum")
-    params = (1, accumulate_in(reduce_dtype, "psum", bound))
+    params = summing(reduce_dtype, "psum", bound)
     return fused("psum", PSUM, x, bound, params, check_sum, int)
 
 
@@ -185,7 +208,9 @@ def pmean(
     bound = resolve(axis, "pmean")
     asked = accumulate_in(reduce_dtype, "pmean", bound)
     if weight is None:
-        return fused("pmean", PSUM, x, bound, (bound.size, asked), check_mean, float)
+        return fused(
+            "pmean", PSUM, x, bound, Mean(bound.size, asked), check_mean, float
+        )
     return map_leaves(
         as_piece(partial(_weighted, weight, bound, asked), "pmean"), x, "pmean", bound
     )
@@ -208,7 +233,7 @@ def _weighted(
             weights[x.dtype, x.device] = _weight_like(weight, x, axis)
         _check_broadcasts(weights[x.dtype, x.device], x, axis)
     parts = [_counted(x, weights[x.dtype, x.device]) for x in wide]
-    sums = together(PSUM, parts + list(weights.values()), axis, (1, asked))
+    sums = together(PSUM, parts + list(weights.values()), axis, Mean(1, asked))
     totals = dict(zip(weights, sums[len(wide) :], strict=True))
     ys = [
         (y / totals[y.dtype, y.device]).to(x.dtype)
@@ -297,12 +322,18 @@ def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -
     [tensor(3.), tensor(3.)]
     """
     bound = resolve(axis, "pvary")
-    params = (1, accumulate_in(reduce_dtype, "pvary", bound))
+    params = summing(reduce_dtype, "pvary", bound)
     return fused("pvary", PVARY, x, bound, params, anything)
 
 
-def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
-    how: Reduction = params[0]
+class Extremum(NamedTuple):
+    """The parameters of the row of `pmax` and `pmin`."""
+
+    how: Reduction
+
+
+def _send_extremum(x: Tensor, wire: Wire, params: Extremum) -> Sent:
+    how = params.how
     if (
         x.dtype in SIGNED
     ):  # with the first bit turned over, signed numbers are in the order of the unsigned ones
@@ -320,7 +351,9 @@ def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
     return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
 
 
-EXTREMUM = without_derivative(Row("extremum", V, I, _send_extremum, fused=True))
+EXTREMUM = without_derivative(
+    Row("extremum", V, I, Extremum, _send_extremum, fused=True)
+)
 
 
 @collective(
@@ -380,7 +413,7 @@ def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree
                 unmoved([x])[0] if isinstance(x, Tensor) else as_number(x)
                 for x in leaves
             ]
-        values = together(EXTREMUM, [x.detach() for x in xs], bound, (how,))
+        values = together(EXTREMUM, [x.detach() for x in xs], bound, Extremum(how))
         smooth = [
             i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)
         ]
@@ -437,7 +470,7 @@ def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
         torch.where(hit, x / (2 * n), 0) for hit, x in zip(attained, xs, strict=True)
     ]
     hits = [hit.to(x.dtype) for hit, x in zip(attained, xs, strict=True)]
-    sums = together(PSUM, parts + hits, axis, (1, None))
+    sums = together(PSUM, parts + hits, axis, SUM)
     out: list[Tensor] = []
     for y, s, count in zip(values, sums[: len(xs)], sums[len(xs) :], strict=True):
         scale = (
@@ -448,12 +481,19 @@ def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
     return out
 
 
-def _send_broadcast(x: Tensor, wire: Wire, params: Params) -> Sent:
-    return wire.broadcast(x, params[0])
+class Root(NamedTuple):
+    """The parameters of `pick` and `place`."""
+
+    root: int
+    """The index of the one rank."""
 
 
-def _send_place(x: Tensor, wire: Wire, params: Params) -> Tensor:
-    return x if wire.index == params[0] else torch.zeros_like(x)
+def _send_pick(x: Tensor, wire: Wire, params: Root) -> Sent:
+    return wire.broadcast(x, params.root)
+
+
+def _send_place(x: Tensor, wire: Wire, params: Root) -> Tensor:
+    return x if wire.index == params.root else torch.zeros_like(x)
 
 
 PICK, PLACE = pair(
@@ -461,7 +501,8 @@ PICK, PLACE = pair(
         "pick",
         V,
         I,
-        _send_broadcast,
+        Root,
+        _send_pick,
         fused=True,
         why="one rank used the value: all others get the gradient from there",
     ),
@@ -469,6 +510,7 @@ PICK, PLACE = pair(
         "place",
         I,
         V,
+        Root,
         _send_place,
         local=True,
         why="the value came from one rank: the gradient goes to it alone",
@@ -491,9 +533,8 @@ def pick(x: Tree, axis: AxisLike, *, src: int = 0) -> Tree:
     [tensor(11), tensor(11)]
     """
     bound = resolve(axis, "pick")
-    return fused(
-        "pick", PICK, x, bound, (check_root(src, "pick", bound, name="src"),), anything
-    )
+    params = Root(check_root(src, "pick", bound, name="src"))
+    return fused("pick", PICK, x, bound, params, anything)
 
 
 @collective(I, V, transpose="pick", value="x on dst, zeros elsewhere")
@@ -509,17 +550,24 @@ def place(x: Tree, axis: AxisLike, *, dst: int = 0) -> Tree:
     [tensor(0), tensor(5)]
     """
     bound = resolve(axis, "place")
-    return fused(
-        "place",
-        PLACE,
-        x,
-        bound,
-        (check_root(dst, "place", bound, name="dst"),),
-        anything,
-    )
+    params = Root(check_root(dst, "place", bound, name="dst"))
+    return fused("place", PLACE, x, bound, params, anything)
 
 
-def _send_reduce(x: Tensor, wire: Wire, params: Params) -> Sent:
+class RootSum(NamedTuple):
+    """The parameters of `broadcast` and `reduce`."""
+
+    root: int
+    """The index of the one rank."""
+    reduce_dtype: str | None
+    """The name of the dtype that 16-bit floats add up in; None for float32."""
+
+
+def _send_broadcast(x: Tensor, wire: Wire, params: RootSum) -> Sent:
+    return wire.broadcast(x, params.root)
+
+
+def _send_reduce(x: Tensor, wire: Wire, params: RootSum) -> Sent:
     root, asked = params
     return real_sum(x, lambda y, _: wire.reduce(y, root, accumulator(y.dtype, asked)))
 
@@ -529,6 +577,7 @@ BROADCAST, REDUCE = pair(
         "broadcast",
         V,
         V,
+        RootSum,
         _send_broadcast,
         fused=True,
         why="the sum stands on one rank: what flows back to it is every summand's gradient",
@@ -537,6 +586,7 @@ BROADCAST, REDUCE = pair(
         "reduce",
         V,
         V,
+        RootSum,
         _send_reduce,
         fused=True,
         why="every rank used the one rank's value: what they send back adds up there",
@@ -563,7 +613,7 @@ def broadcast(
     [tensor(11), tensor(11)]
     """
     bound = resolve(axis, "broadcast")
-    params = (
+    params = RootSum(
         check_root(src, "broadcast", bound, name="src"),
         accumulate_in(reduce_dtype, "broadcast", bound),
     )
@@ -585,7 +635,7 @@ def reduce(
     [tensor(0), tensor(3)]
     """
     bound = resolve(axis, "reduce")
-    params = (
+    params = RootSum(
         check_root(dst, "reduce", bound, name="dst"),
         accumulate_in(reduce_dtype, "reduce", bound),
     )

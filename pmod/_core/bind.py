@@ -283,7 +283,9 @@ def bind(
     if count_function_modes() > 0:
         return handle_torch_function(bind, xs, call, xs, forward)
     if torch.compiler.is_compiling():
-        return _operator(xs, encode(call.row.name, call.axis.key, call.params))
+        # the compiler takes a tuple for a constant, and no class of ours
+        params = tuple(call.params)
+        return _operator(xs, encode(call.row.name, call.axis.key, params))
     if watchers():
         return _bind_watched(call, xs, forward)
     return _bind(call, xs)

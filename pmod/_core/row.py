@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import attrs
 from torch import Tensor
@@ -18,55 +18,66 @@ from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 
 Kind: TypeAlias = Literal["V", "I"]
-Params: TypeAlias = tuple[Any, ...]
-"""Numbers, strings, None, and tuples of them: they are written into compiled graphs."""
+Params = TypeVar("Params", bound=tuple[Any, ...])
+"""The parameters of a row: a NamedTuple of numbers, strings, None, and tuples of them,
+because they are written into compiled graphs.
+"""
 
 V: Kind = "V"
 I: Kind = "I"  # noqa: E741
 
 
+def _same(params: Params) -> Params:
+    return params
+
+
 @attrs.frozen
-class Row:
-    """One linear operator. `send` gets a tensor, the wire and the parameters; what
-    moves nothing returns a tensor.
+class Row(Generic[Params]):
+    """A linear operator with parameters of the class `params`.
+
+    `send` gets a tensor, the wire and the parameters; a row that moves nothing returns
+    a tensor. `flip` gives the parameters of the transpose, which have the same class.
     """
 
     name: str
     takes: Kind
     gives: Kind
+    params: type[Params]
     send: Callable[[Tensor, Wire, Params], Sent | Tensor]
-    flip: Callable[[Params], Params] = lambda params: (
-        params
-    )  # the transpose's parameters
-    fused: bool = (
-        False  # elementwise: many tensors of one dtype and device travel as one message
-    )
+    flip: Callable[[Params], Params] = _same
+    # elementwise: many tensors of one dtype and device travel as one message
+    fused: bool = False
     local: bool = False  # nothing moves, and no layout has to be agreed on
     alone: bool = True  # on an axis of one rank it is the identity
     why: str = ""  # it is called in a backward, as the transpose of another
-    # of parameters and shape, what is the same on all ranks, where that is not all of
-    # it
+    # the part of the parameters and the shape that is the same on all ranks; None where
+    # all of it is
     agreed: (
-        Callable[[Params, tuple[int, ...]], tuple[Params, tuple[int, ...]]] | None
+        Callable[[Params, tuple[int, ...]], tuple[tuple[Any, ...], tuple[int, ...]]]
+        | None
     ) = None
-    # of a fused row: the shapes of the results on the rank of this index, None where
-    # they are those of the inputs; of others `send` must know how many elements arrive,
-    # its last parameter
+    # of a fused row whose results may have other shapes than its inputs: the parameters
+    # with what `send` must know of them, and the shapes on the rank of this index
     resized: (
-        Callable[[Params, Sequence[Tensor], int], list[list[int]] | None] | None
+        Callable[[Params, Sequence[Tensor], int], tuple[Params, list[list[int]]] | None]
+        | None
     ) = None
 
     @property
-    def T(self) -> Row:
+    def T(self) -> Row[Params]:
         """The transpose."""
         return ROWS[_TRANSPOSES[self.name]]
 
+    def along(self, axis: Axis, params: Params) -> Call:
+        """Return the call of this row along an axis."""
+        return Call(self, axis, params)
 
-ROWS: dict[str, Row] = {}
+
+ROWS: dict[str, Row[Any]] = {}
 _TRANSPOSES: dict[str, str] = {}
 
 
-def pair(row: Row, transpose: Row) -> tuple[Row, Row]:
+def pair(row: Row[Params], transpose: Row[Params]) -> tuple[Row[Params], Row[Params]]:
     """Declare two rows as each other's transposes."""
     assert (row.takes, row.gives) == (transpose.gives, transpose.takes), (
         f"{row.name}: the kinds of a transpose reverse"
@@ -77,7 +88,7 @@ def pair(row: Row, transpose: Row) -> tuple[Row, Row]:
     return row, transpose
 
 
-def without_derivative(row: Row) -> Row:
+def without_derivative(row: Row[Params]) -> Row[Params]:
     """Declare a row that is never differentiated: its callers detach what they pass."""
     ROWS[row.name] = row
     return row
@@ -86,9 +97,9 @@ def without_derivative(row: Row) -> Row:
 class Call(NamedTuple):
     """A row with its axis and parameters: hashable, no tensor in it."""
 
-    row: Row
+    row: Row[Any]
     axis: Axis
-    params: Params
+    params: Any  # of the row's class: `Row.along` has them checked
 
     @property
     def T(self) -> Call:
@@ -97,21 +108,23 @@ class Call(NamedTuple):
 
 
 @constant_in_graphs
-def encode(name: str, axis_key: str, params: Params) -> str:
-    """The call as text."""
-    return f"{name}|{params!r}|{axis_key}"
+def encode(name: str, axis_key: str, params: tuple[Any, ...]) -> str:
+    """Return the call as text: its parameters are a plain tuple there."""
+    return f"{name}|{tuple(params)!r}|{axis_key}"
 
 
 def decode(call: str) -> Call:
-    """The call that `encode` wrote."""
+    """Return the call that `encode` wrote, its parameters of the row's class again."""
     row, params, axis_key = _read(call)
     return Call(row, Axis.parse(axis_key), params)
 
 
 @lru_cache(maxsize=4096)
-def _read(call: str) -> tuple[Row, Params, str]:
-    """Of a call its row and parameters, and the axis as text: a memo must not keep a
-    mesh alive.
+def _read(call: str) -> tuple[Row[Any], tuple[Any, ...], str]:
+    """Return the row, the parameters and the axis of a call.
+
+    The axis is text, because a memo must not keep a mesh alive.
     """
     name, params, axis_key = call.split("|", 2)
-    return ROWS[name], ast.literal_eval(params), axis_key
+    row = ROWS[name]
+    return row, row.params(*ast.literal_eval(params)), axis_key

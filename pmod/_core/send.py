@@ -33,10 +33,11 @@ def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
         return _begin_one(row, xs[0], wire, params)
     parts = [_laid_out(x).reshape(-1) for x in xs]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    shapes = None if row.resized is None else row.resized(params, xs, wire.index)
+    shapes = None
+    resized = None if row.resized is None else row.resized(params, xs, wire.index)
     # where shapes change, a rank takes part that holds nothing: others may send to it
-    if shapes is not None:
-        params = (*params, sum(math.prod(shape) for shape in shapes))
+    if resized is not None:
+        params, shapes = resized
     elif flat.numel() == 0:
         return Sent((), lambda: [torch.empty_like(x) for x in xs])
     sent = row.send(flat, wire, params)
@@ -44,7 +45,7 @@ def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
     return sent.then(lambda y: _cut(y, xs, shapes))
 
 
-def _begin_one(row: Row, x: Tensor, wire: Wire, params: Params) -> Sent:
+def _begin_one(row: Row[Params], x: Tensor, wire: Wire, params: Params) -> Sent:
     sent = row.send(_laid_out(x), wire, params)
     assert isinstance(sent, Sent)
     return sent.then(lambda y: [_laid_out_as(x, y)])
@@ -142,7 +143,7 @@ def wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
     return wire_of(axis, xs[0].device, row.name, _said(row, params, xs))
 
 
-def _said(row: Row, params: Params, xs: Sequence[Tensor]) -> Said:
+def _said(row: Row[Params], params: Params, xs: Sequence[Tensor]) -> Said:
     """Return what must be the same on all ranks, and what an error shows."""
     shapes, dtype = [x.shape for x in xs], xs[0].dtype
     # a sum of gradients and one of values may look alike, and must not meet

@@ -124,7 +124,7 @@ def sorted_keys(tree: Any, function: str, axis: Axis) -> list[Any]:
 
 
 def each(
-    row: Row,
+    row: Row[Params],
     tree: Tree,
     axis: Axis,
     function: str,
@@ -161,7 +161,9 @@ def alike(xs: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def together(row: Row, leaves: list[Any], axis: Axis, params: Params) -> list[Any]:
+def together(
+    row: Row[Params], leaves: list[Any], axis: Axis, params: Params
+) -> list[Any]:
     """Bind an elementwise row to many leaves: one message per dtype and device."""
     if len(leaves) == 1:
         return list(bind(Call(row, axis, params), leaves))

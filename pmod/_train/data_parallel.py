@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
-from pmod._collectives.values import PICK, PSUM
+from pmod._collectives.values import PICK, PSUM, Mean, Root
 from pmod._core.arguments import wrong
 from pmod._core.start import Pending, start
 from pmod._core.tree import together
@@ -206,7 +206,9 @@ class _Reducer(Reduces):
     def _equal(self, new: list[nn.Parameter]) -> list[Tensor]:
         """The values that the first rank has."""
         return (
-            together(PICK, [p.detach() for p in new], self._axis, (0,)) if new else []
+            together(PICK, [p.detach() for p in new], self._axis, Root(0))
+            if new
+            else []
         )
 
     def _lost(self) -> bool:
@@ -340,7 +342,7 @@ class _Reducer(Reduces):
                 )
 
     def _mean(self, gradients: list[Tensor]) -> list[Tensor]:
-        return together(PSUM, gradients, self._axis, (self._axis.size, None))
+        return together(PSUM, gradients, self._axis, Mean(self._axis.size, None))
 
     def _finish(self) -> None:
         """At the end of backward: what was sent becomes the gradients."""

@@ -44,7 +44,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -331,11 +331,9 @@ def _parse(
         if tensor is not None or name != "bias":
             check_tensor(tensor, function, first, name=name)
     _check_tensors(x, weight, bias, groups, count, first)
-    if (
-        not isinstance(spread.padding_mode, str)
-        or spread.padding_mode not in BOUNDARIES
-    ):  # pyright: ignore[reportUnnecessaryIsInstance]
-        given = f"padding_mode is {quoted(spread.padding_mode)}{near_miss(spread.padding_mode, BOUNDARIES)}"
+    mode = cast(object, spread.padding_mode)
+    if not isinstance(mode, str) or mode not in BOUNDARIES:
+        given = f"padding_mode is {quoted(mode)}{near_miss(mode, BOUNDARIES)}"
         raise wrong(
             ArgumentError,
             function,

@@ -150,19 +150,19 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         [("adjoint", "pvary"), ("gradient", "pvary"), ("batched", "pvary")],
     ),
     "all_gather's gradient is sliced, not summed": (
-        transpose("all_gather", "shard", lambda params: params[:2]),
+        transpose("all_gather", "shard", lambda params: slices.Slices(params.dim, params.sizes)),
         [("adjoint", "all_gather"), ("gradient", "all_gather"), ("jacobians", "all_gather")],
     ),
     "unshard's gradient counts an I once per rank": (
-        transpose("unshard", "psum_scatter", lambda params: (*params, None)),
+        transpose("unshard", "psum_scatter", lambda params: slices.Parts(*params, None)),
         [("adjoint", "unshard"), ("gradient", "unshard"), ("gradchecked", "unshard")],
     ),
     "broadcast's gradient stays where it is": (
-        transpose("broadcast", "place", lambda params: params[:1]),
+        transpose("broadcast", "place", lambda params: values.Root(params.root)),
         [("adjoint", "broadcast"), ("gradient", "broadcast")],
     ),
     "pmean's gradient is not divided": (
-        row("psum", flip=lambda params: (1, params[1])),
+        row("psum", flip=lambda params: params._replace(divisor=1)),
         [("adjoint", "pmean"), ("gradient", "pmean"), ("transforms", "pmean")],
     ),
     # parameters of the transpose
@@ -171,7 +171,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         [("gradient", "all_to_all"), ("adjoint", "all_to_all")],
     ),
     "all_to_all's sizes are not swapped": (
-        row("all_to_all", flip=lambda params: (params[1], params[0], *params[2:])),
+        row("all_to_all", flip=lambda p: slices.Exchange(p.concat_dim, p.split_dim, p.split_sizes, p.concat_sizes)),
         [("gradient", "all_to_all")],
     ),
     "a permutation is not inverted": (
@@ -179,7 +179,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         [("gradient", "ppermute"), ("adjoint", "pshuffle"), ("higher", "pshift")],
     ),
     "gather's root is lost in backward": (
-        row("gather", flip=lambda params: (*params[:2], 0)),
+        row("gather", flip=lambda params: params._replace(root=0)),
         [("gradient", "gather")],
     ),
     # values
@@ -195,13 +195,16 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         row("place", send=lambda x, w, p: x if (w.index + 1) % w.size == p[0] else torch.zeros_like(x)),
         [("value", "place"), ("gradient", "pick")],
     ),
-    "pick picks the first": (row("pick", send=lambda x, w, p: broadcast(x, w, (0,))), [("value", "pick")]),
+    "pick picks the first": (
+        row("pick", send=lambda x, w, p: broadcast(x, w, values.RootSum(0, None))),
+        [("value", "pick")],
+    ),
     "reduce leaves the sum everywhere": (
-        row("reduce", send=lambda x, w, p: psum(x, w, (1, p[1]))),
+        row("reduce", send=lambda x, w, p: psum(x, w, values.Mean(1, p.reduce_dtype))),
         [("value", "reduce"), ("gradient", "broadcast")],
     ),
     "a dim is counted from the front": (
-        row("shard", send=lambda x, w, p: shard(x, w, (-x.dim(), p[1]))),
+        row("shard", send=lambda x, w, p: shard(x, w, slices.Slices(-x.dim(), p.sizes))),
         [("value", "shard"), ("batched", "shard")],
     ),
     "an extremum's gradient goes to all ranks": (
@@ -304,5 +307,5 @@ def test_kinds_that_do_not_reverse() -> None:
         return x
 
     with pytest.raises(AssertionError, match="the kinds of a transpose reverse"):
-        pair(Row("summed", V, I, nothing), Row("copied", V, V, nothing))
+        pair(Row("summed", V, I, values.Mean, nothing), Row("copied", V, V, values.Mean, nothing))
     assert "summed" not in ROWS

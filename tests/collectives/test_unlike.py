@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Callable[[], Any], str, str]] = {
     "dtypes": (lambda: pmod.psum(ones(4).to(odd(torch.float64, torch.int64)), "x"), "(4,) float64", "(4,) int64"),
     "pmax": (lambda: pmod.pmax(ones(odd(3, 4)), "x"), "(3,) float32", "(4,) float32"),
     "pick": (lambda: pmod.pick(ones(odd(3, 4)), "x"), "(3,) float32", "(4,) float32"),
-    "roots": (lambda: pmod.pick(ones(4), "x", src=odd(0, 1)), "with (0,)", "with (1,)"),
+    "roots": (lambda: pmod.pick(ones(4), "x", src=odd(0, 1)), "with Root(root=0)", "with Root(root=1)"),
     "broadcast": (lambda: pmod.broadcast(ones(odd(3, 4)), "x"), "(3,) float32", "(4,) float32"),
     "reduce": (lambda: pmod.reduce(ones(odd(3, 4)), "x"), "(3,) float32", "(4,) float32"),
     "pshift": (lambda: pmod.pshift(ones(odd(3, 4)), "x"), "(3,) float32", "(4,) float32"),

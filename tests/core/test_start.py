@@ -455,7 +455,8 @@ def argument_changed_on_rank() -> None:
     with pytest.raises(pmod.PmodError) as caught:
         pending.wait()
     said, right, *lines = str(caught.value).split("\n")
-    calls = "its first run called permute along 'x' with ((1, -1),), its second run permute along 'x' with ((1, 0),)."
+    first, second = (f"permute along 'x' with Permutation(targets={targets})" for targets in ((1, -1), (1, 0)))
+    calls = f"its first run called {first}, its second run {second}."
     if said != f"pmod.ppermute: the function is not pure: {calls}":
         raise AssertionError(said)  # checked in a rank's process too, where python -O leaves out an assert
     if right != "Make it depend on its arguments only, and change none of them between start and wait.":

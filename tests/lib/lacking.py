@@ -200,11 +200,11 @@ def compiled_autograd() -> None:
     with alone():
         from torch._dynamo import compiled_autograd
 
+        from pmod._collectives.values import PSUM, SUM
         from pmod._core.bind import carry
-        from pmod._core.row import ROWS, Call
         from pmod._mesh.ambient import resolve
 
-        call = Call(ROWS["psum"], resolve("x", "psum"), (1, None))
+        call = PSUM.along(resolve("x", "psum"), SUM)
         x = torch.ones(2, requires_grad=True)
         with compiled_autograd._enable(torch.compile(backend="eager")):
             carry(call, [x])[0].sum().backward()
