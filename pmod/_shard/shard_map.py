@@ -18,7 +18,8 @@ from pmod._errors import ArgumentError, AxisError, phrase
 from pmod._mesh.ambient import given_mesh, resolve, under
 from pmod._mesh.mesh import Mesh
 from pmod._shard.dtensors import as_dtensor
-from pmod._shard.kinds import NONE, Axes, Kinds, all_cut, kinds_here
+from pmod._shard.kinds import Kinds, all_cut, kinds_here
+from pmod._shard.known import NONE, Axes
 from pmod._shard.spec import Entry, P, Specs, check_spec, unfit
 from pmod._shard.specs import fits, sizes_of, whole_shapes, with_specs
 from pmod._torch import are_transforms_active, no_function_modes
@@ -87,17 +88,19 @@ def shard_map(
         over = given_mesh(mesh, "shard_map")
         call = _Mapped(over, kinds_here(), idle)
         follow = (
-            call.kinds if call.kinds.everywhere and not call.nested else nullcontext()
+            call.kinds
+            if call.kinds.known.everywhere and not call.nested
+            else nullcontext()
         )
         with under(over) if mesh is not None else nullcontext(), follow:
             if module is not None:
-                call.kinds.of_module(module)
-            call.kinds.of_body(f)
+                call.kinds.known.of_module(module)
+            call.kinds.copies.of_body(f)
             shards = call.enter(args, in_specs)
-            if call.kinds.lengths:
+            if call.kinds.lengths.axes_by_length:
                 all_cut()
             result = f(*shards)
-            call.kinds.check_shown()
+            call.kinds.writes.check_shown()
             return call.leave(result, out_specs)
 
     return mapped
@@ -133,7 +136,7 @@ class _Mapped:
         self.axis = resolve(mesh, "shard_map")
         self.around = around
         self.nested = around is not None and set(mesh.axis_names) <= set(
-            around.mesh.axis_names
+            around.known.mesh.axis_names
         )
         self.kinds = around if around is not None and self.nested else Kinds(mesh, idle)
         self.outer: Axes = NONE  # along which the arguments vary already
@@ -182,8 +185,10 @@ class _Mapped:
 
     def _check_around(self, x: Tensor, around: Kinds, where: str) -> None:
         """Within the body of another mesh x is one value on the ranks of this one."""
-        varies = around.of(x) - around.assumed(x)
-        places = [around.mesh.coords_of(int(rank)) for rank in self.mesh.ranks.flat]
+        varies = around.known.sure(x)
+        places = [
+            around.known.mesh.coords_of(int(rank)) for rank in self.mesh.ranks.flat
+        ]
         apart = [
             name
             for name in sorted(varies)
@@ -205,17 +210,17 @@ class _Mapped:
                 )
                 cuts.append((dim, along, sizes))
                 self.cut.append((entry, sizes, sizes[axis.index]))
-                self.kinds.uneven(entry, sizes)
+                self.kinds.lengths.cut(entry, sizes)
         if hasattr(x, "to_local"):
             return self._local(x, spec)
-        outer = self.kinds.of(x) if self.nested else NONE
+        outer = self.kinds.known.of(x) if self.nested else NONE
         self.outer = self.outer | outer
-        self.kinds.note(x, outer)
+        self.kinds.known.note(x, outer)
         y = x
         for dim, along, sizes in cuts:
             y = shard(y, along, dim=dim, sizes=sizes)
         if not self.nested:
-            self.kinds.of_argument(y)
+            self.kinds.copies.of_argument(y)
         return y
 
     def _local(self, x: Any, spec: P) -> Tensor:
@@ -242,8 +247,8 @@ class _Mapped:
             if tuple(x.placements) == placements
             else x.redistribute(placements=placements)
         ).to_local()
-        self.kinds.note(y, self.kinds.everywhere & frozenset(spec.axes))
-        self.kinds.of_argument(y)
+        self.kinds.known.note(y, self.kinds.known.everywhere & frozenset(spec.axes))
+        self.kinds.copies.of_argument(y)
         return y
 
     def leave(self, result: Any, specs: Specs) -> Any:
@@ -257,7 +262,7 @@ class _Mapped:
         for y, spec, where in tensors:
             self._check_whole(y, spec, where)
         tensors = [
-            (self.kinds.linked(y) if smooth else y, spec, where)
+            (self.kinds.copies.linked(y) if smooth else y, spec, where)
             for (y, spec, where), smooth in zip(
                 tensors, self._compared(tensors), strict=True
             )
@@ -276,14 +281,14 @@ class _Mapped:
         own = [
             name
             for name in self.mesh.axis_names
-            if name in self.kinds.of(y) - frozenset(spec.axes) - self.outer
+            if name in self.kinds.known.of(y) - frozenset(spec.axes) - self.outer
         ]
         if own:
             what = f"the result varies along {', '.join(map(repr, own))}, which the spec leaves out"
             right = "Return one value along it (pmod.psum, pmod.pmean, pmod.pick; pmod.unshard, not all_gather, to join"
             right += " shards), or name it in out_specs."
-            if set(own) <= self.kinds.assumed(y):
-                what = f"the result {self.kinds.why(frozenset(own))}, and the spec leaves it out"
+            if set(own) <= self.kinds.known.assumed(y):
+                what = f"the result {self.kinds.known.why(frozenset(own))}, and the spec leaves it out"
                 right = "Pass that tensor as an argument, and ask for the place or the number after what is one value."
             raise unfit(
                 AxisError,
@@ -353,7 +358,9 @@ class _Mapped:
                     self.mesh,
                     right,
                 )
-        return [self.kinds.asked or differentiated for differentiated in some]
+        return [
+            bool(self.kinds.copies.asked) or differentiated for differentiated in some
+        ]
 
     def _sizes(
         self, tensors: Sequence[tuple[Tensor, P, str]]
