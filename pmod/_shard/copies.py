@@ -1,16 +1,14 @@
-"""The pvary copies of what is one value in the body of a `shard_map`, and the links by
-which backward comes to all of them.
+"""The pvary copies of what is one value in the body of a `shard_map`.
 
-Ranks sum the gradient of what is one value when they come to its copy in backward. As
-long as all go the same way they come to the copies in the same order. A rank that asks
-for its own place may go its own way from there on, so all that is one value is copied
-just before, together.
+Links let backward come to all of them. Ranks sum the gradient of what is one value when
+they come to its copy in backward. As long as all go the same way they come to the
+copies in the same order. A rank that asks for its own place may go its own way from
+there on, so all that is one value is copied just before, together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from pmod._collectives.values import differentiated, pvary
 from pmod._errors import PmodError, phrase
 from pmod._shard.captured import captured_leaves
 from pmod._shard.known import NONE, Axes, KnownKinds, here
+from pmod._shard.operations import Function
 from pmod._torch import (
     are_transforms_active,
     is_wrapped,
@@ -49,7 +48,7 @@ class Copies:
         # shards with a derivative
         self._arguments: list[Tensor] = []
         # the functions whose bodies run
-        self._roots: list[Callable[..., Any]] = []
+        self._roots: list[Function] = []
         # while it is looked up what a body refers to
         self._looks_ahead = False
         # while compiling: copies of one value that met what varies
@@ -59,7 +58,7 @@ class Copies:
             self._level = transform_level()
         self._differentiates = torch.is_grad_enabled()
 
-    def of_body(self, f: Callable[..., Any]) -> None:
+    def of_body(self, f: Function) -> None:
         """Note that the body is f.
 
         What it refers to is looked up before a rank asks for what is its own.

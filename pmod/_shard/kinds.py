@@ -1,11 +1,10 @@
-"""Which tensors are V and which are I inside `shard_map`, followed from operation to
-operation, as JAX does.
+"""The function mode that follows which tensors are V and which are I in a `shard_map`.
 
-A tensor has the set of axes along which it varies. Where an operation of torch takes
-tensors that vary along different axes, those that are one value (I) along some of them
-go through `pvary`, and so their gradients are summed, once; a collective says by its
-row what it takes and gives. Nothing else is changed: outside `shard_map`, pvary is
-explicit.
+It goes from operation to operation, as JAX does. A tensor has the set of axes along
+which it varies. Where an operation of torch takes tensors that vary along different
+axes, those that are one value (I) along some of them go through `pvary`, and so their
+gradients are summed, once; a collective says by its row what it takes and gives.
+Nothing else is changed: outside `shard_map`, pvary is explicit.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ class Kinds(TorchFunctionMode):
 
     # --- operations and attributes ----------------------------------------------------
 
-    def _operation(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    def _operation(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         """Let all that an operation takes vary alike, run it, and note its results."""
         name = name_of(func)
         if torch.compiler.is_compiling() and is_higher_order(func):
@@ -196,8 +195,8 @@ class Kinds(TorchFunctionMode):
             self.lengths.note_rows(result, axes)
         return result
 
-    def _get(self, func: Function, args: Args) -> Any:
-        """Read an attribute: x.T and x.grad are what x is; others are no tensors."""
+    def _get(self, func: Function, args: Args) -> object:
+        """Read an attribute: x.T and x.grad are what x is; others are not tensors."""
         y = func(*args)
         if not isinstance(y, Tensor):
             return y

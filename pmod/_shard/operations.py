@@ -196,9 +196,9 @@ for _constant in (name_of, is_higher_order):
 
 
 class _Plain(dict[Function, bool]):
-    """Whether a function is torch's, changes no tensor, and its result varies as they do.
+    """A memo: whether a function is torch's, and its result varies as its tensors do.
 
-    Every operation in a body asks, so the answers are kept.
+    Nor does it change a tensor. Every operation in a body asks, so the answers are kept.
     """
 
     def __missing__(self, func: Function) -> bool:

@@ -1,6 +1,4 @@
-"""What is changed in place while the body of a `shard_map` runs, and what shares memory
-with it.
-"""
+"""What is changed in place in the body of a `shard_map`, and what shares its memory."""
 
 from __future__ import annotations
 
@@ -68,9 +66,9 @@ class Writes:
     def note_changed(
         self, xs: Sequence[Tensor], before: Sequence[int], axes: Axes
     ) -> None:
-        """Let those vary that an operation has changed, as an operator of the user's may.
+        """Let those vary that an operation has changed.
 
-        before: their versions before it.
+        An operator of the user's may change any. before: their versions before it.
         """
         after = versions(xs)
         for x, old, new in zip(xs, before, after, strict=True):
@@ -124,7 +122,7 @@ class Writes:
         return wrong(ArgumentError, "shard_map", whole, given, right)
 
     def note_views(self, name: str, taken: list[Tensor], result: object) -> None:
-        """While compiling: note views whose base the tracer hides, and views of those."""
+        """While compiling: note views whose base is hidden, and views of those."""
         if name not in VIEWS:
             return
         if name == "detach" or any([x in self._views for x in taken]):
