@@ -1,5 +1,6 @@
-"""Which leaves of autograd a function refers to by its names: closures, globals,
-defaults, attributes, containers.
+"""Which leaves of autograd a function refers to by its names.
+
+These are in closures, globals, defaults, attributes and containers.
 """
 
 from __future__ import annotations
@@ -19,52 +20,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 100_000  # objects that are looked at: who refers to more is not followed further
+# So many objects are looked at: who refers to more is not followed further.
+MOST = 100_000
+
+_WITHOUT_PARTS = (type(None), str, bytes, int, float, complex)
 
 _FOREIGN = ("torch", "pmod", "numpy", "builtins", "typing", "collections")
 
 
-def captured_leaves(f: Any) -> list[Tensor]:
-    """The leaves with a derivative that f refers to, in the order in which its code
-    names them.
+def captured_leaves(f: object) -> list[Tensor]:
+    """Return the leaves with a derivative that f refers to.
 
-    The order depends on the program alone, so that it is the same on all ranks.
+    They come in the order in which its code names them. That depends on the program
+    alone, so it is the same on all ranks.
     """
     found: dict[int, Tensor] = {}
-    seen: dict[int, Any] = {}  # what was looked at is kept, so that no id comes again
-    left: list[Any] = [f]
+    # what was looked at is kept alive, so that no id comes again
+    seen: dict[int, object] = {}
+    left: list[object] = [f]
     while left and len(seen) < MOST:
         thing = left.pop()
-        if (
-            id(thing) in seen
-            or thing is None
-            or isinstance(thing, str | bytes | int | float | complex)
-        ):
+        if id(thing) in seen or isinstance(thing, _WITHOUT_PARTS):
             continue
         seen[id(thing)] = thing
-        if isinstance(thing, Tensor):
-            if thing.is_leaf and thing.requires_grad and _is_plain(thing):
-                found[id(thing)] = thing
-        else:
+        if not isinstance(thing, Tensor):
             left += reversed(list(_parts(thing)))
+        elif thing.requires_grad and _is_memory_here(thing):
+            found[id(thing)] = thing
     return list(found.values())
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether it is memory of this process: neither a DTensor nor sparse, nor without a
-    shape yet.
-    """
-    lazy = torch.nn.parameter.is_lazy(x)
-    return (
-        not lazy
-        and not hasattr(x, "to_local")
-        and x.layout is torch.strided
-        and x.device.type != "meta"
-    )
+def _is_memory_here(x: Tensor) -> bool:
+    """Return whether it is a leaf that is plain memory of this process."""
+    if not x.is_leaf or torch.nn.parameter.is_lazy(x):
+        return False
+    is_dtensor = hasattr(x, "to_local")
+    is_strided = x.layout is torch.strided
+    return is_strided and not is_dtensor and x.device.type != "meta"
 
 
-def _parts(thing: Any) -> Iterable[Any]:
-    """What it holds, without asking it for attributes that it would make up."""
+def _parts(thing: Any) -> Iterable[object]:
+    """Return what it holds, without asking for attributes that it would make up."""
     if isinstance(thing, torch.nn.Module):
         return [*thing.parameters(), *_attributes(thing)]
     if isinstance(thing, Mapping):
@@ -79,72 +75,73 @@ def _parts(thing: Any) -> Iterable[Any]:
         return [thing.__self__]
     if isinstance(thing, type | ModuleType) or _is_foreign(thing):
         return ()
-    return (
-        _of_function(thing) if isinstance(thing, FunctionType) else _attributes(thing)
-    )
+    if isinstance(thing, FunctionType):
+        return _of_function(thing)
+    return _attributes(thing)
 
 
-def _is_foreign(thing: Any) -> bool:
-    """Whether its class or the function itself is a library's, which holds none of the
-    user's tensors.
+def _is_foreign(thing: object) -> bool:
+    """Return whether its class, or the function itself, is a library's.
+
+    Such a thing holds none of the user's tensors.
     """
     of = thing if isinstance(thing, FunctionType) else type(thing)
     home = (of.__module__ or "").split(".")[0]
     return home in _FOREIGN and "__wrapped__" not in getattr(thing, "__dict__", ())
 
 
-def _attributes(thing: Any) -> list[Any]:
-    slots = [
-        vars(cls).get(name)
-        for cls in type(thing).__mro__
-        for name in _texts(vars(cls).get("__slots__", ()))
-    ]
-    filled = [
-        _filled(thing, slot) for slot in slots if isinstance(slot, MemberDescriptorType)
-    ]
-    return [*getattr(thing, "__dict__", {}).values(), *filled]
+def _attributes(thing: object) -> list[object]:
+    found: list[object] = [*getattr(thing, "__dict__", {}).values()]
+    for cls in type(thing).__mro__:
+        for name in _texts(vars(cls).get("__slots__", ())):
+            slot = vars(cls).get(name)
+            if isinstance(slot, MemberDescriptorType):
+                found.append(_filled(thing, slot))
+    return found
 
 
-def _filled(thing: Any, slot: MemberDescriptorType) -> Any:
+def _filled(thing: object, slot: MemberDescriptorType) -> object:
     try:
         return slot.__get__(thing)
-    except AttributeError:  # not assigned
+    except AttributeError:
+        # nothing was assigned to it
         return None
 
 
-def _texts(names: Any) -> tuple[str, ...]:
+def _texts(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _of_function(f: FunctionType) -> list[Any]:
-    parts: list[Any] = [*vars(f).values(), f.__defaults__, f.__kwdefaults__]
+def _of_function(f: FunctionType) -> list[object]:
+    parts: list[object] = [*vars(f).values(), f.__defaults__, f.__kwdefaults__]
     for cell in f.__closure__ or ():
         try:
             parts.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
+        except ValueError:
+            # nothing was assigned to it yet
             continue
-    names = [
-        name for name in _names(f.__code__) if name.isidentifier()
-    ]  # pytest writes others into an assert
+    # pytest writes names into an assert that no program could
+    names = [name for name in _names(f.__code__) if name.isidentifier()]
     for name in names:
         thing = f.__globals__.get(name)
-        if (
-            isinstance(thing, ModuleType)
-            and thing.__name__.split(".")[0] not in _FOREIGN
-        ):
+        if isinstance(thing, ModuleType) and not _is_library(thing):
+            # what the code asks of the module, but not all that the module holds
             parts += [vars(thing)[inner] for inner in names if inner in vars(thing)]
         parts.append(thing)
     return parts
 
 
+def _is_library(module: ModuleType) -> bool:
+    return module.__name__.split(".")[0] in _FOREIGN
+
+
 def _names(code: CodeType) -> list[str]:
-    """The global names and attributes in a function's code, and in the functions that
-    are written in it.
+    """Return the global names and attributes in a function's code.
+
+    Those of functions that are written in it come after its own.
     """
-    inner = [
-        name
-        for part in code.co_consts
-        if isinstance(part, CodeType)
-        for name in _names(part)
-    ]
-    return list(dict.fromkeys([*code.co_names, *inner]))
+    names = list(code.co_names)
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            names += _names(part)
+    return list(dict.fromkeys(names))

@@ -14,7 +14,7 @@ from pmod._core.leaves import map_tensors
 from pmod._core.tree import unflatten
 from pmod._errors import ShapeError
 from pmod._mesh.mesh import Mesh
-from pmod._shard.spec import P, Specs, unfit
+from pmod._shard.spec import P, Specs, names_in, unfit
 from pmod._shard.specs import checked_tree, compare_left_out, whole_shapes
 
 if TYPE_CHECKING:
@@ -31,21 +31,14 @@ def as_dtensor(
     function: str,
     where: str,
 ) -> DTensor:
-    """A local tensor as the DTensor that it is a shard of."""
+    """Return the DTensor that a local tensor is a shard of."""
     from torch.distributed.tensor import DTensor
 
-    shape = [
-        sum(sizes[dim]) if dim in sizes else int(length)
-        for dim, length in enumerate(x.shape)
-    ]
+    shape = [int(length) for length in x.shape]
     for dim, held in sizes.items():
-        entry = spec.entries[dim]
-        parts = tuple(
-            [
-                mesh.shape[name]
-                for name in ((entry,) if isinstance(entry, str) else entry or ())
-            ]
-        )
+        shape[dim] = sum(held)
+    for dim, held in sizes.items():
+        parts = tuple([mesh.shape[name] for name in names_in(spec.entries[dim])])
         cut = split_sizes(shape[dim], parts)
         if held != cut:
             what = f"dim {dim} is cut in {held}, and DTensor cuts {shape[dim]} in {cut}"
@@ -65,16 +58,16 @@ def as_dtensor(
 
 
 def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
-    """Local shards as DTensors, which share their storage: for torch's distributed
-    checkpoints (DCP), and back.
+    """Return local shards as DTensors: for torch's distributed checkpoints (DCP).
 
-    What DCP loads into them is in the tensors that went in; `from_dtensors` gives local
-    tensors back. Nothing is differentiated.
+    The DTensors share the storage of the shards. What DCP loads into them is in the
+    tensors that went in; `from_dtensors` gives local tensors back. Nothing is
+    differentiated.
     Cost: the lengths of the shards, one small message for each axis that cuts
     something.
-    Raises: ShapeError where shards are not as long as `split_sizes` says, which DTensor
-    cannot hold. Under `debug` MismatchError where a leaf differs along an axis that its
-    spec leaves out: of such a leaf a checkpoint holds the value of any rank.
+    Raises: ShapeError if shards are not as long as `split_sizes` says, which DTensor
+    cannot hold. Under `debug` MismatchError if a leaf differs along an axis that its
+    spec leaves out: of such a leaf a checkpoint would hold the value of any rank.
 
         state = pmod.to_dtensors(dict(model.named_parameters()), specs)
         torch.distributed.checkpoint.save(state, checkpoint_id="step_100")
@@ -84,9 +77,8 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
     """
     mesh, everywhere, found = checked_tree(tree, specs, mesh, "to_dtensors")
     compare_left_out(found, mesh, "to_dtensors")
-    device_mesh = (
-        mesh.device_mesh
-    )  # raises where there is none, before anything is sent
+    # it raises if there is none, so it is asked for before anything is sent
+    device_mesh = mesh.device_mesh
     sizes = whole_shapes(found, mesh, "to_dtensors")
     made = [
         as_dtensor(x.detach(), spec, held, device_mesh, mesh, "to_dtensors", where)
@@ -96,9 +88,9 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
 
 
 def from_dtensors(tree: Any) -> Any:
-    """The local shards of the DTensors in a tree, which share their storage; all else
-    as it is. Nothing is sent.
+    """Return the local shards of the DTensors in a tree, and all else as it is.
 
+    The shards share the storage of the DTensors. Nothing is sent.
     >>> pmod.from_dtensors({"w": pmod.to_dtensors(torch.ones(2), pmod.P("model"), mesh=mesh)})
     {'w': tensor([1., 1.])}
     """

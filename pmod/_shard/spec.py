@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
@@ -21,49 +21,59 @@ Entry: TypeAlias = str | tuple[str, ...] | None
 """
 
 
-def _entry(given: Any) -> Entry:
-    names = given if isinstance(given, tuple | list) else (given,)
-    if given is not None and not (
-        names and all(isinstance(name, str) and name for name in names)
-    ):
+def _entry(given: object) -> Entry:
+    if given is None:
+        return None
+    is_several = isinstance(given, tuple | list)
+    names = cast(Sequence[object], given) if is_several else (given,)
+    parsed = [name for name in names if isinstance(name, str) and name]
+    if not parsed or len(parsed) < len(names):
         right = "An entry is None, an axis name, or a tuple of axis names."
         raise AxisError(phrase("P", f"{quoted(given)} is no entry of a spec", right))
-    return tuple(names) if isinstance(given, tuple | list) else given
+    return tuple(parsed) if is_several else parsed[0]
 
 
-def _lengths_by_dim(sizes: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """What P holds of `sizes`: ints only, because a float that is cut off says another
-    length.
-    """
-    try:
-        parsed = {
-            as_int(dim): tuple([as_int(length) for length in of])
-            for dim, of in sizes.items()
-        }
-    except (
-        TypeError,
-        AttributeError,
-    ):  # of another kind, or holding what is not an int
-        parsed = {}
-    ints = {
-        dim: cast(tuple[int, ...], of)
-        for dim, of in parsed.items()
-        if dim is not None and None not in of
-    }
-    whole = isinstance(sizes, Mapping) and len(ints) == len(
-        cast(Mapping[Any, Any], sizes)
-    )
-    if not whole or min(sum(ints.values(), (0,))) < 0:
+def names_in(entry: Entry) -> tuple[str, ...]:
+    """Return the axes that an entry names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else entry
+
+
+def _lengths_by_dim(sizes: object) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return what P holds of `sizes`."""
+    parsed = _as_lengths(sizes)
+    if parsed is None or min(sum(parsed.values(), (0,))) < 0:
         right = "Pass {dim: one length per rank of its axis}, all of them ints of 0 or more."
         raise ShapeError(phrase("P", f"sizes is {quoted(sizes)}", right))
-    return tuple(sorted(ints.items()))
+    return tuple(sorted(parsed.items()))
+
+
+def _as_lengths(sizes: object) -> dict[int, tuple[int, ...]] | None:
+    """Return sizes as ints, None if some are not.
+
+    A float is not cut off: it would say another length.
+    """
+    if not isinstance(sizes, Mapping):
+        return None
+    told: dict[int, tuple[int, ...]] = {}
+    for key, held in cast(Mapping[object, Iterable[object]], sizes).items():
+        dim = as_int(key)
+        try:
+            lengths = [as_int(length) for length in held]
+        except TypeError:
+            return None
+        if dim is None or None in lengths:
+            return None
+        told[dim] = tuple(cast(list[int], lengths))
+    return told
 
 
 @attrs.frozen(init=False, repr=False)
 class P:
-    """How a tensor is held: for each dim the axis that cuts it, a tuple of axes, or
-    None; dims left out are whole.
+    """How a tensor is held: for each dim an axis that cuts it, several, or None.
 
+    Dims left out are whole.
     Along an axis that no entry names all ranks hold the same. A dim is cut as
     `split_sizes` says: ceil(length / n) each, the last ones shorter or empty; over
     several axes along one after the other, as DTensor cuts. `sizes` gives other
@@ -88,9 +98,8 @@ class P:
     ) -> None:
         parsed = tuple([_entry(entry) for entry in entries])
         lengths = () if sizes is None else _lengths_by_dim(sizes)
-        object.__setattr__(
-            self, "entries", parsed
-        )  # not attrs' own init, which torch.compile cannot trace
+        # torch.compile cannot trace the __init__ that attrs would write
+        object.__setattr__(self, "entries", parsed)
         object.__setattr__(self, "sizes", lengths)
         seen: set[str] = set()
         for name in self.axes:
@@ -101,22 +110,15 @@ class P:
         for dim, _ in lengths:
             if not 0 <= dim < len(parsed) or parsed[dim] is None:
                 given = f"sizes names dim {dim}, which {self} does not cut"
-                raise ShapeError(
-                    phrase(
-                        "P",
-                        given,
-                        "Give sizes of the dims that an entry cuts, counted from 0.",
-                    )
-                )
+                right = "Give sizes of the dims that an entry cuts, counted from 0."
+                raise ShapeError(phrase("P", given, right))
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes named, in the order of the dims."""
+        """Return the axes named, in the order of the dims."""
         named: list[str] = []
         for entry in self.entries:
-            named += (
-                () if entry is None else (entry,) if isinstance(entry, str) else entry
-            )
+            named += names_in(entry)
         return tuple(named)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -135,11 +137,11 @@ class P:
         return f"P({', '.join(inside)})"
 
     def placements(self, mesh: Mesh) -> tuple[Placement, ...]:
-        """What DTensor calls the spec on this mesh: Shard(dim) or Replicate() for each
-        of its axes.
+        """Return what DTensor calls the spec on this mesh.
 
-        Raises: ShapeError where the spec has sizes of its own, or flattens axes in
-        another order than the mesh has: DTensor knows neither.
+        That is Shard(dim) or Replicate() for each axis of the mesh.
+        Raises: ShapeError if the spec has sizes of its own, or flattens axes in another
+        order than the mesh has, because DTensor knows neither.
 
         >>> pmod.P("model").placements(pmod.make_mesh(data=1, model=1))
         (Replicate(), Shard(dim=0))
@@ -150,31 +152,31 @@ class P:
         check_spec(self, [0] * len(self), mesh, "P.placements", "the spec")
         cut: dict[str, int] = {}
         for dim, entry in enumerate(self.entries):
-            names = (
-                () if entry is None else (entry,) if isinstance(entry, str) else entry
-            )
+            names = names_in(entry)
             cut |= dict.fromkeys(names, dim)
             if list(names) != sorted(names, key=mesh.axis_names.index):
                 given = f"{self} flattens axes in another order than the mesh, which has {mesh.axis_names}"
-                raise ShapeError(
-                    phrase("P.placements", given, "Name them in the order of the mesh.")
-                )
+                right = "Name them in the order of the mesh."
+                raise ShapeError(phrase("P.placements", given, right))
         if self.sizes:
+            given = f"{self} has sizes of its own"
             right = "Leave sizes out: DTensor cuts as split_sizes says."
-            raise ShapeError(
-                phrase("P.placements", f"{self} has sizes of its own", right)
-            )
-        return tuple(
-            Shard(cut[name]) if name in cut else Replicate() for name in mesh.axis_names
-        )
+            raise ShapeError(phrase("P.placements", given, right))
+        placements: list[Placement] = []
+        for name in mesh.axis_names:
+            if name in cut:
+                placements.append(Shard(cut[name]))
+            else:
+                placements.append(Replicate())
+        return tuple(placements)
 
     @staticmethod
     def from_placements(placements: Sequence[Placement], mesh: Mesh) -> P:
-        """The spec that DTensor calls so on this mesh, one placement for each of its
-        axes.
+        """Return the spec that DTensor calls so on this mesh.
 
-        Raises: ShapeError for Partial, which is no way to hold a tensor but a sum to be
-        taken.
+        placements: one for each axis of the mesh.
+        Raises: ShapeError for Partial, which is a sum that is still to be taken, and
+        not a way to hold a tensor.
 
         >>> from torch.distributed.tensor import Replicate, Shard
         >>> pmod.P.from_placements((Replicate(), Shard(1)), pmod.make_mesh(data=1, model=1))
@@ -195,20 +197,24 @@ class P:
                 given = f"{quoted(placement)} along {name!r} is no spec"
                 right = "Redistribute to Shard and Replicate first."
                 raise ShapeError(phrase("P.from_placements", given, right))
-        entries = [cut.get(dim, [None]) for dim in range(max(cut, default=-1) + 1)]
-        return P(
-            *[
-                entry[0] if len(entry) == 1 else tuple(name for name in entry if name)
-                for entry in entries
-            ]
-        )
+        entries: list[Entry] = []
+        for dim in range(max(cut, default=-1) + 1):
+            names = cut.get(dim)
+            if names is None:
+                entries.append(None)
+            elif len(names) == 1:
+                entries.append(names[0])
+            else:
+                entries.append(tuple(names))
+        return P(*entries)
 
 
 WHOLE = P()
 
 Specs: TypeAlias = Any
-"""A `P`, or a dict, list or tuple of specs: a prefix of the tree that it is for. None
-stands for P().
+"""A `P`, or a dict, list or tuple of specs: a prefix of the tree that it is for.
+
+None stands for P().
 """
 
 
@@ -222,7 +228,10 @@ def unfit(
     mesh: Mesh,
     right: str,
 ) -> PmodError:
-    """The error of a spec that does not fit: spec, shape and mesh below each other."""
+    """Return the error of a spec that does not fit.
+
+    It shows spec, shape and mesh below each other.
+    """
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     lengths = ", ".join([str(length) for length in shape])
     given = f"{where}: {what}\n  spec   {spec.__repr__()}\n  shape  ({lengths})\n  mesh   {sizes}"
@@ -232,7 +241,7 @@ def unfit(
 def check_spec(
     spec: P, shape: Sequence[int], mesh: Mesh, function: str, where: str
 ) -> None:
-    """The spec's axes are the mesh's, and the tensor has its dims."""
+    """Raise unless the spec's axes are the mesh's, and the tensor has its dims."""
     shown = tuple(int(length) for length in shape)
     for name in spec.axes:
         if name not in mesh.axis_names:
@@ -241,13 +250,5 @@ def check_spec(
             raise unfit(AxisError, function, where, what, spec, shown, mesh, right)
     if len(spec) > len(shown):
         what = f"the spec has {len(spec)} entries and the tensor {len(shown)} dims"
-        raise unfit(
-            ShapeError,
-            function,
-            where,
-            what,
-            spec,
-            shown,
-            mesh,
-            "Give an entry per dim, or fewer.",
-        )
+        right = "Give an entry per dim, or fewer."
+        raise unfit(ShapeError, function, where, what, spec, shown, mesh, right)

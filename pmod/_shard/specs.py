@@ -1,5 +1,4 @@
-"""`P`: how a tensor is held on a mesh, dim by dim; trees of specs; and what needs no
-more than a spec.
+"""Trees of specs, and what needs no more than a spec.
 
 The same tree of `P` beside the parameters serves `pvary_params`, `global_norm`,
 `to_dtensors` and `shard_map`.
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +30,11 @@ from pmod._wire.sums import accumulator
 
 T = TypeVar("T")
 
+Leaf: TypeAlias = tuple[Any, P, str]
+"""A leaf of a tree, its spec, and its path."""
+Held: TypeAlias = tuple[Tensor, P, str]
+"""The same of a tensor."""
+
 
 def sizes_of(
     spec: P,
@@ -41,11 +45,12 @@ def sizes_of(
     function: str,
     where: str,
 ) -> tuple[int, ...]:
-    """How a spec cuts a dim of a whole tensor."""
+    """Return how a spec cuts a dim of a whole tensor."""
     told, length = dict(spec.sizes).get(dim), operator.index(shape[dim])
     if told is None:
         return shares(length, axis)
-    if len(told) != axis.size or sum(told) != length or min(told) < 0:
+    cuts_all = len(told) == axis.size and sum(told) == length
+    if not cuts_all or min(told) < 0:
         what = f"sizes {told} do not cut dim {dim}, of length {length}, for {axis.size} ranks"
         right = f"Pass {axis.size} sizes that add up to {length}."
         raise unfit(ShapeError, function, where, what, spec, tuple(shape), mesh, right)
@@ -53,11 +58,9 @@ def sizes_of(
 
 
 def with_specs(
-    tree: Any, specs: Specs, function: str, where: str, axis: Axis
-) -> list[tuple[Any, P, str]]:
-    """The leaves of a tree in the order in which trees are walked, each with its spec
-    and its path.
-    """
+    tree: object, specs: Specs, function: str, where: str, axis: Axis
+) -> list[Leaf]:
+    """Return the leaves of a tree, in the order in which trees are walked."""
     try:
         return _with_specs(tree, specs, function, where, axis)
     except RecursionError:
@@ -66,45 +69,39 @@ def with_specs(
 
 def _with_specs(
     tree: Any, specs: Specs, function: str, where: str, axis: Axis
-) -> list[tuple[Any, P, str]]:
+) -> list[Leaf]:
     if tree is None:
         return []
-    branches: list[tuple[Any, Specs, str]] = []
-    one = (
-        WHOLE if specs is None else specs if isinstance(specs, P) else None
-    )  # for all that is below
-    if is_mapping(tree) and (one is not None or fits(tree, specs)):
-        for key in sorted_keys(tree, function, axis):
-            branches.append((tree[key], _below(specs, key, one), f"{where}[{key!r}]"))
-    elif isinstance(tree, list | tuple) and (one is not None or fits(tree, specs)):
-        for i, branch in enumerate(cast(Sequence[Any], tree)):
-            branches.append((branch, _below(specs, i, one), f"{where}[{i}]"))
-    elif one is not None:
-        return [(tree, one, where)]
-    else:
+    if specs is None:
+        specs = WHOLE
+    # one spec is for all that is below
+    is_one = isinstance(specs, P)
+    if not is_one and not fits(tree, specs):
         given = f"{where} is {_outline(tree)} and its specs are {_outline(specs)}"
         right = "Specs are a P for all that is below it, or have the structure of what they are for."
         raise wrong(ArgumentError, function, axis, given, right)
-    return [
-        leaf
-        for branch in branches
-        for leaf in _with_specs(branch[0], branch[1], function, branch[2], axis)
-    ]
+    if is_mapping(tree):
+        keys = sorted_keys(tree, function, axis)
+    elif isinstance(tree, list | tuple):
+        keys = range(len(cast(Sequence[object], tree)))
+    else:
+        return [(tree, specs, where)]
+    leaves: list[Leaf] = []
+    for key in keys:
+        below = specs if is_one else specs[key]
+        leaves += _with_specs(tree[key], below, function, f"{where}[{key!r}]", axis)
+    return leaves
 
 
-def _below(specs: Any, key: Any, one: P | None) -> Specs:
-    return specs[key] if one is None else one
+def fits(tree: Any, specs: Specs) -> bool:
+    """Return whether specs are one for each branch of a tree.
 
-
-def fits(tree: Any, specs: Any) -> bool:
-    """Whether specs are one for each branch of a tree: of the same keys, or as many."""
+    They have the same keys, or are as many.
+    """
     if is_mapping(tree):
         return is_mapping(specs) and set(specs.keys()) == set(tree.keys())
-    return (
-        isinstance(tree, list | tuple)
-        and isinstance(specs, list | tuple)
-        and len(specs) == len(tree)
-    )
+    are_lists = isinstance(tree, list | tuple) and isinstance(specs, list | tuple)
+    return are_lists and len(specs) == len(cast(Sequence[object], tree))
 
 
 def _outline(tree: Any) -> str:
@@ -116,9 +113,9 @@ def _outline(tree: Any) -> str:
 
 
 def checked_tree(
-    tree: Any, specs: Specs, mesh: Mesh | None, function: str
-) -> tuple[Mesh, Axis, list[tuple[Tensor, P, str]]]:
-    """The mesh, all its axes as one, and the leaves with their specs and paths."""
+    tree: object, specs: Specs, mesh: Mesh | None, function: str
+) -> tuple[Mesh, Axis, list[Held]]:
+    """Return the mesh, all its axes as one, and the leaves, which are tensors."""
     mesh = given_mesh(mesh, function)
     everywhere = resolve(mesh, function)
     found = with_specs(tree, specs, function, "tree", everywhere)
@@ -129,31 +126,36 @@ def checked_tree(
 
 
 def _in_groups(keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], list[int]]:
-    """Which places hold the same key, the keys in the order in which they come first."""
+    """Return which places hold the same key.
+
+    The keys are in the order in which they come first.
+    """
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     return groups
 
 
-def compare_left_out(
-    found: Sequence[tuple[Tensor, P, str]], mesh: Mesh, function: str
-) -> None:
-    """Under debug: along the axes that its spec leaves out each leaf is one value."""
+def _left_out(found: Sequence[Held], mesh: Mesh) -> dict[tuple[str, ...], list[int]]:
+    """Return the places of the leaves by the axes that their specs leave out."""
+    left_out: list[tuple[str, ...]] = []
+    for _, spec, _ in found:
+        names = [name for name in mesh.axis_names if name not in spec.axes]
+        left_out.append(tuple(names))
+    return _in_groups(left_out)
+
+
+def compare_left_out(found: Sequence[Held], mesh: Mesh, function: str) -> None:
+    """Under debug: raise if a leaf differs along an axis that its spec leaves out."""
     if torch.compiler.is_compiling() or not watchers():
         return
-    left_out = [
-        tuple(name for name in mesh.axis_names if name not in spec.axes)
-        for _, spec, _ in found
-    ]
-    for names, members in sorted(_in_groups(left_out).items()):
-        if names:
-            leaves = [(found[i][0], found[i][2]) for i in members]
-            compare_claimed(
-                leaves,
-                mesh.bind(names[0] if len(names) == 1 else names, function),
-                function,
-            )
+    # sorted, so that all ranks compare in the same order
+    for names, members in sorted(_left_out(found, mesh).items()):
+        if not names:
+            continue
+        leaves = [(found[i][0], found[i][2]) for i in members]
+        axis = names[0] if len(names) == 1 else names
+        compare_claimed(leaves, mesh.bind(axis, function), function)
 
 
 def pvary_params(
@@ -163,14 +165,13 @@ def pvary_params(
     mesh: Mesh | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> T:
-    """`pvary` of every leaf over the axes that its spec leaves out: parameters on their
-    way into varying computation.
+    """Return `pvary` of every leaf over the axes that its spec leaves out.
 
-    I -> V along those axes. Transpose: psum, of all leaves that leave out the same axes
-    together: one message per dtype and device. Shapes: x (...) -> (...). Cost: nothing
-    forward.
-    mesh: the ambient one by default. Raises: ArgumentError where specs are no prefix of
-    the tree; AxisError where a spec names an axis that the mesh has not.
+    For parameters on their way into varying computation. I -> V along those axes.
+    Transpose: psum, of all leaves that leave out the same axes together: one message
+    per dtype and device. Shapes: x (...) -> (...). Cost: nothing forward.
+    mesh: the ambient one by default. Raises: ArgumentError if specs are not a prefix of
+    the tree; AxisError if a spec names an axis that the mesh does not have.
 
     >>> def gradient():
     ...     w = torch.ones(2, requires_grad=True)  # held by all
@@ -181,31 +182,27 @@ def pvary_params(
     [tensor([3., 3.]), tensor([3., 3.])]
     """
     mesh, everywhere, found = checked_tree(tree, specs, mesh, "pvary_params")
-    entered: list[Any] = [x for x, _, _ in found]
-    left_out = [
-        tuple(name for name in mesh.axis_names if name not in spec.axes)
-        for _, spec, _ in found
-    ]
-    for names, members in _in_groups(left_out).items():
-        if names:
-            varying = pvary(
-                [entered[i] for i in members], mesh[names], reduce_dtype=reduce_dtype
-            )
-            for i, y in zip(members, varying, strict=True):
-                entered[i] = y
+    entered = [x for x, _, _ in found]
+    for names, members in _left_out(found, mesh).items():
+        if not names:
+            continue
+        invariant = [entered[i] for i in members]
+        varying = pvary(invariant, mesh[names], reduce_dtype=reduce_dtype)
+        for i, y in zip(members, varying, strict=True):
+            entered[i] = y
     return unflatten(tree, "pvary_params", everywhere, entered)
 
 
-def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
-    """The 2-norm of all leaves as one vector, each element of the whole tensors counted
-    once: for clipping.
+def global_norm(tree: object, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
+    """Return the 2-norm of all leaves as one vector: for clipping.
 
-    A leaf is V along the axes that its spec names and I along the others; the result is
-    I along all of them. 16-bit leaves add up in float32.
+    Each element of the whole tensors is counted once. A leaf is V along the axes that
+    its spec names and I along the others; the result is I along all of them. 16-bit
+    leaves add up in float32.
     Shapes: any -> (). Cost: one number for each set of axes that specs name. optax:
     global_norm.
     Raises: as `pvary_params`; ArgumentError for bools and ints. Under `debug`
-    MismatchError where a leaf differs along an axis that its spec leaves out.
+    MismatchError if a leaf differs along an axis that its spec leaves out.
 
     >>> def norm():
     ...     shard, bias = torch.full((2,), 3.0), torch.full((1,), 8.0)
@@ -216,38 +213,36 @@ def global_norm(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Tensor:
     mesh, everywhere, found = checked_tree(tree, specs, mesh, "global_norm")
     for x, _, where in found:
         if not (x.is_floating_point() or x.is_complex()):
-            given = (
-                f"{where} is {str(x.dtype).removeprefix('torch.')}, which has no norm"
-            )
-            raise wrong(
-                ArgumentError,
-                "global_norm",
-                everywhere,
-                given,
+            dtype = str(x.dtype).removeprefix("torch.")
+            given, right = (
+                f"{where} is {dtype}, which has no norm",
                 f"Pass {where}.float().",
             )
+            raise wrong(ArgumentError, "global_norm", everywhere, given, right)
     compare_left_out(found, mesh, "global_norm")
-    squares = [
-        x.to(accumulator(x.dtype, None)).abs().square().sum() for x, _, _ in found
-    ]
-    cut_along = [
-        tuple(name for name in mesh.axis_names if name in spec.axes)
-        for _, spec, _ in found
-    ]
+    squares: list[Tensor] = []
+    cut_along: list[tuple[str, ...]] = []
+    for x, spec, _ in found:
+        squares.append(x.to(accumulator(x.dtype, None)).abs().square().sum())
+        names = [name for name in mesh.axis_names if name in spec.axes]
+        cut_along.append(tuple(names))
     total = torch.zeros(())
+    # sorted, so that all ranks add in the same order
     for names, members in sorted(_in_groups(cut_along).items()):
-        here = sum((squares[i] for i in members[1:]), squares[members[0]])
-        total = total.to(here.device) + (psum(here, mesh[names]) if names else here)
+        norm = sum((squares[i] for i in members[1:]), squares[members[0]])
+        if names:
+            norm = psum(norm, mesh[names])
+        total = total.to(norm.device) + norm
     return total.sqrt()
 
 
 def whole_shapes(
-    leaves: Sequence[tuple[Tensor, P, str]], mesh: Mesh, function: str
+    leaves: Sequence[Held], mesh: Mesh, function: str
 ) -> list[dict[int, tuple[int, ...]]]:
-    """For each local tensor the sizes of the dims that its spec cuts: as the spec says,
-    else as the ranks hold them.
+    """Return for each local tensor the sizes of the dims that its spec cuts.
 
-    One message for each entry (an axis, or several as one) that some spec names.
+    They are as the spec says, else as the ranks hold them. One message for each entry
+    (an axis, or several as one) that some spec names.
     """
     told: list[dict[int, tuple[int, ...]]] = [{} for _ in leaves]
     asked: dict[str | tuple[str, ...], list[tuple[int, int]]] = {}
@@ -263,19 +258,16 @@ def whole_shapes(
             if len(sizes) != axis.size or sizes[axis.index] != x.shape[dim]:
                 what = f"sizes are {sizes} and the rank at {axis.index} of {axis.size} holds {x.shape[dim]}"
                 right = "Pass the lengths that the ranks hold, or leave sizes out to exchange them."
-                raise unfit(
-                    ShapeError, function, where, what, spec, tuple(x.shape), mesh, right
-                )
+                shape = tuple(x.shape)
+                raise unfit(ShapeError, function, where, what, spec, shape, mesh, right)
             told[i][dim] = sizes
-    for entry in sorted(
-        asked, key=repr
-    ):  # the ranks may have walked their trees in another order
+    # the ranks may have walked their trees in unlike orders
+    for entry in sorted(asked, key=repr):
         places = asked[entry]
         axis = resolve(mesh[entry], function)
         pairs = [(leaves[i][0], dim - leaves[i][0].dim()) for i, dim in places]
-        for (i, dim), sizes in zip(
-            places, held_lengths(pairs, function, axis), strict=True
-        ):
+        held = held_lengths(pairs, function, axis)
+        for (i, dim), sizes in zip(places, held, strict=True):
             told[i][dim] = sizes
     return told
 
@@ -283,13 +275,13 @@ def whole_shapes(
 def local_slice(
     shape: Sequence[int], spec: P, *, mesh: Mesh | None = None
 ) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole: an index for a numpy memmap, an h5py
-    or a zarr array.
+    """Return where this rank's shard lies in the whole.
 
-    Reading `array[pmod.local_slice(array.shape, spec)]` on every rank gives what
-    `shard` of the whole would, and no rank reads more than its part. Nothing is sent.
-    Raises: ShapeError where the spec has more entries than the shape; AxisError where
-    it names an axis that the mesh has not.
+    It is an index for a numpy memmap, an h5py or a zarr array. Reading
+    `array[pmod.local_slice(array.shape, spec)]` on every rank gives what `shard` of the
+    whole would, and no rank reads more than its part. Nothing is sent.
+    Raises: ShapeError if the spec has more entries than the shape; AxisError if it
+    names an axis that the mesh does not have.
 
     >>> pmod.simulate(lambda: pmod.local_slice((5, 4), pmod.P("data")), data=2)
     [(slice(0, 3, None), slice(0, 4, None)), (slice(3, 5, None), slice(0, 4, None))]
@@ -308,12 +300,13 @@ def local_slice(
     check_spec(spec, shape, mesh, "local_slice", "shape")
     slices = [slice(0, length) for length in shape]
     for dim, entry in enumerate(spec.entries):
-        if entry is not None:
-            axis = resolve(mesh[entry], "local_slice")
-            sizes = sizes_of(spec, dim, axis, shape, mesh, "local_slice", "shape")
-            index = mesh.axis_index(
-                entry
-            )  # who asks where its slice lies goes its own way in a shard_map
-            start = sum(sizes[:index])
-            slices[dim] = slice(start, start + sizes[index])
+        if entry is None:
+            continue
+        axis = resolve(mesh[entry], "local_slice")
+        sizes = sizes_of(spec, dim, axis, shape, mesh, "local_slice", "shape")
+        # not axis.index: a rank that learns where its slice lies goes its own way in a
+        # shard_map, which follows who asks for an index
+        index = mesh.axis_index(entry)
+        start = sum(sizes[:index])
+        slices[dim] = slice(start, start + sizes[index])
     return tuple(slices)

@@ -1,6 +1,4 @@
-"""What torch.compile's tracer shows to a function mode of the writes into tensors, and
-what it does not.
-"""
+"""Which writes into tensors torch.compile's tracer shows to a function mode."""
 
 from __future__ import annotations
 
@@ -33,20 +31,18 @@ _ASSIGNMENTS = {
     operator.ilshift,
     operator.irshift,
 }
-_FLAGS = {"requires_grad_", "detach_"}  # they change no number
-_counted: WeakKeyDictionary[Any, tuple[Any, int]] = (
-    WeakKeyDictionary()
-)  # of graphs: up to which node, how many writes
+# They change no number.
+_FLAGS = {"requires_grad_", "detach_"}
+# Of graphs: up to which node they were counted, and how many writes there are.
+_counted: WeakKeyDictionary[Any, tuple[object, int]] = WeakKeyDictionary()
 
 
 def show_writes() -> None:
-    """While torch.compile traces: `y[i] = x` goes through function modes, as it does in
-    eager code.
+    """While torch.compile traces: let `y[i] = x` go through function modes.
 
-    From torch 2.14 on, the tracer shows them the method `__setitem__` and not the
-    statement; before, both. Where a
-    torch has no such place, nothing is changed: what then stays unseen is found by
-    `writes_traced`.
+    In eager code it does. From torch 2.14 on, the tracer shows them the method
+    `__setitem__` and not the statement; before, it shows both. If a torch has no such
+    place, nothing is changed: `writes_traced` finds what then stays unseen.
     """
     found = assignments_traced()
     if found is None:
@@ -67,15 +63,12 @@ def show_writes() -> None:
 
 
 def writes_traced() -> tuple[int, int]:
-    """While torch.compile traces: which graph it writes, and how many operations in
-    there change a tensor in place.
-    """
+    """While torch.compile traces: return its graph, and how many writes are in it."""
     graph = graph_traced()
     last, before = _counted.get(graph, (None, 0))
     new: list[Any] = []
-    for node in reversed(
-        graph.nodes
-    ):  # as far as the last one that was counted, or all where that one was erased
+    # back to the last one that was counted, or through all if that one was erased
+    for node in reversed(graph.nodes):
         if node is last:
             break
         new.append(node)
@@ -89,36 +82,32 @@ def writes_traced() -> tuple[int, int]:
 def _writes(node: Any) -> bool:
     if node.op not in ("call_method", "call_function"):
         return False
-    if (
-        node.target in _ASSIGNMENTS
-        or "out" in node.kwargs
-        or written_places(node.target)
-    ):
+    target = node.target
+    if target in _ASSIGNMENTS or "out" in node.kwargs:
         return True
-    name = (
-        node.target
-        if isinstance(node.target, str)
-        else getattr(node.target, "__name__", "")
-    )
-    return name == "__setitem__" or (
-        name.endswith("_") and not name.endswith("__") and name not in _FLAGS
-    )
+    if written_places(target):
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name == "__setitem__":
+        return True
+    is_in_place = name.endswith("_") and not name.endswith("__")
+    return is_in_place and name not in _FLAGS
 
 
 def written_places(func: Any) -> tuple[int | str, ...]:
-    """The arguments, by place and by name, that an operator of torch.ops says it
-    writes.
+    """Return the arguments that an operator of torch.ops writes, by place and by name.
+
+    Its schema says so.
     """
     if isinstance(func, OperatorPacket):
         func = getattr(func, func.overloads()[0])
     if not isinstance(func, Operator):
         return ()
-    written = [
-        (i, x.name)
-        for i, x in enumerate(schema_of(func).arguments)
-        if x.alias_info and x.alias_info.is_write
-    ]
-    return tuple([place for pair in written for place in pair])
+    places: list[int | str] = []
+    for i, x in enumerate(schema_of(func).arguments):
+        if x.alias_info and x.alias_info.is_write:
+            places += [i, x.name]
+    return tuple(places)
 
 
 for _constant in (show_writes, writes_traced, written_places):

@@ -9,11 +9,13 @@ from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from pmod._collectives.values import PICK, PSUM, Mean, Root
 from pmod._core.arguments import wrong
@@ -63,10 +65,10 @@ class _Reducer(Reduces):
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
         self._module, self._axis = module, axis
         self._reduce = reduce
-        self._pass = -1  # the backward pass that is running
-        self._scaled: set[int] = (
-            set()
-        )  # the parameters whose gradient of this pass is n times as large
+        # the backward pass that is running
+        self._pass = -1
+        # the parameters whose gradient of this pass is n times as large
+        self._scaled: set[int] = set()
         self._learn(list(module.parameters()))
         self._calls = [
             module.register_forward_pre_hook(self._enter),
@@ -77,64 +79,64 @@ class _Reducer(Reduces):
 
     def _learn(self, parameters: list[nn.Parameter]) -> None:
         self._known = [(p, _kind(p)) for p in parameters]
-        self._buckets = [_Bucket(together) for together in _in_buckets(parameters)]
-        self._inside: WeakSet[nn.Module] | None = (
-            None  # the module and those in it, once somebody asks
-        )
+        self._buckets = [_Bucket(members) for members in _in_buckets(parameters)]
+        # the module and those in it, once somebody asks
+        self._inside: WeakSet[nn.Module] | None = None
 
     def _attach(self) -> None:
         # every pass comes to it, also one that uses no parameter; compiled code holds
         # it, so it stays where it can
-        device = self._known[0][0].device if self._known else torch.device("cpu")
+        device = torch.device("cpu")
+        if self._known:
+            device = self._known[0][0].device
         if getattr(self, "_anchor", torch.empty((), device="meta")).device != device:
             self._anchor = torch.zeros((), device=device, requires_grad=True)
             self._anchor.register_hook(self._begin)
-        self._accumulators: dict[int, Any] = {}
-        self._handles: list[Any] = []
+        self._accumulators: dict[int, Node] = {}
+        self._handles: list[RemovableHandle] = []
         for bucket in self._buckets:
             for p in bucket.parameters:
-                if (
-                    self._reduce == "sum"
-                ):  # as n times the mean: a mean may be taken again, as the next pass does
-                    accumulator = _accumulator(
-                        p
-                    )  # torch.autograd.grad does not come to it
-                    self._handles.append(
-                        accumulator.register_prehook(partial(self._times_n, id(p)))
-                    )
-                    self._accumulators[id(p)] = accumulator
-                self._handles.append(
-                    p.register_post_accumulate_grad_hook(
-                        partial(self._on_gradient, bucket)
-                    )
-                )
+                if self._reduce == "sum":
+                    self._scale(p)
+                hook = partial(self._on_gradient, bucket)
+                self._handles.append(p.register_post_accumulate_grad_hook(hook))
         for p, (trained, _, _) in self._known:
             if not trained:
                 self._refuse_gradient(p, "was unfrozen")
 
-    def _refuse_gradient(self, p: Tensor, happened: str) -> None:
-        """Let backward raise where it comes to this parameter, until the module is
-        called.
+    def _scale(self, p: Tensor) -> None:
+        """Take the sum as n times the mean.
+
+        A mean may be taken again, as the next pass does where `.grad` is kept.
         """
+        # torch.autograd.grad does not come to this node, so it is not scaled
+        accumulator = _accumulator(p)
+        hook = partial(self._times_n, id(p))
+        self._handles.append(accumulator.register_prehook(hook))
+        self._accumulators[id(p)] = accumulator
+
+    def _refuse_gradient(self, p: Tensor, happened: str) -> None:
+        """Let backward raise if it comes to this parameter before the next call."""
 
         def refuse(p: Tensor) -> None:
             names = [name for name, q in self._module.named_parameters() if q is p]
-            raise self._late(
-                f"{names[0] if names else 'a parameter'} {happened} after the last call of the module"
-            )
+            name = names[0] if names else "a parameter"
+            raise self._late(f"{name} {happened} after the last call of the module")
 
         # one that has no shape yet lets nobody else ask it anything
         with no_function_subclasses():
             if not (p.is_floating_point() or p.is_complex()) or p.is_inference():
                 return
             trained = p.requires_grad
-            p.requires_grad_(True)  # a frozen one takes no hook
+            # a frozen one takes no hook
+            p.requires_grad_(True)
             self._handles.append(p.register_post_accumulate_grad_hook(refuse))
             p.requires_grad_(trained)
 
-    def registered(self, where: nn.Module, new: Any) -> None:
-        """See what is about to become a parameter or a module inside: until the next
-        call, its gradient is its own.
+    def registered(self, where: nn.Module, new: object) -> None:
+        """See what is about to become a parameter or a module inside.
+
+        Until the next call of the module, its gradient is its own.
         """
         if self._inside is None:
             self._inside = WeakSet(self._module.modules())
@@ -162,64 +164,62 @@ class _Reducer(Reduces):
         self._detach()
         self._calls = []
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        """See what has changed since the last call: parameters that came, went, were
-        frozen, unfrozen or moved.
+    def _enter(self, module: nn.Module, args: object) -> None:
+        """See what has changed since the last call.
+
+        Parameters may have come, gone, or been frozen, unfrozen or moved.
         """
         if torch.compiler.is_compiling() or are_transforms_active():
             return
-        now: list[Any] = list(module.parameters())
+        if not torch.is_grad_enabled():
+            return
         # tensors in place of parameters are of a functional_call, or of
         # share_parameters over another axis
-        if not torch.is_grad_enabled() or not all(
-            isinstance(p, nn.Parameter) for p in now
-        ):
-            return
-        before = {id(p) for p, _ in self._known}
-        same = len(now) == len(self._known) and all(
-            p is q for p, (q, _) in zip(now, self._known, strict=True)
-        )
-        if (
-            same
-            and all(_kind(p) == kind for p, kind in self._known)
-            and not self._lost()
-        ):
+        held: list[Tensor] = list(module.parameters())
+        now = [p for p in held if isinstance(p, nn.Parameter)]
+        if len(now) < len(held) or self._are_known(now):
             return
         check_not_reduced(module, "data_parallel", self._axis, but=self)
         if any(is_lazy(p) for p in now):
+            given = "a new parameter has no shape yet"
             right = "Call the module once under torch.no_grad(), which gives it one."
-            raise wrong(
-                ArgumentError,
-                "data_parallel",
-                self._axis,
-                "a new parameter has no shape yet",
-                right,
-            )
+            raise wrong(ArgumentError, "data_parallel", self._axis, given, right)
+        before = {id(p) for p, _ in self._known}
         self._detach()
         self._learn(now)
-        new = [p for p in now if id(p) not in before]
-        with torch.no_grad():
-            for p, value in zip(new, self._equal(new), strict=True):
-                p.copy_(value)
+        self._make_equal([p for p in now if id(p) not in before])
         self._attach()
 
-    def _equal(self, new: list[nn.Parameter]) -> list[Tensor]:
-        """The values that the first rank has."""
-        return (
-            together(PICK, [p.detach() for p in new], self._axis, Root(0))
-            if new
-            else []
-        )
+    def _are_known(self, now: Sequence[nn.Parameter]) -> bool:
+        """Return whether nothing has changed since they were looked at."""
+        if len(now) != len(self._known):
+            return False
+        for p, (known, kind) in zip(now, self._known, strict=True):
+            if p is not known or _kind(p) != kind:
+                return False
+        return not self._lost()
+
+    def _make_equal(self, new: list[nn.Parameter]) -> None:
+        """Write into new parameters the values that the first rank has."""
+        if not new:
+            return
+        with torch.no_grad():
+            values = together(PICK, [p.detach() for p in new], self._axis, Root(0))
+            for p, value in zip(new, values, strict=True):
+                p.copy_(value)
 
     def _lost(self) -> bool:
-        """Whether torch has made the nodes that multiply anew: a cast there and back
-        leaves no other trace.
+        """Return whether torch has made the nodes that multiply anew.
+
+        A cast there and back leaves no other trace.
         """
-        return self._reduce == "sum" and any(
-            _accumulator(p) is not self._accumulators[id(p)]
-            for bucket in self._buckets
-            for p in bucket.parameters
-        )
+        if self._reduce != "sum":
+            return False
+        for bucket in self._buckets:
+            for p in bucket.parameters:
+                if _accumulator(p) is not self._accumulators[id(p)]:
+                    return True
+        return False
 
     def __getstate__(self) -> dict[str, Any]:
         left = ("_anchor", "_accumulators", "_handles", "_registrations")
@@ -228,7 +228,8 @@ class _Reducer(Reduces):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._attach()  # a copy of a parameter has none of its hooks
+        # a copy of a parameter has none of its hooks
+        self._attach()
         self._registrations = _see_registrations(self)
 
     def _times_n(
@@ -237,11 +238,12 @@ class _Reducer(Reduces):
         self._scaled.add(parameter)
         return tuple(gradient * self._axis.size for gradient in gradients)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        trained = torch.is_grad_enabled() and any(
-            p.requires_grad for p in module.parameters()
-        )
-        return linked(output, [self._anchor]) if trained else output
+    def _leave(self, module: nn.Module, args: object, output: object) -> object:
+        if not torch.is_grad_enabled():
+            return output
+        if not any(p.requires_grad for p in module.parameters()):
+            return output
+        return linked(output, [self._anchor])
 
     def _reset(self, running: int) -> None:
         self._pass = running
@@ -249,36 +251,33 @@ class _Reducer(Reduces):
         for bucket in self._buckets:
             bucket.ready.clear()
             if bucket.sent is not None:
-                bucket.sent._finish = None  # of a pass that raised: nobody waits for it
+                # of a pass that raised: nobody waits for it
+                bucket.sent._finish = None
             bucket.sent = None
 
     def _begin(self, _: Tensor) -> None:
-        """In a hook: where it is the first of this pass, see to it that the pass ends
-        with `_finish`.
-        """
+        """In the first hook of a pass: see to it that the pass ends with `_finish`."""
         running = backward_here()
-        if self._pass != running:  # one that raised may have left something behind
-            if not self._calls:
-                raise self._late(
-                    "remove_data_parallel was called between the call of the module and backward"
-                )
-            if any(
-                (p.dtype, p.device) != kind[1:]
-                for p, kind in self._known
-                if p.requires_grad
-            ):
+        if self._pass == running:
+            return
+        if not self._calls:
+            raise self._late(
+                "remove_data_parallel was called between the call of the module and backward"
+            )
+        for p, kind in self._known:
+            if p.requires_grad and (p.dtype, p.device) != kind[1:]:
                 raise self._late(
                     "a parameter was moved between the call of the module and backward"
                 )
-            self._reset(running)
-            at_end_of_backward(self._finish)
+        # a pass that raised may have left something behind
+        self._reset(running)
+        at_end_of_backward(self._finish)
 
     def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
-        if p.grad is None:  # by a hook of the user's, which ran before
-            given, right = (
-                "a hook took a gradient away before it was reduced",
-                "Register the hook after data_parallel.",
-            )
+        # a hook of the user's ran before this one
+        if p.grad is None:
+            given = "a hook took a gradient away before it was reduced"
+            right = "Register the hook after data_parallel."
             raise wrong(PmodError, "data_parallel", self._axis, given, right)
         if p.grad.requires_grad:
             given = "backward ran with create_graph=True, and what is reduced in .grad has no derivative"
@@ -295,16 +294,15 @@ class _Reducer(Reduces):
             self._send()
 
     def _check_known(self) -> None:
-        """Raise where a parameter that no call of the module has found yet has a
-        gradient: it is this rank's own.
+        """Raise if a parameter has a gradient that no call of the module has found.
+
+        That gradient would be this rank's own.
         """
         known = {id(p) for p, _ in self._known}
-        for name, p in cast(Iterator[tuple[str, Any]], self._module.named_parameters()):
-            if (
-                id(p) not in known
-                and isinstance(p, nn.Parameter)
-                and p.grad is not None
-            ):
+        held = self._module.named_parameters()
+        for name, p in cast(Iterator[tuple[str, Tensor]], held):
+            is_new = id(p) not in known and isinstance(p, nn.Parameter)
+            if is_new and p.grad is not None:
                 self._reset(-1)
                 raise self._late(
                     f"{name} became a parameter in the last call of the module, or after it"
@@ -315,8 +313,9 @@ class _Reducer(Reduces):
         return wrong(PmodError, "data_parallel", self._axis, given, right)
 
     def _send(self, everything: bool = False) -> None:
-        """Send what is complete, in the order of the buckets: it must be the same on
-        all ranks.
+        """Send what is complete.
+
+        It goes in the order of the buckets, which is the same on all ranks.
         """
         for bucket in self._buckets:
             if bucket.sent is not None:
@@ -324,51 +323,52 @@ class _Reducer(Reduces):
             if not everything and len(bucket.ready) < len(bucket.parameters):
                 return
             first = bucket.parameters[0]
-            used = torch.tensor(
-                [id(p) in bucket.ready for p in bucket.parameters], device=first.device
-            )
-            # .data: where gradients are parts of one buffer, a change of one counts as
-            # a change of all
-            gradients = [
-                torch.zeros_like(p) if p.grad is None else p.grad.data.to_dense()
-                for p in bucket.parameters
-            ]
+            flags = [id(p) in bucket.ready for p in bucket.parameters]
+            used = torch.tensor(flags, device=first.device).to(first.dtype)
+            message = [*map(_dense_gradient, bucket.parameters), used]
             with torch.no_grad():
-                bucket.sent = called_as(
-                    "data_parallel",
-                    start,
-                    self._mean,
-                    [*gradients, used.to(first.dtype)],
-                )
+                bucket.sent = called_as("data_parallel", start, self._mean, message)
 
     def _mean(self, gradients: list[Tensor]) -> list[Tensor]:
         return together(PSUM, gradients, self._axis, Mean(self._axis.size, None))
 
     def _finish(self) -> None:
-        """At the end of backward: what was sent becomes the gradients."""
+        """At the end of backward: let what was sent become the gradients."""
         self._check_known()
         self._send(everything=True)
         for bucket in self._buckets:
             assert bucket.sent is not None
             *gradients, used = bucket.sent.wait()
-            for i, (p, gradient) in enumerate(
-                zip(bucket.parameters, gradients, strict=True)
-            ):
-                # one that no rank used stays without a gradient
-                if p.grad is None or p.grad.layout is not torch.strided:
-                    p.grad = gradient if p.grad is not None or used[i] != 0 else None
-                else:  # it may be a part of a buffer of the user's
+            for i, p in enumerate(bucket.parameters):
+                gradient = gradients[i]
+                if p.grad is None:
+                    # one that no rank used stays without a gradient
+                    if used[i] != 0:
+                        p.grad = gradient
+                elif p.grad.layout is not torch.strided:
+                    p.grad = gradient
+                else:
+                    # it may be a part of a buffer of the user's
                     p.grad.copy_(gradient)
         self._reset(-1)
 
 
-def _see_registrations(reducer: _Reducer) -> list[Any]:
-    """Hooks that tell the reducer, as long as it lives, what is registered in any
-    module.
+def _dense_gradient(p: Tensor) -> Tensor:
+    if p.grad is None:
+        return torch.zeros_like(p)
+    # .data: where gradients are parts of one buffer, a change of one counts as a change
+    # of all
+    return p.grad.data.to_dense()
+
+
+def _see_registrations(reducer: _Reducer) -> list[RemovableHandle]:
+    """Return hooks that tell the reducer what is registered in any module.
+
+    They do so as long as it lives.
     """
     of = ref(reducer)
 
-    def tell(where: nn.Module, _: str, new: Any) -> None:
+    def tell(where: nn.Module, _: str, new: object) -> None:
         reducer = of()
         if reducer is not None:
             reducer.registered(where, new)
@@ -386,20 +386,24 @@ def _kind(p: Tensor) -> tuple[bool, torch.dtype, torch.device]:
     return p.requires_grad, p.dtype, p.device
 
 
-def _accumulator(p: Tensor) -> Any:
-    """The node that adds into p.grad."""
+def _accumulator(p: Tensor) -> Node:
+    """Return the node that adds into p.grad."""
     with torch.enable_grad():
-        return cast(Any, p.view_as(p).grad_fn).next_functions[0][0]
+        view = cast(Node, p.view_as(p).grad_fn)
+    return cast(Node, view.next_functions[0][0])
 
 
 def _in_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """The parameters in about the order in which backward comes to them."""
+    """Give the parameters in about the order in which backward comes to them."""
     full: list[Tensor] = []
+    held: tuple[torch.dtype, torch.device] | None = None
     size, limit = 0, FIRST_BUCKET
-    for p in reversed([p for p in parameters if p.requires_grad]):
-        if full and (
-            size >= limit or (p.dtype, p.device) != (full[0].dtype, full[0].device)
-        ):
+    for p in reversed(parameters):
+        if not p.requires_grad:
+            continue
+        # one message carries one dtype and device
+        before, held = held, (p.dtype, p.device)
+        if full and (size >= limit or held != before):
             yield full
             full, size, limit = [], 0, BUCKET
         full.append(p)
@@ -409,28 +413,28 @@ def _in_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
 
 
 def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
-    """Train one module on every rank's own data: the same module back, its gradients
-    averaged over the axis.
+    """Train one module on every rank's own data: its gradients are averaged.
 
-    The values are made equal now (`replicate`, from the first rank). In each backward
-    pass the gradients travel in buckets while it still runs, and `.grad` holds their
-    mean (reduce="sum": their sum) when it returns; with several backward passes before
-    a step it holds what they add up to. A parameter that some rank did not use counts
-    as 0 there; one that no rank used keeps no gradient. At axis size 1 nothing is
-    attached. `remove_data_parallel` ends it. What is frozen, unfrozen, moved, replaced
-    or added later is found at the next call of the module, on all ranks alike; the
-    values of new parameters are made equal then, by a broadcast from the first rank;
-    new buffers are not. Calls under torch.no_grad, compiled ones and those of a
-    submodule do not look: where a gradient then comes to what no call has found,
-    backward raises. The result is written into `.grad` where there is one, so that it
-    may be a part of a buffer of yours; a sparse gradient travels dense, and stays so.
+    The same module is returned. The values are made equal now (`replicate`, from the
+    first rank). In each backward pass the gradients travel in buckets while it still
+    runs, and `.grad` holds their mean (reduce="sum": their sum) when it returns; with
+    several backward passes before a step it holds what they add up to. A parameter that
+    some rank did not use counts as 0 there; one that no rank used keeps no gradient. At
+    axis size 1 nothing is attached. `remove_data_parallel` ends it. What is frozen,
+    unfrozen, moved, replaced or added later is found at the next call of the module, on
+    all ranks alike; the values of new parameters are made equal then, by a broadcast
+    from the first rank; new buffers are not. Calls under torch.no_grad, compiled ones
+    and those of a submodule do not look: where a gradient then comes to what no call
+    has found, backward raises. The result is written into `.grad` where there is one,
+    so that it may be a part of a buffer of yours; a sparse gradient travels dense, and
+    stays so.
     Cost: the gradients, 2 (n-1)/n of them sent per rank in each backward pass. Only
     what backward() leaves in `.grad` is reduced: for torch.autograd.grad, create_graph
     or torch.func use `share_parameters`, or `pvary` over the parameters. To wrap the
     module in torch's own DDP instead, pass `process_group=mesh.group(axis)`.
-    Raises: PmodError where the gradients are reduced over this axis already, or by
-    data_parallel over another; in a backward pass with create_graph; ArgumentError for
-    what is no module.
+    Raises: PmodError if the gradients are reduced over this axis already, or by
+    data_parallel over another; in a backward pass with create_graph; ArgumentError if
+    the argument is not a module.
 
     >>> def gradient():
     ...     layer = pmod.data_parallel(torch.nn.Linear(1, 1, bias=False), "data")
@@ -449,12 +453,12 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
 
 
 def remove_data_parallel(module: M) -> M:
-    """Let the gradients of a module be this rank's own again, from its next call on:
-    the same module back.
+    """Let a module's gradients be this rank's own again, from its next call on.
 
-    What `data_parallel` attached to this very module, or to what it is a copy of, is
-    taken off; the values stay. Nothing is sent, and a module without it stays as it is.
-    A backward pass of a call before this raises PmodError.
+    The same module is returned. What `data_parallel` attached to this very module, or
+    to what it is a copy of, is taken off; the values stay. Nothing is sent, and a
+    module without it stays as it is. A backward pass of a call before this raises
+    PmodError.
 
     >>> layer = pmod.data_parallel(torch.nn.Linear(2, 1), mesh["data"])
     >>> pmod.remove_data_parallel(layer) is layer

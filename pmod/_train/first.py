@@ -1,4 +1,4 @@
-"""Daily needs around data: one rank that goes ahead of the others."""
+"""One rank that goes ahead of the others."""
 
 from __future__ import annotations
 
@@ -16,40 +16,37 @@ from pmod._site import call_site, on_behalf_of
 
 
 def _ahead_of(axis: AxisLike | None, per_node: bool, function: str) -> Mesh:
-    """The ranks of which the first goes ahead: of the axis, or of the whole mesh; those
-    of this node only, if asked.
+    """Return the ranks of which the first goes ahead.
+
+    They are those of the axis, or of the whole mesh; if asked, of this node only.
     """
     check_flag(per_node, function, "per_node")
-    mesh = (
-        current_mesh()
-        if axis is None
-        else axis
-        if isinstance(axis, Mesh)
-        else current_mesh()[axis]
-    )
+    if axis is None:
+        mesh = current_mesh()
+    elif isinstance(axis, Mesh):
+        mesh = axis
+    else:
+        mesh = current_mesh()[axis]
     if mesh.coords is None:
-        given, right = (
-            "this rank is outside the mesh",
-            "Call it on the ranks of the mesh only.",
-        )
+        given = "this rank is outside the mesh"
+        right = "Call it on the ranks of the mesh only."
         raise PmodError(phrase(function, given, right, axis=axis))
     if not per_node:
         return mesh
     place = mesh.topology
-    here = [
-        rank
-        for rank in mesh.ranks.reshape(-1).tolist()
-        if rank // place.local_world_size == place.node_rank
-    ]
+    here: list[int] = []
+    for rank in mesh.ranks.reshape(-1).tolist():
+        if rank // place.local_world_size == place.node_rank:
+            here.append(rank)
     return make_mesh({"node": len(here)}, ranks=here, topology=place)
 
 
 def is_first(axis: AxisLike | None = None, *, per_node: bool = False) -> bool:
-    """Whether this rank is the first of the axis, or of the mesh; with per_node, the
-    first of those on its node.
+    """Return whether this rank is the first of the axis, or of the mesh.
 
-    Nothing is sent. For what one rank does alone: prints, files. Where the others need
-    what it does, use `first_rank_first`.
+    With per_node, the first of those on its node. Nothing is sent. It is for what one
+    rank does alone, such as prints and files. If the others need what it does, use
+    `first_rank_first`.
 
     >>> pmod.simulate(lambda: pmod.is_first("model"), data=2, model=2)
     [True, False, True, False]
@@ -59,12 +56,12 @@ def is_first(axis: AxisLike | None = None, *, per_node: bool = False) -> bool:
 
 
 class first_rank_first:  # lower case: it reads as the function it is called as
-    """Let one rank go ahead: the first one runs the block, and the others run it after
-    that.
+    """Let the first rank run the block, and the others run it after that.
 
-    For what fills a cache: downloads, compiled extensions, preprocessed files. The
-    first rank of the axis, or of the mesh; with per_node, the first one on each node.
-    Where it fails all ranks raise. The block calls no collective of these ranks.
+    It is for what fills a cache: downloads, compiled extensions, preprocessed files.
+    The first rank is that of the axis, or of the mesh; with per_node, the first one on
+    each node. If it fails, all ranks raise. The block calls no collective of these
+    ranks.
     Cost: one message of 512 bytes.
     Raises: on the others PmodError, with what the first one raised.
 
@@ -78,25 +75,18 @@ class first_rank_first:  # lower case: it reads as the function it is called as
     def __init__(self, axis: AxisLike | None = None, *, per_node: bool = False) -> None:
         self._mesh = _ahead_of(axis, per_node, "first_rank_first")
         self._leads = int(self._mesh.ranks.reshape(-1)[0]) == self._mesh.topology.rank
-        self._origin = (
-            "first_rank_first",
-            call_site()[1],
-        )  # one place, though one rank sends at the end of the block
+        # one place for all, although the first rank sends at the end of the block
+        self._origin = ("first_rank_first", call_site()[1])
 
     def __enter__(self) -> None:
         if self._leads:
             return
         failure = self._tell("")
         if failure:
-            ahead = coordinates(
-                self._mesh.coords_of(int(self._mesh.ranks.reshape(-1)[0]))
-            )
-            raise PmodError(
-                phrase(
-                    "first_rank_first",
-                    f"the rank {ahead} that went ahead raised {failure}",
-                )
-            )
+            first = int(self._mesh.ranks.reshape(-1)[0])
+            ahead = coordinates(self._mesh.coords_of(first))
+            given = f"the rank {ahead} that went ahead raised {failure}"
+            raise PmodError(phrase("first_rank_first", given))
 
     def __exit__(
         self,
@@ -108,7 +98,7 @@ class first_rank_first:  # lower case: it reads as the function it is called as
             self._tell("" if error is None else f"{type(error).__name__}: {error}")
 
     def _tell(self, failure: str) -> str:
-        """What the first rank says, on all of them."""
+        """Return on all ranks what the first one says."""
         if self._mesh.size == 1:
             return failure
         text = failure.encode()[:512]

@@ -1,5 +1,6 @@
-"""Random numbers that differ along some axes and agree along the others: seeds, and
-torch's own generators.
+"""Random numbers that differ along some axes and agree along the others.
+
+These are seeds, and those of torch's own generators.
 """
 
 from __future__ import annotations
@@ -22,67 +23,61 @@ from pmod._ranks import world
 
 
 def hashed(text: str) -> int:
-    """63 bits that look random, the same on every machine."""
-    return (
-        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-        >> 1
-    )
+    """Return 63 bits that look random, the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # a seed of torch's is a signed number of 64 bits
+    return int.from_bytes(digest, "little") >> 1
 
 
 def check_seed(seed: object, function: str, axis: Axis) -> int:
-    """The seed as an int."""
+    """Return the seed as an int."""
     parsed = as_int(seed)
     if parsed is None:
-        raise wrong(
-            ArgumentError,
-            function,
-            axis,
-            f"seed is a {type(seed).__name__}",
-            "Pass an int.",
-        )
+        given = f"seed is a {type(seed).__name__}"
+        raise wrong(ArgumentError, function, axis, given, "Pass an int.")
     return parsed
 
 
 def _folded(seed: int, axis: AxisLike, function: str) -> tuple[int, Axis]:
     bound = resolve(axis, function)
-    return hashed(
-        f"{check_seed(seed, function, bound)}/{named(bound.label)}/{bound.index}"
-    ), bound
+    number = check_seed(seed, function, bound)
+    return hashed(f"{number}/{named(bound.label)}/{bound.index}"), bound
 
 
 def fold_in(seed: int, axis: AxisLike) -> int:
-    """A seed of its own for each rank along the axis, the same along all other axes.
+    """Return a seed that differs along the axis and agrees along all others.
 
     For torch.manual_seed, torch.Generator and whatever takes an int of 63 bits. Fold
     several axes in one after the other, or pass a tuple. It depends on the seed, the
     name of the axis and the index along it, so a run on another number of ranks gives
     the ranks that remain the same numbers. Nothing is sent.
-    Raises: ArgumentError where seed is no int. JAX: random.fold_in, of lax.axis_index.
+    Raises: ArgumentError if seed is not an int. JAX: random.fold_in, of lax.axis_index.
 
     >>> seeds = pmod.simulate(lambda: pmod.fold_in(0, "data"), data=2, model=2)
     >>> seeds[0] == seeds[1] != seeds[2] == seeds[3]
     True
     """
     number, _ = _folded(seed, axis, "fold_in")
-    axis_index(axis)  # shard_map follows who has a number of its own
+    # shard_map follows who has a number of its own
+    axis_index(axis)
     return number
 
 
 @contextmanager
 def rng(seed: int, axis: AxisLike) -> Generator[None]:
-    """Inside, torch's random numbers differ along the axis and agree along all others;
-    nn.Dropout's masks, too.
+    """Let torch's random numbers differ along the axis and agree along all others.
 
-    torch's default generators, that of the cpu and that of the mesh's device, are
-    seeded with `fold_in(seed, axis)`; on leaving they are as they were before. They
-    agree where the ranks draw the same numbers of numbers. axis: a name; a tuple, over
-    which all ranks differ; or (), along which all agree. Python's and numpy's
-    generators are left alone. The same seed gives the same numbers again: fold the step
-    in, ``rng(seed + step, "data")``. A layer that differs along one more axis takes its
-    seed from the numbers around it, which go on from call to call and agree along it:
-    ``rng(int(torch.randint(2**62, ())), ("data", "model"))``. Activation checkpoints,
-    inside or around it, draw the same numbers again. Nothing is sent.
-    Raises: ArgumentError where seed is no int; PmodError inside a function that is
+    So do nn.Dropout's masks. torch's default generators, that of the cpu and that of
+    the mesh's device, are seeded with `fold_in(seed, axis)`; on leaving they are as
+    they were before. Ranks stay in agreement only if they draw the same amount of
+    numbers. axis: a name; a tuple, over which all ranks differ; or (), along which all
+    agree. Python's and numpy's generators are left alone. The same seed gives the same
+    numbers again: fold the step in, ``rng(seed + step, "data")``. A layer that differs
+    along one more axis takes its seed from the numbers around it, which go on from call
+    to call and agree along it: ``rng(int(torch.randint(2**62, ())), ("data",
+    "model"))``. Activation checkpoints, inside or around it, draw the same numbers
+    again. Nothing is sent.
+    Raises: ArgumentError if seed is not an int; PmodError inside a function that is
     compiled with fullgraph=True (torch runs others as they are). Enter it around the
     compiled function, whose random numbers follow it.
 
@@ -100,9 +95,8 @@ def rng(seed: int, axis: AxisLike) -> Generator[None]:
         )
     number, bound = _folded(seed, axis, "rng")
     device = bound.topology.device
-    on_cpu = (
-        device.type == "cpu" or world.current().alone
-    )  # the GPU of an estimate need not exist
+    # the GPU of an estimate need not exist
+    on_cpu = device.type == "cpu" or world.current().alone
     with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
         torch.default_generator.manual_seed(number)
         if not on_cpu:

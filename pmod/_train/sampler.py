@@ -1,10 +1,11 @@
-"""Which samples each rank reads: batches for torch's DataLoader, every sample once, as
-many batches on all ranks.
+"""Which samples each rank reads: batches for torch's DataLoader.
+
+Every sample is read once, and all ranks have as many batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from math import inf
 from typing import Any, cast
 
@@ -24,26 +25,17 @@ from pmod._train.random import check_seed, hashed
 def _count(x: object, function: str, axis: Axis, *, name: str, least: int) -> int:
     parsed = as_int(x)
     if parsed is None or parsed < least:
-        raise wrong(
-            ShapeError,
-            function,
-            axis,
-            f"{name} is {quoted(x)}",
-            f"Pass an int of {least} or more.",
-        )
+        right = f"Pass an int of {least} or more."
+        raise wrong(ShapeError, function, axis, f"{name} is {quoted(x)}", right)
     return parsed
 
 
 def _flag(x: object, axis: Axis, *, name: str) -> bool:
-    number = as_number(x)  # 0, 1 and numpy's are as good; a text would count as true
+    # 0, 1 and numpy's are as good; a text would count as true
+    number = as_number(x)
     if number is None or number not in (True, False):
-        raise wrong(
-            ArgumentError,
-            "sampler",
-            axis,
-            f"{name} is {quoted(x)}",
-            "Pass True or False.",
-        )
+        given = f"{name} is {quoted(x)}"
+        raise wrong(ArgumentError, "sampler", axis, given, "Pass True or False.")
     return bool(x)
 
 
@@ -63,8 +55,8 @@ class sampler:  # lower case: it reads as the function it is called as
     before each epoch. `collate`, a collate_fn, also makes a batch of no samples.
     `state_dict` and `load_state_dict` go on in the middle of an epoch, also on another
     number of ranks or with another batch_size. Nothing is sent.
-    Raises: ArgumentError for a dataset without a length, or where shuffle or drop_last
-    is not a bool; ShapeError where batch_size is no int of 1 or more.
+    Raises: ArgumentError for a dataset without a length, or if shuffle or drop_last is
+    not a bool; ShapeError if batch_size is not an int of 1 or more.
 
     >>> def order():
     ...     return list(pmod.sampler(range(11), "data", batch_size=2, shuffle=False))
@@ -90,13 +82,8 @@ class sampler:  # lower case: it reads as the function it is called as
             self._length = len(dataset)
         except TypeError:
             given = f"dataset is a {type(dataset).__name__}, which has no length"
-            raise wrong(
-                ArgumentError,
-                "sampler",
-                bound,
-                given,
-                "Pass one with __len__ and __getitem__.",
-            ) from None
+            right = "Pass one with __len__ and __getitem__."
+            raise wrong(ArgumentError, "sampler", bound, given, right) from None
         self._dataset = dataset
         self._axis = bound
         self._batch_size = _count(
@@ -109,10 +96,10 @@ class sampler:  # lower case: it reads as the function it is called as
 
     def _begin(self, *, epoch: int, start: int) -> None:
         self._epoch = epoch
-        self._start = (
-            start  # so many samples of the epoch were read before it was resumed
-        )
-        self._spent = False  # the rest of them was read, too
+        # so many samples of the epoch were read before it was resumed
+        self._start = start
+        # whether the rest of them was read, too
+        self._spent = False
 
     @property
     def epoch(self) -> int:
@@ -130,7 +117,7 @@ class sampler:  # lower case: it reads as the function it is called as
     def set_epoch(self, epoch: int) -> None:
         """Give the order of this epoch; of the one that was loaded, what is left of it.
 
-        Raises: ShapeError where it is no int of 0 or more.
+        Raises: ShapeError if it is not an int of 0 or more.
 
         >>> batches = pmod.sampler(range(8), mesh["data"])
         >>> batches.set_epoch(3)
@@ -143,56 +130,53 @@ class sampler:  # lower case: it reads as the function it is called as
 
     def __len__(self) -> int:
         left = self._length - self._start
-        return left // self._whole if self._drop_last else -(-left // self._whole)
+        if self._drop_last:
+            return left // self._whole
+        return -(-left // self._whole)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._spent:
             given = f"epoch {self._epoch} was resumed after {self._start} of {self._length} samples and is over"
-            raise wrong(
-                PmodError,
-                "sampler",
-                self._axis,
-                given,
-                "Call set_epoch before the next one.",
-            )
-        if self._shuffle:
-            chance = torch.Generator().manual_seed(
-                hashed(f"{self._seed}/epoch {self._epoch}")
-            )
-            order = torch.randperm(self._length, generator=chance)
-        else:
-            order = torch.arange(self._length)
+            right = "Call set_epoch before the next one."
+            raise wrong(PmodError, "sampler", self._axis, given, right)
+        order = self._order()
         n, index = self._axis.size, self._axis.index
         for number in range(len(self)):
             batch = order[self._start + number * self._whole :][: self._whole]
-            each, more = divmod(
-                len(batch), n
-            )  # the first ranks of the last batch take one more
+            # the first ranks of the last batch take one more
+            each, more = divmod(len(batch), n)
             first = each * index + min(more, index)
             yield batch[first : first + each + (index < more)].tolist()
         self._spent = self._start > 0
 
-    def collate(self, samples: list[Any]) -> Any:
-        """torch's default_collate; of no samples, tensors like those of a batch with
-        length 0 along dim 0.
+    def _order(self) -> Tensor:
+        """Return the samples of the epoch, in the same order on all ranks."""
+        if not self._shuffle:
+            return torch.arange(self._length)
+        seed = hashed(f"{self._seed}/epoch {self._epoch}")
+        chance = torch.Generator().manual_seed(seed)
+        return torch.randperm(self._length, generator=chance)
 
+    def collate(self, samples: list[Any]) -> Any:
+        """Return a batch, as torch's default_collate makes it.
+
+        Of no samples it is tensors like those of a batch, with length 0 along dim 0.
         >>> mesh = pmod.make_mesh(data=1)
         >>> pmod.sampler([(torch.ones(3), 5)], mesh["data"]).collate([])
         [tensor([], size=(0, 3)), tensor([], dtype=torch.int64)]
         """
-        return (
-            default_collate(samples)
-            if samples
-            else _emptied(default_collate([cast(Any, self._dataset)[0]]))
-        )
+        if samples:
+            return default_collate(samples)
+        first = cast(Sequence[object], self._dataset)[0]
+        return _emptied(default_collate([first]))
 
     def state_dict(self, done: int) -> dict[str, int]:
-        """Where the epoch is after `done` batches of this iteration: the same on all
-        ranks, a few ints.
+        """Return where the epoch is after `done` batches of this iteration.
 
-        done: how many the loop has had. The sampler does not know: the DataLoader's
-        workers fetch ahead of the loop.
-        Raises: ShapeError where there are not so many batches.
+        It is a few ints, the same on all ranks. Pass the number of batches that your
+        loop has consumed as `done`. The sampler cannot know it, because the
+        DataLoader's workers prefetch.
+        Raises: ShapeError if there are not so many batches.
 
         >>> pmod.sampler(range(8), mesh["data"], batch_size=2).state_dict(done=3)
         {'epoch': 0, 'start': 6, 'length': 8, 'seed': 0, 'shuffle': 1}
@@ -212,13 +196,13 @@ class sampler:  # lower case: it reads as the function it is called as
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from there: the next iteration gives what is left of that epoch, in
-        that order (its seed, its shuffle).
+        """Go on from there: the next iteration gives what is left of that epoch.
 
-        The state is checked whole before anything of it is taken.
-        Raises: ShapeError where the dataset has another length, or a number is out of
-        range; ArgumentError where the state is not a mapping of the keys that
-        `state_dict` gives to ints.
+        The order is that of its seed and its shuffle. The whole state is checked before
+        anything of it is taken.
+        Raises: ShapeError if the dataset has another length, or a number is out of
+        range; ArgumentError if the state is not a mapping of the keys that `state_dict`
+        gives to ints.
 
         >>> batches = pmod.sampler(range(8), mesh["data"], batch_size=2, shuffle=False)
         >>> batches.load_state_dict(batches.state_dict(done=3))
@@ -232,13 +216,8 @@ class sampler:  # lower case: it reads as the function it is called as
             raise wrong(ShapeError, _LOAD, self._axis, given, right)
         if told["start"] > self._length:
             given = f"start is {told['start']}, and there are {self._length} samples"
-            raise wrong(
-                ShapeError,
-                _LOAD,
-                self._axis,
-                given,
-                "It says how many of them were read.",
-            )
+            right = "It says how many of them were read."
+            raise wrong(ShapeError, _LOAD, self._axis, given, right)
         self._seed, self._shuffle = told["seed"], bool(told["shuffle"])
         self._begin(epoch=told["epoch"], start=told["start"])
 
@@ -254,45 +233,42 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def _as_state(state: object, axis: Axis) -> dict[str, int]:
-    """A state with all keys and no others, each an int in its range."""
+    """Return a state that has all keys and no others, each an int in its range."""
     right = "Pass what state_dict(done) returned."
     if not isinstance(state, Mapping):
-        raise wrong(
-            ArgumentError, _LOAD, axis, f"state is a {type(state).__name__}", right
-        )
-    held = cast(Mapping[Any, Any], state)
-    missing, unknown = (
-        [key for key in _RANGES if key not in held],
-        [key for key in held if key not in _RANGES],
-    )
-    if missing or unknown:
-        given = " and ".join(
-            f"{'lacks' if keys is missing else 'has unknown'} {', '.join(map(repr, keys))}"
-            for keys in (missing, unknown)
-            if keys
-        )
-        raise wrong(ArgumentError, _LOAD, axis, f"the state {given}", right)
+        given = f"state is a {type(state).__name__}"
+        raise wrong(ArgumentError, _LOAD, axis, given, right)
+    held = cast(Mapping[object, object], state)
+    missing = [repr(key) for key in _RANGES if key not in held]
+    unknown = [repr(key) for key in held if key not in _RANGES]
+    faults: list[str] = []
+    if missing:
+        faults.append(f"lacks {', '.join(missing)}")
+    if unknown:
+        faults.append(f"has unknown {', '.join(unknown)}")
+    if faults:
+        given = f"the state {' and '.join(faults)}"
+        raise wrong(ArgumentError, _LOAD, axis, given, right)
     told: dict[str, int] = {}
     for key, (low, high) in _RANGES.items():
-        number = (
-            int(held[key])
-            if isinstance(held[key], bool) and key == "shuffle"
-            else as_int(held[key])
-        )
+        value = held[key]
+        number = as_int(value)
+        if isinstance(value, bool) and key == "shuffle":
+            # a bool is not an int elsewhere
+            number = int(value)
         if number is None:
-            given = f"{key} is {quoted(held[key])}, a {type(held[key]).__name__}"
+            given = f"{key} is {quoted(value)}, a {type(value).__name__}"
             raise wrong(ArgumentError, _LOAD, axis, given, right)
         if not low <= number <= high:
             span = "0 or 1" if high == 1 else "0 or more"
-            raise wrong(
-                ShapeError, _LOAD, axis, f"{key} is {number}", f"It is {span}. {right}"
-            )
+            given = f"{key} is {number}"
+            raise wrong(ShapeError, _LOAD, axis, given, f"It is {span}. {right}")
         told[key] = number
     return told
 
 
 def _emptied(batch: Any) -> Any:
-    """A batch of one sample, as default_collate makes it, without the sample."""
+    """Return a batch of one sample, as default_collate makes it, without the sample."""
     if isinstance(batch, Tensor):
         return batch[:0]
     if isinstance(batch, Mapping):
@@ -300,4 +276,7 @@ def _emptied(batch: Any) -> Any:
     if all(isinstance(text, str | bytes) for text in batch):
         return []
     parts = [_emptied(part) for part in batch]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else parts
+    # default_collate keeps named tuples, and makes lists of all else
+    if hasattr(batch, "_fields"):
+        return type(batch)(*parts)
+    return parts

@@ -31,7 +31,7 @@ STATE = {
     # memos: emptying them would change no answer
     "_mesh.axis.parsed_axes": "a memo for compiled code, whose calls name their axes by keys",
     "_mesh.mesh._meshes": "a memo for compiled code, of meshes by their keys",
-    "_shard.kinds._plain": "a memo, by functions of torch",
+    "_shard.operations.plain": "a memo, by functions of torch",
     "_shard.traced._counted": "a memo, by graphs of the tracer",
     # what threads are doing, undone where it was done
     "_core.bind.started": "who runs a started function on this thread",
