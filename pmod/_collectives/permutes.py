@@ -35,7 +35,7 @@ from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 
 
-def _send_permute(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_permute(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     targets, *uneven = params
     source = targets.index(wire.index) if wire.index in targets else None
     target = targets[wire.index] if targets[wire.index] >= 0 else None

@@ -81,7 +81,7 @@ def _but_for_dim(
     )
 
 
-def _send_all_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_all_gather(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     dim, sizes = params[:2]
     lengths = _lengths(sizes, x.shape[dim], wire)
     unit = _unit(x, dim)
@@ -93,13 +93,13 @@ def _send_all_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
     )
 
 
-def _send_psum_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_psum_scatter(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     dim, sizes, asked = params
     lengths = _lengths(sizes, x.shape[dim] // wire.size, wire)
     unit = _unit(x, dim)
     shape = _with_length(x.shape, dim, lengths[wire.index])
 
-    def send(y: Tensor, scale: int) -> Sent:
+    def send(y: Tensor, scale: int) -> Sent[Tensor]:
         return wire.reduce_scatter(
             y,
             [scale * unit * length for length in lengths],
@@ -356,7 +356,7 @@ def unshard(
     return each(UNSHARD, x, bound, "unshard", prepare)
 
 
-def _send_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_gather(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     dim, sizes, root = params
     unit = _unit(x, dim)
     send = [x.numel() if rank == root else 0 for rank in range(wire.size)]
@@ -369,7 +369,7 @@ def _send_gather(x: Tensor, wire: Wire, params: Params) -> Sent:
     )
 
 
-def _send_scatter(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_scatter(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     dim, sizes, root = params
     unit = _unit(x, dim)
     lengths = sizes if wire.index == root else (0,) * wire.size
@@ -468,7 +468,7 @@ def scatter(
     return each(SCATTER, x, bound, "scatter", prepare)
 
 
-def _send_all_to_all(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_all_to_all(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     out = _lengths(split_sizes_, x.shape[split_dim] // wire.size, wire)
     mine = out[wire.index]

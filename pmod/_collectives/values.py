@@ -52,7 +52,7 @@ from pmod._wire.sums import (
 Check = Callable[[Tensor, str, Axis], None]
 
 
-def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_psum(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     divisor, asked = params
     return real_sum(
         x, lambda y, _: wire.all_reduce(y, "sum", accumulator(y.dtype, asked), divisor)
@@ -301,7 +301,7 @@ def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -
     return fused("pvary", PVARY, x, bound, params, anything)
 
 
-def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_extremum(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     how: Reduction = params[0]
     if (
         x.dtype in SIGNED
@@ -448,7 +448,7 @@ def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
     return out
 
 
-def _send_broadcast(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_broadcast(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     return wire.broadcast(x, params[0])
 
 
@@ -519,7 +519,7 @@ def place(x: Tree, axis: AxisLike, *, dst: int = 0) -> Tree:
     )
 
 
-def _send_reduce(x: Tensor, wire: Wire, params: Params) -> Sent:
+def _send_reduce(x: Tensor, wire: Wire, params: Params) -> Sent[Tensor]:
     root, asked = params
     return real_sum(x, lambda y, _: wire.reduce(y, root, accumulator(y.dtype, asked)))
 

@@ -39,7 +39,7 @@ class _Ahead(NamedTuple):
     """A message that was sent before anybody waits for it."""
 
     call: Call
-    sent: Sent
+    sent: Sent[list[Tensor]]
     origin: Origin
 
 

@@ -361,7 +361,7 @@ def carry(
     return ys
 
 
-def send_ahead(call: Call, xs: Sequence[Tensor]) -> Sent:
+def send_ahead(call: Call, xs: Sequence[Tensor]) -> Sent[list[Tensor]]:
     """Send the message of a call that is waited for later."""
     with profiler.record_function(profiled_as(call)), torch.no_grad():
         return begin(call, xs, wire_for(call, xs))

@@ -34,7 +34,7 @@ class Row:
     name: str
     takes: Kind
     gives: Kind
-    send: Callable[[Tensor, Wire, Params], Sent | Tensor]
+    send: Callable[[Tensor, Wire, Params], Sent[Tensor] | Tensor]
     flip: Callable[[Params], Params] = lambda params: (
         params
     )  # the transpose's parameters

@@ -20,7 +20,7 @@ from pmod._wire.board import Said, code_of
 from pmod._wire.sent import Sent
 
 
-def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
+def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent[list[Tensor]]:
     """Send, and return what will be the list of results."""
     row, _, params = call
     if row.local or (len(xs) == 1 and not row.fused):
@@ -48,7 +48,9 @@ def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
     return sent.then(lambda y: _cut(y, xs, shapes))
 
 
-def _begin_one(row: Row, x: Tensor, wire: Wire, params: Params) -> Sent | Tensor:
+def _begin_one(
+    row: Row, x: Tensor, wire: Wire, params: Params
+) -> Sent[Tensor] | Tensor:
     if row.local:
         return row.send(x, wire, params)
     sent = row.send(_laid_out(x), wire, params)
