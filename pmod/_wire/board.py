@@ -386,9 +386,9 @@ def awaited(rank: int, posts: dict[int, Post]) -> list[int]:
     """
     if rank not in posts:
         return []
-    _, meeting, ranks, *_ = posts[rank]
-    come = {other for other, post in posts.items() if post.meeting == meeting}
-    return [other for other in ranks if other not in come]
+    waiting = posts[rank]
+    come = {other for other, post in posts.items() if post.meeting == waiting.meeting}
+    return [other for other in waiting.ranks if other not in come]
 
 
 _DOES = {
@@ -413,7 +413,8 @@ def not_here(
     broken: whether a connection is. waiters: which rank waits for each of them.
     """
     left = {rank for rank, post in posts.items() if post.state != WAITS}
-    gone = [rank for rank in absent if rank in left.union(dead)]
+    lost = left.union(dead)
+    gone = [rank for rank in absent if rank in lost]
     still = [rank for rank in absent if rank in stopped]
     if gone:
         given = "some ranks will not arrive"
