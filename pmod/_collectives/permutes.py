@@ -67,7 +67,7 @@ def inverse_of(targets: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(targets.index(rank) if rank in targets else -1 for rank in ranks)
 
 
-def _send_permute(x: Tensor, wire: Wire, params: Permutation) -> Sent:
+def _send_permute(x: Tensor, wire: Wire, params: Permutation) -> Sent[Tensor]:
     targets = params.targets
     source = targets.index(wire.index) if wire.index in targets else None
     target = targets[wire.index] if targets[wire.index] >= 0 else None

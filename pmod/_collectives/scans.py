@@ -41,11 +41,11 @@ class Scan(NamedTuple):
     """The name of the dtype that 16-bit floats add up in; None for float32."""
 
 
-def _send_scan(x: Tensor, wire: Wire, params: Scan) -> Sent:
+def _send_scan(x: Tensor, wire: Wire, params: Scan) -> Sent[Tensor]:
     exclusive, reverse, asked = params
     order = range(wire.size)[::-1] if reverse else range(wire.size)
 
-    def send(y: Tensor, _: int) -> Sent:
+    def send(y: Tensor, _: int) -> Sent[Tensor]:
         dtype = accumulator(y.dtype, asked)
         by_parts = wire.size > 2 and y.nbytes > SMALL
         return (_scan_by_parts if by_parts else _scan_whole)(
@@ -57,7 +57,7 @@ def _send_scan(x: Tensor, wire: Wire, params: Scan) -> Sent:
 
 def _scan_whole(
     x: Tensor, wire: Wire, order: range, exclusive: bool, dtype: torch.dtype
-) -> Sent:
+) -> Sent[Tensor]:
     """Each rank sends x to those after it, in one round trip, and adds up what comes
     from those before it.
     """
@@ -81,14 +81,14 @@ def _scan_whole(
 
 def _scan_by_parts(
     x: Tensor, wire: Wire, order: range, exclusive: bool, dtype: torch.dtype
-) -> Sent:
+) -> Sent[Tensor]:
     """Each rank scans its part of every rank's x, and gives each its own: 2 (n-1)/n of
     x sent, in x's dtype.
     """
     counts = even_counts(x.numel(), wire.size)
     mine = [counts[wire.index]] * wire.size
 
-    def give_back(y: Tensor) -> Sent:
+    def give_back(y: Tensor) -> Sent[Tensor]:
         parts = y.split(mine)
         totals = [
             total.to(x.dtype)

@@ -122,11 +122,11 @@ def _but_for_dim(
     return params, tuple(_with_length(shape, params.dim, -1))
 
 
-def _send_all_gather(x: Tensor, wire: Wire, params: Parts) -> Sent:
+def _send_all_gather(x: Tensor, wire: Wire, params: Parts) -> Sent[Tensor]:
     return _joined(x, wire, params.dim, params.sizes)
 
 
-def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent:
+def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent[Tensor]:
     lengths = _lengths(sizes, x.shape[dim], wire)
     unit = _unit(x, dim)
     sent = wire.all_gather(x.reshape(-1), [unit * length for length in lengths])
@@ -137,13 +137,13 @@ def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent:
     )
 
 
-def _send_psum_scatter(x: Tensor, wire: Wire, params: Parts) -> Sent:
+def _send_psum_scatter(x: Tensor, wire: Wire, params: Parts) -> Sent[Tensor]:
     dim, sizes, asked = params
     lengths = _lengths(sizes, x.shape[dim] // wire.size, wire)
     unit = _unit(x, dim)
     shape = _with_length(x.shape, dim, lengths[wire.index])
 
-    def send(y: Tensor, scale: int) -> Sent:
+    def send(y: Tensor, scale: int) -> Sent[Tensor]:
         return wire.reduce_scatter(
             y,
             [scale * unit * length for length in lengths],
@@ -295,7 +295,7 @@ def _send_shard(x: Tensor, wire: Wire, params: Slices) -> Tensor:
     return x.narrow(dim, sum(lengths[: wire.index]), lengths[wire.index])
 
 
-def _send_unshard(x: Tensor, wire: Wire, params: Slices) -> Sent:
+def _send_unshard(x: Tensor, wire: Wire, params: Slices) -> Sent[Tensor]:
     return _joined(x, wire, params.dim, params.sizes)
 
 
@@ -408,7 +408,7 @@ def unshard(
     return each(UNSHARD, x, bound, "unshard", prepare)
 
 
-def _send_gather(x: Tensor, wire: Wire, params: RootParts) -> Sent:
+def _send_gather(x: Tensor, wire: Wire, params: RootParts) -> Sent[Tensor]:
     dim, sizes, root = params
     unit = _unit(x, dim)
     send = [x.numel() if rank == root else 0 for rank in range(wire.size)]
@@ -421,7 +421,7 @@ def _send_gather(x: Tensor, wire: Wire, params: RootParts) -> Sent:
     )
 
 
-def _send_scatter(x: Tensor, wire: Wire, params: RootParts) -> Sent:
+def _send_scatter(x: Tensor, wire: Wire, params: RootParts) -> Sent[Tensor]:
     dim, sizes, root = params
     unit = _unit(x, dim)
     lengths = sizes if wire.index == root else (0,) * wire.size
@@ -521,7 +521,7 @@ def scatter(
     return each(SCATTER, x, bound, "scatter", prepare)
 
 
-def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent:
+def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent[Tensor]:
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     out = _lengths(split_sizes_, x.shape[split_dim] // wire.size, wire)
     mine = out[wire.index]

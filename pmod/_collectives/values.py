@@ -65,7 +65,7 @@ SUM = Mean(1, None)
 """Of a plain sum, made once: a NamedTuple takes longer to make than a tuple."""
 
 
-def _send_psum(x: Tensor, wire: Wire, params: Mean) -> Sent:
+def _send_psum(x: Tensor, wire: Wire, params: Mean) -> Sent[Tensor]:
     divisor, asked = params
     return real_sum(
         x, lambda y, _: wire.all_reduce(y, "sum", accumulator(y.dtype, asked), divisor)
@@ -332,7 +332,7 @@ class Extremum(NamedTuple):
     how: Reduction
 
 
-def _send_extremum(x: Tensor, wire: Wire, params: Extremum) -> Sent:
+def _send_extremum(x: Tensor, wire: Wire, params: Extremum) -> Sent[Tensor]:
     how = params.how
     if (
         x.dtype in SIGNED
@@ -488,7 +488,7 @@ class Root(NamedTuple):
     """The index of the one rank."""
 
 
-def _send_pick(x: Tensor, wire: Wire, params: Root) -> Sent:
+def _send_pick(x: Tensor, wire: Wire, params: Root) -> Sent[Tensor]:
     return wire.broadcast(x, params.root)
 
 
@@ -563,11 +563,11 @@ class RootSum(NamedTuple):
     """The name of the dtype that 16-bit floats add up in; None for float32."""
 
 
-def _send_broadcast(x: Tensor, wire: Wire, params: RootSum) -> Sent:
+def _send_broadcast(x: Tensor, wire: Wire, params: RootSum) -> Sent[Tensor]:
     return wire.broadcast(x, params.root)
 
 
-def _send_reduce(x: Tensor, wire: Wire, params: RootSum) -> Sent:
+def _send_reduce(x: Tensor, wire: Wire, params: RootSum) -> Sent[Tensor]:
     root, asked = params
     return real_sum(x, lambda y, _: wire.reduce(y, root, accumulator(y.dtype, asked)))
 

@@ -38,7 +38,7 @@ class _Ahead(NamedTuple):
     """A message that was sent before anybody waited for it."""
 
     call: Call
-    sent: Sent
+    sent: Sent[list[Tensor]]
     origin: Origin
 
 

@@ -374,7 +374,7 @@ def _is_recorded(xs: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in xs)
 
 
-def send_ahead(call: Call, xs: Sequence[Tensor]) -> Sent:
+def send_ahead(call: Call, xs: Sequence[Tensor]) -> Sent[list[Tensor]]:
     """Send the message of a call, to be waited for later."""
     with profiler.record_function(profiled_as(call)), torch.no_grad():
         return begin(call, xs, wire_for(call, xs))

@@ -43,7 +43,7 @@ class Row(Generic[Params]):
     takes: Kind
     gives: Kind
     params: type[Params]
-    send: Callable[[Tensor, Wire, Params], Sent | Tensor]
+    send: Callable[[Tensor, Wire, Params], Sent[Tensor] | Tensor]
     flip: Callable[[Params], Params] = _same
     # elementwise: many tensors of one dtype and device travel as one message
     fused: bool = False

@@ -22,7 +22,7 @@ from pmod._wire.board import Said, code_of
 from pmod._wire.sent import Sent
 
 
-def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
+def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent[list[Tensor]]:
     """Send, and return what will be the list of results."""
     row, _, params = call
     if row.local:
@@ -45,7 +45,7 @@ def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent:
     return sent.then(lambda y: _cut(y, xs, shapes))
 
 
-def _begin_one(row: Row[Params], x: Tensor, wire: Wire, params: Params) -> Sent:
+def _begin_one(row: Row[Params], x: Tensor, wire: Wire, params: Params) -> Sent[list[Tensor]]:
     sent = row.send(_laid_out(x), wire, params)
     assert isinstance(sent, Sent)
     return sent.then(lambda y: [_laid_out_as(x, y)])

@@ -1,15 +1,16 @@
-"""How the ranks compare what they are about to do, before a collective sends anything."""
+"""How the ranks compare what they are about to do, before anything is sent."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic, sleep
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from pmod._wire.board import (
     Board,
     Post,
     Said,
+    awaited,
     board,
     code_of,
     neighbours,
@@ -62,17 +64,18 @@ _BETWEEN = "\x1f"
 
 
 class Words(NamedTuple):
-    """What a rank says of a step: what must be the same on all ranks, a text for each
-    of FIELDS, and its line.
-    """
+    """What a rank says of a step."""
 
+    # What must be the same on all ranks: a text for each of FIELDS.
     fields: list[str]
     site: str
 
     @staticmethod
     def of_call(call: Call, xs: Sequence[Tensor], origin: Origin) -> Words:
+        """Return the words of a call."""
         params, shapes = call.params, [tuple(x.shape) for x in xs]
         if call.row.agreed is not None:
+            # What ranks may differ in, such as lengths of their own, is left out.
             alike = [call.row.agreed(params, shape) for shape in shapes]
             params, shapes = alike[0][0], [shape for _, shape in alike]
         return Words.of_tensors(xs, origin, call.axis, repr(params), shapes)
@@ -83,71 +86,77 @@ class Words(NamedTuple):
         origin: Origin,
         axis: Axis,
         arguments: str,
-        shapes: Sequence[Any],
+        shapes: Sequence[tuple[int, ...]],
     ) -> Words:
-        said = [
+        """Return the words of a step that takes these tensors."""
+        function, site = origin
+        with_grad = torch.is_grad_enabled()
+        dtypes = [str(x.dtype).removeprefix("torch.") for x in xs]
+        devices = [x.device.type for x in xs]
+        requiring = [str(with_grad and x.requires_grad) for x in xs]
+        fields = [
+            function,
+            f"{axis.label!r} of {axis.size}",
             arguments,
             ", ".join(map(str, shapes)),
-            ", ".join(str(x.dtype).removeprefix("torch.") for x in xs),
-            ", ".join(x.device.type for x in xs),
-            ", ".join(str(torch.is_grad_enabled() and x.requires_grad) for x in xs),
+            ", ".join(dtypes),
+            ", ".join(devices),
+            ", ".join(requiring),
             " of ".join(_transforms()) or "none",
             structure(),
+            _alike(site),
         ]
-        return Words(
-            [origin[0], f"{axis.label!r} of {axis.size}", *said, _alike(origin[1])],
-            origin[1],
-        )
+        return Words(fields, site)
 
     @staticmethod
     def of_step(what: str, origin: Origin, axis: Axis) -> Words:
-        """Of a step that is compared by what it is alone; ranks may call backward at
-        unlike lines.
-        """
+        """Return the words of a step that is compared by what it is alone."""
+        function, site = origin
         empty = [""] * (len(FIELDS) - 4)
-        place = "" if origin[0] == ROOT else _alike(origin[1])
-        return Words(
-            [origin[0], f"{axis.label!r} of {axis.size}", what, *empty, place],
-            origin[1],
-        )
+        # Ranks may call backward at unlike lines.
+        place = "" if function == ROOT else _alike(site)
+        fields = [function, f"{axis.label!r} of {axis.size}", what, *empty, place]
+        return Words(fields, site)
 
     @staticmethod
     def of_tree(
-        tree: Any, leaves: Sequence[Tensor], origin: Origin, axis: Axis
+        tree: object, leaves: Sequence[Tensor], origin: Origin, axis: Axis
     ) -> Words:
-        """Of a value that is compared, wherever the ranks do so."""
-        said = Words.of_tensors(
-            leaves, origin, axis, "", [tuple(x.shape) for x in leaves]
-        ).fields
+        """Return the words of a value, which ranks may compare at unlike lines."""
+        shapes = [tuple(x.shape) for x in leaves]
+        said = Words.of_tensors(leaves, origin, axis, "", shapes).fields
         said[FIELDS.index("structure")] = outline(tree, origin[0], axis)
-        said[FIELDS.index("requires grad")] = said[-1] = ""
+        said[FIELDS.index("requires grad")] = ""
+        said[FIELDS.index("called at")] = ""
         return Words(said, origin[1])
 
     def text(self, rest: str) -> str:
+        """Return what `read` reads."""
         return _BETWEEN.join([*self.fields, self.site, rest])
 
     @staticmethod
     def read(text: str) -> tuple[Words, str]:
+        """Read what `text` wrote: the words, and the rest."""
         *fields, site, rest = text.split(_BETWEEN)
         return Words(fields, site), rest
 
 
 def _alike(site: str) -> str:
-    """A line of the user's code as all nodes name it."""
+    """Return a line of the user's code as all nodes name it."""
     return site.alike if isinstance(site, Site) else site
 
 
 def differ(origin: Origin, axis: Axis, given: str, right: str) -> MismatchError:
-    """The error of a call or of its backward."""
+    """Return the error of a call or of its backward."""
     function = origin[0].removeprefix(BACKWARD)
-    given = f"in backward, {given}" if function != origin[0] else given
-    return MismatchError(
-        phrase(function, given, right, axis=axis.label, coords=dict(axis.coords))
-    )
+    if function != origin[0]:
+        given = f"in backward, {given}"
+    coords = dict(axis.coords)
+    return MismatchError(phrase(function, given, right, axis=axis.label, coords=coords))
 
 
 def _transforms() -> Iterator[str]:
-    """The active transforms of torch.func, outermost last."""
+    """Yield the active transforms of torch.func, outermost last."""
     if not are_transforms_active():
         return
     for interpreter in reversed(interpreters() or []):
@@ -156,26 +165,26 @@ def _transforms() -> Iterator[str]:
 
 @contextmanager
 def outside_transforms() -> Generator[None]:
-    """What is compared and sent here is no part of what the user differentiates."""
+    """Keep what is compared and sent out of what the user differentiates."""
     with no_transforms(), torch.no_grad():
         yield
 
 
 def unwrapped(x: Tensor) -> Tensor:
-    """The tensor inside torch.func's wrappers."""
+    """Return the tensor inside torch.func's wrappers."""
     while is_wrapped(x):
         x = unwrap(x)
     return x.detach()
 
 
 def bits_of(xs: Sequence[Tensor]) -> int:
-    """A number that differs where a bit differs."""
+    """Return a number that differs where a bit differs."""
     code = 0
     for x in xs:
         flat = unwrapped(x).resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
-        code = zlib.crc32(
-            flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data, code
-        )
+        # A tensor of one element is contiguous at any stride; its bytes are not.
+        dense = flat.as_strided(flat.shape, (1,))
+        code = zlib.crc32(dense.view(torch.uint8).numpy().data, code)
     return code
 
 
@@ -192,19 +201,19 @@ class _Exchanges:
         self._raised = False  # in a wait, and the board still has its words
 
     def exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
-        """What each rank of the axis says, in rank order."""
+        """Return what each rank of the axis says, in rank order."""
         try:
             return self._exchange(axis, mine, origin)
-        except RuntimeError as error:  # torch's: the connection to the store broke
+        except RuntimeError as error:
+            # torch's: the connection to the store broke.
             raise self._out_of_reach(axis, origin, error) from None
 
     def _exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
         self._met[axis.group_key] += 1
-        number = self._met[axis.group_key]
-        group, store = (
-            hashlib.blake2b(axis.group_key.encode(), digest_size=8).hexdigest(),
-            self.board.store,
-        )
+        number, store = self._met[axis.group_key], self.board.store
+        # The key of a group may name many ranks; that of the store stays short.
+        encoded = axis.group_key.encode()
+        group = hashlib.blake2b(encoded, digest_size=8).hexdigest()
 
         def key(number: int, index: int) -> str:
             return f"pmod/debug/{group}/{number}/{index}"
@@ -213,156 +222,180 @@ class _Exchanges:
         keys = [key(number, index) for index in range(axis.size)]
         try:
             self._wait(keys, axis, f"{axis.group_key}#words {number}", origin)
-        except BaseException:  # nobody met: what was said is taken back
+        except BaseException:
+            # The ranks did not meet, so what this one said is taken back.
             with contextlib.suppress(RuntimeError):
                 store.delete_key(key(number, axis.index))
             self._met[axis.group_key] -= 1
             raise
-        if number == 1:  # all are here, and the store may be gone when it matters
+        if number == 1:
+            # All are here, and the store may be gone when it matters.
             self.board.learn(neighbours(axis))
-        if (
-            number > 2
-        ):  # all have come here, so all have read what was said before the last time
+        if number > 2:
+            # All have come here, so all have read what was said before the last time.
             store.delete_key(key(number - 2, axis.index))
         return [text.decode() for text in store.multi_get(keys)]
 
     def _wait(self, keys: list[str], axis: Axis, meeting: str, origin: Origin) -> None:
-        """Until all have spoken. A long wait is written on the board, for others to
-        see; one without end raises.
+        """Wait until all have spoken.
+
+        A long wait is written on the board, for others to see; one without end raises.
         """
-        rank, started, pause = axis.topology.rank, monotonic(), 5e-5
-        looked, written, before = started, False, dict[int, Post]()
-        mine = Post(
-            WAITS,
-            meeting,
-            tuple(axis.ranks),
-            f"{' at '.join(origin)} (under debug, before it is sent)",
-        )
+        where = f"{' at '.join(origin)} (under debug, before it is sent)"
+        mine = Post(WAITS, meeting, tuple(axis.ranks), where)
+        look = _Look(self.board, keys, axis, origin, mine)
+        pause = 5e-5
         try:
-            while not self.board.store.check(
-                keys
-            ):  # its own wait would print a warning each time it is left
+            # The store's own wait would print a warning each time it is left.
+            while not self.board.store.check(keys):
                 sleep(pause)
                 pause = min(1.5 * pause, 0.01)
-                if monotonic() - looked < LOOK:
-                    continue
-                looked = monotonic()
-                others = [other for other in axis.ranks if other != rank]
-                self.board.learn(others)
-                dead = self.board.dead(others)
-                posts = {
-                    other: post._replace(state=WAITS)
-                    for other, post in self.board.follow(axis.ranks).items()
-                }
-                stuck = _stuck(posts, rank)
-                if stuck and all(before.get(other) == posts[other] for other in stuck):
-                    # ranks under debug find out by themselves, and all may go on;
-                    # another one would wait for ever
-                    if any("#words " not in posts[other].meeting for other in stuck):
-                        self.board.write(rank, mine._replace(state=LEFT))
-                    raise differ(origin, axis, _cycle(posts, stuck), SAME_CALLS)
-                before = posts if stuck else {}
-                gone = (
-                    dead
-                    or (not stuck and self._left(others))
-                    or looked - started > axis.timeout
-                )
-                if gone and not self.board.store.check(keys):
-                    expired = self._expired(axis, meeting, origin, dead)
-                    self.board.write(rank, mine._replace(state=LEFT))
-                    raise expired
-                if not written:
-                    written = True
-                    self.board.write(rank, mine)
-        except BaseException:  # what is written stays, for the others to see, until this rank meets them again
+                look.when_due()
+        except BaseException:
+            # What is written stays, for the others to see, until this rank meets them
+            # again.
             self._raised = True
             raise
-        if written or self._raised:
+        if look.written or self._raised:
             self._raised = False
-            self.board.erase(rank)
-
-    def _left(self, others: Sequence[int]) -> bool:
-        """Whether one of them has raised, and comes no more."""
-        return self.board.somebody_left() and any(
-            post.state == LEFT for post in self.board.read(others).values()
-        )
-
-    def _expired(
-        self, axis: Axis, meeting: str, origin: Origin, dead: dict[int, str]
-    ) -> CollectiveTimeout:
-        posts = self.board.read(axis.ranks)
-        here = {
-            axis.topology.rank,
-            *(rank for rank, post in posts.items() if post.meeting == meeting),
-        }
-        absent, stopped = (
-            [rank for rank in axis.ranks if rank not in here],
-            self.board.stopped(axis.ranks),
-        )
-        given = not_here(absent, posts, dead, axis.timeout, stopped=stopped)
-        return _absent(given, axis, origin, "")
+            self.board.erase(axis.topology.rank)
 
     def _out_of_reach(
         self, axis: Axis, origin: Origin, error: RuntimeError
     ) -> CollectiveTimeout:
-        dead = self.board.dead(
-            [rank for rank in axis.ranks if rank != axis.topology.rank]
-        )
-        given = f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
+        dead = self.board.dead(_others(axis))
+        server = f"{place_of(0)} or the launcher"
+        given = f"the store of the world cannot be reached, which {server} serves"
         if dead:
             given = not_here(list(dead), {}, dead, axis.timeout)
-        return _absent(given, axis, origin, f"\ntorch says: {first_sentence(error)}")
+        return _timeout(given, axis, origin, f"\ntorch says: {first_sentence(error)}")
 
 
-def _absent(given: str, axis: Axis, origin: Origin, more: str) -> CollectiveTimeout:
+class _Look:
+    """What a rank that waits for words sees on the board, from time to time."""
+
+    def __init__(
+        self, board: Board, keys: list[str], axis: Axis, origin: Origin, mine: Post
+    ) -> None:
+        self._board, self._keys = board, keys
+        self._axis, self._origin, self._mine = axis, origin, mine
+        self._started = self._last = monotonic()
+        self._before: dict[int, Post] = {}
+        self.written = False
+
+    def when_due(self) -> None:
+        """Look at the others, a while after the last look; raise if none will come."""
+        if monotonic() - self._last < LOOK:
+            return
+        self._last = monotonic()
+        rank, others = self._axis.topology.rank, _others(self._axis)
+        self._board.learn(others)
+        dead = self._board.dead(others)
+        stuck = self._ranks_in_a_cycle()
+        if dead or (not stuck and self._has_left(others)) or self._is_late():
+            self._end(dead)
+        if not self.written:
+            self.written = True
+            self._board.write(rank, self._mine)
+
+    def _ranks_in_a_cycle(self) -> set[int]:
+        """Return the ranks that wait for ever; raise if they did at the last look."""
+        followed = self._board.follow(self._axis.ranks)
+        # A rank of the cycle that has raised already still counts, so that the others
+        # see the cycle, too.
+        posts = {other: post._replace(state=WAITS) for other, post in followed.items()}
+        stuck = _stuck(posts, self._axis.topology.rank)
+        before, self._before = self._before, posts if stuck else {}
+        if stuck and all(before.get(other) == posts[other] for other in stuck):
+            # Ranks under debug find out by themselves, and all may go on. Another one
+            # would wait for ever.
+            if any("#words " not in posts[other].meeting for other in stuck):
+                self._leave()
+            raise differ(self._origin, self._axis, _cycle(posts, stuck), SAME_CALLS)
+        return stuck
+
+    def _has_left(self, others: Sequence[int]) -> bool:
+        """Return whether one of them has raised, and will not arrive."""
+        if not self._board.somebody_left():
+            return False
+        return any(post.state == LEFT for post in self._board.read(others).values())
+
+    def _is_late(self) -> bool:
+        return self._last - self._started > self._axis.timeout
+
+    def _end(self, dead: dict[int, str]) -> None:
+        """Raise, unless the last words have come meanwhile."""
+        if self._board.store.check(self._keys):
+            return
+        axis = self._axis
+        posts = self._board.read(axis.ranks)
+        absent = [rank for rank in _others(axis) if not self._is_here(posts.get(rank))]
+        stopped = self._board.stopped(axis.ranks)
+        given = not_here(absent, posts, dead, axis.timeout, stopped=stopped)
+        expired = _timeout(given, axis, self._origin, "")
+        self._leave()
+        raise expired
+
+    def _is_here(self, post: Post | None) -> bool:
+        return post is not None and post.meeting == self._mine.meeting
+
+    def _leave(self) -> None:
+        rank = self._axis.topology.rank
+        self._board.write(rank, self._mine._replace(state=LEFT))
+
+
+def _others(axis: Axis) -> list[int]:
+    return [rank for rank in axis.ranks if rank != axis.topology.rank]
+
+
+def _timeout(given: str, axis: Axis, origin: Origin, more: str) -> CollectiveTimeout:
     function, right = origin[0].removeprefix(BACKWARD), f"Called at {origin[1]}{more}"
+    coords = dict(axis.coords)
     return CollectiveTimeout(
-        phrase(function, given, right, axis=axis.label, coords=dict(axis.coords))
+        phrase(function, given, right, axis=axis.label, coords=coords)
     )
 
 
 def _stuck(posts: dict[int, Post], me: int) -> set[int]:
-    """The ranks that wait for ever, if this one does: each for another that waits
-    elsewhere, round to itself.
+    """Return the ranks that wait for ever, if this one does.
+
+    Each waits for another that waits elsewhere, round to itself.
     """
     stuck = set(posts)
     while True:
-        free: set[int] = set()
-        for rank in stuck:
-            meeting = posts[rank].meeting
-            absent = [
-                r
-                for r in posts[rank].ranks
-                if r not in posts or posts[r].meeting != meeting
-            ]
-            if all(r not in stuck for r in absent):
-                free.add(rank)
+        free = {rank for rank in stuck if stuck.isdisjoint(awaited(rank, posts))}
         if not free:
-            return stuck if me in stuck else set()
+            break
         stuck -= free
+    return stuck if me in stuck else set()
 
 
 def _cycle(posts: dict[int, Post], stuck: set[int]) -> str:
-    rows = [
-        f"  {place_of(rank)} waits in {posts[rank].where}" for rank in sorted(stuck)
-    ]
-    return "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
+    rows = ["the ranks wait for each other, and none can go on:"]
+    for rank in sorted(stuck):
+        rows.append(f"  {place_of(rank)} waits in {posts[rank].where}")
+    return "\n".join(rows)
 
 
 _COMPARED = Said("debug", code_of("debug"), otherwise="what debug compares")
 
 
+class _Speaking(Protocol):
+    """A wire of a world without processes."""
+
+    def words(self, mine: str) -> list[str]: ...
+
+
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
-    """What each rank of the axis says, in rank order; all of them come to say it."""
-    ours = world.current()
-    here = (
-        axis.group and board() if ours.by_processes else None
-    )  # connects, and is no meeting
+    """Return what each rank of the axis says, in rank order; all come to say it."""
+    here: Board | None = None
+    if world.current().by_processes and axis.group:
+        # Asking for the group has connected the ranks, which is no meeting.
+        here = board()
     if here is None:
         with on_behalf_of(origin):
-            return cast(Any, wire_of(axis, torch.device("cpu"), said=_COMPARED)).words(
-                mine
-            )
+            wire = wire_of(axis, torch.device("cpu"), said=_COMPARED)
+            return cast("_Speaking", wire).words(mine)
     if here.exchanges is None:
         here.exchanges = _Exchanges(here)
     return here.exchanges.exchange(axis, mine, origin)
@@ -371,23 +404,28 @@ def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
 def gathered(
     numbers: Sequence[int], words: Words, axis: Axis, origin: Origin
 ) -> list[list[int]]:
-    """The numbers of all ranks of the axis. Raise where one of them is at another step:
-    its numbers mean others.
+    """Return the numbers of all ranks of the axis.
+
+    Raise where one of them is at another step, because its numbers mean others.
     """
     mine = words.text(" ".join([str(int(number)) for number in numbers]))
-    said = [Words.read(text) for text in _said(mine, axis, origin)]
-    if any(other.fields != words.fields for other, _ in said):
-        raise differ(
-            origin, axis, _table([other for other, _ in said], axis), SAME_CALLS
-        )
-    return [[int(number) for number in rest.split()] for _, rest in said]
+    said: list[Words] = []
+    numbers_of: list[list[int]] = []
+    for text in _said(mine, axis, origin):
+        other, rest = Words.read(text)
+        said.append(other)
+        numbers_of.append([int(number) for number in rest.split()])
+    if any(other.fields != words.fields for other in said):
+        raise differ(origin, axis, _table(said, axis), SAME_CALLS)
+    return numbers_of
 
 
 def compare_calls(
     call: Call, xs: Sequence[Tensor], words: Words, origin: Origin, invariant: bool
 ) -> bool:
-    """Raise where the ranks are about to do different things; whether what they take as
-    invariant is the same.
+    """Raise where the ranks are about to do different things.
+
+    Returns whether what they take as invariant is the same.
     """
     same = compare_words(words, bits_of(xs) if invariant else 0, call.axis, origin)
     if call.row is ALL_TO_ALL:
@@ -396,76 +434,91 @@ def compare_calls(
 
 
 def compare_words(words: Words, bits: int, axis: Axis, origin: Origin) -> bool:
-    """Raise where the ranks say other words of a call; whether they have the same bits."""
-    return len({bits for (bits,) in gathered([bits], words, axis, origin)}) == 1
+    """Raise where the ranks say other words; return whether they have the same bits."""
+    return are_same(gathered([bits], words, axis, origin))
+
+
+def are_same(rows: Sequence[list[int]], column: int = 0) -> bool:
+    """Return whether all ranks have the same number there."""
+    return len({row[column] for row in rows}) == 1
 
 
 def _compare_lengths(call: Call, x: Tensor, origin: Origin) -> None:
-    """What each rank sends to another must be what that one expects."""
+    """Raise where a rank sends to another what that one does not expect."""
     axis = call.axis
     found = lengths_exchanged(call.params, x.shape[call.params[0]], axis)
     if found is None:
         return
     sent, expected = found
-    rows = gathered(
-        [*sent, *expected], Words.of_step("sizes", origin, axis), axis, origin
-    )
-    n = axis.size
-    wrong_pairs = [
-        (i, j) for i in range(n) for j in range(n) if rows[i][j] != rows[j][n + i]
-    ]
-    if wrong_pairs:
-        lines = [
-            f"  {place_of(axis.ranks[i])} sends {rows[i][j]} to {place_of(axis.ranks[j])}, "
-            f"which expects {rows[j][n + i]}"
-            for i, j in wrong_pairs
-        ]
-        given = "the sizes contradict each other:\n" + "\n".join(lines)
-        right = (
-            f"recv_sizes[j] is what rank j sends to this rank. Called at {origin[1]}"
-        )
-        raise differ(origin, axis, given, right)
+    words = Words.of_step("sizes", origin, axis)
+    rows = gathered([*sent, *expected], words, axis, origin)
+    lines = _contradictions(rows, axis)
+    if lines:
+        listed = "\n".join(lines)
+        given = f"the sizes contradict each other:\n{listed}"
+        meant = "recv_sizes[j] is what rank j sends to this rank."
+        raise differ(origin, axis, given, f"{meant} Called at {origin[1]}")
+
+
+def _contradictions(rows: list[list[int]], axis: Axis) -> list[str]:
+    """Return a line for each rank that sends another what it does not expect.
+
+    rows: what each rank sends to each, and then what it expects of each.
+    """
+    places = [place_of(rank) for rank in axis.ranks]
+    lines: list[str] = []
+    for i, j in itertools.product(range(axis.size), repeat=2):
+        sent, expected = rows[i][j], rows[j][axis.size + i]
+        if sent != expected:
+            to = f"{places[j]}, which expects {expected}"
+            lines.append(f"  {places[i]} sends {sent} to {to}")
+    return lines
 
 
 def _table(said: list[Words], axis: Axis) -> str:
-    """What each rank is about to do, with what differs. A field that some rank says
-    nothing of is no difference.
-    """
+    """Return what each rank is about to do, with what differs."""
     columns = list(zip(*[words.fields for words in said], strict=True))
-    alone = (
-        len(set(columns[0])) == 1
-    )  # the same function: then an empty field says something, too
-    differing = [
-        i
-        for i, texts in enumerate(columns)
-        if len(set(texts)) > 1 and (alone or all(texts))
-    ]
-    listed = [i for i in differing if FIELDS[i] not in ("function", "called at")]
-    parts = {i: _apart(columns[i]) for i in listed}
-    rows: list[str] = []
+    # A field of which some rank says nothing does not differ. Between calls of the same
+    # function an empty field says something, too.
+    alone = len(set(columns[0])) == 1
+    differing: dict[str, list[str]] = {}
+    for field, texts in zip(FIELDS, columns, strict=True):
+        if len(set(texts)) > 1 and (alone or all(texts)):
+            differing[field] = _apart(texts)
+    rows = [f"the ranks differ in {', '.join(differing)}:"]
     for index, (rank, words) in enumerate(zip(axis.ranks, said, strict=True)):
         rows.append(f"  {place_of(rank)}: {words.fields[0]} at {words.site}")
-        rows += [f"    {FIELDS[i]}: {parts[i][index]}".rstrip() for i in listed]
-    return (
-        f"the ranks differ in {', '.join(FIELDS[i] for i in differing)}:\n"
-        + "\n".join(rows)
-    )
+        for field, texts in differing.items():
+            # The line above says these two already.
+            if field not in ("function", "called at"):
+                rows.append(f"    {field}: {texts[index]}".rstrip())
+    return "\n".join(rows)
 
 
 def _apart(texts: Sequence[str]) -> list[str]:
-    """The texts, long ones from shortly before the place where they differ."""
-    letters = enumerate(zip(*texts, strict=False))
-    same = next((i for i, each in letters if len(set(each)) > 1), min(map(len, texts)))
-    start = 0 if max(map(len, texts)) <= SHOWN else max(0, same - SHOWN // 4)
-    cut = [text[start : start + SHOWN] for text in texts]
-    return [
-        ("... " if start else "") + part + (" ..." if start + SHOWN < len(text) else "")
-        for part, text in zip(cut, texts, strict=True)
-    ]
+    """Return the texts, long ones from shortly before the place where they differ."""
+    start = 0
+    if max(map(len, texts)) > SHOWN:
+        start = max(0, _first_difference(texts) - SHOWN // 4)
+    return [_window(text, start) for text in texts]
+
+
+def _first_difference(texts: Sequence[str]) -> int:
+    for place, letters in enumerate(zip(*texts, strict=False)):
+        if len(set(letters)) > 1:
+            return place
+    return min(map(len, texts))
+
+
+def _window(text: str, start: int) -> str:
+    end = start + SHOWN
+    before = "... " if start else ""
+    after = " ..." if end < len(text) else ""
+    return f"{before}{text[start:end]}{after}"
 
 
 def _spread(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value of each element over the axis."""
+    """Return the smallest and the largest value of each element over the axis."""
     plain = unwrapped(x)
     real = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
     flat = real.double().contiguous().reshape(-1)
@@ -476,29 +529,40 @@ def _spread(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
 
 
 def difference(
-    xs: Sequence[Tensor], names: Sequence[str], axis: Axis, rtol: float
+    xs: Sequence[Tensor], names: Sequence[str], axis: Axis, rtol: float, same: bool
 ) -> str | None:
-    """Where the ranks differ most, None where they agree within the tolerance."""
-    worst: tuple[float, str] | None = None
+    """Return where the ranks differ most; None if they agree within the tolerance.
+
+    same: whether they have the same bits.
+    """
+    if same and rtol == 0.0:
+        return None
+    worst, said = -1.0, None
     for name, x in zip(names, xs, strict=True):
         low, high = _spread(x, axis)
         if low.numel() == 0:
             continue
+        # Equal infinities differ by a NaN that means nothing; any other NaN is the
+        # largest difference.
         gap = torch.where(low == high, 0.0, high - low).nan_to_num(nan=torch.inf)
         scale = torch.maximum(low.abs(), high.abs()).nan_to_num(nan=0.0)
         beyond = gap > rtol * scale
         if not beyond.any():
             continue
         at = int(torch.where(beyond, gap, -1.0).argmax())
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), gap.shape))[
-            : x.dim()
-        ]
         largest = gap.reshape(-1)[at].item()
-        if worst is None or largest > worst[0]:
-            spot = f"{name}[{', '.join(map(str, index))}]" if index else name
-            values = f"from {low.reshape(-1)[at].item():.9g} to {high.reshape(-1)[at].item():.9g}"
-            worst = (
-                largest,
-                f"{spot} goes {values} over the ranks, a difference of {largest:.3g}",
-            )
-    return None if worst is None else worst[1]
+        if largest > worst:
+            worst = largest
+            least, most = low.reshape(-1)[at].item(), high.reshape(-1)[at].item()
+            values = f"goes from {least:.9g} to {most:.9g} over the ranks"
+            spot = _spot(name, at, gap.shape, x.dim())
+            said = f"{spot} {values}, a difference of {largest:.3g}"
+    return said
+
+
+def _spot(name: str, at: int, shape: torch.Size, dims: int) -> str:
+    """Return `x[0, 1]` for the element at a place of the flat tensor."""
+    index = torch.unravel_index(torch.tensor(at), shape)
+    # A complex element has a last index of its own, for its parts.
+    listed = ", ".join([str(int(i)) for i in index[:dims]])
+    return f"{name}[{listed}]" if listed else name

@@ -1,11 +1,10 @@
-"""`debug`: before each collective its ranks compare what they are about to do, so that
-a hang becomes an error.
+"""`debug`: ranks compare what they are about to do, so that a hang becomes an error.
 
-Speed is traded for proof: before each collective every rank writes its words on a
-board, the store of the world, and reads the others'; where they differ all of them
+Speed is traded for proof. Before each collective every rank writes its words on a
+board, the store of the world, and reads the others'. Where they differ all of them
 raise the same table. What a row takes as invariant must be the same bits on every rank.
-A rank that waits long says on the board for what: ranks that wait for each other in a
-cycle see so within seconds.
+A rank that waits long says on the board for what, so ranks that wait for each other in
+a cycle see it within seconds.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,35 +42,33 @@ from pmod._ranks import world
 from pmod._site import BACKWARD, Origin, call_site
 from pmod._torch import are_transforms_active
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def compare_claimed(
     leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str
 ) -> None:
-    """Under debug: raise where leaves whose specs leave an axis out are not the same on
-    all its ranks.
+    """Raise, under debug, where leaves are not the same on all ranks of the axis.
+
+    These are the leaves whose specs leave the axis out.
     """
-    checker = next(
-        (watcher for watcher in watchers() if isinstance(watcher, _Checker)), None
-    )
+    checker = _checker_in(watchers())
     if checker is None or axis.size == 1:
         return
-    origin, (xs, names) = (function, call_site()[1]), zip(*leaves, strict=True)
-    words = Words.of_tensors(
-        xs, origin, axis, ", ".join(names), [tuple(x.shape) for x in xs]
-    )
+    site = call_site()[1]
+    origin, (xs, names) = (function, site), zip(*leaves, strict=True)
+    shapes = [tuple(x.shape) for x in xs]
+    words = Words.of_tensors(xs, origin, axis, ", ".join(names), shapes)
     with outside_transforms():
         same = compare_words(words, bits_of(xs), axis, origin)
-        found = (
-            None
-            if same and checker.rtol == 0.0
-            else difference(xs, names, axis, checker.rtol)
-        )
+        found = difference(xs, names, axis, checker.rtol, same)
     if found is not None:
-        given = f"{found}, but its spec leaves {axis.label!r} out, so ranks {few(axis.ranks)} should hold one value"
-        right = f"Make it one (pmod.replicate, pmod.pmean), or name the axis in the spec.\nCalled at {origin[1]}"
-        raise differ(origin, axis, given, right)
+        ranks = f"ranks {few(axis.ranks)} should hold one value"
+        given = f"{found}, but its spec leaves {axis.label!r} out, so {ranks}"
+        ways = "pmod.replicate, pmod.pmean"
+        right = f"Make it one ({ways}), or name the axis in the spec."
+        raise differ(origin, axis, given, f"{right}\nCalled at {site}")
 
 
 class _Checker(Watcher):
@@ -84,45 +81,54 @@ class _Checker(Watcher):
     def compiled(self) -> None:
         if not self.warned:
             self.warned = True
-            text = phrase(
-                "debug",
-                "compiled code is not checked",
-                "Run the eager function under debug.",
-            )
+            right = "Run the eager function under debug."
+            text = phrase("debug", "compiled code is not checked", right)
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
         if call.axis.size == 1:
             return
         words = Words.of_call(call, xs, origin)
-        forward = call.row.takes == "V" and not origin[0].startswith(BACKWARD)
-        traced = forward and torch.is_grad_enabled() and not are_transforms_active()
+        traced = self._has_lineage(call, origin)
         with outside_transforms():
             self._check(call, xs, words, origin)
-            if traced and any(x.requires_grad for x in xs):
-                check_lineage(
-                    [lineage(x, call.axis) for x in xs if x.requires_grad],
-                    call.axis,
-                    origin,
-                )
+            differentiated = [x for x in xs if traced and x.requires_grad]
+            if differentiated:
+                found = [lineage(x, call.axis) for x in differentiated]
+                check_lineage(found, call.axis, origin)
+
+    def _has_lineage(self, call: Call, origin: Origin) -> bool:
+        """Return whether torch's graph says what x is made from."""
+        forward = call.row.takes == "V" and not origin[0].startswith(BACKWARD)
+        return forward and torch.is_grad_enabled() and not are_transforms_active()
 
     def _check(
         self, call: Call, xs: Sequence[Tensor], words: Words, origin: Origin
     ) -> None:
         invariant = call.row.takes == "I"
         same = compare_calls(call, xs, words, origin, invariant)
-        if invariant and not (same and self.rtol == 0.0):
-            name = "the gradient" if origin[0].startswith(BACKWARD) else "x"
-            names = [name] if len(xs) == 1 else [f"{name} {i}" for i in range(len(xs))]
-            found = difference(xs, names, call.axis, self.rtol)
-            if found is not None:
-                given = f"{found}, but all ranks should hold the same there (I)"
-                raise differ(origin, call.axis, given, f"Called at {origin[1]}")
+        if not invariant:
+            return
+        name = "the gradient" if origin[0].startswith(BACKWARD) else "x"
+        names = [name]
+        if len(xs) > 1:
+            names = [f"{name} {i}" for i in range(len(xs))]
+        found = difference(xs, names, call.axis, self.rtol, same)
+        if found is not None:
+            given = f"{found}, but all ranks should hold the same there (I)"
+            raise differ(origin, call.axis, given, f"Called at {origin[1]}")
+
+
+def _checker_in(watching: Iterable[Watcher]) -> _Checker | None:
+    """Return the watcher that `debug` has set, if it is on."""
+    for watcher in watching:
+        if isinstance(watcher, _Checker):
+            return watcher
+    return None
 
 
 class _Backward:
-    """torch.autograd's two entries, looked into while debug is on anywhere in this
-    process.
+    """A look into torch.autograd's two entries, while debug is on in this process.
 
     torch's anomaly mode is on meanwhile, so that the graph knows the lines that made
     it.
@@ -130,37 +136,35 @@ class _Backward:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # The ranks of a simulation share torch's entries, so the last one puts them
+        # back.
         self._users = 0
-        self._backward: Any = torch.autograd.backward
-        self._grad: Any = torch.autograd.grad
+        self._backward: Callable[..., Any] = torch.autograd.backward
+        self._grad: Callable[..., Any] = torch.autograd.grad
         self._anomaly = (False, True)
 
     def watch(self) -> None:
+        """Look into torch's entries from now on."""
         with self._lock:
             self._users += 1
-            if self._users == 1:
-                self._backward, self._grad = (
-                    torch.autograd.backward,
-                    torch.autograd.grad,
-                )
-                torch.autograd.backward, torch.autograd.grad = (
-                    self._watched_backward,
-                    self._watched_grad,
-                )
-                self._anomaly = (
-                    torch.is_anomaly_enabled(),
-                    torch.is_anomaly_check_nan_enabled(),
-                )
-                torch.autograd.set_detect_anomaly(True, check_nan=all(self._anomaly))
+            if self._users > 1:
+                return
+            autograd = torch.autograd
+            self._backward, self._grad = autograd.backward, autograd.grad
+            autograd.backward = self._watched_backward
+            autograd.grad = self._watched_grad
+            check_nan = torch.is_anomaly_check_nan_enabled()
+            self._anomaly = torch.is_anomaly_enabled(), check_nan
+            # The mode's own search for NaN is left as the user has it.
+            autograd.set_detect_anomaly(True, check_nan=all(self._anomaly))
 
     def leave(self) -> None:
+        """Take back one `watch`."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                torch.autograd.backward, torch.autograd.grad = (
-                    self._backward,
-                    self._grad,
-                )
+                torch.autograd.backward = self._backward
+                torch.autograd.grad = self._grad
                 torch.autograd.set_detect_anomaly(*self._anomaly)
 
     def _watched_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -174,11 +178,14 @@ class _Backward:
         return self._grad(outputs, inputs, *args, **kwargs)
 
 
-def _look_at_roots(roots: Any, inputs: Any) -> None:
-    if are_transforms_active() or not any(isinstance(w, _Checker) for w in watchers()):
+def _look_at_roots(
+    roots: Tensor | Iterable[object], inputs: Tensor | Sequence[Tensor] | None
+) -> None:
+    if are_transforms_active() or _checker_in(watchers()) is None:
         return
     wanted = [inputs] if isinstance(inputs, Tensor) else inputs
     for root in [roots] if isinstance(roots, Tensor) else roots:
+        # torch takes edges of the graph, too, of which nothing is known here.
         if isinstance(root, Tensor) and root.requires_grad:
             with outside_transforms():
                 check_root(root, wanted)
@@ -214,15 +221,15 @@ class debug:  # lower case: it reads as the function it is called as
         check_flag(on, "debug", "on")
         rtol = check_tolerance(rtol, "debug")
         self._before = list(watchers())
-        kept = [w for w in self._before if not isinstance(w, _Checker)]
-        self._change(
-            [*kept, _Checker(rtol)] if on and not world.current().alone else kept
-        )
+        wanted = [w for w in self._before if not isinstance(w, _Checker)]
+        # The one rank of an estimate has nobody to compare with.
+        if on and not world.current().alone:
+            wanted.append(_Checker(rtol))
+        self._change(wanted)
 
     def _change(self, to: list[Watcher]) -> None:
-        was, now = (
-            any(isinstance(w, _Checker) for w in them) for them in (watchers(), to)
-        )
+        was = _checker_in(watchers()) is not None
+        now = _checker_in(to) is not None
         watchers()[:] = to
         if now and not was:
             world.processes().the(_Backward).watch()
@@ -241,9 +248,8 @@ class debug:  # lower case: it reads as the function it is called as
         self._change(self._before)
 
 
-def checked(f: F) -> F:
-    """A step function that is run under `debug` the first time, and as it is from then
-    on.
+def checked(f: Callable[P, R]) -> Callable[P, R]:
+    """Return a step function that runs under `debug` the first time, and then plainly.
 
     Each new signature is checked once: the shapes and dtypes of its tensors, what
     requires grad, the types of all else, grad mode and mesh. All ranks must come to a
@@ -261,23 +267,18 @@ def checked(f: F) -> F:
     if not callable(f):
         right = "Pass a step function: @pmod.checked above its def."
         raise ArgumentError(phrase("checked", f"f is {quoted(f)}", right))
-    seen: set[Any] = set()
+    seen: set[object] = set()
 
     @wraps(f)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         ours = world.current()
-        if ours.alone:  # nobody to compare with
+        # The one rank of an estimate has nobody to compare with.
+        if ours.alone:
             return f(*args, **kwargs)
-        place = (
-            None if ours.by_processes else ours.topology.rank
-        )  # ranks that are threads share this function
-        key = (
-            ambient(),
-            torch.is_grad_enabled(),
-            place,
-            _signature(args),
-            _signature(kwargs),
-        )
+        # Ranks that are threads share this function, and each must be checked.
+        place = None if ours.by_processes else ours.topology.rank
+        mode = ambient(), torch.is_grad_enabled(), place
+        key = *mode, _signature(args), _signature(kwargs)
         if key in seen or torch.compiler.is_compiling():
             return f(*args, **kwargs)
         with debug():
@@ -285,10 +286,11 @@ def checked(f: F) -> F:
         seen.add(key)
         return result
 
-    return cast(F, wrapper)
+    return wrapper
 
 
-def _signature(tree: Any) -> Any:
+def _signature(tree: object) -> object:
+    """Return what makes `checked` check again when it is new."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.dtype, tree.device, tree.requires_grad
     if isinstance(tree, dict):

@@ -1,9 +1,8 @@
-"""`estimate`: one rank's program in a world that does not exist, to see what it would
-send and how long that takes.
+"""`estimate`: what one rank's program would send in a world that does not exist.
 
-The other ranks are taken to hold what this one holds: what they would send is made up
-from what this rank sends, so that values stay finite and plausible, and everything up
-to the wire is the code that runs on a real mesh.
+The other ranks are taken to hold what this one holds. What they would send is made up
+from what this rank sends, so that values stay finite and plausible. Everything up to
+the wire is the code that runs on a real mesh.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ def estimate(
     bandwidth: Rate = math.inf,
     latency: Rate = 0.0,
 ) -> trace:
-    """What fn(*args) would send on a mesh of any size, and how long that would take: a
-    `trace`, in this one process.
+    """Return what fn(*args) would send on a mesh of any size, and how long that takes.
 
+    It is a `trace`, made in this one process.
     fn is one rank's program, and runs once, as the rank that the mesh says (of a
     mapping, the first); no other rank exists, and nothing is sent. Tensors may be real
     or on the "meta" device, where a model of any size costs no memory. What arrives is
@@ -61,37 +60,44 @@ def estimate(
     """
     check_function(fn, "estimate")
     with alone_on(mesh, "estimate") as here:
-        rates = [
-            _checked_rate(bandwidth, "bandwidth", here),
-            _checked_rate(latency, "latency", here),
-        ]
+        _check_rate(bandwidth, "bandwidth", here)
+        _check_rate(latency, "latency", here)
         with trace() as found:
             fn(*args)
-    found.retime(lambda event: _seconds(event, *rates))
+    found.retime(lambda event: _seconds(event, bandwidth, latency))
     return found
 
 
-def _checked_rate(rate: Rate, name: str, mesh: Mesh) -> Rate:
-    for axis, value in rate.items() if isinstance(rate, Mapping) else [(None, rate)]:
-        for part in (
-            () if axis is None else axis if isinstance(axis, tuple) else (axis,)
-        ):
+def _check_rate(rate: Rate, name: str, mesh: Mesh) -> None:
+    if not isinstance(rate, Mapping):
+        _check_number(rate, name)
+        return
+    for axis, value in rate.items():
+        for part in _parts(axis):
             if part not in mesh.axis_names:
-                given = f"{name} has no axis {quoted(part)} to be for{near_miss(part, mesh.axis_names)}"
-                raise AxisError(
-                    phrase("estimate", given, f"The mesh has {mesh.shape}.")
-                )
-        number = as_real(value)
-        if number is None or not (number > 0 if name == "bandwidth" else number >= 0):
-            right = (
-                "Pass bytes per second, above 0."
-                if name == "bandwidth"
-                else "Pass seconds, 0 or more."
-            )
-            raise ArgumentError(
-                phrase("estimate", f"{name} is {quoted(value)}", right, axis=axis)
-            )
-    return rate
+                near = near_miss(part, mesh.axis_names)
+                given = f"{name} has no axis {quoted(part)} to be for{near}"
+                right = f"The mesh has {mesh.shape}."
+                raise AxisError(phrase("estimate", given, right))
+        _check_number(value, name, axis)
+
+
+def _check_number(value: object, name: str, axis: object = None) -> None:
+    number = as_real(value)
+    if name == "bandwidth":
+        # Nothing would arrive at 0 bytes per second.
+        fine = number is not None and number > 0
+        right = "Pass bytes per second, above 0."
+    else:
+        fine = number is not None and number >= 0
+        right = "Pass seconds, 0 or more."
+    if not fine:
+        given = f"{name} is {quoted(value)}"
+        raise ArgumentError(phrase("estimate", given, right, axis=axis))
+
+
+def _parts(axis: str | tuple[str, ...]) -> tuple[str, ...]:
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 def _of_axis(rate: Rate, axis: str | tuple[str, ...], name: str) -> float:
@@ -99,20 +105,19 @@ def _of_axis(rate: Rate, axis: str | tuple[str, ...], name: str) -> float:
         return rate
     if axis in rate:
         return rate[axis]
-    parts = (axis,) if isinstance(axis, str) else axis
+    parts = _parts(axis)
     missing = [part for part in parts if part not in rate]
     if missing:
-        right = f"Pass {name}={{{missing[0]!r}: ...}} beside the others, or one number for all."
-        raise AxisError(
-            phrase("estimate", f"{name} names no {missing[0]!r}, which is used", right)
-        )
-    return (min if name == "bandwidth" else max)(rate[part] for part in parts)
+        given = f"{name} names no {missing[0]!r}, which is used"
+        pass_it = f"Pass {name}={{{missing[0]!r}: ...}} beside the others"
+        raise AxisError(phrase("estimate", given, f"{pass_it}, or one number for all."))
+    # A tuple of axes is as slow as its slowest.
+    rates = [rate[part] for part in parts]
+    return min(rates) if name == "bandwidth" else max(rates)
 
 
 def _seconds(event: Event, bandwidth: Rate, latency: Rate) -> float:
-    alpha, per_second = (
-        _of_axis(latency, event.axis, "latency"),
-        _of_axis(bandwidth, event.axis, "bandwidth"),
-    )
+    alpha = _of_axis(latency, event.axis, "latency")
+    per_second = _of_axis(bandwidth, event.axis, "bandwidth")
     nbytes = max(event.nbytes, event.received)
     return alpha * max(event.messages, nbytes > 0) + nbytes / per_second

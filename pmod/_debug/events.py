@@ -6,7 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
@@ -17,6 +17,9 @@ from pmod._wire.traffic import Traffic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Entry: TypeAlias = dict[str, Any]
+"""What Chrome's format has of an event: the texts and numbers of a JSON object."""
 
 
 @attrs.frozen
@@ -32,7 +35,9 @@ class Event:
     received: int  # bytes
     messages: int  # that follow one another
     start: float  # seconds since the trace began
-    seconds: float  # from the call to its result, waiting included; of one that was started, sending and waiting
+    # From the call to its result, waiting included. Of a call that was started, sending
+    # and waiting, without what lies between.
+    seconds: float
     site: str  # the user's line; of a backward, that of its forward
     module: str  # the path of the nn.Module that called it
     step: int  # how many optimizer steps came before
@@ -59,16 +64,17 @@ TITLES = ("function", "axis", "calls", "sent", "ms", "module", "line")
 
 
 def in_bytes(count: float) -> str:
-    """A number of bytes in four digits."""
+    """Return a number of bytes in four digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{int(count)} B"
 
 
-def chrome_entry(event: Event, offset: float) -> dict[str, Any]:
-    """A complete event of Chrome's format; times in us. offset: of the trace's
-    beginning on the common clock.
+def chrome_entry(event: Event, offset: float) -> Entry:
+    """Return a complete event of Chrome's format, whose times are in us.
+
+    offset: of the trace's beginning on the common clock, in seconds.
     """
     axis = named(event.axis)
     return {
@@ -87,34 +93,25 @@ def chrome_entry(event: Event, offset: float) -> dict[str, Any]:
     }
 
 
-def write_events(path: str | os.PathLike[str], entries: list[dict[str, Any]]) -> None:
-    first = min((entry["ts"] for entry in entries), default=0.0)
-    lanes = {
-        axis: number
-        for number, axis in enumerate(dict.fromkeys(entry["tid"] for entry in entries))
-    }
+def write_events(path: str | os.PathLike[str], entries: list[Entry]) -> None:
+    """Write entries of `chrome_entry` into a file, with the names of ranks and axes."""
+    first = min([entry["ts"] for entry in entries], default=0.0)
+    lanes: dict[str, int] = {}
     names: dict[tuple[int, int], str] = {}
     for entry in entries:
-        names[entry["pid"], lanes[entry["tid"]]] = entry["tid"]
+        axis = entry["tid"]
+        # The format wants a number for a lane, and its name in an entry of its own.
+        lane = lanes.setdefault(axis, len(lanes))
+        names[entry["pid"], lane] = axis
         entry["ts"] -= first
-        entry["tid"] = lanes[entry["tid"]]
-    told = [
-        {
-            "name": "process_name",
-            "ph": "M",
-            "pid": rank,
-            "args": {"name": f"rank {rank}"},
-        }
-        for rank in sorted({rank for rank, _ in names})
-    ]
-    told += [
-        {
-            "name": "thread_name",
-            "ph": "M",
-            "pid": rank,
-            "tid": lane,
-            "args": {"name": axis},
-        }
-        for (rank, lane), axis in sorted(names.items())
-    ]
-    Path(path).write_text(json.dumps({"traceEvents": told + entries}))
+        entry["tid"] = lane
+    told: list[Entry] = []
+    for rank in sorted({rank for rank, _ in names}):
+        told.append(_name_entry("process_name", f"rank {rank}", pid=rank))
+    for (rank, lane), axis in sorted(names.items()):
+        told.append(_name_entry("thread_name", axis, pid=rank, tid=lane))
+    Path(path).write_text(json.dumps({"traceEvents": [*told, *entries]}))
+
+
+def _name_entry(what: str, name: str, **place: int) -> Entry:
+    return {"name": what, "ph": "M", **place, "args": {"name": name}}

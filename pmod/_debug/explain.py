@@ -1,5 +1,6 @@
-"""`explain`: a program's collectives and their transposes, line by line, and why each
-message is there.
+"""`explain`: a program's collectives and their transposes, line by line.
+
+It says why each message is there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pmod._mesh.mesh import Mesh
 from pmod._run.alone import alone_on
 from pmod._site import BACKWARD, Origin, call_source
 
-Place = tuple[str, Any, str]
+Place = tuple[str, str | tuple[str, ...], str]
 """A function, its axis and the user's line."""
 
 
@@ -46,14 +47,14 @@ class _Messages:
     def __str__(self) -> str:
         if not self.nbytes:
             return ""
-        return (
-            f", {self.calls} messages" if self.calls > 1 else ""
-        ) + f", {in_bytes(self.nbytes)}"
+        if self.calls == 1:
+            return f", {in_bytes(self.nbytes)}"
+        return f", {self.calls} messages, {in_bytes(self.nbytes)}"
 
 
 @attrs.define
 class Step:
-    """One line's collective, however often it was called, and what its backward called."""
+    """One line's collective, however often it was called, and its backward's calls."""
 
     place: Place
     argument: str  # as the user wrote it
@@ -71,34 +72,37 @@ class Step:
             self.kinds = f"{ROWS[event.row].takes} -> {ROWS[event.row].gives}"
 
     def title(self) -> str:
-        """`w: pvary(data) -> backward: psum, 12 MB`."""
+        """Return `w: pvary(data) -> backward: psum, 12 MB`."""
         function, axis, _ = self.place
-        forward = (
-            f"{self.argument}: " * bool(self.argument)
-            + f"{function}({named(axis)}){self.forward}"
-        )
-        rows = "; ".join(f"{row}{messages}" for row, messages in self.backward.items())
+        forward = f"{function}({named(axis)}){self.forward}"
+        if self.argument:
+            forward = f"{self.argument}: {forward}"
+        rows = [f"{row}{messages}" for row, messages in self.backward.items()]
         if rows:
-            return f"{forward} -> backward: {rows}"
+            return f"{forward} -> backward: {'; '.join(rows)}"
         return f"{forward} -> no gradient comes back" if self.kinds else forward
 
     def reasons(self) -> Iterator[str]:
-        """What the call does, and why each message of its backward is there."""
+        """Yield what the call does, and why each message of its backward is there."""
         known = COLLECTIVES.get(self.place[0])
         if known is not None:
             yield f"{known.kinds}: {known.value}."
-        else:  # a layer, or a module that reduces gradients
-            function = getattr(sys.modules["pmod"], self.place[0], None)
-            said = getattr(function, "__doc__", None) or ""
-            yield from [
-                f"{self.kinds}{': ' if self.kinds else ''}{line}"
-                for line in said.splitlines()[:1]
-            ]
+        else:
+            yield from self._first_line_of_docstring()
         for row, messages in self.backward.items():
-            if row in ROWS and ROWS[row].why:
-                yield f"backward: {ROWS[row].why}" + (
-                    "." if messages.nbytes else "; nothing is sent."
-                )
+            why = ROWS[row].why if row in ROWS else ""
+            if why:
+                end = "." if messages.nbytes else "; nothing is sent."
+                yield f"backward: {why}{end}"
+
+    def _first_line_of_docstring(self) -> Iterator[str]:
+        """Yield what a layer, or a module that reduces gradients, says of itself."""
+        function = getattr(sys.modules["pmod"], self.place[0], None)
+        # Python strips docstrings under -OO.
+        said = getattr(function, "__doc__", None)
+        if said:
+            line = said.splitlines()[0]
+            yield f"{self.kinds}: {line}" if self.kinds else line
 
 
 @attrs.frozen
@@ -109,53 +113,53 @@ class Explanation:
     steps: Sequence[Step]
 
     def _total(self) -> str:
-        forward = sum(step.forward.nbytes for step in self.steps)
-        backward = sum(
-            messages.nbytes
-            for step in self.steps
-            for messages in step.backward.values()
-        )
-        return f"In all this rank sends {in_bytes(forward)} forward and {in_bytes(backward)} backward."
+        forward = backward = 0
+        for step in self.steps:
+            forward += step.forward.nbytes
+            backward += sum([sent.nbytes for sent in step.backward.values()])
+        sent = f"{in_bytes(forward)} forward and {in_bytes(backward)} backward"
+        return f"In all this rank sends {sent}."
 
     def __str__(self) -> str:
         lines = [self.of]
         for step in self.steps:
-            lines += [
-                "",
-                step.place[2],
-                f"  {step.title()}",
-                *(f"    {reason}" for reason in step.reasons()),
-            ]
+            lines += ["", step.place[2], f"  {step.title()}"]
+            lines += [f"    {reason}" for reason in step.reasons()]
         return "\n".join([*lines, "", self._total()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='text-align:left'><code>{html.escape(step.place[2])}</code></td>"
-            f"<td style='text-align:left'><b>{html.escape(step.title())}</b><br>"
-            + "<br>".join(map(html.escape, step.reasons()))
-            + "</td></tr>"
-            for step in self.steps
-        )
-        return f"<p>{html.escape(self.of)}</p><table>{rows}</table><p>{html.escape(self._total())}</p>"
+        rows = "".join(map(_html_row, self.steps))
+        of, total = html.escape(self.of), html.escape(self._total())
+        return f"<p>{of}</p><table>{rows}</table><p>{total}</p>"
+
+
+def _html_row(step: Step) -> str:
+    cell = "<td style='text-align:left'>"
+    site, title = html.escape(step.place[2]), html.escape(step.title())
+    reasons = "<br>".join(map(html.escape, step.reasons()))
+    place = f"{cell}<code>{site}</code></td>"
+    return f"<tr>{place}{cell}<b>{title}</b><br>{reasons}</td></tr>"
 
 
 class _Reader(Watcher):
-    """The watcher that reads in the user's source what each call was given."""
+    """A watcher that reads in the user's source what each call was given."""
 
     def __init__(self) -> None:
         self.arguments: dict[Place, str] = {}
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
-        if xs and not origin[0].startswith(BACKWARD):
-            argument = _first_argument(origin[0], call_source())
-            self.arguments.setdefault((origin[0], call.axis.label, origin[1]), argument)
+        function, site = origin
+        if xs and not function.startswith(BACKWARD):
+            argument = _first_argument(function, call_source())
+            self.arguments.setdefault((function, call.axis.label, site), argument)
 
 
 def _first_argument(function: str, source: str) -> str:
-    """`w` of `pmod.pvary(w, "data")`, or of `pmod.start(pmod.pvary, w, "data")`; ""
-    where it is no such call.
+    """Return `w` of `pmod.pvary(w, "data")` or `pmod.start(pmod.pvary, w, "data")`.
+
+    Nothing where the source is not such a call.
     """
     try:
         call = ast.parse(source.strip(), mode="eval").body
@@ -163,18 +167,19 @@ def _first_argument(function: str, source: str) -> str:
         return ""
     if not isinstance(call, ast.Call):
         return ""
-    given = [
-        ast.unparse(arg)
-        for arg in [*call.args, *(keyword.value for keyword in call.keywords)]
-    ]
-    names = [text.rpartition(".")[2] for text in (ast.unparse(call.func), *given[:1])]
-    at = 1 if names == ["start", function] else 0
-    return given[at] if names[at] == function and len(given) > at else ""
+    values = [*call.args, *[keyword.value for keyword in call.keywords]]
+    given = [ast.unparse(value) for value in values]
+    names = [text.rpartition(".")[2] for text in (ast.unparse(call.func), *given)]
+    # `start` calls what it is given first, with the other arguments.
+    at = 1 if names[:2] == ["start", function] else 0
+    if names[at] != function:
+        return ""
+    return next(iter(given[at:]), "")
 
 
 @contextmanager
 def _gradients_kept(tensors: Sequence[Tensor]) -> Generator[None]:
-    """What stands in `.grad` stands there afterwards."""
+    """Give `.grad` back afterwards as it was."""
     kept = [x.grad for x in tensors]
     for x in tensors:
         x.grad = None
@@ -185,16 +190,16 @@ def _gradients_kept(tensors: Sequence[Tensor]) -> Generator[None]:
             x.grad = gradient
 
 
-def _differentiate(result: Any) -> bool:
-    """Backward from all of a result; whether there was anything to differentiate."""
+def _differentiate(result: object) -> bool:
+    """Run backward from all of a result; return whether there was anything to run."""
     roots = [x for x in tensors_in(result) if x.requires_grad]
     with _gradients_kept([leaf for x in roots for leaf in leaves_of(x)]):
-        torch.autograd.backward(roots, [torch.ones_like(x) for x in roots])
+        torch.autograd.backward(roots, list(map(torch.ones_like, roots)))
     return bool(roots)
 
 
 def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bool]:
-    """f and its backward, watched; whether there was one."""
+    """Run f and its backward, watched; return whether there was one."""
     with trace() as found, _Reader() as reader:
         result = f(*args)
         inside = any(event.function.startswith(BACKWARD) for event in found.events)
@@ -203,17 +208,22 @@ def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bo
 
 
 def _requiring_grad(x: Tensor) -> Tensor:
-    if x.layout is not torch.strided or not (x.is_floating_point() or x.is_complex()):
+    # torch differentiates no other numbers, and pmod sends no sparse tensors.
+    if x.layout is not torch.strided or not _is_differentiable(x):
         return x
     return x.detach().requires_grad_()
+
+
+def _is_differentiable(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def explain(
     f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None
 ) -> Explanation:
-    """The collectives of f(*args) and of its backward, line by line: what each sends,
-    and why it is there.
+    """Return the collectives of f(*args) and of its backward, line by line.
 
+    Each comes with what it sends, and why it is there.
     f runs once, on one rank of the mesh, whose other ranks need not exist: nothing is
     sent, and no rank waits. Then backward runs from all that f returns, unless f did
     that itself; where nothing requires a gradient, f runs again with all of args
@@ -244,21 +254,21 @@ def explain(
     In all this rank sends 12 B forward and 36 B backward.
     """
     check_function(f, "explain", "f")
-    mesh = ambient() if mesh is None else mesh
+    if mesh is None:
+        mesh = ambient()
     if mesh is None:
         right = "Pass mesh={'data': 4}, or set one, pmod.set_mesh(pmod.make_mesh())."
         raise NoMeshError(phrase("explain", "no mesh is set", right))
     with alone_on(mesh, "explain") as here:
         found, reader, differentiated = _run(f, args)
-        if not differentiated and any(
-            x.is_floating_point() or x.is_complex() for x in tensors_in(args)
-        ):
+        if not differentiated and any(map(_is_differentiable, tensors_in(args))):
             found, reader, _ = _run(f, map_tensors(_requiring_grad, args))
     steps: dict[Place, Step] = {}
     for event in found.events:
         place = (event.function.removeprefix(BACKWARD), event.axis, event.site)
         steps.setdefault(place, Step(place, reader.arguments.get(place, ""))).add(event)
     name = getattr(f, "__name__", type(f).__name__)
-    sizes = ", ".join(f"{axis}={size}" for axis, size in here.shape.items())
+    sizes = [f"{axis}={size}" for axis, size in here.shape.items()]
     rank = f"rank {here.topology.rank} {coordinates(here.coords)}"
-    return Explanation(f"{name}, as {rank} of Mesh({sizes})", tuple(steps.values()))
+    of = f"{name}, as {rank} of Mesh({', '.join(sizes)})"
+    return Explanation(of, tuple(steps.values()))

@@ -1,17 +1,19 @@
-"""`trace`: every collective with its axis, bytes, time and line, as a table, a picture,
-or a file for Perfetto.
+"""`trace`: every collective with its axis, bytes, time and line.
+
+It is shown as a table, as a picture, or in a file for Perfetto.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import attrs
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from pmod._core.row import Call
 from pmod._core.watch import Watcher
 from pmod._debug.events import (
     TITLES,
+    Entry,
     Event,
     Open,
     chrome_entry,
@@ -41,6 +44,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class Sums(TypedDict):
+    """What the calls of an axis come to."""
+
+    calls: int
+    bytes: int
+    seconds: float
+
+
+class _Handle(Protocol):
+    def remove(self) -> None: ...
+
+
+class _Kept(TypedDict):
+    """What a trace is pickled as: what it found, not what it looked with."""
+
+    events: list[Event]
+    began: float
+    estimated: bool
+
+
+class _Line(NamedTuple):
+    """What a row of the table is about."""
+
+    function: str
+    axis: str
+    module: str
+    site: str
+
+
 class _Modules(threading.local):
     """The modules that are being called on this thread, the outermost first."""
 
@@ -48,26 +80,28 @@ class _Modules(threading.local):
         self.calls: list[nn.Module] = []
         self.names: dict[int, str] = {}
 
-    def enter(self, module: nn.Module, _: Any) -> None:
+    def enter(self, module: nn.Module, _: object) -> None:
+        """Note a module that is called."""
+        # A module inside another has its name there, so the outermost one names all.
         if not self.calls:
             root = type(module).__name__
-            self.names = {
-                id(m): f"{root}.{name}" if name else root
-                for name, m in module.named_modules()
-            }
+            inside = module.named_modules(prefix=root)
+            self.names = {id(inner): name for name, inner in inside}
         self.calls.append(module)
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, *_: object) -> None:
+        """Note that the last module that was called has returned."""
+        # The trace may have begun inside a module.
         if self.calls:
             self.calls.pop()
 
     @property
     def path(self) -> str:
-        return (
-            self.names.get(id(self.calls[-1]), type(self.calls[-1]).__name__)
-            if self.calls
-            else ""
-        )
+        """Return the name of the innermost module, if any is being called."""
+        if not self.calls:
+            return ""
+        module = self.calls[-1]
+        return self.names.get(id(module), type(module).__name__)
 
 
 class trace(Watcher):  # lower case: it reads as the function it is called as
@@ -99,7 +133,7 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         self._modules = _Modules()
         self._sites: dict[str, str] = {}  # line -> the module that called it forward
         self._step, self._thread = 0, 0
-        self._handles: list[Any] = []
+        self._handles: list[_Handle] = []
         self._waited: set[int] = set()
         self._estimated = False
 
@@ -126,35 +160,28 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         for handle in self._handles:
             handle.remove()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "events": self.events,
-            "began": self.began,
-            "estimated": self._estimated,
-        }
+    def __getstate__(self) -> _Kept:
+        return _Kept(events=self.events, began=self.began, estimated=self._estimated)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: _Kept) -> None:
         self.__init__()
-        self.events, self.began, self._estimated = (
-            state["events"],
-            state["began"],
-            state["estimated"],
-        )
+        self.events, self.began = state["events"], state["began"]
+        self._estimated = state["estimated"]
 
-    def _count_step(self, *_: Any) -> None:
-        self._step += (
-            threading.get_ident() == self._thread
-        )  # not for another rank of a simulation
-
-    # --- what is told -----------------------------------------------------------------
+    def _count_step(self, *_: object) -> None:
+        # Another thread's optimizer is that of another rank of a simulation.
+        if threading.get_ident() == self._thread:
+            self._step += 1
 
     def before(self, call: Call, xs: Sequence[Tensor], origin: Origin) -> None:
-        """A call begins."""
+        """Note that a call begins."""
         self._open.append(Open(call, origin, perf_counter(), self._meter.total))
 
     def after(self, call: Call) -> None:
-        """The last call that began has ended."""
+        """Note that the last call that began has ended."""
+        now = perf_counter()
         done = self._open.pop()
+        # What a call inside this one moves counts there, and only there.
         moved = self._meter.total - done.before
         if self._open:
             self._open[-1].inner += moved
@@ -174,7 +201,7 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
                 own.received,
                 own.messages,
                 done.start - self.began,
-                perf_counter() - done.start,
+                now - done.start,
                 site,
                 self._sites.get(site, ""),
                 self._step,
@@ -182,30 +209,27 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         )
 
     def waited(self, call: Call, seconds: float) -> None:
-        """A call that was started has its result: the first that is not waited for yet."""
+        """Note that a call that was started has its result.
+
+        It is the first along its axis that is not waited for yet.
+        """
+        along = call.axis.label, call.axis.size
         for i, event in enumerate(self.events):
-            if (event.axis, event.size) == (
-                call.axis.label,
-                call.axis.size,
-            ) and i not in self._waited:
+            if i not in self._waited and (event.axis, event.size) == along:
                 self._waited.add(i)
                 self.events[i] = attrs.evolve(event, seconds=event.seconds + seconds)
                 return
 
     def retime(self, seconds: Callable[[Event], float]) -> None:
-        """Let each event take the seconds that an estimate gives it, one after the
-        other.
-        """
+        """Let each event take what an estimate gives it, one after the other."""
         clock, timed = 0.0, list[Event]()
         for event in self.events:
             timed.append(attrs.evolve(event, start=clock, seconds=seconds(event)))
             clock += timed[-1].seconds
         self.events, self._estimated = timed, True
 
-    # --- what is shown ----------------------------------------------------------------
-
     def total_bytes(self, axis: str | tuple[str, ...] | None = None) -> int:
-        """Bytes that this rank sent, along an axis or along all.
+        """Return the bytes that this rank sent, along an axis or along all.
 
         >>> def sent():
         ...     with pmod.trace() as t:
@@ -214,95 +238,53 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         >>> pmod.simulate(sent, model=2)
         [16, 16]
         """
-        return sum(
-            event.nbytes for event in self.events if axis is None or event.axis == axis
-        )
+        asked = [event for event in self.events if axis in (None, event.axis)]
+        return sum([event.nbytes for event in asked])
 
-    def by_axis(self) -> dict[str | tuple[str, ...], dict[str, Any]]:
-        """Calls, bytes and seconds of each axis."""
-        found: dict[str | tuple[str, ...], dict[str, Any]] = {}
+    def by_axis(self) -> dict[str | tuple[str, ...], Sums]:
+        """Return calls, bytes and seconds of each axis."""
+        found: dict[str | tuple[str, ...], Sums] = {}
         for event in self.events:
-            entry = found.setdefault(
-                event.axis, {"calls": 0, "bytes": 0, "seconds": 0.0}
-            )
+            none = Sums(calls=0, bytes=0, seconds=0.0)
+            entry = found.setdefault(event.axis, none)
             entry["calls"] += 1
             entry["bytes"] += event.nbytes
             entry["seconds"] += event.seconds
         return found
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """One per function, axis and line, in the order of their first call; and what
-        they come to.
+        """Return a row for each function, axis and line, and one for all.
+
+        They stand in the order of their first calls.
         """
-        sums: dict[tuple[str, str, str, str], list[float]] = {}
+        together: dict[_Line, list[Event]] = {}
         for event in self.events:
-            entry = sums.setdefault(
-                (event.function, named(event.axis), event.module, event.site),
-                [0, 0, 0.0],
-            )
-            entry[0] += 1
-            entry[1] += event.nbytes
-            entry[2] += event.seconds
-        rows = [
-            (
-                function,
-                axis,
-                str(int(calls)),
-                in_bytes(nbytes),
-                f"{1e3 * seconds:.2f}",
-                module,
-                site,
-            )
-            for (function, axis, module, site), (calls, nbytes, seconds) in sums.items()
-        ]
-        seconds = sum(event.seconds for event in self.events)
-        return [
-            *rows,
-            (
-                "all",
-                "",
-                str(len(self.events)),
-                in_bytes(self.total_bytes()),
-                f"{1e3 * seconds:.2f}",
-                "",
-                "",
-            ),
-        ]
+            axis = named(event.axis)
+            line = _Line(event.function, axis, event.module, event.site)
+            together.setdefault(line, []).append(event)
+        rows = [_row(line, events) for line, events in together.items()]
+        return [*rows, _row(_Line("all", "", "", ""), self.events)]
 
     def table(self) -> str:
-        """What was called where, how often, with how many bytes and milliseconds.
+        """Return what was called where, how often, with what bytes and milliseconds.
 
         >>> print(pmod.trace().table().splitlines()[0])
         function  axis   calls  sent    ms  module  line
         """
-        lines = [TITLES, *self._rows()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(TITLES) - 1)]
-        return "\n".join(
-            "  ".join(
-                [
-                    text.rjust(w) if i in (2, 3, 4) else text.ljust(w)
-                    for i, (text, w) in enumerate(zip(line, widths, strict=False))
-                ]
-                + [line[-1]]
-            ).rstrip()
-            for line in lines
-        )
+        rows = [TITLES, *self._rows()]
+        columns = zip(*rows, strict=True)
+        padded = [_padded(*column) for column in columns]
+        lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            return (
-                "<tr>"
-                + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-                + "</tr>"
-            )
-
-        body = "".join(row(cells, "td") for cells in self._rows())
-        return f"<table>{row(TITLES, 'th')}{body}</table>"
+        body = "".join([_html_row(cells, "td") for cells in self._rows()])
+        return f"<table>{_html_row(TITLES, 'th')}{body}</table>"
 
     def plot(self) -> Figure:
-        """A matplotlib figure: each axis a lane, each call a bar from its start to its
-        end. Needs matplotlib.
+        """Return a matplotlib figure, in which each axis is a lane.
 
+        Each call is a bar from its start to its end. Needs matplotlib.
         Raises: ArgumentError where matplotlib is not installed.
 
         >>> def drawn():
@@ -316,15 +298,13 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
             from matplotlib.figure import Figure
         except ImportError:
             right = "pip install matplotlib, or use table() or chrome(path)."
-            raise ArgumentError(
-                phrase("trace.plot", "matplotlib is not installed", right)
-            ) from None
+            text = phrase("trace.plot", "matplotlib is not installed", right)
+            raise ArgumentError(text) from None
         lanes = list(self.by_axis())
         figure = Figure(figsize=(10, 1 + 0.6 * len(lanes)), layout="constrained")
         axes = figure.subplots()
-        functions = sorted(
-            {event.function.removeprefix(BACKWARD) for event in self.events}
-        )
+        called = [event.function.removeprefix(BACKWARD) for event in self.events]
+        functions = sorted(set(called))
         for event in self.events:
             function = event.function.removeprefix(BACKWARD)
             axes.barh(
@@ -335,16 +315,16 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
                 color=f"C{functions.index(function)}",
                 alpha=1.0 if function == event.function else 0.5,
             )
+        # A bar of no length, so that each function is named once, in its strong colour.
         for i, function in enumerate(functions):
             axes.barh(0, 0, color=f"C{i}", label=function)
         axes.set_yticks(range(len(lanes)), [str(lane) for lane in lanes])
         axes.set_xlabel("ms since the trace began (paler: backward)")
         if functions:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        # IPython knows no Figure until pyplot has drawn one.
         shown: Any = figure
-        shown._repr_png_ = partial(
-            write_png, figure
-        )  # IPython knows no Figure until pyplot has drawn one
+        shown._repr_png_ = partial(write_png, figure)
         return figure
 
     def chrome(self, path: str | os.PathLike[str]) -> None:
@@ -359,20 +339,40 @@ class trace(Watcher):  # lower case: it reads as the function it is called as
         ...     t.chrome(f"{folder}/trace.json")
         """
         if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError(
-                phrase(
-                    "trace.chrome",
-                    f"path is {quoted(path)}",
-                    "Pass the name of a file.",
-                )
-            )
-        mesh = ambient()
-        if mesh is None or mesh.size == 1 or mesh.coords is None or self._estimated:
-            write_events(path, [chrome_entry(event, 0.0) for event in self.events])
+            given = f"path is {quoted(path)}"
+            text = phrase("trace.chrome", given, "Pass the name of a file.")
+            raise ArgumentError(text)
+        # What an estimate found is one rank's, though its mesh has others.
+        mesh = None if self._estimated else ambient()
+        if mesh is None or mesh.size == 1 or mesh.coords is None:
+            write_events(path, self._entries(0.0))
             return
-        barrier(mesh.axis_names)  # the ranks leave it at one time
-        offset = self.began - perf_counter()
-        entries = [chrome_entry(event, offset) for event in self.events]
+        # The ranks leave the barrier at one time, which begins their common clock.
+        barrier(mesh.axis_names)
+        entries = self._entries(self.began - perf_counter())
         parts = gather_json(entries, mesh)
         if mesh.ranks.reshape(-1)[0] == mesh.topology.rank:
-            write_events(path, [entry for part in parts for entry in part])
+            write_events(path, list(itertools.chain.from_iterable(parts)))
+
+    def _entries(self, offset: float) -> list[Entry]:
+        return [chrome_entry(event, offset) for event in self.events]
+
+
+def _row(line: _Line, events: Sequence[Event]) -> tuple[str, ...]:
+    """Return a row of the table, which has a cell for each of TITLES."""
+    nbytes = sum([event.nbytes for event in events])
+    milliseconds = 1e3 * sum([event.seconds for event in events])
+    sums = str(len(events)), in_bytes(nbytes), f"{milliseconds:.2f}"
+    return line.function, line.axis, *sums, line.module, line.site
+
+
+def _padded(title: str, *cells: str) -> list[str]:
+    """Return a column of the table, all of one width; numbers stand on the right."""
+    width = max(map(len, [title, *cells]))
+    pad = str.rjust if title in ("calls", "sent", "ms") else str.ljust
+    return [pad(cell, width) for cell in (title, *cells)]
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    escaped = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells]
+    return f"<tr>{''.join(escaped)}</tr>"

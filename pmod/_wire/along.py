@@ -1,5 +1,7 @@
-"""The wire along an axis: over the process group that its ranks have, by the backend
-that carries the tensors.
+"""The wire along an axis.
+
+It goes over the process group that the axis's ranks have, by the backend that carries
+the tensors.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ for built_in in (GLOO, NCCL):
 def wire_of(
     axis: Axis, device: torch.device, row: str = "", said: Said | None = None
 ) -> Wire:
-    """The wire along an axis, for a message of this row in tensors of this device.
+    """Return the wire along an axis, for a message of this row.
 
-    said: what all ranks must say of the message.
+    device: where the tensors are. said: what all ranks must say of the message.
     """
     if axis.size == 1:
         return Alone(1, 0)
@@ -34,13 +36,12 @@ def wire_of(
 
 
 def backend_along(axis: Axis, device: torch.device) -> Backend:
-    """The backend of an axis for tensors of this device."""
+    """Return the backend of an axis for tensors of this device."""
     known, key = world.now.processes.connection.backends, (axis.group_key, device)
     found = known.get(key)
     if found is None:
-        found = known[key] = backend_in(
-            dist.get_backend_config(axis.group), device.type
-        )
+        config = dist.get_backend_config(axis.group)
+        found = known[key] = backend_in(config, device.type)
     return found
 
 
@@ -51,9 +52,10 @@ def _over_group(axis: Axis, said: Said, device: torch.device) -> Wire:
     if world.is_left_behind(group):
         wait.refuse()
     come_back(axis.topology.rank)
-    # whatever this message goes by, the others along the axis go by the backend of the
-    # mesh's device
-    if not (backend if device == usual else backend_along(axis, usual)).tags:
+    # Whatever this message goes by, the others along the axis go by the backend of the
+    # mesh's device.
+    others_by = backend if device == usual else backend_along(axis, usual)
+    if not others_by.tags:
         note(axis, wait.number, said)
     return backend.wire(axis.size, axis.index, group, backend, wait)
 

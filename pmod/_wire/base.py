@@ -6,8 +6,8 @@ elements, one per rank of the axis. Every function returns a `Sent`, which is on
 until `Sent.wait`.
 
 Sums are taken in rank order wherever the parts are at hand, so they are the same bits
-on every run and rank; 16-bit floats add up in float32 (`accumulator`), and travel in 16
-bits where that halves the bytes of a large message.
+on every run and rank. Floats of 16 bits add up in float32 (`accumulator`). They travel
+in 16 bits where that halves the bytes of a large message.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ SMALL = 16 * 1024
 
 
 class Wire:
-    """The ranks of one axis, as this rank sees them."""
+    """The ranks of one axis, as this rank sees them.
+
+    A backend must give `all_to_all` and `barrier`; the rest follows from these.
+    """
 
     def __init__(self, size: int, index: int) -> None:
         self.size = size
         self.index = index
 
-    # --- what a backend must give -----------------------------------------------------
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
+        """Send part j of x (`send[j]` elements) to rank j.
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
-        """Part j of x (`send[j]` elements) to rank j; the parts that arrive, joined in
-        rank order.
+        Returns the parts that arrive, joined in rank order.
         """
         raise NotImplementedError
 
@@ -44,16 +48,14 @@ class Wire:
         """Wait for all ranks."""
         raise NotImplementedError
 
-    # --- what follows -----------------------------------------------------------------
-
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
-        """All ranks' x, joined in rank order."""
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
+        """Return all ranks' x, joined in rank order."""
         return self.all_to_all(x.repeat(self.size), [x.numel()] * self.size, counts)
 
     def reduce_scatter(
         self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
-    ) -> Sent:
-        """This rank's part of the sum of all x."""
+    ) -> Sent[Tensor]:
+        """Return this rank's part of the sum of all x."""
         mine = counts[self.index]
         arriving = self.all_to_all(x, counts, [mine] * self.size)
         return arriving.then(
@@ -62,8 +64,12 @@ class Wire:
 
     def all_reduce(
         self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
-    ) -> Sent:
-        """The sum (in `dtype`, divided by `divisor`), maximum or minimum of all x."""
+    ) -> Sent[Tensor]:
+        """Return the sum, the maximum or the minimum of all x.
+
+        A sum is taken in `dtype`, and divided by `divisor`.
+        """
+        # Two ranks send the same bytes either way, so they save the second round trip.
         if self.size > 2 and x.numel() * x.element_size() > SMALL:
             return self._reduce_by_parts(x, how, dtype, divisor)
         arriving = self.all_gather(x, [x.numel()] * self.size)
@@ -73,37 +79,34 @@ class Wire:
 
     def _reduce_by_parts(
         self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
-    ) -> Sent:
-        """Each rank reduces its part of x, and the parts are gathered: 2 (n-1)/n of x
-        sent, in x's dtype.
+    ) -> Sent[Tensor]:
+        """Reduce a part of x on each rank, and gather the parts.
+
+        This sends 2 (n-1)/n of x, in x's dtype.
         """
         counts = even_counts(x.numel(), self.size)
         mine = counts[self.index]
         arriving = self.all_to_all(x, counts, [mine] * self.size)
 
-        def gather(y: Tensor) -> Sent:
-            return self.all_gather(
-                reduce_parts(y.view(self.size, mine).unbind(), how, dtype, divisor),
-                counts,
-            )
+        def gather(y: Tensor) -> Sent[Tensor]:
+            parts = y.view(self.size, mine).unbind()
+            return self.all_gather(reduce_parts(parts, how, dtype, divisor), counts)
 
         return arriving.then(gather)
 
-    def broadcast(self, x: Tensor, root: int) -> Sent:
-        """The root's x on every rank."""
-        send = [x.numel() if self.index == root else 0] * self.size
-        recv = [x.numel() if rank == root else 0 for rank in range(self.size)]
-        return self.all_to_all(
-            x.repeat(self.size) if self.index == root else x[:0], send, recv
-        )
-
-    def reduce(self, x: Tensor, root: int, dtype: torch.dtype) -> Sent:
-        """The sum of all x on the root, zeros elsewhere."""
-        send = [x.numel() if rank == root else 0 for rank in range(self.size)]
+    def broadcast(self, x: Tensor, root: int) -> Sent[Tensor]:
+        """Return the root's x on every rank."""
+        recv = counts_at(root, x.numel(), self.size)
         if self.index != root:
-            return self.all_to_all(x, send, [0] * self.size).then(
-                lambda _: torch.zeros_like(x)
-            )
+            return self.all_to_all(x[:0], [0] * self.size, recv)
+        return self.all_to_all(x.repeat(self.size), [x.numel()] * self.size, recv)
+
+    def reduce(self, x: Tensor, root: int, dtype: torch.dtype) -> Sent[Tensor]:
+        """Return the sum of all x on the root, zeros elsewhere."""
+        send = counts_at(root, x.numel(), self.size)
+        if self.index != root:
+            arriving = self.all_to_all(x, send, [0] * self.size)
+            return arriving.then(lambda _: torch.zeros_like(x))
         arriving = self.all_to_all(x, send, [x.numel()] * self.size)
         return arriving.then(
             lambda y: reduce_parts(y.view(self.size, -1).unbind(), "sum", dtype, 1)
@@ -115,32 +118,45 @@ class Wire:
         target: int | None,
         source: int | None,
         count: int | None = None,
-    ) -> Sent:
-        """x to the target; the `count` elements (as many as x has) that the source
-        sent, zeros where there is none.
+    ) -> Sent[Tensor]:
+        """Send x to the target, and return what the source sent: zeros without one.
+
+        count: how many elements arrive; by default as many as x has.
         """
-        count = x.numel() if count is None else count
-        send = [x.numel() if rank == target else 0 for rank in range(self.size)]
-        recv = [count if rank == source else 0 for rank in range(self.size)]
-        arriving = self.all_to_all(x if target is not None else x[:0], send, recv)
-        return arriving.then(lambda y: x.new_zeros(count) if source is None else y)
+        if count is None:
+            count = x.numel()
+        send = counts_at(target, x.numel(), self.size)
+        recv = counts_at(source, count, self.size)
+        sent = x[:0] if target is None else x
+        arriving = self.all_to_all(sent, send, recv)
+        if source is None:
+            return arriving.then(lambda _: x.new_zeros(count))
+        return arriving
 
 
 def even_counts(total: int, parts: int) -> list[int]:
-    """`total` cut as evenly as it goes, the larger parts first."""
+    """Cut `total` as evenly as it goes, the larger parts first."""
     low, more = divmod(total, parts)
     return [low + 1] * more + [low] * (parts - more)
 
 
-class ShapesOnly(Wire):
-    """Sends nothing and knows only shapes: how torch.compile learns what a collective
-    returns.
-    """
+def counts_at(rank: int | None, count: int, size: int) -> list[int]:
+    """Return `count` at the place of a rank, if there is one, and zeros elsewhere."""
+    counts = [0] * size
+    if rank is not None:
+        counts[rank] = count
+    return counts
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+
+class ShapesOnly(Wire):
+    """A wire that sends nothing: from it torch.compile learns the shapes of results."""
+
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
         return arrived(x.new_empty(sum(recv)))
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
         return arrived(x.new_empty(sum(counts)))
 
     def barrier(self) -> None:
@@ -148,9 +164,11 @@ class ShapesOnly(Wire):
 
 
 class Alone(Wire):
-    """An axis of one rank."""
+    """The wire along an axis of one rank."""
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
         return arrived(x[: recv[0]].clone())
 
     def barrier(self) -> None:

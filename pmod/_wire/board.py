@@ -1,5 +1,6 @@
-"""What the ranks say of their waits, in the store of the world: for errors that name
-who is missing, and why.
+"""What the ranks say of their waits, in the store of the world.
+
+Errors name from it who is missing, and why.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -20,151 +21,174 @@ from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._ranks.meeting import process_state
 from pmod._ranks.topology import ranks_of_node
+from pmod._site import Origin
 
-MANY = 256  # of so many other ranks an error names those that are absent
+# Of so many other ranks an error names those that are missing.
+MANY = 256
 
 WAITS, LEFT, ENDED, RETURNED = "waits", "left", "ended", "returned"
-ALIKE = "All ranks of an axis must make the same calls in the same order, with shapes that fit."
-_SOMEBODY_LEFT = "pmod/left"
-_FOUND = "pmod/unlike/{}"  # the ranks of an axis -> how their calls differ
-_CALLS = (
-    "pmod/calls/{}/{}"  # the ranks of an axis, and one of them -> what it has called
+ALIKE = (
+    "All ranks of an axis must make the same calls in the same order, "
+    "with shapes that fit."
 )
+_SOMEBODY_LEFT = "pmod/left"
+# Of the ranks of an axis: how their calls differ.
+_FOUND = "pmod/unlike/{}"
+# Of the ranks of an axis, and one of them: what it has called.
+_CALLS = "pmod/calls/{}/{}"
 
 
 @lru_cache(maxsize=4096)
-def code_of(what: Any) -> int:
-    """A number for numbers, texts, dtypes and tuples of them, the same in every
-    process.
+def code_of(what: object) -> int:
+    """Return a number for a value, the same in every process.
+
+    The value is a number, a text, a dtype, or a tuple of them.
     """
     return zlib.crc32(repr(what).encode())
 
 
 class Said(NamedTuple):
-    """What a rank says of the call that it makes: `code` must be the same on all ranks,
-    the rest is for an error.
+    """What a rank says of the call that it makes.
+
+    `code` must be the same on all ranks; the rest is for an error.
     """
 
     row: str
     code: int
     shapes: Sequence[tuple[int, ...]] = ()
     dtype: torch.dtype | None = None
-    params: Any = ()
+    params: tuple[object, ...] = ()
     otherwise: str = "numbers of its own"  # where no tensor of the user's is sent
 
     def by(self, function: str) -> str:
-        """Of the function that a call site names, how an error names it."""
-        return (
-            f"{self.row} in backward"
-            if function == "backward"
-            else function or self.row
-        )
+        """Return how an error names the function that a call site names."""
+        if function == "backward":
+            return f"{self.row} in backward"
+        return function or self.row
 
     @property
     def what(self) -> str:
-        """`(2, 3) float32`."""
-        shapes = ", ".join(str(tuple(shape)) for shape in self.shapes)
-        return (
-            f"{shapes} {str(self.dtype).removeprefix('torch.')}"
-            if shapes
-            else self.otherwise
-        )
+        """Return `(2, 3) float32`."""
+        if not self.shapes:
+            return self.otherwise
+        shapes = ", ".join([str(tuple(shape)) for shape in self.shapes])
+        return f"{shapes} {str(self.dtype).removeprefix('torch.')}"
 
 
 class Post(NamedTuple):
     """What a rank that waits says."""
 
-    # WAITS; or LEFT: it raised, and comes no more; or ENDED: its world is over, as far
-    # as it is concerned; or RETURNED: what `launch` ran is over here
+    # WAITS; or LEFT: it raised, and will not arrive; or ENDED: its world is over, as
+    # far as it is concerned; or RETURNED: what `launch` ran is over here.
     state: str
-    meeting: str  # the axis and the number of the call; of one that has returned, the number of what `launch` ran
+    # The axis and the number of the call. Of a rank that has returned, the number of
+    # what `launch` ran.
+    meeting: str
     ranks: tuple[int, ...]  # for which it waits
     where: str
-    code: str = ""  # what must be the same on all ranks, as a number,
-    what: str = ""  # and in words: the shapes and the dtype,
-    params: str = ""  # and the parameters
-    parts: str = ""  # of an exchange of parts: its number, and for ranks nearby what is sent and expected, in bytes
-    met: str = (
-        ""  # of one that has ended or returned: how often it has sent along which ranks
-    )
-    before: str = ""  # its last calls along these ranks: an empty one is over at once, whatever the others do
+    # What must be the same on all ranks, as a number and in words: shapes and dtype.
+    code: str = ""
+    what: str = ""
+    params: str = ""
+    # Of an exchange of parts: its number, and for ranks nearby what is sent and
+    # expected, in bytes.
+    parts: str = ""
+    # Of a rank that has ended or returned: how often it has sent along which ranks.
+    met: str = ""
+    # Its last calls along these ranks: an empty one is over at once, whatever the
+    # others do.
+    before: str = ""
 
     def text(self) -> str:
-        return "\x1f".join(
-            [self.state, self.meeting, ",".join(map(str, self.ranks)), *self[3:]]
-        )
+        """Return what `of` reads."""
+        ranks = ",".join(map(str, self.ranks))
+        return "\x1f".join([self.state, self.meeting, ranks, *self[3:]])
 
     @staticmethod
     def of(text: str) -> Post:
-        state, meeting, ranks, *rest = text.split("\x1f")
-        return Post(
-            state, meeting, tuple(map(int, ranks.split(","))) if ranks else (), *rest
-        )
+        """Read what `text` wrote."""
+        state, meeting, listed, *rest = text.split("\x1f")
+        ranks = tuple(map(int, listed.split(","))) if listed else ()
+        return Post(state, meeting, ranks, *rest)
 
 
 def unlike(ours: Post, me: int, theirs: Post, other: int) -> str | None:
-    """What is wrong where this rank waits for a call, and another has made an unlike
-    one in its place; else None.
+    """Return what is wrong where another rank makes an unlike call, else None.
+
+    This rank waits for a call, and the other one has made its own in that place.
     """
     theirs = _at(ours.meeting, theirs)
-    rows = [
-        f"  {place_of(rank)}: {post.what} in {post.where}"
-        for rank, post in ((me, ours), (other, theirs))
-    ]
     if theirs.code and ours.code != theirs.code:
+        rows = _rows(ours, me, theirs, other)
         if (ours.what, ours.where) == (theirs.what, theirs.where):
-            rows = [
-                f"{row} with {post.params}"
-                for row, post in zip(rows, (ours, theirs), strict=True)
-            ]
-        return "the ranks make unlike calls, so nothing was exchanged:\n" + "\n".join(
-            rows
-        )
-    if (
-        not theirs.parts
-        or ours.parts.partition(" ")[0] != theirs.parts.partition(" ")[0]
-    ):
+            # Only the parameters tell these two calls apart.
+            rows[0] += f" with {ours.params}"
+            rows[1] += f" with {theirs.params}"
+        return _listed("the ranks make unlike calls, so nothing was exchanged", rows)
+    if not theirs.parts or _exchange_of(ours) != _exchange_of(theirs):
         return None
-    sent, expected = _parts(ours).get(other, (0, 0)), _parts(theirs).get(me, (0, 0))
-    pairs = [(me, sent[0], other, expected[1]), (other, expected[0], me, sent[1])]
-    lines = [
-        f"  {place_of(a)} sends {here} bytes to {place_of(b)}, which expects {there}"
-        for a, here, b, there in pairs
-        if here != there
-    ]
+    sent, expected = _parts(ours).get(other, (0, 0))
+    sent_there, expected_there = _parts(theirs).get(me, (0, 0))
+    lines: list[str] = []
+    if sent != expected_there:
+        lines.append(_contradiction(me, sent, other, expected_there))
+    if sent_there != expected:
+        lines.append(_contradiction(other, sent_there, me, expected))
     if not lines:
         return None
-    return (
-        "the ranks send what others do not expect, so nothing was exchanged:\n"
-        + "\n".join([*lines, *rows])
-    )
+    given = "the ranks send what others do not expect, so nothing was exchanged"
+    return _listed(given, [*lines, *_rows(ours, me, theirs, other)])
+
+
+def _rows(ours: Post, me: int, theirs: Post, other: int) -> list[str]:
+    return [
+        f"  {place_of(me)}: {ours.what} in {ours.where}",
+        f"  {place_of(other)}: {theirs.what} in {theirs.where}",
+    ]
+
+
+def _listed(given: str, rows: list[str]) -> str:
+    return "\n".join([f"{given}:", *rows])
+
+
+def _contradiction(sender: int, sent: int, receiver: int, expected: int) -> str:
+    to = f"{place_of(receiver)}, which expects {expected}"
+    return f"  {place_of(sender)} sends {sent} bytes to {to}"
 
 
 def _at(meeting: str, post: Post) -> Post:
-    """What a rank said at a meeting: now, or, where it waits in a later one, then; no
-    code where that is unknown.
+    """Return what a rank said at a meeting: now, or then if it waits in a later one.
+
+    There is no code where that is unknown.
     """
     if post.meeting == meeting:
         return post
-    for row in post.before.split("\x1e"):
-        where, code, what, params = row.split("\x1d") if row else ("", "", "", "")
-        if where == meeting:
-            return Post(
-                post.state,
-                meeting,
-                post.ranks,
-                f"a call before {post.where}",
-                code,
-                what,
-                params,
-            )
+    for row in filter(None, post.before.split("\x1e")):
+        met, code, what, params = row.split("\x1d")
+        if met == meeting:
+            where = f"a call before {post.where}"
+            return Post(post.state, meeting, post.ranks, where, code, what, params)
     return Post(post.state, meeting, post.ranks, post.where)
 
 
+def _exchange_of(post: Post) -> str:
+    """Return the number of the exchange that a post says the parts of."""
+    return post.parts.partition(" ")[0]
+
+
 def _parts(post: Post) -> dict[int, tuple[int, int]]:
-    """By rank, what is sent to it and expected of it."""
-    rows = [row.split(":") for row in post.parts.split(" ")[1:]]
-    return {int(rank): (int(sent), int(expected)) for rank, sent, expected in rows}
+    """Return what is sent to each rank and expected of it."""
+    parts: dict[int, tuple[int, int]] = {}
+    for row in post.parts.split(" ")[1:]:
+        rank, sent, expected = row.split(":")
+        parts[int(rank)] = int(sent), int(expected)
+    return parts
+
+
+class Exchanges(Protocol):
+    """What the ranks say on a board before each call: `_debug/compare.py`."""
+
+    def exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]: ...
 
 
 class Board:
@@ -175,15 +199,13 @@ class Board:
         self.reachable: bool = True
         self.says_left = False  # what this rank has written last
         try:
-            self.store: Any = store.clone()  # a connection of its own: a wait locks it
-        except (
-            RuntimeError
-        ):  # its server is gone, or it holds nothing (torch's fake one)
+            # A wait locks a connection, so this one has its own.
+            self.store: Any = store.clone()
+        except RuntimeError:
+            # Its server is gone, or it holds nothing, as torch's fake one.
             self.store, self.reachable = store, False
         self._places: dict[int, tuple[str, int]] = {}
-        self.exchanges: Any = (
-            None  # what the ranks say on it under `debug`, of _debug/compare.py
-        )
+        self.exchanges: Exchanges | None = None  # under `debug`
 
     def write(self, rank: int, post: Post) -> None:
         self.store.set(f"pmod/waits/{rank}", post.text())
@@ -192,7 +214,8 @@ class Board:
             self.store.set(_SOMEBODY_LEFT, "1")
 
     def somebody_left(self) -> bool:
-        """One question, however many ranks there are."""
+        """Return whether any rank has raised, ended or returned."""
+        # Every rank that waits asks this, so it is one question for all of them.
         return self.store.check([_SOMEBODY_LEFT])
 
     def erase(self, rank: int) -> None:
@@ -204,7 +227,7 @@ class Board:
         self.store.set(_CALLS.format(ranks, rank), calls)
 
     def calls_of(self, ranks: str, rank: int) -> str:
-        """What another rank has called; nothing where it has told nothing."""
+        """Return what another rank has called; nothing if it has told nothing."""
         return self._get(_CALLS.format(ranks, rank))
 
     def found(self, ranks: str, given: str) -> None:
@@ -212,11 +235,11 @@ class Board:
         self.store.set(_FOUND.format(ranks), given)
 
     def was_found(self, ranks: str) -> str:
-        """What `found` told; nothing where all is well."""
+        """Return what `found` told; nothing where all is well."""
         return self._get(_FOUND.format(ranks))
 
     def read(self, ranks: Sequence[int]) -> dict[int, Post]:
-        """The posts of these ranks, where they have one."""
+        """Return the posts of these ranks, where they have one."""
         posts: dict[int, Post] = {}
         for rank in ranks:
             text = self._get(f"pmod/waits/{rank}")
@@ -225,7 +248,7 @@ class Board:
         return posts
 
     def follow(self, ranks: Sequence[int]) -> dict[int, Post]:
-        """The posts of these ranks, of those for which they wait, and so on."""
+        """Return the posts of these ranks, of those for which they wait, and so on."""
         posts: dict[int, Post] = {}
         seen: set[int] = set()
         left = list(ranks)
@@ -239,7 +262,7 @@ class Board:
         return posts
 
     def learn(self, ranks: Sequence[int]) -> None:
-        """Ask where these ranks are, once: the store may be gone when it matters."""
+        """Ask once where these ranks are, because the store may be gone later."""
         for rank in ranks:
             known = world.processes().connection.places.get(rank)
             if known is not None:
@@ -250,40 +273,46 @@ class Board:
                     self._places[rank] = host, int(pid)
 
     def dead(self, ranks: Sequence[int]) -> dict[int, str]:
-        """Those, of the ranks that it has learned of, whose process was on this host
-        and is no more.
-        """
+        """Return those of the ranks whose process, on this host, is dead."""
         return self._whose_process(ranks, lambda pid: not _is_alive(pid), "is dead")
 
     def stopped(self, ranks: Sequence[int]) -> dict[int, str]:
-        """Those, of the ranks that it has learned of, whose process on this host stands
-        still until it is continued.
+        """Return those of the ranks whose process, on this host, is stopped.
+
+        It stands still until it is continued.
         """
-        return self._whose_process(
-            ranks, lambda pid: process_state(pid) in ("T", "t"), "is stopped"
-        )
+        return self._whose_process(ranks, _is_stopped, "is stopped")
 
     def _whose_process(
         self, ranks: Sequence[int], does: Callable[[int], bool], what: str
     ) -> dict[int, str]:
         found: dict[int, str] = {}
         for rank in ranks:
+            # Ranks of which nothing was learned are left out, as those of other hosts.
             host, pid = self._places.get(rank, ("", 0))
             if host == socket.gethostname() and does(pid):
                 found[rank] = f"process {pid} on {host} {what}"
         return found
 
     def _get(self, key: str) -> str:
-        return self.store.get(key).decode() if self.store.check([key]) else ""
+        # A key that is not there would be waited for.
+        if not self.store.check([key]):
+            return ""
+        return self.store.get(key).decode()
 
 
 def _is_alive(pid: int) -> bool:
     return process_state(pid) != ""
 
 
+def _is_stopped(pid: int) -> bool:
+    return process_state(pid) in ("T", "t")
+
+
 def board() -> Board | None:
-    """That of the world; None in a simulation, and where the user's process group has
-    no store.
+    """Return the board of the world.
+
+    None in a simulation, and where the user's process group has no store.
     """
     ours = world.current()
     store = ours.store
@@ -295,40 +324,43 @@ def board() -> Board | None:
 
 
 def come_back(rank: int) -> None:
-    """Take back that this rank comes no more: it raised in `debug`, before it sent
-    anything, and now makes a call.
+    """Take back that this rank has left, because it makes a call.
+
+    It had raised in `debug`, before it sent anything.
     """
     told: Board | None = world.now.here.board
     if told is not None and told.says_left:
-        with contextlib.suppress(RuntimeError):  # the store is gone
+        # The store may be gone.
+        with contextlib.suppress(RuntimeError):
             told.erase(rank)
 
 
 def place_of(rank: int) -> str:
-    """`rank 3 (data=1, model=1)`."""
+    """Return `rank 3 (data=1, model=1)`."""
     mesh = ambient()
     coords = None if mesh is None else mesh.coords_of(rank)
-    return f"rank {rank}" + ("" if coords is None else f" {coordinates(coords)}")
+    if coords is None:
+        return f"rank {rank}"
+    return f"rank {rank} {coordinates(coords)}"
 
 
 def neighbours(axis: Axis) -> list[int]:
-    """The other ranks of an axis that are on this node: their processes can be looked
-    at.
+    """Return the other ranks of an axis that are on this node.
+
+    Their processes can be looked at.
     """
-    node = ranks_of_node(axis.topology)
-    return [rank for rank in axis.ranks if rank in node and rank != axis.topology.rank][
-        :MANY
-    ]
+    me, node = axis.topology.rank, ranks_of_node(axis.topology)
+    return [rank for rank in axis.ranks if rank in node and rank != me][:MANY]
 
 
 def roots(
     absent: Sequence[int], posts: dict[int, Post], dead: Collection[int]
 ) -> dict[int, int | None]:
-    """Of the absent ranks, and those for which they wait in their turn, the ones that
-    wait for nobody: who is to blame.
+    """Return who is to blame: the ranks that are waited for and wait for nobody.
 
-    With each, the rank that waits for it, None where that is this one. Empty where all
-    wait in a circle.
+    These are among the absent ranks, those for which they wait in their turn, and so
+    on. With each comes the rank that waits for it, None where that is this one. Empty
+    where all wait in a circle.
     """
     found: dict[int, int | None] = {}
     seen: set[int] = set()
@@ -338,33 +370,32 @@ def roots(
         if rank in seen:
             continue
         seen.add(rank)
-        further = _awaited(rank, posts)
+        further = awaited(rank, posts)
+        # A rank that died while it waited is to blame, too. One that had raised before
+        # it died has only passed on what others did.
         if not further or (rank in dead and posts[rank].state != LEFT):
             found[rank] = waiter
         left += [(other, rank) for other in further]
     return found
 
 
-def _awaited(rank: int, posts: dict[int, Post]) -> list[int]:
-    """The ranks for which a rank waits, or waited when it raised, and that have not
-    come to it.
+def awaited(rank: int, posts: dict[int, Post]) -> list[int]:
+    """Return the ranks that a rank waits for, and that have not come to it.
+
+    One that has raised names those for which it waited then.
     """
-    post = posts.get(rank)
-    if post is None:
+    if rank not in posts:
         return []
-    others = [other for other in post.ranks if other != rank]
-    return [
-        other
-        for other in others
-        if other not in posts or posts[other].meeting != post.meeting
-    ]
+    waiting = posts[rank]
+    come = {other for other, post in posts.items() if post.meeting == waiting.meeting}
+    return [other for other in waiting.ranks if other not in come]
 
 
 _DOES = {
-    WAITS: "waits in ",
-    LEFT: "raised in ",
-    ENDED: "has ended its mesh",
-    RETURNED: "has returned from the function that launch runs",
+    WAITS: "it waits in ",
+    LEFT: "it raised in ",
+    ENDED: "it has ended its mesh",
+    RETURNED: "it has returned from the function that launch runs",
 }
 
 
@@ -377,30 +408,42 @@ def not_here(
     stopped: Mapping[int, str] = MappingProxyType({}),
     waiters: Mapping[int, int | None] = MappingProxyType({}),
 ) -> str:
-    """What is wrong, for an error: these ranks did not come, and what is known of them.
-    broken: a connection is.
+    """Return what is wrong, for an error: which ranks are missing, and why.
+
+    broken: whether a connection is. waiters: which rank waits for each of them.
     """
-    gone = [
-        rank
-        for rank in absent
-        if rank in dead or (rank in posts and posts[rank].state != WAITS)
-    ]
+    left = {rank for rank, post in posts.items() if post.state != WAITS}
+    lost = left.union(dead)
+    gone = [rank for rank in absent if rank in lost]
     still = [rank for rank in absent if rank in stopped]
+    if gone:
+        given = "some ranks will not arrive"
+    elif broken:
+        given = "a connection failed"
+    elif absent:
+        given = f"not all ranks came within {timeout:g} s"
+    else:
+        given = f"the call was not over within {timeout:g} s"
+    if not absent:
+        right = "so a network connection is broken or slow"
+        return f"{given}. Every rank reported that it is here, {right}"
     rows: list[str] = []
-    for rank in (
-        gone or still or absent
-    ):  # beside those that come no more, the others may just be late
-        row = place_of(rank)
-        if rank in dead or rank in stopped:
-            row += f", whose {dead.get(rank) or stopped[rank]}"
-        elif rank in posts:
-            row += f", which {_DOES[posts[rank].state]}{posts[rank].where}"
+    # Beside ranks that will not arrive, the others may just be late.
+    for rank in gone or still or absent:
+        known = [_known_of(rank, posts, {**stopped, **dead})]
         waiter = waiters.get(rank)
         if waiter is not None:
-            row += f", for which {place_of(waiter)} waits in {posts[waiter].where}"
-        rows.append(row)
-    given = (
-        "a connection failed" if broken else f"not all ranks came within {timeout:g} s"
-    )
-    given = "some ranks come no more" if gone else given
-    return f"{given}; absent: {'; '.join(rows) or 'none, so a connection is broken or slow'}"
+            where = posts[waiter].where
+            known.append(f"{place_of(waiter)} waits for it in {where}")
+        said = ", and ".join(filter(None, known))
+        rows.append(": ".join(filter(None, [place_of(rank), said])))
+    return f"{given}. Missing: {'; '.join(rows)}"
+
+
+def _known_of(rank: int, posts: dict[int, Post], processes: Mapping[int, str]) -> str:
+    """Return what is known of a missing rank: how its process is, or what it said."""
+    if rank in processes:
+        return f"its {processes[rank]}"
+    if rank in posts:
+        return f"{_DOES[posts[rank].state]}{posts[rank].where}"
+    return ""

@@ -1,4 +1,4 @@
-"""gloo: tensors on the CPU, from rank to rank, each message with a tag of its own call."""
+"""gloo: tensors on the CPU, from rank to rank, each message with a tag of its call."""
 
 from __future__ import annotations
 
@@ -12,133 +12,124 @@ from torch import Tensor
 
 from pmod._ranks.backends import Backend
 from pmod._ranks.blocking import InThread
-from pmod._wire.process_group import GroupWire
+from pmod._wire.process_group import GroupWire, scaled_counts
 from pmod._wire.sent import Sent, arrived
 from pmod._wire.sums import bytes_of
 from pmod._wire.traffic import count_bytes
 from pmod._wire.waiting import Work
 
-TAG = 0x706D  # of what belongs to no call
+# The tag of what belongs to no call.
+TAG = 0x706D
+
+Part = tuple[Tensor, int]
+"""A tensor, and the rank that it goes to or comes from."""
 
 
 class GlooWire(GroupWire):
-    """A process group on gloo: sends and receives, because its collectives have no tags
-    and abort at unlike lengths.
+    """A process group on gloo, by its sends and receives.
+
+    gloo's collectives have no tags, and abort at unlike lengths.
     """
 
     _exchanges = 0  # of this message, so far
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
         out = x.new_empty(sum(recv))
         carried_out, carried_x = out, x
         if x.dtype not in self._backend.carries:
             scale = x.element_size()
             carried_out, carried_x = bytes_of(out), bytes_of(x)
-            recv, send = [scale * n for n in recv], [scale * n for n in send]
+            send, recv = scaled_counts(scale, send), scaled_counts(scale, recv)
         ins, outs = carried_x.split(list(send)), carried_out.split(list(recv))
         if self._wait is not None:
+            # Ranks that expect other lengths wait for ever, because the length is part
+            # of a tag. From these bytes they learn why.
             nbytes = carried_x.element_size()
-            self._wait.exchange = (
-                self._exchanges,
-                [nbytes * n for n in send],
-                [nbytes * n for n in recv],
-            )
-        arriving = [(outs[rank], rank) for rank in self._others() if recv[rank]]
-        work = self._peer_to_peer(
-            [(ins[rank], rank) for rank in self._others() if send[rank]], arriving
-        )
+            sent, expected = scaled_counts(nbytes, send), scaled_counts(nbytes, recv)
+            self._wait.exchange = (self._exchanges, sent, expected)
+        leaving, arriving = self._of_others(ins, send), self._of_others(outs, recv)
+        work = self._peer_to_peer(leaving, arriving)
         outs[self.index].copy_(ins[self.index])
         return self._on_its_way(work, lambda: out)
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
         if x.dtype not in self._backend.carries:
-            scale, dtype = x.element_size(), x.dtype
-            return self.all_gather(bytes_of(x), [scale * n for n in counts]).then(
-                lambda y: y.view(dtype)
-            )
+            return self._gather_bytes(x, counts)
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
-        arriving = [(parts[rank], rank) for rank in self._others() if counts[rank]]
-        work = self._peer_to_peer(
-            [(x, rank) for rank in self._others() if x.numel()], arriving
-        )
+        size = self.size
+        leaving = self._of_others([x] * size, [x.numel()] * size)
+        work = self._peer_to_peer(leaving, self._of_others(parts, counts))
         parts[self.index].copy_(x)
         return self._on_its_way(work, lambda: out)
 
-    def _peer_to_peer(
-        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]
-    ) -> Work:
-        """Send and receive in a thread: gloo blocks there until the two ranks have
-        connected.
-        """
+    def _peer_to_peer(self, leaving: Sequence[Part], arriving: Sequence[Part]) -> Work:
+        """Send and receive in a thread, because gloo blocks until two ranks connect."""
         tag = self._tags()
-        count_bytes(
-            sum(part.nbytes for part, _ in sent),
-            sum(part.nbytes for part, _ in received),
-            len(sent),
-        )
+        count_bytes(_nbytes(leaving), _nbytes(arriving), len(leaving))
 
         def run() -> None:
-            works = [
-                self.group.recv([part], rank, tag(part)) for part, rank in received
-            ]
-            works += [self.group.send([part], rank, tag(part)) for part, rank in sent]
+            # All begin before one is waited for: two ranks that send to each other
+            # would else wait for each other.
+            works = [self.group.recv([x], rank, tag(x)) for x, rank in arriving]
+            works += [self.group.send([x], rank, tag(x)) for x, rank in leaving]
             for work in works:
                 work.wait()
 
-        return InThread(
-            run, lambda: _cut_off(self.group, [rank for _, rank in [*sent, *received]])
-        )
+        ranks = [rank for _, rank in [*leaving, *arriving]]
+        return InThread(run, lambda: _cut_off(self.group, ranks))
 
     def _tags(self) -> Callable[[Tensor], int]:
-        """The tags of one exchange. gloo gives a message to whoever asks for its tag,
-        and trusts its length.
+        """Return what gives the messages of one exchange their tags.
+
+        gloo gives a message to whoever asks for its tag, and trusts its length.
         """
         wait, number = self._wait, self._exchanges
         self._exchanges += 1
-        return (
-            (lambda part: TAG)
-            if wait is None
-            else (lambda part: wait.tag(number, part.nbytes))
-        )
+        if wait is None:
+            return lambda part: TAG
+        return lambda part: wait.tag(number, part.nbytes)
 
-    def _others(self) -> list[int]:
-        """The other ranks, starting with the next, so that not all send to the same one
-        first.
-        """
-        return [(self.index + step) % self.size for step in range(1, self.size)]
+    def _of_others(
+        self, tensors: Sequence[Tensor], counts: Sequence[int]
+    ) -> list[Part]:
+        """Return the tensors of the other ranks, without those of no elements."""
+        # They start with the next rank, so that not all send to the same one first.
+        size = self.size
+        others = [(self.index + step) % size for step in range(1, size)]
+        return [(tensors[rank], rank) for rank in others if counts[rank]]
 
-    def broadcast(self, x: Tensor, root: int) -> Sent:
+    def broadcast(self, x: Tensor, root: int) -> Sent[Tensor]:
         out = x.clone() if self.index == root else torch.empty_like(x)
-        work = self._down_a_tree(
-            out if x.dtype in self._backend.carries else bytes_of(out), root
-        )
+        work = self._down_a_tree(self._carried(out), root)
         return self._on_its_way(work, lambda: out)
 
     def _down_a_tree(self, x: Tensor, root: int) -> Work:
-        """The root's x to all in ceil(log2 n) steps: a binomial tree, counted from the
-        root.
+        """Carry the root's x to all in ceil(log2 n) steps.
+
+        The ranks form a binomial tree, counted from the root.
         """
         place, size = (self.index - root) % self.size, self.size
-        span = (
-            place & -place or 1 << (size - 1).bit_length()
-        )  # it serves the ranks place + 1 to place + span - 1
+        steps = (size - 1).bit_length()
+        # This rank serves the places from place + 1 to place + span - 1. The span is
+        # the lowest bit of its place; the root's place has none, and it serves all.
+        span = place & -place or 1 << steps
         halves = [span >> step for step in range(1, span.bit_length())]
         below = [(place + half + root) % size for half in halves if place + half < size]
+        above = (place - span + root) % size
         tag = self._tags()(x)
-        count_bytes(
-            len(below) * x.nbytes, x.nbytes if place else 0, (size - 1).bit_length()
-        )
+        count_bytes(len(below) * x.nbytes, x.nbytes if place else 0, steps)
 
         def run() -> None:
             if place:
-                self.group.recv([x], (place - span + root) % size, tag).wait()
-            for work in [self.group.send([x], rank, tag) for rank in below]:
+                self.group.recv([x], above, tag).wait()
+            works = [self.group.send([x], rank, tag) for rank in below]
+            for work in works:
                 work.wait()
 
-        return InThread(
-            run, lambda: _cut_off(self.group, [*below, (place - span + root) % size])
-        )
+        return InThread(run, lambda: _cut_off(self.group, [*below, above]))
 
     def permute(
         self,
@@ -146,36 +137,46 @@ class GlooWire(GroupWire):
         target: int | None,
         source: int | None,
         count: int | None = None,
-    ) -> Sent:
-        count = x.numel() if count is None else count
-        # gloo's all_to_all would trouble every rank with an empty message
+    ) -> Sent[Tensor]:
+        # An all_to_all, as in the base class, would trouble every rank of the axis.
+        if count is None:
+            count = x.numel()
         if x.dtype not in self._backend.carries:
             dtype, scale = x.dtype, x.element_size()
-            return self.permute(bytes_of(x), target, source, scale * count).then(
-                lambda y: y.view(dtype)
-            )
+            as_bytes = self.permute(bytes_of(x), target, source, scale * count)
+            return as_bytes.then(lambda y: y.view(dtype))
         if target == self.index:
             return arrived(x.clone())
-        out = x.new_zeros(count) if source is None else x.new_empty(count)
-        # what is empty is not sent, as both sides know
-        sent = [] if target is None or x.numel() == 0 else [target]
-        received = [] if source is None or count == 0 else [source]
-        work = self._peer_to_peer(
-            [(x, rank) for rank in sent], [(out, rank) for rank in received]
-        )
+        # What is empty is not sent, as both sides know.
+        leaving: list[Part] = []
+        arriving: list[Part] = []
+        if target is not None and x.numel():
+            leaving.append((x, target))
+        if source is None:
+            out = x.new_zeros(count)
+        else:
+            out = x.new_empty(count)
+            if count:
+                arriving.append((out, source))
+        work = self._peer_to_peer(leaving, arriving)
         return self._on_its_way(work, lambda: out)
 
 
-def _cut_off(group: Any, ranks: Sequence[int] | None = None) -> None:
-    """Close the connections of a group: gloo does so, with all of them, where a receive
-    does not come in time.
+def _nbytes(parts: Sequence[Part]) -> int:
+    return sum([x.nbytes for x, _ in parts])
 
-    ranks: those of its ranks with which it is connected; the neighbours, unless it is
-    known better.
+
+def _cut_off(group: Any, ranks: Sequence[int] | None = None) -> None:
+    """Close the connections of a group.
+
+    ranks: those of its ranks with which it is connected. By default they are taken to
+    be the neighbours.
     """
     if ranks is None:
         ranks = [(group.rank() + step) % group.size() for step in (1, -1)]
     for rank in ranks:
+        # gloo closes the connections, all of them, where a receive does not come in
+        # time; it says so as a RuntimeError.
         with contextlib.suppress(RuntimeError):
             group.recv([torch.empty(1)], rank, TAG).wait(timedelta(milliseconds=1))
 

@@ -1,11 +1,10 @@
-"""The wire of a simulation: ranks are threads, and messages are handed over in memory."""
+"""The wire of a simulation: ranks are threads, and messages stay in memory."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,12 @@ from pmod._wire.board import ALIKE, WAITS, Post, Said, unlike
 from pmod._wire.sent import Sent
 from pmod._wire.traffic import count_bytes, count_parts
 
+Brought = tuple[Post, object]
+"""What a rank says of a call, and what it sends."""
+
 
 class Left(BaseException):
-    """Another rank failed: leave, without a word of one's own."""
+    """Another rank has failed, so this one leaves without a word of its own."""
 
 
 class _Meeting:
@@ -30,7 +32,7 @@ class _Meeting:
 
     def __init__(self, members: Sequence[int]) -> None:
         self.members = members
-        self.brought: dict[int, Any] = {}
+        self.brought: dict[int, Brought] = {}
 
     @property
     def complete(self) -> bool:
@@ -61,34 +63,27 @@ class Simulation:
         self._batons[0].release()
 
     def stop_before(self, rank: int) -> None:
-        """Let the ranks that have a thread end, because this one and those after it
-        have none.
-        """
+        """End the ranks before this one, because it and those after have no thread."""
         given = f"this system starts {rank} threads, and there are {self.size} ranks"
         self.error = PmodError(phrase("simulate", given, "Simulate fewer ranks."))
         self._left.update(range(rank, self.size))
         if rank == 0:
             self.over.release()
 
-    def bring(self, rank: int, axis: Axis, what: Any) -> _Meeting:
-        """Take part in the next exchange of this axis, without waiting for the others."""
+    def bring(self, rank: int, axis: Axis, brought: Brought) -> _Meeting:
+        """Take part in the next exchange of this axis, without waiting."""
         number = self._seen[rank, axis.group_key]
         self._seen[rank, axis.group_key] += 1
-        meeting = self._meetings.setdefault(
-            (axis.group_key, number), _Meeting(axis.ranks)
-        )
+        key = axis.group_key, number
+        meeting = self._meetings.setdefault(key, _Meeting(axis.ranks))
         if rank not in meeting.members or meeting.members[axis.index] != rank:
-            raise AxisError(
-                phrase(
-                    "simulate",
-                    f"the axis belongs to another rank than {rank}",
-                    "Take the mesh inside the simulated function: pmod.current_mesh().",
-                    axis=axis.label,
-                )
-            )
-        meeting.brought[rank] = what
+            given = f"the axis belongs to another rank than {rank}"
+            right = "Take the mesh inside the simulated function: pmod.current_mesh()."
+            raise AxisError(phrase("simulate", given, right, axis=axis.label))
+        meeting.brought[rank] = brought
         if meeting.complete:
-            del self._meetings[axis.group_key, number]
+            # Nobody looks for it any more; those who wait for it hold it themselves.
+            del self._meetings[key]
         return meeting
 
     def wait(self, rank: int, meeting: _Meeting) -> None:
@@ -96,24 +91,23 @@ class Simulation:
         if meeting.complete:
             return
         self._waiting[rank] = (meeting, " at ".join(origin()))
-        drawn = (
-            torch.get_rng_state()
-        )  # torch's generator is the process's: each rank puts its own state back
+        # torch's generator is the process's, so each rank puts its own state back.
+        drawn = torch.get_rng_state()
         if not self._pass_on(rank):
             self._end(self._deadlock())
         self.take_turn(rank)
         torch.set_rng_state(drawn)
         del self._waiting[rank]
+        # The baton came, and the meeting is not complete: another rank has failed.
         if not meeting.complete:
             raise Left
 
     def leave(self, rank: int, error: BaseException | None) -> None:
-        """This rank is done, or has failed."""
+        """Note that this rank is done, or has failed."""
+        # The first error counts; what fails after it may fail because of it.
         if error is not None and self.error is None:
             self.error = error
-            error.add_note(
-                f"on rank {rank} {coordinates(self.coords[rank])} of the simulation"
-            )
+            error.add_note(f"on {self._place_of(rank)} of the simulation")
         self._left.add(rank)
         if len(self._left) == self.size:
             self.over.release()
@@ -121,13 +115,24 @@ class Simulation:
             self._end(self._deadlock())
 
     def _pass_on(self, rank: int) -> bool:
+        """Give the baton to the next rank that can go on.
+
+        Returns whether there is one.
+        """
         for step in range(1, self.size + 1):
             after = (rank + step) % self.size
-            waits = after in self._waiting and not self._waiting[after][0].complete
-            if after not in self._left and (not waits or self.error is not None):
+            if self._can_go_on(after):
                 self._batons[after].release()
                 return True
         return False
+
+    def _can_go_on(self, rank: int) -> bool:
+        if rank in self._left:
+            return False
+        if self.error is not None:
+            # It wakes up only to leave, whatever it waits for.
+            return True
+        return rank not in self._waiting or self._waiting[rank][0].complete
 
     def _end(self, error: BaseException) -> None:
         self.error = error
@@ -136,26 +141,25 @@ class Simulation:
     def _deadlock(self) -> MismatchError:
         rows: list[str] = []
         for rank, (meeting, where) in sorted(self._waiting.items()):
-            absent = ", ".join(
-                f"rank {other} {coordinates(self.coords[other])}{' (has left)' if other in self._left else ''}"
-                for other in meeting.missing()
-            )
-            rows.append(
-                f"  rank {rank} {coordinates(self.coords[rank])} waits for {absent} in {where}"
-            )
-        given = "the ranks wait for each other, and none can go on:\n" + "\n".join(rows)
-        return MismatchError(
-            phrase(
-                "simulate",
-                given,
-                "All ranks of an axis must make the same calls in the same order.",
-            )
-        )
+            missing = ", ".join(map(self._missing, meeting.missing()))
+            rows.append(f"  {self._place_of(rank)} waits for {missing} in {where}")
+        listed = "\n".join(rows)
+        given = f"the ranks wait for each other, and none can go on:\n{listed}"
+        right = "All ranks of an axis must make the same calls in the same order."
+        return MismatchError(phrase("simulate", given, right))
+
+    def _missing(self, rank: int) -> str:
+        place = self._place_of(rank)
+        return f"{place} (has left)" if rank in self._left else place
+
+    def _place_of(self, rank: int) -> str:
+        return f"rank {rank} {coordinates(self.coords[rank])}"
 
 
 class MemoryWire(Wire):
-    """Tensors are handed over in memory, as copies: a rank may change its own
-    afterwards.
+    """A wire that hands tensors over in memory.
+
+    They are copies, because a rank may change its own afterwards.
     """
 
     def __init__(
@@ -167,24 +171,16 @@ class MemoryWire(Wire):
         self._axis = axis
         self._said = said
 
-    def _exchange(self, what: Any) -> Callable[[], list[Any]]:
+    def _exchange(self, what: object) -> Callable[[], list[object]]:
         (function, site), said = origin(), self._said
-        post = Post(
-            WAITS,
-            "",
-            (),
-            f"{said.by(function)} at {site}",
-            str(said.code),
-            said.what,
-            str(said.params),
-        )
+        where, code = f"{said.by(function)} at {site}", str(said.code)
+        post = Post(WAITS, "", (), where, code, said.what, str(said.params))
         meeting = self._simulation.bring(self._rank, self._axis, (post, what))
 
-        def collect() -> list[Any]:
+        def collect() -> list[object]:
             self._simulation.wait(self._rank, meeting)
-            for rank in (
-                meeting.members
-            ):  # as a real wire does, which never lets unlike calls meet
+            # A real wire never lets unlike calls meet, so this one raises.
+            for rank in meeting.members:
                 given = unlike(post, self._rank, meeting.brought[rank][0], rank)
                 if given is not None:
                     raise self._mismatch(given)
@@ -194,77 +190,78 @@ class MemoryWire(Wire):
 
     def _mismatch(self, given: str) -> MismatchError:
         function, axis = self._said.by(origin()[0]), self._axis
+        coords = dict(axis.coords)
         return MismatchError(
-            phrase(function, given, ALIKE, axis=axis.label, coords=dict(axis.coords))
+            phrase(function, given, ALIKE, axis=axis.label, coords=coords)
         )
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
         count_parts(send, recv, self.index, x.element_size())
         collect = self._exchange([part.clone() for part in x.split(list(send))])
 
         def join() -> Tensor:
-            parts = [
-                parts[self.index] if isinstance(parts, list) else None
-                for parts in collect()
-            ]
-            return self._fit(parts, recv, x.dtype)
+            mine: list[Tensor | None] = []
+            for parts in collect():
+                mine.append(parts[self.index] if isinstance(parts, list) else None)
+            return self._fit(mine, recv, x.dtype)
 
         return Sent((), join)
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
-        count_bytes(
-            (self.size - 1) * x.nbytes,
-            (sum(counts) - x.numel()) * x.element_size(),
-            self.size - 1,
-        )
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
+        others = self.size - 1
+        received = (sum(counts) - x.numel()) * x.element_size()
+        count_bytes(others * x.nbytes, received, others)
         collect = self._exchange(x.clone())
-        return Sent(
-            (),
-            lambda: self._fit(
-                [part if isinstance(part, Tensor) else None for part in collect()],
-                counts,
-                x.dtype,
-            ),
-        )
+
+        def join() -> Tensor:
+            parts: list[Tensor | None] = []
+            for part in collect():
+                parts.append(part if isinstance(part, Tensor) else None)
+            return self._fit(parts, counts, x.dtype)
+
+        return Sent((), join)
 
     def _fit(
         self, parts: Sequence[Tensor | None], counts: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        """Join what arrived, which must be what was expected: on a real wire this would
-        hang or corrupt.
+        """Join what arrived, which must be what was expected.
+
+        What is not would hang on a real wire, or corrupt.
         """
+        fitting: list[Tensor] = []
         for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            if part is None or part.numel() != count or part.dtype != dtype:
-                what = (
-                    "another kind of message"
-                    if part is None
-                    else _amount(part.numel(), part.dtype, dtype)
-                )
-                raise MismatchError(
-                    phrase(
-                        "simulate",
-                        f"index {rank} of the axis sends {what} where index {self.index} expects "
-                        f"{_amount(count, dtype, dtype if part is None else part.dtype)}, "
-                        f"at {call_site()[1]}",
-                        "All ranks of an axis must make the same calls with shapes that fit.",
-                        axis=self._axis.label,
-                        coords=dict(self._axis.coords),
-                    )
-                )
-        return torch.cat([part for part in parts if part is not None])
+            if part is None:
+                sent, expected = "another kind of message", _amount(count, dtype, dtype)
+                raise self._unfit(rank, sent, expected)
+            if part.numel() != count or part.dtype != dtype:
+                sent = _amount(part.numel(), part.dtype, dtype)
+                raise self._unfit(rank, sent, _amount(count, dtype, part.dtype))
+            fitting.append(part)
+        return torch.cat(fitting)
+
+    def _unfit(self, rank: int, sent: str, expected: str) -> MismatchError:
+        mine = f"index {self.index} expects {expected}, at {call_site()[1]}"
+        given = f"index {rank} of the axis sends {sent} where {mine}"
+        right = "All ranks of an axis must make the same calls with shapes that fit."
+        axis = self._axis
+        return MismatchError(
+            phrase("simulate", given, right, axis=axis.label, coords=dict(axis.coords))
+        )
 
     def words(self, mine: str) -> list[str]:
-        """What each rank says (`debug`)."""
-        return self._exchange(mine)()
+        """Return what each rank says, for `debug`."""
+        return [str(said) for said in self._exchange(mine)()]
 
     def barrier(self) -> None:
         self._exchange(None)()
 
 
 class Threads(threading.local, World):
-    """The world of a simulation: each thread that is a rank has its own, and other
-    threads have that of the process.
+    """The world of a simulation.
 
+    Each thread that is a rank has its own, and other threads have that of the process.
     Python calls `__init__` anew in each thread that looks here.
     """
 
@@ -274,8 +271,8 @@ class Threads(threading.local, World):
         self._simulation = simulation
         self._topology: Topology | None = None  # of a thread that is a rank
 
-    def settle(self, rank: int, watching: Sequence[Any]) -> Topology:
-        """Make this thread a rank; its place."""
+    def settle(self, rank: int, watching: Sequence[object]) -> Topology:
+        """Make this thread a rank, and return its place."""
         size = self._simulation.size
         self._topology = Topology(
             rank=rank,
@@ -298,5 +295,7 @@ class Threads(threading.local, World):
 
 
 def _amount(count: int, dtype: torch.dtype, other: torch.dtype) -> str:
-    """`3 elements`, with their dtype where that is what differs."""
-    return f"{count} elements" + ("" if dtype == other else f" of {dtype}")
+    """Return `3 elements`, with their dtype where that is what differs."""
+    if dtype == other:
+        return f"{count} elements"
+    return f"{count} elements of {dtype}"

@@ -1,5 +1,6 @@
-"""NCCL, or RCCL on ROCm, which torch calls the same: tensors on a GPU, for whose
-messages the host does not wait.
+"""NCCL: tensors on a GPU, for whose messages the host does not wait.
+
+On ROCm it is RCCL, which torch calls by the same name.
 """
 
 from __future__ import annotations

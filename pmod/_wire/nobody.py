@@ -1,11 +1,11 @@
-"""The wire of an estimate: the other ranks do not exist, and what they would send has
-the right shape.
+"""The wire of an estimate, whose other ranks do not exist.
+
+What they would send is made up, with the right shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,52 +23,53 @@ from pmod._wire.sums import Reduction, scaled
 class _NoGroup:
     """A process group whose messages go nowhere."""
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *_: self  # which is also its own work
+    def __getattr__(self, name: str) -> Callable[..., _NoGroup]:
+        # What every method returns is a work, which the group itself is, too.
+        return lambda *_: self
 
-    def wait(self, *_: Any) -> None:
+    def wait(self, *_: object) -> None:
         pass
 
 
 class Mirror(Wire):
-    """Sends as a backend's own wire does, to nobody; what would arrive is what this
-    rank has.
+    """A wire that sends as a backend's own does, to nobody.
+
+    What would arrive is what this rank has.
     """
 
     def __init__(self, axis: Axis, backend: Backend) -> None:
         super().__init__(axis.size, axis.index)
         self._out: Wire = backend.wire(axis.size, axis.index, _NoGroup(), backend, None)
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
         mine = x.split(list(send))[self.index]
-        return self._out.all_to_all(x, send, recv).then(
-            lambda _: torch.cat([_fitted(mine, n) for n in recv])
-        )
+        sent = self._out.all_to_all(x, send, recv)
+        return sent.then(lambda _: _fitted_to_all(mine, recv))
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
-        return self._out.all_gather(x, counts).then(
-            lambda _: torch.cat([_fitted(x, n) for n in counts])
-        )
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
+        return self._out.all_gather(x, counts).then(lambda _: _fitted_to_all(x, counts))
 
     def reduce_scatter(
         self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
-    ) -> Sent:
+    ) -> Sent[Tensor]:
         mine = x.narrow(0, sum(counts[: self.index]), counts[self.index])
         total = (mine.to(dtype) * self.size).to(x.dtype)
         return self._out.reduce_scatter(x, counts, dtype).then(lambda _: total)
 
     def all_reduce(
         self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
-    ) -> Sent:
+    ) -> Sent[Tensor]:
         total = x.clone()
         if how == "sum":
             total = scaled(x.to(dtype) * self.size, divisor).to(x.dtype)
         return self._out.all_reduce(x, how, dtype, divisor).then(lambda _: total)
 
-    def broadcast(self, x: Tensor, root: int) -> Sent:
+    def broadcast(self, x: Tensor, root: int) -> Sent[Tensor]:
         return self._out.broadcast(x, root).then(lambda _: x.clone())
 
-    def reduce(self, x: Tensor, root: int, dtype: torch.dtype) -> Sent:
+    def reduce(self, x: Tensor, root: int, dtype: torch.dtype) -> Sent[Tensor]:
         total = torch.zeros_like(x)
         if self.index == root:
             total = (x.to(dtype) * self.size).to(x.dtype)
@@ -80,8 +81,10 @@ class Mirror(Wire):
         target: int | None,
         source: int | None,
         count: int | None = None,
-    ) -> Sent:
-        count = x.numel() if count is None else count
+    ) -> Sent[Tensor]:
+        if count is None:
+            count = x.numel()
+        # What arrives on a real wire shares no memory with x, either.
         arriving = x.new_zeros(count) if source is None else _fitted(x, count).clone()
         return self._out.permute(x, target, source, count).then(lambda _: arriving)
 
@@ -89,7 +92,7 @@ class Mirror(Wire):
         self._out.barrier()
 
     def words(self, mine: str) -> list[str]:
-        """What each rank says (`assert_invariant`)."""
+        """Return what each rank says, for `assert_invariant`."""
         return [mine] * self.size
 
 
@@ -107,20 +110,20 @@ class Nobody(World):
         return self._topology
 
     def wire(self, axis: Axis, said: Said, device: torch.device) -> Wire:
-        # tensors of an estimate may be on the CPU or on "meta", in place of a GPU that
-        # need not exist
-        kinds = [
-            kind
-            for kind in (axis.topology.device.type, device.type)
-            if kind not in ("cpu", "meta")
-        ]
-        return Mirror(axis, backend_for(kinds[0] if kinds else "cpu", "estimate"))
+        # Tensors of an estimate may be on the CPU or on "meta", in place of a GPU that
+        # need not exist.
+        for kind in (axis.topology.device.type, device.type):
+            if kind not in ("cpu", "meta"):
+                return Mirror(axis, backend_for(kind, "estimate"))
+        return Mirror(axis, backend_for("cpu", "estimate"))
 
 
 def _fitted(part: Tensor, count: int) -> Tensor:
-    """As many elements as are expected: the first ones, and zeros."""
-    return (
-        part[:count]
-        if len(part) >= count
-        else torch.cat([part, part.new_zeros(count - len(part))])
-    )
+    """Return as many elements as are expected: the first ones, and zeros."""
+    if len(part) >= count:
+        return part[:count]
+    return torch.cat([part, part.new_zeros(count - len(part))])
+
+
+def _fitted_to_all(part: Tensor, counts: Sequence[int]) -> Tensor:
+    return torch.cat([_fitted(part, count) for count in counts])

@@ -1,11 +1,12 @@
-"""A wire over a torch process group, by the collectives that its backend has: `nccl.py`
-is one, `gloo.py` another.
+"""A wire over a torch process group, by the collectives that its backend has.
+
+The backends are in files of their own, such as `nccl.py` and `gloo.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from pmod._wire.waiting import Wait, Work
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+T = TypeVar("T")
+
 
 class _Patient:
     """A work whose wait is `Wait.until_done`."""
@@ -35,9 +38,7 @@ class _Patient:
 
 
 class GroupWire(Wire):
-    """The collectives of a torch process group, where one device type goes by one
-    backend.
-    """
+    """The collectives of a torch process group, for one type of device."""
 
     def __init__(
         self,
@@ -48,71 +49,89 @@ class GroupWire(Wire):
         wait: Wait | None = None,
     ) -> None:
         super().__init__(size, index)
-        self.group: Any = (
-            Metered(group, size, index) if meters() else group
-        )  # its C++ methods have no stubs
+        # torch's stubs do not know the C++ methods of a group.
+        self.group: Any = group
+        if meters():
+            self.group = Metered(group, size, index)
         self._backend = backend
         self._wait = wait
 
-    def _on_its_way(self, work: Any, finish: Callable[[], Any]) -> Sent:
+    def _on_its_way(self, work: Work, finish: Callable[[], T]) -> Sent[T]:
+        # Where a work blocks the process, pmod waits in its stead: a wait of gloo's
+        # hears neither Ctrl-C nor the deadline.
         if self._backend.blocks and self._wait is not None:
-            work = _Patient(work, self._wait)
+            return Sent((_Patient(work, self._wait),), finish)
         return Sent((work,), finish)
 
-    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Sent:
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
         out = x.new_empty(sum(recv))
         carried_out, carried_x = out, x
         if x.dtype not in self._backend.carries:
             scale = x.element_size()
             carried_out, carried_x = bytes_of(out), bytes_of(x)
-            recv, send = [scale * n for n in recv], [scale * n for n in send]
+            send, recv = scaled_counts(scale, send), scaled_counts(scale, recv)
         work = self.group.alltoall_base(carried_out, carried_x, list(recv), list(send))
         return self._on_its_way(work, lambda: out)
 
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent:
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
         if x.dtype not in self._backend.carries:
-            scale, dtype = x.element_size(), x.dtype
-            return self.all_gather(bytes_of(x), [scale * n for n in counts]).then(
-                lambda y: y.view(dtype)
-            )
+            return self._gather_bytes(x, counts)
         out = x.new_empty(sum(counts))
         if len(set(counts)) == 1:
-            return self._on_its_way(all_gather_flat(self.group, out, x), lambda: out)
-        return self._on_its_way(
-            self.group.allgather([list(out.split(list(counts)))], [x]), lambda: out
-        )
+            work = all_gather_flat(self.group, out, x)
+        else:
+            work = self.group.allgather([list(out.split(list(counts)))], [x])
+        return self._on_its_way(work, lambda: out)
+
+    def _carried(self, x: Tensor) -> Tensor:
+        """Return x, or its bytes if the backend does not carry its dtype."""
+        return x if x.dtype in self._backend.carries else bytes_of(x)
+
+    def _gather_bytes(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
+        """Gather x as bytes, which every backend carries."""
+        dtype, scale = x.dtype, x.element_size()
+        arriving = self.all_gather(bytes_of(x), scaled_counts(scale, counts))
+        return arriving.then(lambda y: y.view(dtype))
 
     def reduce_scatter(
         self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
-    ) -> Sent:
-        if dtype == x.dtype and dtype in self._backend.sums and len(set(counts)) == 1:
-            out = x.new_empty(counts[0])
-            return self._on_its_way(
-                reduce_scatter_flat(self.group, out, x), lambda: out
-            )
-        return super().reduce_scatter(x, counts, dtype)
+    ) -> Sent[Tensor]:
+        native = dtype == x.dtype and dtype in self._backend.sums
+        if not native or len(set(counts)) > 1:
+            return super().reduce_scatter(x, counts, dtype)
+        out = x.new_empty(counts[0])
+        work = reduce_scatter_flat(self.group, out, x)
+        return self._on_its_way(work, lambda: out)
 
     def all_reduce(
         self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
-    ) -> Sent:
+    ) -> Sent[Tensor]:
+        # A large 16-bit sum is not left to the backend: it would travel in `dtype`, and
+        # by the base class its parts stay 16-bit.
         nbytes = x.numel() * x.element_size()
-        # the backend's own, but for large 16-bit sums, whose parts stay 16-bit
+        as_it_is = x.dtype == dtype or nbytes <= SMALL
         native = how == "sum" and dtype in self._backend.sums
-        if native and (x.dtype == dtype or nbytes <= SMALL):
-            total = x.to(dtype, copy=True)
-            work = self.group.allreduce([total])
-            return self._on_its_way(work, lambda: scaled(total, divisor).to(x.dtype))
-        return super().all_reduce(x, how, dtype, divisor)
+        if not (native and as_it_is):
+            return super().all_reduce(x, how, dtype, divisor)
+        total = x.to(dtype, copy=True)
+        work = self.group.allreduce([total])
+        return self._on_its_way(work, lambda: scaled(total, divisor).to(x.dtype))
 
-    def broadcast(self, x: Tensor, root: int) -> Sent:
+    def broadcast(self, x: Tensor, root: int) -> Sent[Tensor]:
         out = x.clone() if self.index == root else torch.empty_like(x)
+        carried = self._carried(out)
         options = torch.distributed.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
-        work = self.group.broadcast(
-            [out if x.dtype in self._backend.carries else bytes_of(out)], options
-        )
+        work = self.group.broadcast([carried], options)
         return self._on_its_way(work, lambda: out)
 
     def barrier(self) -> None:
         self._on_its_way(self.group.barrier(), lambda: None).wait()
+
+
+def scaled_counts(scale: int, counts: Sequence[int]) -> list[int]:
+    """Return the counts of parts of which an element counts as `scale`."""
+    return [scale * count for count in counts]

@@ -1,11 +1,11 @@
-"""Unlike calls where messages have no tags: found after the fact.
+"""How unlike calls are found after the fact, where messages have no tags.
 
-On gloo messages of unlike calls never meet (`_wire/waiting.py`). NCCL has no tags:
-there unlike calls exchange what nobody meant, or hang on the device, and the host goes
+On gloo messages of unlike calls never meet (`_wire/waiting.py`). NCCL has no tags.
+There unlike calls exchange what nobody meant, or hang on the device, and the host goes
 on. So each rank mixes what it says of its calls into one number per axis, which depends
-on all calls before, and a thread compares that number with the next rank's through the
+on all calls before. A thread compares that number with the next rank's through the
 store of the world. If the calls of any two ranks differ, so do those of two neighbours.
-Who finds it tells all, and their next call raises.
+The rank that finds a difference tells all, and their next call raises.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from pmod._site import call_site
 from pmod._wire.board import ALIKE, Board, Said, board, place_of
 
 LOOK = 1.0  # seconds between looks
-CROWD = 256  # of more ranks each looks less often, because one store serves all
-SHOWN = 32  # so many last calls are told one by one,
-MARK = 256  # and before them each call whose number this divides, which ranks far apart both tell
+# Of more ranks than this each looks less often, because one store serves all.
+CROWD = 256
+# So many last calls are told one by one, and before them so many whose number MARK
+# divides: ranks that are far apart both tell those.
+SHOWN = 32
 MARKS = 16
+MARK = 256
 
 _PRIME, _BITS = 1000003, 0xFFFFFFFFFFFF
 
 
 class Told(NamedTuple):
-    """What a rank tells of one call: its number along the axis, that of all calls until
-    it, and its words.
-    """
+    """What a rank tells of one call."""
 
-    number: int
-    code: int
+    number: int  # along the axis
+    code: int  # of all calls until this one
     words: str
 
 
@@ -57,14 +58,13 @@ class Calls:
             self._marks.append(call)
 
     def told(self) -> list[Told]:
-        """In the order of their numbers. Called in another thread, so the deques are
-        copied first.
-        """
+        """Return what is told of the calls, in the order of their numbers."""
+        # This is called in another thread, so the deques are copied first.
         calls = {call[0]: call for call in [*self._marks.copy(), *self._last.copy()]}
-        return [
-            Told(number, code, f"{said.what} in {said.row}")
-            for number, code, said in sorted(calls.values())
-        ]
+        told: list[Told] = []
+        for number, code, said in sorted(calls.values()):
+            told.append(Told(number, code, f"{said.what} in {said.row}"))
+        return told
 
 
 def as_text(told: list[Told]) -> str:
@@ -77,8 +77,10 @@ def of_text(text: str) -> list[Told]:
 
 
 def first_unlike(ours: list[Told], theirs: list[Told]) -> tuple[int, Told, Told] | None:
-    """The first call that both tell and that is unlike, after the last one, by number,
-    that is alike; else None.
+    """Return the number of the last call that is alike, and the first unlike one.
+
+    Of the latter, what each of the two ranks tells. Calls that only one of them tells
+    do not count. None where no call is unlike.
     """
     there = {told.number: told for told in theirs}
     alike = 0
@@ -93,9 +95,7 @@ def first_unlike(ours: list[Told], theirs: list[Told]) -> tuple[int, Told, Told]
 
 
 class Witness:
-    """What this process has called in the world that it has connected, and the thread
-    that compares it.
-    """
+    """What this process has called in its world, and the thread that compares it."""
 
     def __init__(self) -> None:
         self._calls: dict[str, Calls] = {}
@@ -107,21 +107,18 @@ class Witness:
 
     @property
     def _pause(self) -> float:
-        size = max(
-            (calls.axis.topology.world_size for calls in list(self._calls.values())),
-            default=1,
-        )
-        return LOOK * max(1.0, size / CROWD)
+        # A copy, because `note` adds to the dict in the main thread.
+        sizes = [calls.axis.topology.world_size for calls in list(self._calls.values())]
+        return LOOK * max(1.0, max(sizes, default=1) / CROWD)
 
     def start(self) -> None:
         told = board()
         if told is None or not told.reachable:
             return
-        self._board = Board(
-            told.of
-        )  # a connection of its own: the other one is asked by those that wait
+        # Those that wait ask the other connection, so this thread has one of its own.
+        self._board = Board(told.of)
         self._thread.start()
-        # in the store's C++ a daemon thread would abort the process at its end
+        # In the store's C++ a daemon thread would abort the process at its end.
         atexit.register(self.stop)
 
     def stop(self) -> None:
@@ -138,47 +135,48 @@ class Witness:
         self._calls[key].add(number, said)
 
     def check(self, axis: Axis, said: Said) -> None:
-        """Raise MismatchError where an earlier call along this axis was unlike another
-        rank's.
-        """
-        key = axis.group_key
-        if key in self._found:
-            world.leave_behind(axis.group)
-            function, _ = call_site()
-            given = self._found[key]
-            right = f"{ALIKE} Run under pmod.debug(): it raises before they are made, with the lines."
-            raise MismatchError(
-                phrase(
-                    said.by(function),
-                    given,
-                    right,
-                    axis=axis.label,
-                    coords=dict(axis.coords),
-                )
-            )
+        """Raise MismatchError where an earlier call of this axis was found unlike."""
+        given = self._found.get(axis.group_key)
+        if given is None:
+            return
+        # What the group carries from now on would be void, too.
+        world.leave_behind(axis.group)
+        function, _ = call_site()
+        debug = (
+            "Run under pmod.debug(): it raises before they are made, with the lines."
+        )
+        text = phrase(
+            said.by(function),
+            given,
+            f"{ALIKE} {debug}",
+            axis=axis.label,
+            coords=dict(axis.coords),
+        )
+        raise MismatchError(text)
 
     def _look_on(self) -> None:
         while not self._over.wait(self._pause):
             for key, calls in list(self._calls.items()):
-                if key not in self._found:
-                    try:
-                        given = self._compare(key, calls)
-                    except (
-                        RuntimeError
-                    ):  # the store is gone, and nobody is left to compare with
-                        return
-                    if given:
-                        self._found[key] = given
-                        world.log.error(
-                            "pmod along %r %s: %s",
-                            calls.axis.label,
-                            coordinates(dict(calls.axis.coords)),
-                            given,
-                        )
+                if key in self._found:
+                    continue
+                try:
+                    given = self._compare(key, calls)
+                except RuntimeError:
+                    # The store is gone, and nobody is left to compare with.
+                    return
+                if given:
+                    self._tell(key, calls.axis, given)
+
+    def _tell(self, key: str, axis: Axis, given: str) -> None:
+        """Log what is wrong, and keep it for the next call."""
+        self._found[key] = given
+        place = coordinates(dict(axis.coords))
+        world.log.error("pmod along %r %s: %s", axis.label, place, given)
 
     def _compare(self, key: str, calls: Calls) -> str:
-        """What is wrong with the calls along this axis, by what all found or by what
-        the next rank tells; else ''.
+        """Return what is wrong with the calls along this axis, or nothing.
+
+        It is what another rank has found, or what the next rank's calls show.
         """
         axis, told = calls.axis, calls.told()
         ranks = list(axis.ranks)
@@ -188,22 +186,23 @@ class Witness:
         if found is None:
             return self._board.was_found(key)
         alike, mine, theirs = found
-        which = (
-            f"call {mine.number}"
-            if alike == mine.number - 1
-            else f"one of their calls {alike + 1} to {mine.number}"
-        )
+        which = f"call {mine.number}"
+        if alike < mine.number - 1:
+            which = f"one of their calls {alike + 1} to {mine.number}"
         given = (
-            f"the ranks made unlike calls, {which} along this axis, and what they exchanged since then is void:\n"
-            f"  {place_of(me)}: {mine.words}\n  {place_of(other)}: {theirs.words}"
+            f"the ranks made unlike calls, {which} along this axis, "
+            "and what they exchanged since then is void:\n"
+            f"  {place_of(me)}: {mine.words}\n"
+            f"  {place_of(other)}: {theirs.words}"
         )
         self._board.found(key, given)
         return given
 
 
 def note(axis: Axis, number: int, said: Said) -> None:
-    """Note a call along an axis whose messages have no tags. Raises MismatchError where
-    an earlier one was unlike.
+    """Note a call along an axis whose messages have no tags.
+
+    Raises: MismatchError where an earlier one was unlike.
     """
     witness: Witness = world.witness(Witness)
     witness.note(axis, number, said)

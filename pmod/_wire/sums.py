@@ -12,8 +12,8 @@ from pmod._wire.sent import Sent
 
 Reduction: TypeAlias = Literal["sum", "max", "min"]
 
-# torch neither adds nor compares these; the sums of their bits, taken as signed, are
-# theirs, as both wrap around
+# torch neither adds nor compares these. The sums of their bits, taken as signed, are
+# theirs, because both wrap around.
 SIGNED = {
     torch.uint16: torch.int16,
     torch.uint32: torch.int32,
@@ -22,30 +22,29 @@ SIGNED = {
 
 
 def accumulator(dtype: torch.dtype, asked: str | None) -> torch.dtype:
-    """The dtype that a sum of `dtype` adds up in: what was asked for, else float32 for
-    floats of 16 bits or fewer.
+    """Return the dtype that a sum of `dtype` adds up in.
+
+    That is what was asked for, else float32 for floats of 16 bits or fewer.
     """
     if not dtype.is_floating_point:
         return computed_in(dtype)
     if asked is not None:
         return getattr(torch, asked)
-    return torch.float32 if dtype.itemsize <= 2 else dtype
+    if dtype.itemsize <= 2:
+        return torch.float32
+    return dtype
 
 
 def reduce_parts(
     parts: Sequence[Tensor], how: Reduction, dtype: torch.dtype, divisor: int
 ) -> Tensor:
     """Combine equal-shaped parts in rank order, adding up in `dtype`."""
-    out_dtype = parts[0].dtype
     if how != "sum":
-        total = (
-            parts[0].clone() if len(parts) == 1 else _extreme(parts[0], parts[1], how)
-        )
-        for part in parts[2:]:
-            total = _extreme(total, part, how)
-        return total
+        return _extreme_of_all(parts, how)
+    out_dtype = parts[0].dtype
     total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
+        # torch casts the others itself, without a copy; it adds no 8-bit floats.
         total += part.to(dtype) if is_eight_bits(part) else part
     return scaled(total, divisor).to(out_dtype)
 
@@ -53,53 +52,75 @@ def reduce_parts(
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _extreme_of_all(parts: Sequence[Tensor], how: Reduction) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].clone()
+    total = _extreme(parts[0], parts[1], how)
+    for part in parts[2:]:
+        total = _extreme(total, part, how)
+    return total
+
+
 def _extreme(a: Tensor, b: Tensor, how: Reduction) -> Tensor:
-    """The elementwise extremum, which lets a NaN through; +0.0 is larger than -0.0."""
-    y = torch.maximum(a, b) if how == "max" else torch.minimum(a, b)
+    """Return the elementwise extremum; a NaN stays, and +0.0 is larger than -0.0."""
+    if how == "max":
+        y, both = torch.maximum(a, b), torch.bitwise_and
+    else:
+        y, both = torch.minimum(a, b), torch.bitwise_or
     if not a.is_floating_point():
         return y
-    # torch takes either of two zeros, by where they lie in memory; what is equal has
-    # equal bits, but for their sign
+    # torch takes either of two zeros, by where they lie in memory. What is equal has
+    # equal bits, but for the sign of a zero.
     ints = _BITS[a.element_size()]
-    both = torch.bitwise_and if how == "max" else torch.bitwise_or
     return torch.where(a == b, both(a.view(ints), b.view(ints)).view(a.dtype), y)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: another one where torch only stores it, as floats of 8
-    bits and pairs of halves.
+    """Return the dtype to compute in: another one where torch only stores it.
+
+    These are floats of 8 bits, and pairs of halves.
     """
     if dtype == torch.complex32:
         return torch.complex64
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return torch.float32
+    return dtype
 
 
 def addable(x: Tensor) -> Tensor:
-    """x as what torch adds up, and `as_added` the other way: unsigned ints as signed
-    ones of the same bits.
+    """Return x as what torch adds up; `as_added` goes the other way.
+
+    Unsigned ints become signed ones of the same bits.
     """
-    return x.view(SIGNED[x.dtype]) if x.dtype in SIGNED else x.to(computed_in(x.dtype))
+    if x.dtype in SIGNED:
+        return x.view(SIGNED[x.dtype])
+    return x.to(computed_in(x.dtype))
 
 
 def as_added(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum of what `addable` gave, in the dtype of what was added."""
-    return y.view(dtype) if dtype in SIGNED else y.to(dtype)
+    """Return a sum of what `addable` gave, in the dtype of what was added."""
+    if dtype in SIGNED:
+        return y.view(dtype)
+    return y.to(dtype)
 
 
 def is_eight_bits(x: Tensor) -> bool:
-    """Whether x has a floating dtype that torch stores and does not compute in."""
+    """Return whether torch stores the floats of x, and does not compute in them."""
     return x.dtype.itemsize == 1 and x.is_floating_point()
 
 
 def scaled(total: Tensor, divisor: int) -> Tensor:
-    return total if divisor == 1 else total.div_(divisor)
+    """Divide a sum in place."""
+    if divisor == 1:
+        return total
+    return total.div_(divisor)
 
 
-def real_sum(flat: Tensor, send: Callable[[Tensor, int], Sent]) -> Sent:
-    """Send what torch does not add up as what adds up the same: complex as pairs of
-    reals, unsigned ints as signed.
+def real_sum(flat: Tensor, send: Callable[[Tensor, int], Sent[Tensor]]) -> Sent[Tensor]:
+    """Send what torch does not add up as what adds up the same.
 
-    `send` gets the factor on its counts.
+    Complex numbers go as pairs of reals, unsigned ints as signed. `send` gets the
+    factor on its counts.
     """
     if flat.dtype in SIGNED:
         return send(flat.view(SIGNED[flat.dtype]), 1).then(lambda y: y.view(flat.dtype))
@@ -110,7 +131,6 @@ def real_sum(flat: Tensor, send: Callable[[Tensor, int], Sent]) -> Sent:
 
 
 def bytes_of(x: Tensor) -> Tensor:
-    """The bytes of a flat tensor. A tensor of one element is contiguous at any stride,
-    its bytes are not.
-    """
+    """Return a view of a flat tensor's bytes."""
+    # A tensor of one element is contiguous at any stride; its bytes are not.
     return x.as_strided(x.shape, (1,)).view(torch.uint8)

@@ -1,11 +1,10 @@
-"""Waiting for other ranks: Ctrl-C ends it, and so does a deadline, which then names the
-ranks that never came.
+"""Waiting for other ranks, which Ctrl-C ends, and a deadline.
 
-gloo's own wait can do neither. A rank that waits longer than a second writes into the
-store of the world for what; who gives up reads there who waits elsewhere and who has
-left, and whether a process of its own host is dead. What it writes says which call it
-makes, too: ranks that make unlike calls have sent messages that never meet
-(`Wait.tag`), and find out.
+The deadline names the ranks that never came. gloo's own wait can do neither. A rank
+that waits longer than a second writes into the store of the world for what. A rank that
+gives up reads there who waits elsewhere and who has left, and looks whether a process
+of its own host is dead. What a rank writes says which call it makes, too. Ranks that
+make unlike calls have sent messages that never meet (`Wait.tag`), and find out from it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from time import monotonic, sleep
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -45,31 +44,29 @@ from pmod._wire.board import (
 
 T = TypeVar("T")
 
-LOOK = (
-    1.0  # seconds between looks at what the others say; less where the deadline is near
-)
-NEAR = 32  # with so many next ranks of the axis a rank compares its call: if any two differ, then so do two neighbours
+# Seconds between looks at what the others say; less where the deadline is near.
+LOOK = 1.0
+# With so many next ranks of the axis a rank compares its call. If the calls of any two
+# ranks differ, then so do those of two neighbours.
+NEAR = 32
 _ANSWER = timedelta(seconds=2)  # so long the store may take
 _CHUNK = timedelta(seconds=0.05)  # so long a signal waits for Python to handle it
 
 # Odd numbers, so that what they are multiplied with is told apart in a tag.
 _NUMBER, _STAGE, _LENGTH, _BITS = 0x9E3779B1, 0x0F1BBCDD, 0x2545F491, 0x3FFFFFFF
-_OURS = (
-    0x40000000  # no small tag, which a user's own messages on the same group may have
-)
+# A user's own messages on the same group may have small tags, so ours have none.
+_OURS = 0x40000000
 
 
 class Work(Protocol):
     """A message under way, as torch.distributed has it."""
 
-    def wait(self, timeout: timedelta = ..., /) -> Any: ...
+    def wait(self, timeout: timedelta = ..., /) -> object: ...
     def is_completed(self) -> bool: ...
 
 
 class Wait:
-    """The wait for one collective, which other ranks of the axis know by the same
-    number.
-    """
+    """The wait for one collective, which has the same number on all ranks."""
 
     def __init__(
         self,
@@ -83,14 +80,15 @@ class Wait:
         self.number = connection.next_meeting(axis.group_key)
         self._history = connection.history(axis.group_key)
         self._history.append((self.number, self._said))
-        self.exchange: tuple[int, Sequence[int], Sequence[int]] | None = (
-            None  # its number, bytes sent and expected
-        )
+        # The number of an exchange, and the bytes sent and expected.
+        self.exchange: tuple[int, Sequence[int], Sequence[int]] | None = None
         self._looks = 0
         self._written = False
         if self.number == 1:
-            board()  # connected while the rank that serves it is there
-        elif self.number == 2:  # by now all ranks of the axis have connected
+            # This connects, while the rank that serves the board is there.
+            board()
+        elif self.number == 2:
+            # By now all ranks of the axis have connected.
             self._tell(lambda told: told.learn(self._node))
 
     @property
@@ -111,13 +109,13 @@ class Wait:
 
     @cached_property
     def _node(self) -> list[int]:
-        """The other ranks of this node, whose processes can be looked at; those of the
-        axis first.
+        """Return the other ranks of this node, those of the axis first.
+
+        Their processes can be looked at.
         """
+        known = {self._rank, *self._neighbours}
         node = ranks_of_node(self._axis.topology)
-        others = [
-            rank for rank in node if rank != self._rank and rank not in self._neighbours
-        ]
+        others = [rank for rank in node if rank not in known]
         return [*self._neighbours, *others][:MANY]
 
     @cached_property
@@ -126,79 +124,82 @@ class Wait:
 
     @cached_property
     def _near(self) -> dict[int, int]:
-        """Index along the axis -> rank, of those with whom this rank compares its call."""
+        """Return the ranks that this one compares its call with, by index."""
         ranks, size, here = list(self._axis.ranks), self._axis.size, self._axis.index
-        steps = range(1, min(size, NEAR + 1))
-        return {
-            index % size: ranks[index % size]
-            for step in steps
-            for index in (here + step, here - step)
-        }
+        near: dict[int, int] = {}
+        for step in range(1, min(size, NEAR + 1)):
+            for index in (here + step, here - step):
+                near[index % size] = ranks[index % size]
+        return near
 
     def tag(self, stage: int, nbytes: int) -> int:
-        """Of a message of this call: messages of unlike calls, of other exchanges or
-        lengths have other tags.
+        """Return the tag of a message of this call.
+
+        Messages of unlike calls, of other exchanges or lengths have other tags.
         """
-        mixed = (
-            self._said.code + _NUMBER * self.number + _STAGE * stage + _LENGTH * nbytes
-        )
-        return mixed & _BITS | _OURS
+        call = self._said.code + _NUMBER * self.number
+        return (call + _STAGE * stage + _LENGTH * nbytes) & _BITS | _OURS
 
     def refuse(self) -> NoReturn:
-        """Raise, because an earlier wait along these ranks was cut off; and say so to
-        those that wait for this rank.
+        """Raise, because an earlier wait along these ranks was cut off.
+
+        Those that wait for this rank are told.
         """
         self._leave_word()
         function, _ = self._origin()
-        given = "an earlier call along these ranks was cut off while it waited, so messages no longer pair up"
-        right = "Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh; in a notebook, %mesh."
-        axis = self._axis
-        raise MismatchError(
-            phrase(function, given, right, axis=axis.label, coords=dict(axis.coords))
+        given = (
+            "an earlier call along these ranks was cut off while it waited, "
+            "so messages no longer pair up"
         )
+        right = (
+            "Begin anew on all ranks: pmod.shutdown(), then pmod.make_mesh; "
+            "in a notebook, %mesh."
+        )
+        raise MismatchError(self._phrase(function, given, right))
+
+    def _phrase(self, function: str, given: str, right: str) -> str:
+        axis = self._axis
+        coords = dict(axis.coords)
+        return phrase(function, given, right, axis=axis.label, coords=coords)
 
     def until_done(self, work: Work) -> None:
         """Return when the work is done.
 
-        Raises: CollectiveTimeout at the deadline, or when a rank cannot come any more.
+        Raises: CollectiveTimeout at the deadline, or when a rank will not arrive.
         """
         try:
             if not _done_soon(work):
                 self._wait_long(work)
-        except (
-            RuntimeError
-        ) as error:  # gloo's: a connection broke, or its own deadline passed
+        except RuntimeError as error:
+            # gloo's: a connection broke, or its own deadline passed.
             self._give_up(work, error)
         except PmodError:
             raise
-        except BaseException:  # Ctrl-C: others may still take what was sent, so the connections go with the world only
+        except BaseException:
+            # Ctrl-C. Others may still take what was sent, so the connections go with
+            # the world only.
             if not work.is_completed():
                 post = self._farewell()
-                world.leave_behind(
-                    self._axis.group, lambda: self._say_farewell(post, work)
-                )
+                farewell = partial(self._say_farewell, post, work)
+                world.leave_behind(self._axis.group, farewell)
             raise
 
     def _leave(self, work: Work) -> None:
-        """Never use this group again. What waits in it in a thread ends, which Python's
-        own end would abort.
-        """
+        """Never use this group again."""
+        # A thread that waits in it must end now: at Python's own end it would abort the
+        # process.
         world.leave_behind(self._axis.group, self._cut_all)
         self._cut(work)
 
     def _cut(self, work: Work) -> None:
-        """Close the connections of a message that has failed, so that those who wait
-        for this rank hear of it.
-        """
+        """Close the connections of a failed message; ranks that wait hear of it."""
         if isinstance(work, InThread):
             with contextlib.suppress(RuntimeError):
                 InThread(work.cut).wait(_ANSWER)
                 work.wait(_ANSWER)
 
     def _farewell(self) -> Post:
-        """What tells the others that this rank comes no more, to no meeting, and waits
-        for nobody.
-        """
+        """Return what tells the others that this rank has left and waits for nobody."""
         return self._post(LEFT)._replace(meeting="", ranks=(self._rank,))
 
     def _leave_word(self) -> None:
@@ -211,49 +212,46 @@ class Wait:
         self._cut_all()
 
     def _cut_all(self) -> None:
-        """Close the connections of the world, so that those who wait for this rank
-        elsewhere hear of it.
+        """Close the connections of the world.
+
+        Those who wait for this rank elsewhere hear of it.
         """
-        cuts = [
-            InThread(lambda group=group: self._cut_off(group))
-            for group in connect.groups_in_use()
-        ]
+        groups = connect.groups_in_use()
+        cuts = [InThread(partial(self._cut_off, group)) for group in groups]
         until = monotonic() + _ANSWER.total_seconds()
         for one in cuts:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # a group without a connection waits for one
+            # A group without a connection waits for one.
+            with contextlib.suppress(RuntimeError):
                 one.wait(timedelta(seconds=max(0.0, until - monotonic())))
 
     def _wait_long(self, work: Work) -> None:
         started = looked = monotonic()
         while not _done_soon(work):
             now = monotonic()
+            # Soon after the first look the others have written, too.
+            pause = self._pause / 4 if 0 < self._looks < 4 else self._pause
             if now - started > self._axis.timeout:
                 self._give_up(work)
-            # soon after the first look the others have written, too
-            elif now - looked > (
-                self._pause / 4 if 0 < self._looks < 4 else self._pause
-            ):
+            elif now - looked > pause:
                 looked = now
                 self._looks += 1
-                if self._come_no_more(work):
+                if self._is_somebody_gone(work):
                     self._give_up(work)
         if self._written:
             self._written = False
             self._tell(lambda told: told.erase(self._rank))
 
     def _tell(self, say: Callable[[Board], T]) -> T | None:
-        """Use the board, where it can be reached: the rank that serves it may be gone,
-        or stand still.
+        """Use the board, where it can be reached.
+
+        The rank that serves it may be gone, or stand still.
         """
         told = board()
         if told is None or not told.reachable:
             return None
         answers: list[T] = []
-        job = InThread(
-            lambda: answers.append(say(told))
-        )  # torch's store has no deadline for an answer
+        # torch's store has no deadline for an answer, so it is asked in a thread.
+        job = InThread(lambda: answers.append(say(told)))
         try:
             job.wait(_ANSWER)
         except RuntimeError:
@@ -266,72 +264,77 @@ class Wait:
         self._written = True
 
     def _post(self, state: str) -> Post:
-        said, parts = self._said, ""
-        if self.exchange is not None:
-            number, sent, expected = self.exchange
-            rows = [
-                f"{rank}:{sent[index]}:{expected[index]}"
-                for index, rank in self._near.items()
-            ]
-            parts = " ".join([str(number), *rows])
-        where, ranks = " at ".join(self._origin()), tuple(self._axis.ranks[:MANY])
-        key = self._axis.group_key
-        calls = [
-            (f"{key}#{n}", str(s.code), s.what, str(s.params))
-            for n, s in self._history
-            if n != self.number
-        ]
-        before = "\x1e".join("\x1d".join(call) for call in calls)
+        said = self._said
         return Post(
             state,
             self._meeting,
-            ranks,
-            where,
+            tuple(self._axis.ranks[:MANY]),
+            " at ".join(self._origin()),
             str(said.code),
             said.what,
             str(said.params),
-            parts,
-            "",
-            before,
+            parts=self._parts(),
+            before=self._calls_before(),
         )
+
+    def _parts(self) -> str:
+        """Return what is sent to the ranks nearby and expected of them, in bytes."""
+        if self.exchange is None:
+            return ""
+        number, sent, expected = self.exchange
+        rows = [str(number)]
+        for index, rank in self._near.items():
+            rows.append(f"{rank}:{sent[index]}:{expected[index]}")
+        return " ".join(rows)
+
+    def _calls_before(self) -> str:
+        """Return the last calls along these ranks, but for this one."""
+        key = self._axis.group_key
+        calls: list[str] = []
+        for number, said in self._history:
+            if number != self.number:
+                words = f"{key}#{number}", str(said.code), said.what, str(said.params)
+                calls.append("\x1d".join(words))
+        return "\x1e".join(calls)
 
     def _origin(self) -> tuple[str, str]:
         function, site = call_site()
         return self._said.by(function), site
 
-    def _come_no_more(self, work: Work) -> bool:
-        """Say where this rank is; whether another is known to be gone."""
+    def _is_somebody_gone(self, work: Work) -> bool:
+        """Say where this rank is; return whether another is known to be gone."""
         if not self._written:
             self._write(WAITS)
-        # after 1, 2, 4, 8, ... looks: who comes last looks soon after, and finds the
-        # others' posts
         self._hear(work)
+        # After 1, 2, 4, 8, ... looks. The rank that comes last looks soon after, and
+        # finds the others' posts.
         if self._looks & (self._looks - 1) == 0:
-            self._compare(
-                self._tell(lambda told: told.read(list(self._near.values()))), work
-            )
+            near = list(self._near.values())
+            self._compare(self._tell(lambda told: told.read(near)), work)
         if self._dead():
             return True
         if not self._tell(Board.somebody_left):
             return False
         posts = self._tell(lambda told: told.read(self._others)) or {}
-        return any(
-            post.state == LEFT or self._ended_before(post) for post in posts.values()
-        )
+        return any(map(self._says_gone, posts.values()))
+
+    def _says_gone(self, post: Post) -> bool:
+        """Return whether its rank says that it will not arrive."""
+        return post.state == LEFT or self._ended_before(post)
 
     def _ended_before(self, post: Post) -> bool:
-        """Whether its rank has ended without this call."""
-        return (
-            self._is_over(post)
-            and json.loads(post.met).get(self._axis.group_key, 0) < self.number
-        )
+        """Return whether its rank has ended without this call."""
+        if not self._is_over(post):
+            return False
+        return json.loads(post.met).get(self._axis.group_key, 0) < self.number
 
     def _is_over(self, post: Post) -> bool:
-        """Whether its rank makes no more calls, as far as it has said."""
+        """Return whether its rank makes no more calls, as far as it has said."""
+        if post.state == ENDED:
+            return True
+        # A rank that has returned from an earlier function makes the calls of this one.
         this_run = str(world.processes().connection.runs)
-        return post.state == ENDED or (
-            post.state == RETURNED and post.meeting == this_run
-        )
+        return post.state == RETURNED and post.meeting == this_run
 
     def _hear(self, work: Work) -> None:
         """Raise where another rank has found unlike calls."""
@@ -340,148 +343,152 @@ class Wait:
             self._refuse_unlike(given, work)
 
     def _compare(self, posts: dict[int, Post] | None, work: Work) -> None:
-        """Raise where a rank that waits in this meeting makes an unlike call there, and
-        tell all others.
+        """Raise where a rank that waits in this meeting makes an unlike call there.
+
+        All others are told before.
         """
+        key = self._axis.group_key
         for rank, post in (posts or {}).items():
             given = unlike(self._post(WAITS), self._rank, post, rank)
             if given is not None:
-                self._tell(
-                    lambda told, given=given: told.found(self._axis.group_key, given)
-                )
+                self._tell(lambda told, given=given: told.found(key, given))
                 self._refuse_unlike(given, work)
 
     def _refuse_unlike(self, given: str, work: Work) -> NoReturn:
         self._write(LEFT)
         self._leave(work)
         function, _ = self._origin()
-        axis = self._axis
-        raise MismatchError(
-            phrase(function, given, ALIKE, axis=axis.label, coords=dict(axis.coords))
-        )
+        raise MismatchError(self._phrase(function, given, ALIKE))
 
     def _dead(self) -> dict[int, str]:
+        """Return the ranks of the axis whose process, on this host, is dead."""
         self._tell(lambda told: told.learn(self._node))
         told = board()
         return {} if told is None else told.dead(self._neighbours)
 
     def _give_up(self, work: Work, cause: RuntimeError | None = None) -> None:
-        """Raise, with who is not here and why; unless the last one comes while the
-        others are asked.
+        """Raise an error that names the missing ranks.
+
+        Return normally if the last one arrives while we are asking.
         """
-        axis, until = (
-            self._axis,
-            monotonic() + 1.25 * self._pause,
-        )  # by then who has come has said so
+        # By then every rank that has come has said so.
+        until = monotonic() + 1.25 * self._pause
         self._write(LEFT)
         while True:
-            posts, dead = (
-                self._tell(lambda told: told.follow(self._others)),
-                self._dead(),
-            )
+            posts = self._tell(lambda told: told.follow(self._others))
+            dead = self._dead()
             self._hear(work)
-            self._compare(
-                {
-                    rank: post
-                    for rank, post in (posts or {}).items()
-                    if rank in self._others
-                },
-                work,
-            )
-            absent = [
-                rank
-                for rank in self._others
-                if not self._is_here((posts or {}).get(rank), cause)
-            ]
+            known = posts or {}
+            self._compare(_only(self._others, known), work)
+            absent = self._absent(known, cause)
             if cause is None and work.is_completed():
                 return
-            if posts is None or dead or not absent or monotonic() > until:
+            nothing_to_learn = posts is None or dead or not absent
+            if nothing_to_learn or monotonic() > until:
                 break
             sleep(self._pause / 4)
         self._leave(work)
+        raise self._timeout(absent, posts, cause) from None
+
+    def _absent(self, posts: dict[int, Post], cause: RuntimeError | None) -> list[int]:
+        absent: list[int] = []
+        for rank in self._others:
+            if not self._is_here(posts.get(rank), cause):
+                absent.append(rank)
+        return absent
+
+    def _timeout(
+        self,
+        absent: Sequence[int],
+        posts: dict[int, Post] | None,
+        cause: RuntimeError | None,
+    ) -> CollectiveTimeout:
         broken = cause is not None and "imed out" not in str(cause)
         given = self._who_is_missing(absent, posts, broken)
         function, site = self._origin()
-        right = f"Called at {site}" + (
-            "" if cause is None else f"\ngloo says: {first_sentence(cause)}"
-        )
-        if (
-            cause is not None
-            and axis.topology.num_nodes > 1
-            and "closed by peer" not in str(cause)
-        ):
-            right += f"\n{connect.INTERFACE}"
-        raise CollectiveTimeout(
-            phrase(function, given, right, axis=axis.label, coords=dict(axis.coords))
-        ) from None
+        right = f"Called at {site}"
+        if cause is not None:
+            right += f"\ngloo says: {first_sentence(cause)}"
+            # Hosts that cannot reach each other may use the wrong network interface. A
+            # connection that a peer has closed was there.
+            several = self._axis.topology.num_nodes > 1
+            if several and "closed by peer" not in str(cause):
+                right += f"\n{connect.INTERFACE}"
+        return CollectiveTimeout(self._phrase(function, given, right))
 
     def _who_is_missing(
         self, absent: Sequence[int], posts: dict[int, Post] | None, broken: bool
     ) -> str:
-        """The ranks to blame: those that nobody keeps waiting, though others wait for
-        them.
+        """Return which ranks are to blame, for an error.
+
+        These are the ranks that nobody keeps waiting, though others wait for them.
         """
         told, timeout = board(), self._axis.timeout
-        dead, stopped = (
-            ({}, {})
-            if told is None
-            else (told.dead(self._node), told.stopped(self._node))
-        )
+        server = f"{place_of(0)} or the launcher"
+        unknown = f"the store of the world cannot be reached, which {server} serves"
+        if told is None:
+            return unknown
+        dead, stopped = told.dead(self._node), told.stopped(self._node)
         if posts is not None:
             waiters = roots(absent, posts, dead)
-            return not_here(
-                list(waiters) or absent, posts, dead, timeout, broken, stopped, waiters
-            )
-        # the rank that served the board is one of these, if it is of this host: its
-        # connections end a little before it
+            blamed = list(waiters) or absent
+            return not_here(blamed, posts, dead, timeout, broken, stopped, waiters)
+        # The board cannot be reached. The rank that served it is one of these, if it is
+        # of this host; its connections end a little before its process.
         until = monotonic() + self._pause
-        while told is not None and not (dead or stopped) and monotonic() < until:
+        while not (dead or stopped) and monotonic() < until:
             sleep(self._pause / 10)
             dead = told.dead(self._node)
-        known = [rank for rank in self._node if rank in dead or rank in stopped]
+        known = [rank for rank in self._node if rank in {**stopped, **dead}]
         if known:
             return not_here(known, {}, dead, timeout, broken, stopped)
-        return f"the store of the world cannot be reached, which {place_of(0)} or the launcher serves"
+        return unknown
 
     def _is_here(self, post: Post | None, cause: RuntimeError | None) -> bool:
         if post is None:
             return False
-        if self._is_over(
-            post
-        ):  # where a connection is broken, it has not sent all that it began to send
+        if self._is_over(post):
+            # Where a connection is broken, the rank has not sent all that it began to
+            # send.
             return cause is None and not self._ended_before(post)
         return post.meeting == self._meeting
 
 
+def _only(ranks: Sequence[int], posts: dict[int, Post]) -> dict[int, Post]:
+    return {rank: post for rank, post in posts.items() if rank in ranks}
+
+
 def first_sentence(error: RuntimeError) -> str:
-    """`[.../pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is ...` without
-    the first and the last part.
+    """Return what torch says, without the place in its code and the advice.
+
+    `[.../pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is ...` becomes
+    `Connection closed by peer [127.0.0.1]:1`.
     """
     return re.sub(r"^\[\S*\] ", "", str(error)).splitlines()[0].split(". ")[0]
 
 
 def _done_soon(work: Work) -> bool:
-    """Wait a moment. Raises what the work raised, once it is over."""
+    """Wait a moment, and return whether the work is over.
+
+    Raises: what the work raised.
+    """
     try:
         work.wait(_CHUNK)
     except RuntimeError:
         if not work.is_completed():
             return False
-        work.wait()  # over meanwhile: it says how
+        # It is over meanwhile, and says how.
+        work.wait()
     return True
 
 
 def _tell_the_end() -> None:
-    """Say of this rank that its world is over, for those that wait for a connection to
-    it, or for a message.
-    """
+    """Say that the world is over here, for those that wait for this rank."""
     _tell_last(ENDED)
 
 
 def tell_return() -> None:
-    """Say of this rank that the function that `launch` ran here has returned: it makes
-    no more calls of this run.
-    """
+    """Say that what `launch` ran here has returned: it makes no more calls."""
     _tell_last(RETURNED, str(world.processes().connection.runs))
 
 

@@ -781,7 +781,7 @@ def left_alone() -> str:
 
 def test_a_rank_that_has_stopped_calling() -> None:
     _, text = spmd.launch(left_alone, x=2)
-    assert text.startswith("pmod.psum(axis='x') at (x=1): not all ranks came within 3 s; absent: rank 0 (x=0).")
+    assert text.startswith("pmod.psum(axis='x') at (x=1): not all ranks came within 3 s. Missing: rank 0 (x=0).")
     assert "test_debug.py:" in text and 'pmod.psum(torch.ones(1), "x")' in text
 
 
@@ -896,6 +896,6 @@ def test_a_store_that_has_left_is_named() -> None:
     """
     _, (status, said, _) = run_ranks(code, 2)
     assert status == 0
-    gone = "some ranks come no more; absent: rank 0 (x=0), whose process "
+    gone = "some ranks will not arrive. Missing: rank 0 (x=0): its process "
     assert said.startswith(f"pmod.psum(axis='x') at (x=1): {gone}")
     assert "\nCalled at <string>:" in said

@@ -532,7 +532,7 @@ def is_named(name: str, kind: str, text: str) -> bool:
     if name == "an_exception_on_one_rank" and kind == "ValueError":
         return text == "a bad sample"
     if kind == "CollectiveTimeout":
-        return "absent: rank " in text and HERE in text
+        return "Missing: rank " in text and HERE in text
     return kind == "MismatchError" and (text.count(HERE) >= 2 or "(has left)" in text)
 
 

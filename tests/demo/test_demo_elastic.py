@@ -403,7 +403,7 @@ def test_a_rank_that_dies_while_it_saves_is_named(tmp_path, victim, moment):
     for rank in {0, 1, 2} - {victim}:
         said = ended[rank][0]
         assert ranks[rank].returncode == 0 and said.startswith("pmod."), ended[rank]
-        assert f"rank {victim} (space={victim}), whose process {ranks[victim].pid} on" in said, said
+        assert f"rank {victim} (space={victim}): its process {ranks[victim].pid} on" in said, said
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-1"]
 
 

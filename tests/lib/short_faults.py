@@ -246,7 +246,8 @@ def _checked(plan: Plan, job: Forked, alive: Sequence[int], seconds: float) -> t
         return "WRONG", "the survivors did not meet:\n" + _told(job, alive)
     for rank in alive:
         # who waits for the victim in its turn is named, too
-        names = re.findall(r"rank (\d+)", re.sub(r"for which rank \d+", "", told[rank]["error"]))
+        blamed = re.sub(r"rank \d+( \([^)]*\))? waits for it", "", told[rank]["error"])
+        names = re.findall(r"rank (\d+)", blamed)
         if str(plan.victim) not in names and rank != plan.victim:
             return "NAMELESS", f"rank {rank} was told: {told[rank]['error']}"
         innocent = {name for name in names if name != str(plan.victim)}

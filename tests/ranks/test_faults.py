@@ -42,7 +42,8 @@ class Survivors:
     """A job whose ranks have ended as they should, but for what `said` says of one."""
 
     def __init__(self, rank: int = 0, **said: Any) -> None:
-        fine = {"error": "rank 2 (a=2), whose process is dead, for which rank 1 waits", "shutdown": 0.1, "again": 1}
+        named = "rank 2 (a=2): its process is dead, and rank 1 (a=1) waits for it"
+        fine = {"error": named, "shutdown": 0.1, "again": 1}
         self.told = {other: {**fine, **(said if other == rank else {})} for other in (0, 1)}
         self.status = {0: 0, 1: 0}
         self.errors = [Path(os.devnull)] * 3

@@ -302,9 +302,9 @@ def returns_early(calls: int) -> str:
 @pytest.mark.parametrize(("calls", "ranks"), [(0, 2), (2, 3)])
 def test_a_rank_that_has_returned_is_named_long_before_the_deadline(calls, ranks):
     *waited, returned = pmod.launch(returns_early, calls, model=ranks)
-    last = rf"rank {ranks - 1} (model={ranks - 1}), which has returned from the function that launch runs"
+    last = rf"rank {ranks - 1} (model={ranks - 1}): it has returned from the function that launch runs"
     assert returned == "returned" and len(waited) == ranks - 1
-    assert all(f"some ranks come no more; absent: {last}" in text for text in waited), waited
+    assert all(f"some ranks will not arrive. Missing: {last}" in text for text in waited), waited
 
 
 def late_for_the_next() -> int:

@@ -83,7 +83,7 @@ def test_a_rank_that_never_comes_is_named(name: str) -> None:
         function = {"backward": "psum in backward", "start": "psum"}.get(name, name)
         first, called, *_ = text.split("\n")
         assert first == (
-            f"pmod.{function}(axis='data') at (data={rank}): not all ranks came within 2 s; absent: rank 2 (data=2)."
+            f"pmod.{function}(axis='data') at (data={rank}): not all ranks came within 2 s. Missing: rank 2 (data=2)."
         )
         assert called.startswith("Called at ") and "test_waiting.py:" in called
         assert seconds > 1.9
@@ -104,8 +104,8 @@ def test_who_waits_elsewhere_is_told_where() -> None:
     for rank, text in enumerate(spmd.launch(elsewhere, a=2, b=2)):
         other = {0: 2, 1: 0, 2: 3, 3: 1}[rank]
         coords = f"(a={other // 2}, b={other % 2})"
-        assert f"rank {other} {coords}, which" in text, text
-        assert "in psum at" in text.split("absent")[1] and "# the one line" in text
+        assert f"rank {other} {coords}: it " in text, text
+        assert "in psum at" in text.split("Missing")[1] and "# the one line" in text
 
 
 def late() -> float:
@@ -275,7 +275,7 @@ def test_a_killed_rank_is_named_and_the_others_go_on(victim: int) -> None:
         assert float(seconds) < 5.0 and total == "2"
         assert text.startswith(f"pmod.psum(axis='data') at (data={rank}): "), text
         assert f"rank {victim} (data={victim})" in text
-        assert f"whose process {ranks[victim].pid} on {socket.gethostname()} is dead" in text
+        assert f"its process {ranks[victim].pid} on {socket.gethostname()} is dead" in text
 
 
 def test_a_dead_process_is_seen() -> None:
@@ -440,14 +440,16 @@ def test_a_post_is_read_as_it_was_written() -> None:
 def test_what_an_error_says_of_the_absent() -> None:
     posts = {1: Post(WAITS, "m", (0, 1), "pmax at a.py:1"), 2: Post(LEFT, "m", (2, 3), "pmin at b.py:2")}
     assert _board.not_here([1, 3], posts, {}, 5.0) == (
-        "not all ranks came within 5 s; absent: rank 1, which waits in pmax at a.py:1; rank 3"
+        "not all ranks came within 5 s. Missing: rank 1: it waits in pmax at a.py:1; rank 3"
     )
-    # one that is only late is no news beside those that come no more
+    # one that is only late is no news beside those that will not arrive
     assert _board.not_here([1, 2, 3], posts, {3: "process 9 on n is dead"}, 5.0) == (
-        "some ranks come no more; absent: rank 2, which raised in pmin at b.py:2; rank 3, whose process 9 on n is dead"
+        "some ranks will not arrive. Missing: rank 2: it raised in pmin at b.py:2; rank 3: its process 9 on n is dead"
     )
-    assert _board.not_here([3], {}, {}, 5.0, broken=True) == "a connection failed; absent: rank 3"
-    assert _board.not_here([], {}, {}, 5.0).endswith("absent: none, so a connection is broken or slow")
+    assert _board.not_here([3], {}, {}, 5.0, broken=True) == "a connection failed. Missing: rank 3"
+    here = "Every rank reported that it is here, so a network connection is broken or slow"
+    assert _board.not_here([], {}, {}, 5.0) == f"the call was not over within 5 s. {here}"
+    assert _board.not_here([], {}, {}, 5.0, broken=True) == f"a connection failed. {here}"
 
 
 def test_a_blocking_call_in_a_thread() -> None:
@@ -531,7 +533,7 @@ def broken_by_a_leaver() -> list[bool]:
             pmod.shutdown()
         else:
             group = pmod.current_mesh().group("data")
-            with pytest.raises(pmod.CollectiveTimeout, match=r"rank 1 \(data=1\), which has ended its mesh"):
+            with pytest.raises(pmod.CollectiveTimeout, match=r"rank 1 \(data=1\): it has ended its mesh"):
                 CALLS["psum"]()
             found = [world.is_left_behind(group)]
     pmod.shutdown()
@@ -588,16 +590,18 @@ def test_the_one_that_keeps_all_others_waiting_is_found() -> None:
     assert _board.roots([1], {0: waits, 1: Post(WAITS, "a#1", (0, 1), "")}, {}) == {}  # each waits for the other
     given = _board.not_here([3], posts, {}, 5.0, stopped={3: "process 9 on n is stopped"}, waiters={3: 1})
     assert given == (
-        "not all ranks came within 5 s; absent: rank 3, whose process 9 on n is stopped, "
-        "for which rank 1 waits in psum at b.py:2"
+        "not all ranks came within 5 s. Missing: rank 3: its process 9 on n is stopped, "
+        "and rank 1 waits for it in psum at b.py:2"
     )
+    given = _board.not_here([3], posts, {}, 5.0, waiters={3: 1})
+    assert given.endswith(" Missing: rank 3: rank 1 waits for it in psum at b.py:2")
 
 
 def test_a_rank_that_has_ended_waits_for_nobody() -> None:
     posts = {1: Post(_board.ENDED, "", (1,), "", met='{"a": 3}')}
     assert Post.of(posts[1].text()) == posts[1]
     assert _board.roots([1], posts, {}) == {1: None}
-    assert _board.not_here([1], posts, {}, 5.0) == "some ranks come no more; absent: rank 1, which has ended its mesh"
+    assert _board.not_here([1], posts, {}, 5.0) == "some ranks will not arrive. Missing: rank 1: it has ended its mesh"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
