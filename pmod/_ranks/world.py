@@ -242,6 +242,23 @@ def here() -> Topology:
     return current().topology
 
 
+def to_connect() -> Topology:
+    """Return the topology that `make_mesh` connects: the launcher's, or torch's own.
+
+    Some launchers say nothing but what torch.distributed was initialized with.
+    """
+    known = here()
+    # No variable tells of ranks that are threads, or that `launch` has started.
+    if not current().by_processes or known.launcher == "launch":
+        return known
+    if not (dist.is_available() and dist.is_initialized()):
+        return Topology.detect()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if (known.rank, known.world_size) == (rank, world_size):
+        return known
+    return Topology(rank=rank, world_size=world_size, device=known.device)
+
+
 def launch_as(topology: Topology) -> None:
     """`launch`, or a notebook, has made this process this rank."""
     processes().launched = topology

@@ -10,7 +10,8 @@ import torch
 
 from pmod._errors import ArgumentError, PmodError, phrase
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.mesh import Mesh, make_mesh
+from pmod._mesh.make import make_mesh
+from pmod._mesh.mesh import Mesh
 from pmod._mesh.sizes import check_axis_sizes
 from pmod._ranks import world
 from pmod._ranks.topology import Topology

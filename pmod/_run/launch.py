@@ -47,7 +47,7 @@ from pmod._errors import (
     quoted,
 )
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.mesh import make_mesh
+from pmod._mesh.make import make_mesh
 from pmod._ranks import connect, world
 from pmod._ranks.backends import use_device
 from pmod._ranks.topology import Topology

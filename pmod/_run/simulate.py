@@ -20,7 +20,7 @@ from pmod._core.arguments import check_function
 from pmod._core.watch import watchers
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.mesh import make_mesh
+from pmod._mesh.make import make_mesh
 from pmod._mesh.sizes import check_axis_sizes
 from pmod._ranks import world
 from pmod._torch import are_transforms_active, forward_level, swap_forward_nesting
