@@ -75,8 +75,6 @@ def indices_of(place: int, axes: Sequence[Factors]) -> tuple[int, ...] | None:
     A digit of the index along an axis counts for as much as the sizes after it multiply
     to.
     """
-    if place < 0:
-        return None
     digits: list[tuple[int, int, int, int]] = []
     for number, factors in enumerate(axes):
         worth = 1
@@ -85,10 +83,10 @@ def indices_of(place: int, axes: Sequence[Factors]) -> tuple[int, ...] | None:
             worth *= size
     indices = [0] * len(axes)
     # Strides nest, each being at least the whole extent of the next, so the digit of
-    # the largest stride is the leading one.
+    # the largest stride is the leading one. It is negative where the place is.
     for stride, size, worth, number in sorted(digits, reverse=True):
         digit, place = divmod(place, stride)
-        if digit >= size:
+        if not 0 <= digit < size:
             return None
         indices[number] += digit * worth
     return None if place else tuple(indices)
@@ -105,7 +103,7 @@ def take_fastest(factors: Factors, size: int) -> tuple[Factors, Factors]:
         # A digit may be cut itself only where it is the last that is needed; else the
         # digits of the flattened axes do not line up with the cut.
         is_cut = part < count
-        if part == 1 or (is_cut and part != need):
+        if is_cut and part != need:
             raise AxisError(
                 phrase(
                     "Mesh.split",

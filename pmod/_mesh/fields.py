@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from pmod._errors import ArgumentError, phrase, quoted
@@ -19,9 +20,17 @@ def check_fields(
     timeout: object,
 ) -> None:
     """Raise where someone calls the class with what `make_mesh` would not pass it."""
+    fields = {
+        "axis_names": axis_names,
+        "axes": axes,
+        "offset": offset,
+        "base": base,
+        "topology": topology,
+        "timeout": timeout,
+    }
     fits = {
-        "axis_names": _are_names(axis_names),
-        "axes": _are_axes(axes),
+        "axis_names": _is_tuple_of(_is_text, axis_names),
+        "axes": _is_tuple_of(_are_factors, axes),
         "offset": _is_offset(offset),
         "base": base is None or _are_ranks(base),
         "topology": isinstance(topology, Topology),
@@ -38,43 +47,34 @@ def check_fields(
         elif base is not None and not _covers(base, cast(int, offset), factors):
             wrong = ["base"]
     if wrong:
-        given = {
-            "axis_names": axis_names,
-            "axes": axes,
-            "offset": offset,
-            "base": base,
-            "topology": topology,
-            "timeout": timeout,
-        }
+        name = wrong[0]
         raise ArgumentError(
             phrase(
                 "Mesh",
-                f"{wrong[0]} is {quoted(given[wrong[0]])}",
+                f"{name} is {quoted(fields[name])}",
                 "Make a mesh with pmod.make_mesh, or from another mesh.",
             )
         )
 
 
-def _are_names(names: object) -> bool:
-    if type(names) is not tuple:
-        return False
-    return all(type(name) is str for name in cast(tuple[object, ...], names))
+def _is_tuple_of(fits: Callable[[object], bool], value: object) -> bool:
+    return type(value) is tuple and all(map(fits, cast(tuple[object, ...], value)))
 
 
-def _are_axes(axes: object) -> bool:
-    if type(axes) is not tuple:
-        return False
-    return all(map(_are_factors, cast(tuple[object, ...], axes)))
+def _is_text(name: object) -> bool:
+    return type(name) is str
 
 
 def _are_factors(axis: object) -> bool:
-    """Return whether it is pairs of a size and a stride."""
-    if type(axis) is not tuple:
+    return _is_tuple_of(_is_pair, axis)
+
+
+def _is_pair(pair: object) -> bool:
+    """Return whether it is a size and a stride."""
+    ints = as_ints(pair)
+    if ints is None or len(ints) != 2:
         return False
-    for pair in map(as_ints, cast(tuple[object, ...], axis)):
-        if pair is None or len(pair) != 2 or min(pair) < 1:
-            return False
-    return True
+    return min(ints) >= 1
 
 
 def _is_offset(offset: object) -> bool:

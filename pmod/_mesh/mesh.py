@@ -305,7 +305,8 @@ class Mesh:
         """Return the label to show, and the places of the named axes in this mesh."""
         label = axis if isinstance(axis, str) else _names_in(axis)
         if label is None:
-            some = self.axis_names[-1] if self.axis_names else "model"
+            # a mesh may have no axis
+            some = ("model", *self.axis_names)[-1]
             raise AxisError(
                 phrase(
                     function,
@@ -591,8 +592,9 @@ def _names_in(axis: object) -> tuple[str, ...] | None:
     if not isinstance(axis, tuple | list):
         return None
     items = cast(Sequence[object], axis)
-    names = [name for name in items if isinstance(name, str)]
-    return tuple(names) if len(names) == len(items) else None
+    if all([isinstance(name, str) for name in items]):
+        return tuple(cast(Sequence[str], items))
+    return None
 
 
 AxisLike: TypeAlias = str | tuple[str, ...] | Mesh

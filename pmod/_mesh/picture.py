@@ -65,12 +65,11 @@ def mesh_text(
     if not names:
         return title
     short = [_clip(name, max(6, 48 // len(names))) for name in names]
-    mine = coords[-1] if coords else None
     lines: list[str] = []
     # How wide the cells are is known only once the ranks in them are, so columns are
     # left out one by one.
     for columns in range(_COLUMNS, 2, -1):
-        shown = shown_of(sizes[-1], columns, mine)
+        shown = _columns(sizes, columns, coords)
         rows = list(_rows(sizes, shown, rank_at, coords, node_of))
         lines = _table(short, shown, rows)
         if max(map(len, lines)) <= _WIDTH:
@@ -94,7 +93,7 @@ def mesh_html(
     title = f"<div>{escape(_title(names, sizes, coords, inside))}</div>"
     if not names:
         return f"<div>{title}</div>"
-    shown = shown_of(sizes[-1], _COLUMNS, coords[-1] if coords else None)
+    shown = _columns(sizes, _COLUMNS, coords)
     rows = list(_rows(sizes, shown, rank_at, coords, node_of))
     body = [_html_heads(names, shown)]
     for row in rows:
@@ -151,6 +150,13 @@ def _clip(text: str, width: int) -> str:
     return text[: width - 3] + "..."
 
 
+def _columns(
+    sizes: Sequence[int], most: int, coords: Sequence[int] | None
+) -> list[int | None]:
+    """Return the indices to draw along the last axis, that of this rank among them."""
+    return shown_of(sizes[-1], most, coords[-1] if coords else None)
+
+
 def shown_of(size: int, most: int, keep: int | None = None) -> list[int | None]:
     """Return the indices to draw, None for a gap: all, or both ends and `keep`."""
     if size <= most:
@@ -180,8 +186,9 @@ def _rows(
     All axes but the last are counted through as one.
     """
     outer = tuple(sizes[:-1])
-    here = None if coords is None else tuple(coords)
-    keep = None if here is None else number_of(here[:-1], outer)
+    here, keep = None, None
+    if coords is not None:
+        here, keep = tuple(coords), number_of(coords[:-1], outer)
     for number in shown_of(math.prod(outer), _ROWS, keep):
         if number is None:
             yield None
@@ -210,7 +217,7 @@ def _table(
     # "rank" goes below the name where no index does, and needs four columns
     label = names[-1] if outer else f"{names[-1]:4} "
     left = _in_columns(names[:-1], outer)
-    heads = [("..." if i is None else str(i)).rjust(width - 1) for i in columns]
+    heads = [text.rjust(width - 1) for text in map(_index, columns)]
     lines = [f"{left}{label}{' '.join(heads)} "]
     below = ("" if outer else "rank").ljust(len(label))
     last: tuple[int, ...] = ()
@@ -229,9 +236,13 @@ def _table(
     return lines
 
 
+def _index(index: int | None) -> str:
+    return "..." if index is None else str(index)
+
+
 def _width(columns: Sequence[int | None], rows: Sequence[_Row]) -> int:
     """Return the width of a cell: that of its longest text, and two for the brackets."""
-    texts = ["..." if column is None else str(column) for column in columns]
+    texts = list(map(_index, columns))
     for row in rows:
         texts += [str(cell.rank) for cell in row.present()]
     return 2 + max(map(len, texts))

@@ -58,19 +58,15 @@ def check_names(names: Iterable[object], function: str) -> None:
         seen.add(name)
 
 
-def as_size(
-    name: str, given: object, function: str, right: str, *, or_rest: bool = False
-) -> int:
+def as_size(name: str, given: object, function: str, right: str) -> int:
     """Return the size that was given for an axis, an int of 1 or more.
 
-    or_rest: it may also be -1. right: what the error says would be right.
+    right: what the error says would be right.
     """
     size = as_int(given)
-    if size is not None and size >= 1:
-        return size
-    if size == -1 and or_rest:
-        return size
-    raise AxisError(phrase(function, f"{name}={quoted(given)} is no size", right))
+    if size is None or size < 1:
+        raise AxisError(phrase(function, f"{name}={quoted(given)} is no size", right))
+    return size
 
 
 def fill_in(
@@ -80,10 +76,14 @@ def fill_in(
     check_names(sizes, function)
     right = "Sizes are ints of 1 or more; one may be -1."
     filled: dict[str, int] = {}
+    unknown: list[str] = []
     for name, given in sizes.items():
-        filled[name] = as_size(name, given, function, right, or_rest=True)
-    asked = shown_sizes(filled)
-    unknown = [name for name, size in filled.items() if size == -1]
+        if as_int(given) == -1:
+            unknown.append(name)
+            # it keeps the place among the axes, and leaves the product as it is
+            given = 1
+        filled[name] = as_size(name, given, function, right)
+    asked = shown_sizes({**filled, **dict.fromkeys(unknown, -1)})
     if len(unknown) > 1:
         raise AxisError(
             phrase(
@@ -92,12 +92,10 @@ def fill_in(
                 "Leave one size to be worked out.",
             )
         )
-    # The sign is that of the one size which may be -1.
-    known = abs(math.prod(filled.values()))
-    if not unknown and known == total:
-        return filled
-    if unknown and total % known == 0:
+    known = math.prod(filled.values())
+    if unknown:
         filled[unknown[0]] = total // known
+    if math.prod(filled.values()) == total:
         return filled
     needed = "1 rank" if known == 1 else f"{known} ranks"
     if unknown:

@@ -457,9 +457,8 @@ def _first_host(environ: Mapping[str, str], *names: str) -> str | None:
 def _job(environ: Mapping[str, str], launcher: Launcher) -> str:
     """Return what names the job: the same on all its ranks, another for the next job."""
     for names in launcher.job:
-        values = [environ[name] for name in names if name in environ]
-        if len(values) == len(names):
-            return ".".join(values)
+        if environ.keys() >= set(names):
+            return ".".join([environ[name] for name in names])
     return ""
 
 

@@ -247,20 +247,21 @@ def _check_nodes(topology: Topology) -> None:
 
 
 def _fill(topology: Topology) -> None:
-    """Work out the fields that were left out."""
+    """Work out the fields that were left out, each from those before it."""
     t, size = topology, topology.world_size
-    # In this order, because each is worked out from those before it.
-    if t.local_world_size is _FILLED:
-        _put(t, "local_world_size", -(-size // (t.num_nodes or 1)))
-    if t.num_nodes is _FILLED:
-        _put(t, "num_nodes", -(-size // t.local_world_size))
-    if t.local_rank is _FILLED:
-        _put(t, "local_rank", t.rank % t.local_world_size)
+    _put_if_left_out(t, "local_world_size", -(-size // (t.num_nodes or 1)))
+    _put_if_left_out(t, "num_nodes", -(-size // t.local_world_size))
+    _put_if_left_out(t, "local_rank", t.rank % t.local_world_size)
     _check(t, "local_rank", 0, "local_world_size")
-    if t.node_rank is _FILLED:
-        _put(t, "node_rank", _node(t))
+    _put_if_left_out(t, "node_rank", _node(t))
+    # No backend is chosen where one is given, so that it may be one pmod does not know.
     if t.backend is _FILLED:
         _put(t, "backend", chosen_for(t.device))
+
+
+def _put_if_left_out(topology: Topology, name: str, value: int) -> None:
+    if getattr(topology, name) is _FILLED:
+        _put(topology, name, value)
 
 
 def is_thread(place: Topology) -> bool:
@@ -316,8 +317,6 @@ def warn_of_straddling(sizes: Mapping[str, int], place: Topology) -> None:
     is not.
     """
     node = place.local_world_size
-    if place.num_nodes == 1:
-        return
     lengths = list(sizes.values())
     # The stride of the axis at hand: the product of the sizes after it.
     stride = 1
