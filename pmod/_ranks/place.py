@@ -37,11 +37,9 @@ def _config() -> dict[str, Place]:
     return vars(current_process())["_config"]
 
 
-_FIELDS = attrs.fields(Topology)
-
-
 def _as_place(topology: Topology) -> Place:
-    fields = {field.name: getattr(topology, field.name) for field in _FIELDS}
+    names = [field.name for field in attrs.fields(Topology)]
+    fields = {name: getattr(topology, name) for name in names}
     return os.getpid(), {**fields, "device": str(topology.device)}
 
 
