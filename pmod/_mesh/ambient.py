@@ -13,8 +13,8 @@ from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
 from pmod._torch import constant_in_graphs
 
-# The mesh hangs on the world, and is no ContextVar: autograd runs backward on threads
-# of its own, which must find the same mesh, and torch.compile cannot read a ContextVar.
+# The mesh hangs on the world, not on a ContextVar: autograd runs backward on threads of
+# its own, which must find the same mesh, and torch.compile cannot read a ContextVar.
 # `_token` says which mesh that of the process is, and where: compiled code reads it, so
 # that torch guards on its value and compiles again when the mesh has changed.
 _token: str = ""
@@ -138,7 +138,7 @@ def keep_mesh() -> tuple[
 
 
 class under:
-    """A context with this ambient mesh, or with none, that can be entered repeatedly."""
+    """A context with this ambient mesh, or with none; it can be entered repeatedly."""
 
     def __init__(self, mesh: Mesh | None) -> None:
         self._mesh = mesh
@@ -167,7 +167,7 @@ def resolve(axis: AxisLike, function: str) -> Axis:
         mesh, label = ambient(), axis
     if mesh is None:
         raise _no_mesh(function, axis)
-    # It may not have been looked up yet, or not be hashable (a list of names, a mistake).
+    # It may not have been looked up yet, or not be hashable (a list, a mistake).
     try:
         return mesh._bound[label]
     except (KeyError, TypeError, ValueError):

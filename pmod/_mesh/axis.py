@@ -148,8 +148,8 @@ def is_last(value: T, key: str, of: WeakValueDictionary[str, Last[T]]) -> Last[T
     return last
 
 
-# The axes that were bound in this process, by key: a memo for compiled code, whose calls
-# name them by their keys. What nobody refers to is let go.
+# The axes that were bound in this process, by key: a memo for compiled code, whose
+# calls name them by their keys. What nobody refers to is let go.
 parsed_axes: WeakValueDictionary[str, Last[Axis]] = WeakValueDictionary()
 
 

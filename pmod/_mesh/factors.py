@@ -107,7 +107,8 @@ def take_fastest(factors: Factors, size: int) -> tuple[Factors, Factors]:
             raise AxisError(
                 phrase(
                     "Mesh.split",
-                    f"a size of {size} cuts across the axes that were flattened into this one",
+                    f"a size of {size} cuts across the axes "
+                    "that were flattened into this one",
                     "Split it by the sizes that it was flattened from.",
                 )
             )

@@ -81,10 +81,10 @@ class Mesh:
     _timeout: float = DEFAULT_TIMEOUT
     _sizes: tuple[int, ...] = attrs.field(init=False)
     _coords: tuple[int, ...] | None = attrs.field(init=False, default=None)
-    # `_key` says which mesh it is and which place in it. `_axis_key` is that of all axes
-    # flattened, as Axis.parse reads it, and `_axis_keys` are those of each axis by
-    # itself. Compiled code names axes by these texts, because torch can guard on a text.
-    # They are empty on a rank outside.
+    # `_key` says which mesh it is and which place in it. `_axis_key` is that of all
+    # axes flattened, as Axis.parse reads it, and `_axis_keys` are those of each axis by
+    # itself; both are empty on a rank outside. Compiled code names meshes and axes by
+    # these texts, because torch can guard on a text.
     _key: str = attrs.field(init=False)
     _axis_key: str = attrs.field(init=False, default="")
     _axis_keys: tuple[str, ...] = attrs.field(init=False, default=("",))
@@ -187,7 +187,7 @@ class Mesh:
         return dict(zip(self.axis_names, coords, strict=True))
 
     def coords_of(self, rank: int) -> dict[str, int] | None:
-        """Axis name -> the index of `rank`; None where it is outside the mesh.
+        """Return axis name -> the index of `rank`; None where it is outside the mesh.
 
         >>> mesh = pmod.make_mesh(data=2, model=2, topology=pmod.Topology(rank=1, world_size=4))
         >>> mesh.coords_of(2)
@@ -213,7 +213,7 @@ class Mesh:
 
     @property
     def label(self) -> str | tuple[str, ...]:
-        """What names all axes at once: the only axis's name, else the tuple of names."""
+        """What names all axes at once: the only name, else the tuple of names."""
         if len(self.axis_names) == 1:
             return self.axis_names[0]
         return self.axis_names

@@ -1,7 +1,7 @@
 """Pictures of meshes, as text for terminals and as HTML for notebooks.
 
-A function gives the ranks, and only those that are drawn are asked for: a mesh of 131,072
-ranks costs as much as one of 200.
+A function gives the ranks, and only those that are drawn are asked for, so a mesh of
+131,072 ranks costs as much as one of 200.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Cell(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A row of cells, None where columns are left out, at a place along the outer axes."""
+    """A row at a place along the outer axes, with None where columns are left out."""
 
     place: tuple[int, ...]
     cells: list[_Cell | None]
@@ -241,7 +241,7 @@ def _index(index: int | None) -> str:
 
 
 def _width(columns: Sequence[int | None], rows: Sequence[_Row]) -> int:
-    """Return the width of a cell: that of its longest text, and two for the brackets."""
+    """Return the width of a cell: its longest text, and two for the brackets."""
     texts = list(map(_index, columns))
     for row in rows:
         texts += [str(cell.rank) for cell in row.present()]
@@ -263,7 +263,7 @@ def _in_columns(texts: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _changed(place: tuple[int, ...], last: tuple[int, ...]) -> list[str]:
-    """Return the indices as texts, "" before the first that differs from the last row's.
+    """Return the indices as texts, "" as long as they are those of the last row.
 
     So an index is written where it, or one before it, changes.
     """

@@ -26,15 +26,15 @@ class Backend:
     """What decides how messages go by a backend.
 
     `name` is torch.distributed's, and `device_type` that of the tensors. `wire` makes
-    the Wire of a message from the size of its axis, this rank's index there, the process
-    group, this record and the message's `Wait`. Where a wait `blocks` this process, pmod
-    waits in its stead, so that Ctrl-C and the deadline end it. Where messages have
-    `tags`, those of unlike calls never meet; where they have none, calls are compared
-    after the fact. `carries` lists the dtypes that travel as they are, others as bytes,
-    and `sums` those that the backend adds up by itself; other sums are taken here, in
-    rank order. `set_device` makes a device the current one, before anything is
-    connected. `cut_off` closes the connections of a group, so that those who wait hear
-    of a rank that has left.
+    the Wire of a message from the size of its axis, this rank's index there, the
+    process group, this record and the message's `Wait`. Where a wait `blocks` this
+    process, pmod waits in its stead, so that Ctrl-C and the deadline end it. Where
+    messages have `tags`, those of unlike calls never meet; where they have none, calls
+    are compared after the fact. `carries` lists the dtypes that travel as they are,
+    others as bytes, and `sums` those that the backend adds up by itself; other sums are
+    taken here, in rank order. `set_device` makes a device the current one, before
+    anything is connected. `cut_off` closes the connections of a group, so that those
+    who wait hear of a rank that has left.
     """
 
     name: str
@@ -96,7 +96,9 @@ def backend_in(config: str, device_type: str) -> Backend:
         known = _BACKENDS.get(name)
         # A part without a type of device stands for all that its backend has.
         is_meant = kind in ("", device_type)
-        if known is not None and is_meant and known.device_type == device_type:
+        if known is None or not is_meant:
+            continue
+        if known.device_type == device_type:
             return known
     return backend_for(device_type, "Mesh")
 

@@ -144,7 +144,7 @@ def _join(topology: Topology) -> None:
 def _store(
     topology: Topology, timeout: timedelta
 ) -> tuple[Store, dict[int, tuple[str, int]]]:
-    """Return a store of this connection alone, and where the ranks are that met there."""
+    """Return a store of this connection alone, and where the ranks there are."""
     store = _store_of_job(topology, timeout)
     if topology.world_size == 1:
         return store, {}
@@ -348,13 +348,13 @@ def _at_exit() -> None:
 
 
 def shutdown() -> None:
-    """End what `make_mesh` started: its process groups, and the world if pmod connected
-    it.
+    """End what `make_mesh` started: its process groups, and the world if it is pmod's.
 
-    Runs at exit by itself, and may be called any number of times. A process group that
-    the user initialized is left alone. Afterwards `make_mesh` starts afresh. After a
-    failed wait the connections stay as they are until the process ends, because gloo
-    might wait for ever to end them; the ranks that wait for this one are told.
+    It is pmod's where pmod connected it. Runs at exit by itself, and may be called any
+    number of times. A process group that the user initialized is left alone. Afterwards
+    `make_mesh` starts afresh. After a failed wait the connections stay as they are
+    until the process ends, because gloo might wait for ever to end them; the ranks that
+    wait for this one are told.
 
     >>> pmod.shutdown()
     """
@@ -412,11 +412,11 @@ def _end(groups: list[dist.ProcessGroup], *, whole_world: bool) -> None:
 
     `groups` is emptied. A group that was left behind stays, and so do all others of its
     world, whose connections the same death has broken. gloo ends a group's thread at a
-    moment without an event (Loop::run), and a connection that breaks once it is asked to
-    end is never taken off its list, so that this moment never comes. A death that nobody
-    has noticed yet can do the same to any group. So groups end in a thread, for which
-    this one waits so long and no longer. A group that somebody else holds would end
-    elsewhere, without a bound: it stays as well.
+    moment without an event (Loop::run), and a connection that breaks once it is asked
+    to end is never taken off its list, so that this moment never comes. A death that
+    nobody has noticed yet can do the same to any group. So groups end in a thread, for
+    which this one waits so long and no longer. A group that somebody else holds would
+    end elsewhere, without a bound: it stays as well.
     """
     if any(map(is_left_behind, groups)):
         leave_all_behind(groups)

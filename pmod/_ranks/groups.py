@@ -60,7 +60,7 @@ def group_of(
 
 
 def _is_current(connection: Connection, topology: Topology) -> bool:
-    """Return whether the connection is of torch's world, at the place of this topology."""
+    """Return whether the connection is of torch's world, at this topology's place."""
     # The user may have ended the world that the groups were made in.
     if connection.world is not dist.group.WORLD:
         return False

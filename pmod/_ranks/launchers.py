@@ -23,8 +23,8 @@ class Launcher:
     """The variables of one launcher.
 
     `needs` are the rank, the size, and what else must be there. One of `marks` selects
-    the launcher; where none is found, one of `traces` does. `job` lists what is the same
-    on every rank and differs between jobs.
+    the launcher; where none is found, one of `traces` does. `job` lists what is the
+    same on every rank and differs between jobs.
     """
 
     name: str
@@ -210,7 +210,7 @@ def _has_any(environ: Mapping[str, str], names: Sequence[str]) -> bool:
     return _first_set(environ, names) is not None
 
 
-# From here on up Slurm numbers what is no step of srun: salloc's interactive shell, a
+# From here on up Slurm numbers what srun did not start: salloc's interactive shell, a
 # batch script.
 _NO_STEP = 0xFFFFFFF0
 
@@ -285,7 +285,8 @@ def facts_of(
     port = _number(environ, "MASTER_PORT")
     address = _text(environ, "MASTER_ADDR")
     job = _job(environ, launcher)
-    if port is None and job and launcher is not _ENV:
+    names_job = launcher is not _ENV and job != ""
+    if port is None and names_job:
         port = _port_of(job)
     if address is None:
         address = _address(environ, launcher, places, size)
@@ -315,8 +316,9 @@ def _rank_and_size(environ: Mapping[str, str], launcher: Launcher) -> tuple[int,
     if launcher is _ENV and size != 1:
         needs += ["MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in needs if name not in environ]
-    if rank is None or size is None or missing:
+    if missing:
         raise _incomplete(environ, launcher, missing)
+    assert rank is not None and size is not None
     told = environ.get("WORLD_SIZE", str(size))
     is_chosen = launcher is _ENV or bool(environ.get("PMOD_LAUNCHER"))
     if told != str(size) and not is_chosen:
@@ -455,7 +457,7 @@ def _first_host(environ: Mapping[str, str], *names: str) -> str | None:
 
 
 def _job(environ: Mapping[str, str], launcher: Launcher) -> str:
-    """Return what names the job: the same on all its ranks, another for the next job."""
+    """Return what names the job, alike on all its ranks and unlike the next job's."""
     for names in launcher.job:
         if environ.keys() >= set(names):
             return ".".join([environ[name] for name in names])
@@ -479,7 +481,7 @@ def port_of_proxy() -> int | None:
         while b"\0PMI_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
             stat = Path(f"/proc/{pid}/stat").read_text()
             pid = int(stat.rpartition(")")[2].split()[1])
-    # There is no Linux, or a container hides the proxy.
+    # This is not Linux, or a container hides the proxy.
     except OSError:
         return None
     return _port_of(f"pid {pid}")

@@ -38,7 +38,8 @@ def process_state(pid: int) -> str:
     return "" if state in "ZX" else state
 
 
-# Seconds between looks at the processes of those that have come; the first comes sooner.
+# Seconds between looks at the processes of those that have come. The first look comes
+# sooner.
 _LOOK = 1.0
 _FIRST_LOOK = 0.05
 # So many processes of its host does a rank look at.
@@ -47,7 +48,7 @@ _COMPANY = 32
 
 @frozen
 class _Word:
-    """What a rank that comes writes down: a word of its own, where it is, and since when."""
+    """What a rank that comes writes down: a word of its own, its place, the time."""
 
     unique: str
     host: str
@@ -125,8 +126,8 @@ class Meeting:
                 look_at = time.monotonic() + _LOOK
                 self._look()
             time.sleep(pause)
-            # Ranks that come together need not wait long; those that wait for a late one
-            # must not keep their one store busy.
+            # Ranks that come together need not wait long; those that wait for a late
+            # one must not keep their one store busy.
             pause = min(1.5 * pause, 0.25)
         return False
 
@@ -159,7 +160,7 @@ class Meeting:
             return
         words = [text.decode() for text in store.multi_get(self._words)]
         found = "\x1e".join(words)
-        # Another proposal held the word of a rank that is no more.
+        # The proposal before held the word of a rank that has ended since.
         if found != self._proposed:
             self._proposed = found
             store.set("proposed", found)
@@ -186,7 +187,7 @@ class Meeting:
         here = socket.gethostname()
         dead: dict[int, _Word] = {}
         for rank, word in self._came.items():
-            # An older word is of a rank of the meeting before, which may well have ended.
+            # An older word is of the meeting before, whose ranks may well have ended.
             is_ours = word.host == here and word.at > self._since
             if is_ours and not process_state(word.pid):
                 dead[rank] = word

@@ -3,8 +3,8 @@
 A rank writes its place down in what multiprocessing hands on to every child: by fork,
 by spawn, by a forkserver however old it is, and from child to grandchild. No
 environment variable could do that: a forkserver keeps its own, and a new program that a
-rank starts is not a worker of it. A mesh that travels to such a child brings the place as
-well, because it is loaded before multiprocessing has set the child up.
+rank starts is not a worker of it. A mesh that travels to such a child brings the place
+as well, because it is loaded before multiprocessing has set the child up.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def of_parent(brought: Place | None) -> Topology | None:
 
 
 def is_being_set_up() -> bool:
-    """Return whether multiprocessing still sets this process up, importing the script."""
+    """Return whether multiprocessing still imports the script into this process."""
     return getattr(current_process(), "_inheriting", False)
 
 

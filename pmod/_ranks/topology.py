@@ -302,9 +302,9 @@ def _told(environ: Mapping[str, str], visible: int, *, by_os: bool) -> Topology:
     except TopologyError as error:
         shown = as_assignments(environ, names_of(launcher))
         raise TopologyError(f"{error}\nThe variables: {shown}.") from None
-    asks_parent = by_os and launcher is PMI and here.master_port is None
     # Every node has a proxy of its own, so over several nodes the ports would differ.
-    if asks_parent and here.num_nodes == 1:
+    has_proxy = launcher is PMI and here.num_nodes == 1
+    if has_proxy and by_os and here.master_port is None:
         return attrs.evolve(here, master_port=port_of_proxy())
     return here
 
@@ -313,8 +313,8 @@ def warn_of_straddling(sizes: Mapping[str, int], place: Topology) -> None:
     """Warn of an axis that crosses nodes, although it would fit into one.
 
     The larger axes after it must fit in with it, because they have the better claim to
-    a node: ``data=2, model=4`` on nodes of 4 is as it should be, and ``model=4, data=2``
-    is not.
+    a node. So on nodes of 4 ``data=2, model=4`` is as it should be, and
+    ``model=4, data=2`` is not.
     """
     node = place.local_world_size
     lengths = list(sizes.values())

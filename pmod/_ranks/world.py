@@ -66,10 +66,10 @@ class Connection:
     """What this process has connected; `shutdown` begins a new one.
 
     world: the default group that `groups` were made under. topology: that of the world.
-    histories: the last calls along each rank set. witness: what compares the calls whose
-    messages have no tags. places: the host and the process of those that this one has
-    met. runs: how many functions `launch` has run here. farewells: what the waits that
-    failed say to the others at the end.
+    histories: the last calls along each rank set. witness: what compares the calls
+    whose messages have no tags. places: the host and the process of those that this one
+    has met. runs: how many functions `launch` has run here. farewells: what the waits
+    that failed say to the others at the end.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class World:
 
     @property
     def store(self) -> Store | None:
-        """A store that all ranks of the world read and write; None where there is none."""
+        """A store that all ranks of the world read and write, if there is one."""
         return None
 
     def wire(self, axis: Any, said: Any, device: torch.device) -> Any:
@@ -149,7 +149,8 @@ class World:
 class Processes(World):
     """The world of a process, which has one.
 
-    A simulation or an estimate stands in its place for a while, and holds `standing_in`.
+    A simulation or an estimate stands in its place for a while, and then holds
+    `standing_in`.
     """
 
     by_processes = True
@@ -197,7 +198,8 @@ class Processes(World):
         goes_on = joined is not None and joined is dist.group.WORLD
         if goes_on and connection.topology is not None:
             return connection.topology
-        return self.launched or of_parent() or Topology.detect()
+        told = self.launched or of_parent()
+        return told or Topology.detect()
 
     @property
     def store(self) -> Store | None:
@@ -440,8 +442,8 @@ def end_without_destructors() -> None:
     """Leave at once where the process has ended but for C++.
 
     Its destructors would meet the threads of what was left behind. The exit status
-    stays, and so does what was printed. Where the C library has no `on_exit`, nothing is
-    done.
+    stays, and so does what was printed. Where the C library has no `on_exit`, nothing
+    is done.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "on_exit"):

@@ -80,9 +80,9 @@ _SERVING = "pmod rank"
 
 
 def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]:
-    """Run ``fn(*args)`` on local processes, one per rank, and return what each returned.
+    """Run ``fn(*args)`` on local processes, one per rank, and return their results.
 
-    The results are in rank order. It is for a script or a notebook on one machine,
+    They are in rank order. It is for a script or a notebook on one machine,
     where nothing else has started ranks. Each rank has the mesh of `axis_sizes` set, a
     GPU where there are any, and its share of the cores. Ranks talk over loopback only.
 
@@ -135,7 +135,8 @@ def _check_place() -> None:
                 f"this process is rank {place.rank} of {place.world_size}, "
                 f"started by {place.launcher}",
                 "Here the ranks run already: pmod.set_mesh(pmod.make_mesh(...)), "
-                "then call the function itself. launch is for a plain `python script.py` or a notebook.",
+                "then call the function itself. launch is for a plain "
+                "`python script.py` or a notebook.",
             )
         )
 
@@ -322,7 +323,8 @@ class Ranks:
             raise PmodError(
                 phrase(
                     "launch",
-                    f"rank {rank} of {self.size} {outcome} while it was starting{where}",
+                    f"rank {rank} of {self.size} {outcome} "
+                    f"while it was starting{where}",
                     outcome.advice,
                 )
             )
@@ -448,7 +450,7 @@ class Ranks:
             ) from error
 
     def close(self, patience: float = 5.0) -> None:
-        """Let the ranks leave, and end those that are there after `patience` seconds."""
+        """Let the ranks leave, and end those still there after `patience` seconds."""
         # A rank that waits for a task leaves when its pipe is closed.
         for pipe in self._pipes:
             pipe.close()

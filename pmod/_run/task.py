@@ -174,8 +174,9 @@ def _pack(value: object) -> bytes:
         cloudpickle = importlib.import_module("cloudpickle")
     except ImportError:
         raise pickle.PicklingError(
-            f"{reason}.\nDefine it at the top level of a module, or install cloudpickle, "
-            "which carries notebook cells, lambdas and closures: pip install cloudpickle"
+            f"{reason}.\nDefine it at the top level of a module, "
+            "or install cloudpickle, which carries notebook cells, "
+            "lambdas and closures: pip install cloudpickle"
         ) from None
     try:
         return cloudpickle.dumps(value)
@@ -193,8 +194,8 @@ def unpack(packed: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
             phrase(
                 "launch",
                 f"fn or args cannot be loaded in the ranks: {reason}",
-                "What is passed must be defined at the top level of a module or script, "
-                'and not under `if __name__ == "__main__":`.',
+                "What is passed must be defined at the top level of a module "
+                'or script, and not under `if __name__ == "__main__":`.',
             )
         ) from error
 
