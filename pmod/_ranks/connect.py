@@ -283,8 +283,8 @@ def _listener(address: str, port: int, topology: Topology) -> socket.socket | No
 
 
 INTERFACE = (
-    "Between hosts gloo takes the interface of this host's name; "
-    "GLOO_SOCKET_IFNAME=eth0, say, names another."
+    "Between hosts gloo takes the interface of this host's name. "
+    "GLOO_SOCKET_IFNAME, for example eth0, names another."
 )
 
 
