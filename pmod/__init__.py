@@ -68,8 +68,8 @@ from pmod._errors import TopologyError as TopologyError
 from pmod._mesh.ambient import current_mesh as current_mesh
 from pmod._mesh.ambient import keep_mesh as keep_mesh
 from pmod._mesh.ambient import set_mesh as set_mesh
+from pmod._mesh.make import make_mesh as make_mesh
 from pmod._mesh.mesh import Mesh as Mesh
-from pmod._mesh.mesh import make_mesh as make_mesh
 from pmod._ranks.connect import shutdown as shutdown
 from pmod._ranks.topology import Topology as Topology
 from pmod._run.launch import launch as launch

@@ -13,15 +13,15 @@ from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
 from pmod._torch import constant_in_graphs
 
-# The mesh hangs on the world, and is no ContextVar: autograd runs backward on threads
-# of its own, which must find the same mesh, and torch.compile cannot read a ContextVar.
+# The mesh hangs on the world, not on a ContextVar: autograd runs backward on threads of
+# its own, which must find the same mesh, and torch.compile cannot read a ContextVar.
 # `_token` says which mesh that of the process is, and where: compiled code reads it, so
 # that torch guards on its value and compiles again when the mesh has changed.
 _token: str = ""
 
 
 def ambient() -> Mesh | None:
-    """The ambient mesh, or None."""
+    """Return the ambient mesh, or None."""
     return world.now.here.mesh
 
 
@@ -29,11 +29,13 @@ def _put(mesh: Mesh | None) -> None:
     global _token
     ours = world.current()
     ours.mesh = mesh
-    if ours.by_processes:  # compiled code is not for simulated ranks
+    # Simulated ranks run no compiled code, and they share this module.
+    if ours.by_processes:
         _token = "" if mesh is None else mesh._key
 
 
-class set_mesh:  # lower case: it reads as the function it is called as
+# In lower case, because it reads as the function that it is called as.
+class set_mesh:
     """Set the ambient mesh, which gives axis names their meaning.
 
     As a statement (a notebook cell, a script's top) it holds until further notice; as a
@@ -53,16 +55,15 @@ class set_mesh:  # lower case: it reads as the function it is called as
                 )
             )
         self._mesh = mesh
-        self._before = [
-            ambient()
-        ]  # what each exit restores; the first is for `with set_mesh(mesh):`
+        # What each exit restores; the first is for `with set_mesh(mesh):`.
+        self._before = [ambient()]
         self._entered = 0
         _put(mesh)
 
     def __enter__(self) -> Mesh:
-        if (
-            self._entered or ambient() is not self._mesh
-        ):  # an object that was kept, or is entered inside itself
+        # The mesh is set already, unless the object was kept until other meshes were
+        # set, or is entered inside itself.
+        if self._entered or ambient() is not self._mesh:
             self._before.append(ambient())
             _put(self._mesh)
         self._entered += 1
@@ -75,11 +76,15 @@ class set_mesh:  # lower case: it reads as the function it is called as
         trace: TracebackType | None,
     ) -> None:
         self._entered -= 1
-        _put(self._before.pop() if len(self._before) > 1 else self._before[0])
+        # The first stays, for the object may be entered again.
+        if len(self._before) > 1:
+            _put(self._before.pop())
+        else:
+            _put(self._before[0])
 
 
 def current_mesh() -> Mesh:
-    """The ambient mesh.
+    """Return the ambient mesh.
 
     Raises: NoMeshError where none is set.
 
@@ -94,7 +99,7 @@ def current_mesh() -> Mesh:
 
 
 def given_mesh(mesh: Mesh | None, function: str) -> Mesh:
-    """The mesh that a function was given by `mesh=`, else the ambient one."""
+    """Return the mesh that a function was given by `mesh=`, else the ambient one."""
     if mesh is None:
         return current_mesh()
     if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -109,7 +114,8 @@ def _no_mesh(function: str, axis: object) -> NoMeshError:
         phrase(
             function,
             "no mesh is set",
-            "Either set one, pmod.set_mesh(pmod.make_mesh(data=-1)), or pass a sub-mesh, axis=mesh['data'].",
+            "Either set one, pmod.set_mesh(pmod.make_mesh(data=-1)), "
+            "or pass a sub-mesh, axis=mesh['data'].",
             axis=axis,
         )
     )
@@ -118,8 +124,9 @@ def _no_mesh(function: str, axis: object) -> NoMeshError:
 def keep_mesh() -> tuple[
     contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
 ]:
-    """For activation checkpointing: recompute under the mesh of the forward, whatever
-    is set by then.
+    """Recompute an activation checkpoint under the mesh of its forward.
+
+    It does so whatever mesh is set by then.
 
     >>> from torch.utils.checkpoint import checkpoint
     >>> x = torch.ones(2, requires_grad=True)
@@ -131,9 +138,7 @@ def keep_mesh() -> tuple[
 
 
 class under:
-    """Put a state of the ambient mesh back, for a while: what is set on entering, and
-    as often as one likes.
-    """
+    """A context with this ambient mesh, or with none; it can be entered repeatedly."""
 
     def __init__(self, mesh: Mesh | None) -> None:
         self._mesh = mesh
@@ -148,36 +153,31 @@ class under:
 
 
 def resolve(axis: AxisLike, function: str) -> Axis:
-    """The axis that a collective was given, bound to this rank; `function` is for the
-    error.
+    """Return the axis of a collective, bound to this rank.
+
+    `function` is for the error.
     """
     if torch.compiler.is_compiling():
-        return (
-            _constant(axis._axis_key, None, function)
-            if isinstance(axis, Mesh)
-            else _constant(_token, axis, function)
-        )
+        if isinstance(axis, Mesh):
+            return _constant(axis._axis_key, None, function)
+        return _constant(_token, axis, function)
     if isinstance(axis, Mesh):
         mesh, label = axis, axis.label
     else:
         mesh, label = ambient(), axis
     if mesh is None:
         raise _no_mesh(function, axis)
+    # It may not have been looked up yet, or not be hashable (a list, a mistake).
     try:
         return mesh._bound[label]
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-    ):  # not looked up yet, or not hashable (a list of names, a mistake)
+    except (KeyError, TypeError, ValueError):
         bind = mesh.bind
-    return bind(
-        axis, function
-    )  # not in the handler: its error would be shown as a consequence of this one
+    # Outside the handler, or its error would be shown as a consequence of this one.
+    return bind(axis, function)
 
 
 def resolve_each(mesh: Mesh, function: str) -> tuple[Axis, ...]:
-    """Each axis of a mesh that was given as an axis."""
+    """Return each axis of a mesh that was given as an axis."""
     if torch.compiler.is_compiling():
         return tuple([_constant(key, None, function) for key in mesh._axis_keys])
     return tuple([resolve(mesh[name], function) for name in mesh.axis_names])
@@ -185,10 +185,10 @@ def resolve_each(mesh: Mesh, function: str) -> tuple[Axis, ...]:
 
 @constant_in_graphs
 def _constant(key: str, axis: str | tuple[str, ...] | None, function: str) -> Axis:
-    """While torch.compile traces: the axis of a sub-mesh (its key), or of the ambient
-    mesh (the token, and a name).
+    """Return the axis of a sub-mesh (its key) while torch.compile traces.
 
-    Both texts are guarded on, so what is returned is a constant of the compiled code.
+    Of the ambient mesh the token and a name are given. Both texts are guarded on, so
+    what is returned is a constant of the compiled code.
     """
     ours = world.current()
     if not ours.by_processes:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-import math
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import attrs
 
-from pmod._mesh.factors import Factors, all_places
+from pmod._mesh.factors import Factors, all_places, size_of
 from pmod._ranks import groups, world
 from pmod._ranks.topology import Topology
 from pmod._site import call_site
@@ -27,7 +26,7 @@ T = TypeVar("T")
 
 @attrs.frozen(eq=False)
 class Axis:
-    """One axis (or several flattened) through this rank: what a collective runs over.
+    """An axis (or several flattened) through this rank: what a collective runs over.
 
     `key` says all of it but the device as a text that can be read back (`Axis.parse`):
     what torch.compile puts into its graphs, which may be run by another process than
@@ -35,25 +34,26 @@ class Axis:
     """
 
     label: str | tuple[str, ...]
-    parts: tuple[
-        int, ...
-    ]  # the size of each axis that the label names: a dim is cut along one after the other
+    # The size of each axis that the label names, because a dim is cut along one after
+    # the other.
+    parts: tuple[int, ...]
     offset: int
     factors: Factors
     base: tuple[int, ...] | None
     index: int
     coords: tuple[tuple[str, int], ...]
-    topology: Topology  # of the mesh it was taken from, as is the timeout
+    # Both are those of the mesh that it was taken from.
+    topology: Topology
     timeout: float
     mesh: Mesh | None = attrs.field(default=None, repr=False)
-    last: Last[Axis] | None = attrs.field(
-        init=False, default=None, repr=False
-    )  # of those that share the key
+    # All axes of a key refer to the last one, so that `parsed_axes` holds it as long as
+    # one of them lives.
+    last: Last[Axis] | None = attrs.field(init=False, default=None, repr=False)
     size: int = attrs.field(init=False)
     key: str = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "size", math.prod(size for size, _ in self.factors))
+        object.__setattr__(self, "size", size_of(self.factors))
         fields = (
             self.label,
             self.parts,
@@ -69,19 +69,23 @@ class Axis:
     def ranks(self) -> list[int]:
         """The ranks in the order of the axis."""
         places = all_places(self.offset, (self.factors,)).reshape(-1).tolist()
-        return places if self.base is None else [self.base[place] for place in places]
+        if self.base is None:
+            return places
+        return [self.base[place] for place in places]
 
     @cached_property
     def group_key(self) -> str:
         """The ranks and their order, as one text however the axis was made."""
         if self.base is None and len(self.factors) <= 1:
-            return (
-                f"{self.offset}:{self.size}:{self.factors[0][1] if self.factors else 1}"
-            )
+            step = self.factors[0][1] if self.factors else 1
+            return f"{self.offset}:{self.size}:{step}"
+        # A list of ranks at even steps must have the key that arithmetic gives, or the
+        # same ranks would get two groups.
         ranks = self.ranks
-        step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
-        evenly = all(b - a == step for a, b in pairwise(ranks))
-        return f"{ranks[0]}:{len(ranks)}:{step}" if evenly else repr(ranks)
+        steps = {b - a for a, b in pairwise(ranks)} or {1}
+        if len(steps) > 1:
+            return repr(ranks)
+        return f"{ranks[0]}:{len(ranks)}:{steps.pop()}"
 
     @property
     def group(self) -> ProcessGroup:
@@ -92,42 +96,41 @@ class Axis:
 
     @staticmethod
     def parse(key: str) -> Axis:
-        """The axis that `key` was written for, at this process's place."""
+        """Return the axis that `key` was written for, at this process's place."""
         found = parsed_axes.get(key)
-        return (
-            found.value
-            if found is not None
-            else _read_axis(key, world.here(), world.deadline(None))
-        )
+        if found is not None:
+            return found.value
+        return _read_axis(key, world.here(), world.deadline(None))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
-        return self  # as a mesh
+    # As a mesh, it is its own copy.
+    def __deepcopy__(self, memo: dict[int, object]) -> Axis:
+        return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            (_load_axis, (self.mesh, self.label))
-            if self.mesh is not None
-            else (Axis.parse, (self.key,))
-        )
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.mesh is None:
+            return Axis.parse, (self.key,)
+        return _load_axis, (self.mesh, self.label)
 
 
 def named(label: str | tuple[str, ...]) -> str:
-    """An axis or a tuple of axes, in a word."""
+    """Return the name of an axis or of a tuple of axes, in a word."""
     return label if isinstance(label, str) else ", ".join(label)
 
 
 @lru_cache(maxsize=256)
 def _read_axis(key: str, here: Topology, timeout: float) -> Axis:
-    """The axis of a key, where no mesh of this process has it: compiled code may
-    outlive its mesh, and its process.
+    """Return the axis of a key that no mesh of this process has.
+
+    Compiled code may outlive its mesh, and its process.
     """
     label, parts, offset, factors, base, index, coords = ast.literal_eval(key)
     return Axis(label, parts, offset, factors, base, index, coords, here, timeout)
 
 
 class Last(Generic[T]):
-    """The last value that was made of a key. Each of that key refers to this, which so
-    lives as long as one of them.
+    """A holder of the last value that was made of a key.
+
+    Each value of that key refers to this, which so lives as long as one of them.
     """
 
     __slots__ = ("__weakref__", "value")
@@ -137,6 +140,7 @@ class Last(Generic[T]):
 
 
 def is_last(value: T, key: str, of: WeakValueDictionary[str, Last[T]]) -> Last[T]:
+    """Make a value the last one of its key, and return the holder that they share."""
     last = of.get(key)
     if last is None:
         last = of[key] = Last(value)
@@ -144,35 +148,36 @@ def is_last(value: T, key: str, of: WeakValueDictionary[str, Last[T]]) -> Last[T
     return last
 
 
-# The axes that were bound and the meshes that are there in this process, by key: memos
-# for compiled code, whose calls name them by their keys. What nobody refers to is let
-# go.
+# The axes that were bound in this process, by key: a memo for compiled code, whose
+# calls name them by their keys. What nobody refers to is let go.
 parsed_axes: WeakValueDictionary[str, Last[Axis]] = WeakValueDictionary()
 
 
 def _load_axis(mesh: Mesh, label: str | tuple[str, ...]) -> Axis | _NoAxis:
-    """The axis at this process's place; where there is none, what holds it can be
-    loaded all the same.
+    """Return the axis at this process's place.
+
+    Where there is none, what holds the axis can be loaded all the same.
     """
-    return _NoAxis(mesh, label) if mesh._coords is None else mesh.bind(label, "Mesh")
+    if mesh._coords is None:
+        return _NoAxis(mesh, label)
+    return mesh.bind(label, "Mesh")
 
 
 class _NoAxis:
-    """An axis that was loaded by a process with no place on it: says so at the first
-    question.
-    """
+    """An axis loaded by a process without a place on it: a first question raises."""
 
     def __init__(self, mesh: Mesh, label: str | tuple[str, ...]) -> None:
         self._place = mesh, label
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
+        # What pickle and copy ask of an object they have not filled yet has no answer.
         if name == "_place" or name.startswith("__"):
             raise AttributeError(name)
         mesh, label = self._place
         function = call_site()[0]
-        return getattr(
-            mesh.bind(label, "Mesh" if function.startswith("_") else function), name
-        )
+        if function.startswith("_"):
+            function = "Mesh"
+        return getattr(mesh.bind(label, function), name)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _load_axis, self._place

@@ -1,5 +1,4 @@
-"""The ranks of a mesh as arithmetic, not as an array, so that 131,072 ranks cost as
-much as four.
+"""The ranks of a mesh as arithmetic, not as an array: 131,072 cost as much as four.
 
 Axis i is a list of factors (size, stride), slowest first, and
 
@@ -14,33 +13,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from pmod._errors import AxisError, phrase, quoted
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
 Factors: TypeAlias = tuple[tuple[int, int], ...]
 """(size, stride) pairs, slowest first."""
 
 
-def all_places(
-    offset: int, axes: Iterable[Factors]
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """rank(coords) for all coords: an array with one dimension per axis."""
+def size_of(factors: Factors) -> int:
+    """Return the number of ranks along an axis."""
+    return math.prod([size for size, _ in factors])
+
+
+def all_places(offset: int, axes: Iterable[Factors]) -> NDArray[np.int64]:
+    """Return rank(coords) for all coords: an array with one dimension per axis."""
     place = np.array(offset, dtype=np.int64)
     shape: list[int] = []
     for factors in axes:
-        shape.append(math.prod(size for size, _ in factors))
+        shape.append(size_of(factors))
         for size, stride in factors:
             place = np.add.outer(place, np.arange(size, dtype=np.int64) * stride)
     return place.reshape(shape)
 
 
 def merged(factors: Factors) -> Factors:
-    """The shortest list of factors for the same ranks, so that equal axes compare
-    equal.
-    """
+    """Return the shortest list of factors for the same ranks: equal axes are equal."""
     out: list[tuple[int, int]] = []
     for size, stride in factors:
         if size == 1:
@@ -53,7 +56,7 @@ def merged(factors: Factors) -> Factors:
 
 
 def place_of(factors: Factors, index: int) -> int:
-    """What index along an axis adds to the rank."""
+    """Return what an index along an axis adds to the rank."""
     place = 0
     for size, stride in reversed(factors):
         index, digit = divmod(index, size)
@@ -61,25 +64,56 @@ def place_of(factors: Factors, index: int) -> int:
     return place
 
 
+def places_along(axes: Sequence[Factors], coords: Sequence[int]) -> int:
+    """Return what the coords along all axes add to the rank."""
+    return sum(map(place_of, axes, coords))
+
+
+def indices_of(place: int, axes: Sequence[Factors]) -> tuple[int, ...] | None:
+    """Return the coords to which `places_along` gives this place; None if it is none.
+
+    A digit of the index along an axis counts for as much as the sizes after it multiply
+    to.
+    """
+    digits: list[tuple[int, int, int, int]] = []
+    for number, factors in enumerate(axes):
+        worth = 1
+        for size, stride in reversed(factors):
+            digits.append((stride, size, worth, number))
+            worth *= size
+    indices = [0] * len(axes)
+    # Strides nest, each being at least the whole extent of the next, so the digit of
+    # the largest stride is the leading one. It is negative where the place is.
+    for stride, size, worth, number in sorted(digits, reverse=True):
+        digit, place = divmod(place, stride)
+        if not 0 <= digit < size:
+            return None
+        indices[number] += digit * worth
+    return None if place else tuple(indices)
+
+
 def take_fastest(factors: Factors, size: int) -> tuple[Factors, Factors]:
-    """Cut `size` ranks off the fast end: (the factors taken, the factors left)."""
+    """Cut `size` ranks off the fast end; return the factors taken and those left."""
     taken: list[tuple[int, int]] = []
     left = list(factors)
     need = size
     while need > 1:
         count, stride = left.pop()
         part = math.gcd(count, need)
-        if part == 1 or (part < count and part != need):
-            # the digits of the flattened axes do not line up with the cut
+        # A digit may be cut itself only where it is the last that is needed; else the
+        # digits of the flattened axes do not line up with the cut.
+        is_cut = part < count
+        if is_cut and part != need:
             raise AxisError(
                 phrase(
                     "Mesh.split",
-                    f"a size of {size} cuts across the axes that were flattened into this one",
+                    f"a size of {size} cuts across the axes "
+                    "that were flattened into this one",
                     "Split it by the sizes that it was flattened from.",
                 )
             )
         taken.insert(0, (part, stride))
-        if part < count:
+        if is_cut:
             left.append((count // part, stride * part))
         need //= part
     return tuple(taken), tuple(left)
@@ -88,7 +122,7 @@ def take_fastest(factors: Factors, size: int) -> tuple[Factors, Factors]:
 def layout(
     ranks: Sequence[int] | None, world_size: int
 ) -> tuple[int, int, tuple[int, ...] | None, int]:
-    """(offset, stride, base, number of ranks) of the ranks that a mesh covers."""
+    """Return offset, stride, base and number of the ranks that a mesh covers."""
     if ranks is None:
         return 0, 1, None, world_size
     listed = _listed(ranks)
@@ -106,6 +140,7 @@ def layout(
         raise AxisError(
             phrase("make_mesh", what, "List each rank that the mesh covers once.")
         )
+    # Ranks at even steps upward are arithmetic; any other order must be kept as a list.
     step = listed[1] - listed[0] if len(listed) > 1 else 1
     if step > 0 and listed == list(range(listed[0], listed[-1] + 1, step)):
         return listed[0], step, None, len(listed)
@@ -113,24 +148,23 @@ def layout(
 
 
 def _listed(ranks: Sequence[int]) -> list[int]:
-    """The ranks as ints, from nested sequences or an array."""
+    """Return the ranks as ints, from nested sequences or an array."""
+    # numpy raises for what is ragged. Others tell numpy what they like, as a tensor
+    # without values does.
     try:
         array = np.asarray(ranks)
-    except (
-        Exception
-    ):  # ragged; or it tells numpy what it likes, as a tensor without values does
+    except Exception:
         array = np.asarray("")
-    if array.ndim == 0 or (array.size > 0 and array.dtype.kind not in "iu"):
+    is_whole = array.size == 0 or array.dtype.kind in "iu"
+    if array.ndim == 0 or not is_whole:
         right = "List the ranks that the mesh covers, as ints."
         raise AxisError(phrase("make_mesh", f"ranks is {quoted(ranks)}", right))
     return [int(rank) for rank in array.reshape(-1)]
 
 
-def few(ranks: np.ndarray[Any, Any] | Sequence[int]) -> str:
-    """Some ranks, for an error."""
+def few(ranks: ArrayLike) -> str:
+    """Return some ranks, for an error."""
     flat = np.asarray(ranks).reshape(-1)
-    return (
-        str(flat.tolist())
-        if flat.size <= 8
-        else f"[{flat[0]}, {flat[1]}, ..., {flat[-1]}]"
-    )
+    if flat.size <= 8:
+        return str(flat.tolist())
+    return f"[{flat[0]}, {flat[1]}, ..., {flat[-1]}]"

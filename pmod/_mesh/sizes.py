@@ -1,17 +1,42 @@
-"""The sizes of a mesh's axes: what is accepted, and how -1 is filled in."""
+"""The sizes of a mesh's axes: what is accepted, how -1 is filled in, how to count.
+
+Places along several axes are counted with the last axis fastest.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pmod._errors import AxisError, phrase, quoted
 from pmod._numbers import as_int
 from pmod._ranks.topology import MOST_RANKS
 
 
+def shown_sizes(sizes: Mapping[str, int]) -> str:
+    """Return ``data=2, model=2``, as messages and pictures write it."""
+    return ", ".join([f"{name}={size}" for name, size in sizes.items()])
+
+
+def number_of(coords: Sequence[int], sizes: Sequence[int]) -> int:
+    """Return the number of the place with these coords, the last axis fastest."""
+    number = 0
+    for index, size in zip(coords, sizes, strict=True):
+        number = number * size + index
+    return number
+
+
+def coords_at(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the coords of the place with this number, the last axis fastest."""
+    coords: list[int] = []
+    for size in reversed(sizes):
+        number, index = divmod(number, size)
+        coords.append(index)
+    return tuple(reversed(coords))
+
+
 def check_names(names: Iterable[object], function: str) -> None:
-    """Names of axes are non-empty strings, each its own."""
+    """Raise unless the names of axes are non-empty strings, each its own."""
     seen: set[object] = set()
     for name in names:
         if not isinstance(name, str) or not name:
@@ -33,28 +58,33 @@ def check_names(names: Iterable[object], function: str) -> None:
         seen.add(name)
 
 
+def as_size(name: str, given: object, function: str, right: str) -> int:
+    """Return the size that was given for an axis, an int of 1 or more.
+
+    right: what the error says would be right.
+    """
+    size = as_int(given)
+    if size is None or size < 1:
+        raise AxisError(phrase(function, f"{name}={quoted(given)} is no size", right))
+    return size
+
+
 def fill_in(
     sizes: Mapping[str, int], total: int, function: str, have: str
 ) -> dict[str, int]:
-    """The sizes with -1 replaced; they must multiply to `total`."""
+    """Return the sizes with -1 replaced; they must multiply to `total`."""
     check_names(sizes, function)
-    parsed: dict[str, int] = {}
+    right = "Sizes are ints of 1 or more; one may be -1."
+    filled: dict[str, int] = {}
+    unknown: list[str] = []
     for name, given in sizes.items():
-        size = as_int(given)
-        if size is None or (size < 1 and size != -1):
-            raise AxisError(
-                phrase(
-                    function,
-                    f"{name}={quoted(given)} is no size",
-                    "Sizes are ints of 1 or more; one may be -1.",
-                )
-            )
-        parsed[name] = size
-    sizes = parsed
-    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    known = math.prod(size for size in sizes.values() if size != -1)
-    open_ = [name for name, size in sizes.items() if size == -1]
-    if len(open_) > 1:
+        if as_int(given) == -1:
+            unknown.append(name)
+            # it keeps the place among the axes, and leaves the product as it is
+            given = 1
+        filled[name] = as_size(name, given, function, right)
+    asked = shown_sizes({**filled, **dict.fromkeys(unknown, -1)})
+    if len(unknown) > 1:
         raise AxisError(
             phrase(
                 function,
@@ -62,43 +92,42 @@ def fill_in(
                 "Leave one size to be worked out.",
             )
         )
-    if open_ and total % known == 0:
-        return {
-            name: total // known if size == -1 else size for name, size in sizes.items()
-        }
-    if known != total or open_:
-        what = f"{asked} need{' a multiple of' if open_ else ''} {known} rank{'s' if known != 1 else ''}, but {have}"
-        raise AxisError(
-            phrase(
-                function,
-                what,
-                f"Make the sizes multiply to {total}; -1 stands for the rest.",
-            )
+    known = math.prod(filled.values())
+    if unknown:
+        filled[unknown[0]] = total // known
+    if math.prod(filled.values()) == total:
+        return filled
+    needed = "1 rank" if known == 1 else f"{known} ranks"
+    if unknown:
+        needed = f"a multiple of {needed}"
+    raise AxisError(
+        phrase(
+            function,
+            f"{asked} need {needed}, but {have}",
+            f"Make the sizes multiply to {total}; -1 stands for the rest.",
         )
-    return dict(sizes)
+    )
 
 
 def check_axis_sizes(
     sizes: Mapping[str, int], function: str, example: str
 ) -> dict[str, int]:
-    """The sizes; there are axes, and their sizes are known."""
+    """Return the sizes as ints, or raise: there are axes, and no size is left open."""
     if not sizes:
         raise AxisError(
             phrase(function, "no axis size is given", f"Name the axes: {example}.")
         )
+    right = "Sizes are ints of 1 or more."
     parsed: dict[str, int] = {}
     for name, given in sizes.items():
-        size = as_int(given)
-        if size is None or size < 1:
-            raise AxisError(
-                phrase(
-                    function,
-                    f"{name}={quoted(given)} is no size",
-                    "Sizes are ints of 1 or more.",
-                )
-            )
-        parsed[name] = size
+        parsed[name] = as_size(name, given, function, right)
+    # Here no topology bounds the product, and numbers of ranks must fit 32 bits.
     if math.prod(parsed.values()) > MOST_RANKS:
-        given = f"{', '.join(f'{name}={size}' for name, size in parsed.items())} are too many ranks"
-        raise AxisError(phrase(function, given, f"There are at most {MOST_RANKS}."))
+        raise AxisError(
+            phrase(
+                function,
+                f"{shown_sizes(parsed)} are too many ranks",
+                f"There are at most {MOST_RANKS}.",
+            )
+        )
     return parsed

@@ -1,19 +1,23 @@
-"""The backends of torch.distributed that tensors go by: one record each, which `_wire/`
-fills in, a file a backend.
+"""The backends of torch.distributed that tensors go by: one record each.
+
+`_wire/` fills them in, a file a backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
 from pmod._errors import TopologyError, phrase
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-def _nothing(_: Any) -> None:
+
+def _nothing(_: object) -> None:
     pass
 
 
@@ -21,65 +25,68 @@ def _nothing(_: Any) -> None:
 class Backend:
     """What decides how messages go by a backend.
 
-    `wire` makes the Wire of a message from the size of its axis, this rank's index
-    there, the process group, this record and the message's `Wait`. Where a wait
-    `blocks` this process, pmod waits in its stead, so that Ctrl-C and the deadline end
-    it. Where messages have `tags`, those of unlike calls never meet; where they have
-    none, calls are compared after the fact. `carries` lists the dtypes that travel as
-    they are, others as bytes, and `sums` those that the backend adds up by itself;
-    other sums are taken here, in rank order. `set_device` makes a device the current
-    one, before anything is connected. `cut_off` closes the connections of a group, so
-    that those who wait hear of a rank that has left.
+    `name` is torch.distributed's, and `device_type` that of the tensors. `wire` makes
+    the Wire of a message from the size of its axis, this rank's index there, the
+    process group, this record and the message's `Wait`. Where a wait `blocks` this
+    process, pmod waits in its stead, so that Ctrl-C and the deadline end it. Where
+    messages have `tags`, those of unlike calls never meet; where they have none, calls
+    are compared after the fact. `carries` lists the dtypes that travel as they are,
+    others as bytes, and `sums` those that the backend adds up by itself; other sums are
+    taken here, in rank order. `set_device` makes a device the current one, before
+    anything is connected. `cut_off` closes the connections of a group, so that those
+    who wait hear of a rank that has left.
     """
 
-    name: str  # as torch.distributed has it
-    device_type: str  # of the tensors that go by it
+    name: str
+    device_type: str
     wire: Callable[..., Any]
     blocks: bool
     tags: bool = False
     carries: frozenset[torch.dtype] = frozenset()
     sums: frozenset[torch.dtype] = frozenset()
     set_device: Callable[[torch.device], None] = _nothing
-    cut_off: Callable[[Any], None] = _nothing
+    cut_off: Callable[[ProcessGroup], None] = _nothing
 
 
 _BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Let tensors go by a backend; the first one of a device type is what `Topology`
-    chooses for it.
+    """Let tensors go by a backend.
+
+    The first one of a device type is what `Topology` chooses for it.
     """
     _BACKENDS[backend.name] = backend
 
 
 def supported() -> list[str]:
-    """The types of device from which tensors can travel."""
+    """Return the types of device from which tensors can travel."""
     return list(dict.fromkeys(backend.device_type for backend in _BACKENDS.values()))
 
 
 def backend_for(device_type: str, function: str) -> Backend:
-    """The backend that is chosen for tensors of this type of device."""
+    """Return the backend that is chosen for tensors of this type of device."""
     for backend in _BACKENDS.values():
         if backend.device_type == device_type:
             return backend
-    there = ", ".join(
-        f"{backend.device_type} (by {backend.name})" for backend in _BACKENDS.values()
-    )
+    listed = [f"{one.device_type} (by {one.name})" for one in _BACKENDS.values()]
     given = f"pmod has no backend for tensors on {device_type}"
-    raise TopologyError(phrase(function, given, f"It has one for {there}."))
+    raise TopologyError(phrase(function, given, f"It has one for {', '.join(listed)}."))
 
 
 def chosen_for(device: torch.device) -> str:
-    """The backends of ranks that have this device, as torch.distributed takes them: the
-    CPU has one in any case.
+    """Return the backends of ranks with this device, as torch.distributed takes them.
+
+    The CPU has one in any case.
     """
     mine, cpu = backend_for(device.type, "Topology"), backend_for("cpu", "Topology")
-    return cpu.name if mine is cpu else f"cpu:{cpu.name},{mine.device_type}:{mine.name}"
+    if mine is cpu:
+        return cpu.name
+    return f"cpu:{cpu.name},{mine.device_type}:{mine.name}"
 
 
 def backend_in(config: str, device_type: str) -> Backend:
-    """The backend of a process group for tensors of this type of device.
+    """Return the backend of a process group for tensors of this type of device.
 
     config: the group's, such as "cpu:gloo,cuda:nccl". One that pmod does not know
     (torch's fake one, MPI) is used as the one that it would choose.
@@ -87,17 +94,18 @@ def backend_in(config: str, device_type: str) -> Backend:
     for part in config.split(","):
         kind, _, name = part.rpartition(":")
         known = _BACKENDS.get(name)
-        if (
-            known is not None
-            and known.device_type == device_type
-            and kind in ("", device_type)
-        ):
+        # A part without a type of device stands for all that its backend has.
+        is_meant = kind in ("", device_type)
+        if known is None or not is_meant:
+            continue
+        if known.device_type == device_type:
             return known
     return backend_for(device_type, "Mesh")
 
 
 def use_device(device: torch.device) -> None:
-    """Make it this process's current device, where its type has one: what plain "cuda"
-    is, and what NCCL takes.
+    """Make it this process's current device, where its type has one.
+
+    That is what plain "cuda" is, and what NCCL takes.
     """
     backend_for(device.type, "make_mesh").set_device(device)

@@ -1,6 +1,4 @@
-"""Calls that block and cannot be looked at, in threads of their own, and what becomes
-of those threads at the end.
-"""
+"""Calls that block, in threads of their own, and what becomes of these at the end."""
 
 from __future__ import annotations
 
@@ -11,25 +9,29 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from pmod._ranks.world import processes
+from pmod._ranks.world import Job, processes
 
 
 class InThread:
-    """gloo's sends and receives block, for their connection and for their end, and
-    cannot be looked at: in a thread.
+    """A call in a thread, because gloo's sends and receives block and cannot be asked.
+
+    They block for their connection and for their end. `cut` ends what the call waits
+    for.
     """
 
     def __init__(
         self, f: Callable[[], None], cut: Callable[[], None] = lambda: None
     ) -> None:
         self._f = f
-        self.cut = cut  # ends what f waits for
+        self.cut = cut
+        # Held until the call is over.
         self._over = threading.Lock()
         self._over.acquire()
         self._error: BaseException | None = None
         try:
             worker = processes().idle.pop()
         except IndexError:
+            # There are as many threads as calls have blocked at once.
             worker = queue.SimpleQueue()
             threading.Thread(
                 target=_serve, args=(worker,), name="pmod sends", daemon=True
@@ -49,16 +51,16 @@ class InThread:
         return not self._over.locked()
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        if not self._over.acquire(
-            timeout=-1 if timeout is None else timeout.total_seconds()
-        ):
+        # -1 is for ever
+        seconds = -1 if timeout is None else timeout.total_seconds()
+        if not self._over.acquire(timeout=seconds):
             raise RuntimeError("not done yet")
         self._over.release()
         if self._error is not None:
             raise self._error
 
 
-def _serve(jobs: queue.SimpleQueue[InThread]) -> None:
+def _serve(jobs: queue.SimpleQueue[Job]) -> None:
     here, ours = threading.get_ident(), processes()
     while True:
         job = jobs.get()
@@ -67,11 +69,12 @@ def _serve(jobs: queue.SimpleQueue[InThread]) -> None:
         ours.busy.discard(here)
         ours.idle.append(jobs)
         job.release()
-        del job  # with the tensors that it holds
+        # With the tensors that it holds, which would live until the next job comes.
+        del job
 
 
 def hold_still() -> None:
-    """Halt the threads that are in such a call, for good, where Python is about to end.
+    """Halt the threads that are in such a call for good, before Python ends.
 
     A call that returns while Python ends wants the interpreter, does not get it, and
     aborts the process ("terminate called without an active exception"). What it waits

@@ -21,14 +21,16 @@ from pmod._errors import PmodError, phrase
 from pmod._ranks import connect, world
 from pmod._ranks.connect import lazy_gloo, own_connection
 from pmod._ranks.topology import Topology
+from pmod._ranks.world import Connection
 from pmod._torch import default_store, make_group, note_ranks
 
 
 def group_of(
     key: str, ranks: Callable[[], list[int]], topology: Topology, seconds: float
 ) -> dist.ProcessGroup:
-    """The process group over `ranks()` in this order; `key` names the same ranks in the
-    same order.
+    """Return the process group over `ranks()` in this order.
+
+    `key` names the same ranks in the same order.
     """
     ours = world.now.here
     if not ours.by_processes:
@@ -42,30 +44,32 @@ def group_of(
     processes = ours.processes
     connection = processes.connection
     found = connection.groups.get(key)
-    if (
-        found is not None
-        and connection.world is dist.group.WORLD
-        and _same_place(connection.topology, topology)
-    ):
+    if found is not None and _is_current(connection, topology):
         return found
     with processes.lock:
         connect.connect(topology, seconds)
-        connection = processes.connection  # of the world that it has joined
+        # It may have joined another world than the one before.
+        connection = processes.connection
         found = connection.groups.get(key)
         if found is None:
-            found = connection.groups[key] = _make_group(
-                key, ranks(), timedelta(seconds=seconds)
-            )
+            timeout = timedelta(seconds=seconds)
+            found = connection.groups[key] = _make_group(key, ranks(), timeout)
             if found is not dist.group.WORLD:
                 connection.made_here.add(key)
         return found
 
 
-def _same_place(known: Topology | None, topology: Topology) -> bool:
-    return known is topology or (
-        known is not None
-        and (known.rank, known.world_size) == (topology.rank, topology.world_size)
-    )
+def _is_current(connection: Connection, topology: Topology) -> bool:
+    """Return whether the connection is of torch's world, at this topology's place."""
+    # The user may have ended the world that the groups were made in.
+    if connection.world is not dist.group.WORLD:
+        return False
+    known = connection.topology
+    if known is topology:
+        return True
+    if known is None:
+        return False
+    return (known.rank, known.world_size) == (topology.rank, topology.world_size)
 
 
 def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
@@ -73,10 +77,13 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
         everyone = dist.group.WORLD
         assert everyone is not None
         return everyone
-    digest = hashlib.sha1(key.encode()).hexdigest()[:16]
+    # The same ranks may come again once their group has ended, and a name may not come
+    # twice in one store.
     made = world.processes().connection.made
+    digest = hashlib.sha1(key.encode()).hexdigest()[:16]
     name = f"pmod:{digest}:{made[key]}"
     made[key] += 1
+    shown = str(ranks) if len(ranks) <= 8 else f"{ranks[0]}..{ranks[-1]}"
     store = own_connection(default_store())
     with lazy_gloo():
         group, _ = make_group(
@@ -87,7 +94,7 @@ def _make_group(key: str, ranks: list[int], timeout: timedelta) -> dist.ProcessG
             store,
             name,
             timeout=timeout,
-            group_desc=f"pmod over ranks {ranks if len(ranks) <= 8 else f'{ranks[0]}..{ranks[-1]}'}",
+            group_desc=f"pmod over ranks {shown}",
         )
     note_ranks(group, ranks)
     return group
@@ -100,11 +107,13 @@ def adopt(
     topology: Topology,
     seconds: float,
 ) -> None:
-    """Use a group that somebody else made (a DeviceMesh's) for these ranks, unless its
-    order differs or we have one.
+    """Use a group that somebody else made (a DeviceMesh's) for these ranks.
+
+    It is left alone where its order differs, or there is one already.
     """
-    if dist.get_process_group_ranks(group) == ranks:
-        processes = world.processes()
-        with processes.lock:
-            connect.connect(topology, seconds)
-            processes.connection.groups.setdefault(key, group)
+    if dist.get_process_group_ranks(group) != ranks:
+        return
+    processes = world.processes()
+    with processes.lock:
+        connect.connect(topology, seconds)
+        processes.connection.groups.setdefault(key, group)

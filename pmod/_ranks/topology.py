@@ -1,6 +1,4 @@
-"""What the launcher told this process: one frozen value, worked out from variables
-alone, nothing sent.
-"""
+"""What the launcher told this process: one frozen value, and nothing is sent for it."""
 
 from __future__ import annotations
 
@@ -21,7 +19,6 @@ from pmod._numbers import as_int
 from pmod._ranks.backends import chosen_for, supported
 from pmod._ranks.launchers import (
     PMI,
-    Launcher,
     as_assignments,
     choose_launcher,
     facts_of,
@@ -32,19 +29,22 @@ from pmod._ranks.launchers import (
 
 _log = logging.getLogger("pmod")
 
-MOST_RANKS = 2**31 - 1  # torch numbers ranks in 32 bits
-THREADS = "simulate"  # the launcher of ranks that are threads of one process
-_FILLED: Any = None  # the default of a field that _fill works out from the others
+# torch numbers ranks in 32 bits.
+MOST_RANKS = 2**31 - 1
+# The launcher of ranks that are threads of one process.
+THREADS = "simulate"
+# The default of a field that `_fill` works out from the others.
+_FILLED: Any = None
 
 
 def _as_device(device: torch.device | str) -> torch.device:
+    # torch raises any of these.
     try:
         return torch.device(device)
-    except (RuntimeError, TypeError, ValueError):  # torch raises any of them
+    except (RuntimeError, TypeError, ValueError):
+        given = f"device is {quoted(device)}"
         right = "Pass a torch.device, or its name: 'cpu', 'cuda:0'."
-        raise TopologyError(
-            phrase("Topology", f"device is {quoted(device)}", right)
-        ) from None
+        raise TopologyError(phrase("Topology", given, right)) from None
 
 
 @attrs.frozen
@@ -91,30 +91,8 @@ class Topology:
         _check(self, "node_rank", 0, "num_nodes")
         _check(self, "master_port", 1, high=65535, optional=True)
         _check(self, "restart_count", 0)
-        for name, optional in (
-            ("backend", False),
-            ("launcher", False),
-            ("master_addr", True),
-            ("job", False),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and optional):
-                raise TopologyError(
-                    phrase(
-                        "Topology", f"{name} is {quoted(value)}", f"{name} is a text."
-                    )
-                )
-        others, elsewhere = self.num_nodes - 1, self.world_size - self.local_world_size
-        if others > elsewhere or (elsewhere and not others):
-            sizes = f"local_world_size is {self.local_world_size}, and world_size is {self.world_size}"
-            given = f"num_nodes is {self.num_nodes}, {sizes}"
-            raise TopologyError(
-                phrase(
-                    "Topology",
-                    given,
-                    f"That leaves {elsewhere} ranks for {others} other nodes.",
-                )
-            )
+        _check_texts(self)
+        _check_nodes(self)
 
     @classmethod
     def detect(
@@ -123,20 +101,20 @@ class Topology:
         *,
         device_count: int | None = None,
     ) -> Topology:
-        """What the variables of torchrun, Open MPI, PMI (hydra, pmi2) or Slurm say;
-        else one process.
+        """Return what a launcher's variables say; one process where there are none.
 
+        The launchers are torchrun, Open MPI, PMI (hydra, pmi2) and Slurm.
         A pure function of its arguments; None stands for `os.environ` and for the GPUs
         that torch sees: those of CUDA and ROCm, which torch both calls "cuda". Of
         another accelerator (XPU, MPS) a warning is logged, because pmod has no backend
         for it, and the ranks are on the CPU. PMOD_LAUNCHER (env, openmpi, pmi, slurm,
         single) decides when set. MASTER_ADDR and MASTER_PORT count under every
         launcher; under Open MPI, PMI and Slurm they are worked out where the variables
-        allow it. hydra's name no job: given None, the port follows from the process
-        that started the ranks of the node. Slurm's variables outside a step of srun
-        give one process and a logged warning.
+        allow it. hydra's do not name the job, so the port follows from the process that
+        started the ranks of the node, if environ is None. Slurm's variables outside a
+        step of srun give one process and a logged warning.
 
-        Raises: TopologyError when a part of a launcher's variables is missing, is no
+        Raises: TopologyError when a part of a launcher's variables is missing, is not a
         number, or contradicts another.
 
         >>> variables = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -150,38 +128,32 @@ class Topology:
                 f"environ is {quoted(environ)}",
                 "Pass a mapping of names to texts, such as os.environ.",
             )
-        count = 0 if device_count is None else as_int(device_count)
-        if count is None or count < 0:
-            raise refuse(
-                f"device_count is {quoted(device_count)}",
-                "Pass a number of GPUs, 0 or more.",
-            )
-        kind, visible = _accelerators() if device_count is None else ("cuda", count)
-        launcher = choose_launcher(told)
-        here = (
-            cls(rank=0, world_size=1)
-            if launcher is None
-            else _told(told, launcher, visible)
-        )
-        if (
-            environ is None
-            and launcher is PMI
-            and here.master_port is None
-            and here.num_nodes == 1
-        ):
-            here = attrs.evolve(here, master_port=port_of_proxy())
-        # modulo, because a task that is bound to a GPU of its own sees that one only,
-        # as number 0
-        device = f"{kind}:{here.local_rank % visible}" if visible else "cpu"
+        kind, visible = _visible(device_count)
+        here = _told(told, visible, by_os=environ is None)
+        device = "cpu"
+        if visible:
+            # Modulo, because a task that is bound to a GPU of its own sees that one
+            # only, as number 0.
+            device = f"{kind}:{here.local_rank % visible}"
         return attrs.evolve(here, device=device, backend=_FILLED)
 
 
-def _accelerators() -> tuple[str, int]:
-    """The type of the accelerators that torch sees, and how many of them messages can
-    go from.
+def _visible(device_count: object) -> tuple[str, int]:
+    """Return the type and the number of accelerators, for `detect`'s `device_count`."""
+    if device_count is None:
+        return _accelerators()
+    count = as_int(device_count)
+    if count is None or count < 0:
+        given = f"device_count is {quoted(device_count)}"
+        raise refuse(given, "Pass a number of GPUs, 0 or more.")
+    return "cuda", count
 
-    What torch was built for, and a count of its own: neither starts the accelerator,
-    which a fork could not undo.
+
+def _accelerators() -> tuple[str, int]:
+    """Return the type of torch's accelerators, and how many can send messages.
+
+    It asks what torch was built for, and for torch's own count: neither starts the
+    accelerator, which a fork could not undo.
     """
     built_for = torch.accelerator.current_accelerator()
     visible = 0 if built_for is None else torch.accelerator.device_count()
@@ -195,9 +167,10 @@ def _accelerators() -> tuple[str, int]:
 
 @lru_cache
 def _say_unused(kind: str, visible: int) -> None:
-    """Say it once in a process."""
+    """Log a warning, once in a process."""
     _log.warning(
-        "the ranks are on the CPU: torch sees %d %s device%s, and pmod has a backend for %s only.",
+        "the ranks are on the CPU: torch sees %d %s device%s, "
+        "and pmod has a backend for %s only.",
         visible,
         kind,
         "s" * (visible > 1),
@@ -217,102 +190,150 @@ def _check(
     high: float = inf,
     optional: bool = False,
 ) -> None:
-    """One number: from `low` to `high`, or to the field `below` (and not equal to it,
-    where `low` is 0).
+    """Check one number: it is from `low` to `high`, or to the field `below`.
+
+    It may equal that field, unless `low` is 0. numpy's integers count, and become int.
     """
-    value: Any = getattr(topology, name)
-    number = as_int(value)  # numpy's integers count, and become int
-    if number is None:
-        if value is None and optional:
-            return
-        number = low - 1
-    limit = getattr(topology, below) if below else None
-    high = high if limit is None else limit - 1 + low
-    if not low <= number <= high:
-        given = f"{name} is {quoted(value)}" + (
-            f", and {below} is {limit}" if below else ""
-        )
-        span = f"{low} up" if high == inf else f"{low} to {high}"
+    value: object = getattr(topology, name)
+    if value is None and optional:
+        return
+    limit = high
+    if below:
+        limit = getattr(topology, below) - 1 + low
+    number = as_int(value)
+    if number is not None and low <= number <= limit:
+        _put(topology, name, number)
+        return
+    given = f"{name} is {quoted(value)}"
+    if below:
+        given += f", and {below} is {getattr(topology, below)}"
+    span = f"{low} up" if limit == inf else f"{low} to {limit}"
+    right = f"{name} is a whole number from {span}."
+    raise TopologyError(phrase("Topology", given, right))
+
+
+def _check_texts(topology: Topology) -> None:
+    texts = {
+        "backend": topology.backend,
+        "launcher": topology.launcher,
+        "master_addr": topology.master_addr,
+        "job": topology.job,
+    }
+    # the only one that a launcher may leave open
+    if topology.master_addr is None:
+        del texts["master_addr"]
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            given = f"{name} is {quoted(text)}"
+            raise TopologyError(phrase("Topology", given, f"{name} is a text."))
+
+
+def _check_nodes(topology: Topology) -> None:
+    """Raise where the ranks elsewhere do not make up the other nodes."""
+    others = topology.num_nodes - 1
+    elsewhere = topology.world_size - topology.local_world_size
+    # Every other node has a rank or more, and without other nodes nobody is elsewhere.
+    fits = others <= elsewhere and (others > 0 or elsewhere == 0)
+    if not fits:
         raise TopologyError(
-            phrase("Topology", given, f"{name} is a whole number from {span}.")
+            phrase(
+                "Topology",
+                f"num_nodes is {topology.num_nodes}, "
+                f"local_world_size is {topology.local_world_size}, "
+                f"and world_size is {topology.world_size}",
+                f"That leaves {elsewhere} ranks for {others} other nodes.",
+            )
         )
-    _put(topology, name, number)
 
 
 def _fill(topology: Topology) -> None:
-    """Work out the fields that were left out."""
+    """Work out the fields that were left out, each from those before it."""
     t, size = topology, topology.world_size
-    if t.local_world_size is _FILLED:
-        _put(t, "local_world_size", -(-size // (t.num_nodes or 1)))
-    if t.num_nodes is _FILLED:
-        _put(t, "num_nodes", -(-size // t.local_world_size))
-    if t.local_rank is _FILLED:
-        _put(t, "local_rank", t.rank % t.local_world_size)
+    _put_if_left_out(t, "local_world_size", -(-size // (t.num_nodes or 1)))
+    _put_if_left_out(t, "num_nodes", -(-size // t.local_world_size))
+    _put_if_left_out(t, "local_rank", t.rank % t.local_world_size)
     _check(t, "local_rank", 0, "local_world_size")
-    if t.node_rank is _FILLED:
-        _put(t, "node_rank", _node(t))
+    _put_if_left_out(t, "node_rank", _node(t))
+    # No backend is chosen where one is given, so that it may be one pmod does not know.
     if t.backend is _FILLED:
         _put(t, "backend", chosen_for(t.device))
 
 
+def _put_if_left_out(topology: Topology, name: str, value: int) -> None:
+    if getattr(topology, name) is _FILLED:
+        _put(topology, name, value)
+
+
 def is_thread(place: Topology) -> bool:
-    """Whether this is the place of a thread, of which a process has several."""
+    """Return whether this is the place of a thread, of which a process has several."""
     return place.launcher == THREADS
 
 
 def ranks_of_node(place: Topology) -> range:
-    """The ranks of this node, whose processes can be looked at."""
+    """Return the ranks of this node, whose processes can be looked at."""
     first = place.rank - place.local_rank
     return range(first, min(first + place.local_world_size, place.world_size))
 
 
 def _node(t: Topology) -> int:
-    """The node of this rank, if ranks fill one node after the other."""
+    """Return the node of this rank, if ranks fill one node after the other."""
     start = t.rank - t.local_rank
-    if t.local_world_size * t.num_nodes == t.world_size and start % t.local_world_size:
-        return (
-            t.rank % t.num_nodes
-        )  # no node starts there: the ranks go round the nodes instead
+    is_even = t.local_world_size * t.num_nodes == t.world_size
+    # No node starts there, so the ranks go round the nodes instead.
+    if is_even and start % t.local_world_size:
+        return t.rank % t.num_nodes
+    # So the last node is right where nodes are uneven.
     if start + t.local_world_size >= t.world_size:
-        return t.num_nodes - 1  # so the last node is right where nodes are uneven
+        return t.num_nodes - 1
     return max(0, start * t.num_nodes // t.world_size)
 
 
-def _told(environ: Mapping[str, str], launcher: Launcher, visible: int) -> Topology:
+def _told(environ: Mapping[str, str], visible: int, *, by_os: bool) -> Topology:
+    """Return the place that the variables tell, still on the CPU.
+
+    by_os: whether they are those of this process, so that its parent may be asked.
+    """
+    launcher = choose_launcher(environ)
+    if launcher is None:
+        return Topology(rank=0, world_size=1)
     facts = facts_of(environ, launcher, visible)
     try:
-        return Topology(**facts)
+        here = Topology(**facts)
     except TopologyError as error:
-        raise TopologyError(
-            f"{error}\nThe variables: {as_assignments(environ, names_of(launcher))}."
-        ) from None
+        shown = as_assignments(environ, names_of(launcher))
+        raise TopologyError(f"{error}\nThe variables: {shown}.") from None
+    # Every node has a proxy of its own, so over several nodes the ports would differ.
+    has_proxy = launcher is PMI and here.num_nodes == 1
+    if has_proxy and by_os and here.master_port is None:
+        return attrs.evolve(here, master_port=port_of_proxy())
+    return here
 
 
 def warn_of_straddling(sizes: Mapping[str, int], place: Topology) -> None:
-    """Name an axis that crosses nodes although it and the larger axes after it would
-    fit into one.
+    """Warn of an axis that crosses nodes, although it would fit into one.
 
-    Larger axes have the better claim to a node, so ``data=2, model=4`` on nodes of 4 is
-    as it should be, and ``model=4, data=2`` is not.
+    The larger axes after it must fit in with it, because they have the better claim to
+    a node. So on nodes of 4 ``data=2, model=4`` is as it should be, and
+    ``model=4, data=2`` is not.
     """
     node = place.local_world_size
-    if place.num_nodes == 1:
-        return
-    names, lengths = list(sizes), list(sizes.values())
-    inner = 1  # the stride of the axis at hand
-    for number in reversed(range(len(names))):
+    lengths = list(sizes.values())
+    # The stride of the axis at hand: the product of the sizes after it.
+    stride = 1
+    for number, name in reversed(list(enumerate(sizes))):
         size = lengths[number]
-        later = math.prod(
-            other for other in lengths[number + 1 :] if size <= other <= node
-        )
-        if size > 1 and size * later <= node and node % (size * inner) != 0:
-            name = names[number]
+        later = [other for other in lengths[number + 1 :] if size <= other <= node]
+        would_fit = size > 1 and size * math.prod(later) <= node
+        if would_fit and node % (size * stride) != 0:
+            # the line of the user's who called make_mesh
             warnings.warn(
                 phrase(
                     "make_mesh",
-                    f"axis {name!r} (size {size}) straddles nodes of {node} ranks, though it would fit into one",
-                    f"Name it last, with a size that divides {node}, or order the ranks with ranks=.",
+                    f"axis {name!r} (size {size}) straddles nodes of {node} ranks, "
+                    "though it would fit into one",
+                    f"Name it last, with a size that divides {node}, "
+                    "or order the ranks with ranks=.",
                 ),
                 stacklevel=3,
             )
-        inner *= size
+        stride *= size

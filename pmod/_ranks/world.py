@@ -17,7 +17,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,81 +33,100 @@ from pmod._torch import default_store, groups_known
 
 T = TypeVar("T")
 
+
+class _Witness(Protocol):
+    """What compares calls after the fact; `_wire/rolling.py` has it."""
+
+    def start(self) -> object: ...
+
+    def stop(self) -> object: ...
+
+
+class Job(Protocol):
+    """A call that blocks, in a thread of `blocking.py`."""
+
+    def run(self) -> object: ...
+
+    def release(self) -> object: ...
+
+
+W = TypeVar("W", bound=_Witness)
+
+# The numbers of some messages, and what was said of each.
+History: TypeAlias = deque[tuple[int, Any]]
+
 log = logging.getLogger("pmod")
 
 DEFAULT_TIMEOUT = 600.0
-LONGEST = 1e9  # seconds; torch overflows somewhat later
+# In seconds; torch overflows somewhat later.
+LONGEST = 1e9
 
 
 class Connection:
-    """What this process has connected; `shutdown` begins a new one."""
+    """What this process has connected; `shutdown` begins a new one.
+
+    world: the default group that `groups` were made under. topology: that of the world.
+    histories: the last calls along each rank set. witness: what compares the calls
+    whose messages have no tags. places: the host and the process of those that this one
+    has met. runs: how many functions `launch` has run here. farewells: what the waits
+    that failed say to the others at the end.
+    """
 
     def __init__(self) -> None:
         self.forget_groups()
-        self.world: dist.ProcessGroup | None = (
-            None  # the default group that `groups` were made under
-        )
+        self.world: dist.ProcessGroup | None = None
         self.started_world = False
-        self.topology: Topology | None = None  # of the world
-        # how often each rank set was made in this world: a name may not come twice in
-        # one store
+        self.topology: Topology | None = None
+        # How often each rank set was made in this world, because a name may not come
+        # twice in one store, and how often each was sent along.
         self.made: Counter[str] = Counter()
-        self.meetings: Counter[str] = (
-            Counter()
-        )  # how often each rank set was sent along
-        self.histories: dict[
-            str, deque[tuple[int, Any]]
-        ] = {}  # the last calls along each rank set
-        self.witness: Any = None  # compares the calls whose messages have no tags
-        self.places: dict[
-            int, tuple[str, int]
-        ] = {}  # the host and the process of those that this one has met
-        self.runs = 0  # how many functions `launch` has run here
-        self.farewells: list[
-            Callable[[], None]
-        ] = []  # what the waits that failed say to the others at the end
+        self.meetings: Counter[str] = Counter()
+        self.histories: dict[str, History] = {}
+        self.witness: _Witness | None = None
+        self.places: dict[int, tuple[str, int]] = {}
+        self.runs = 0
+        self.farewells: list[Callable[[], None]] = []
 
     def forget_groups(self) -> None:
         self.groups: dict[str, dist.ProcessGroup] = {}
-        self.made_here: set[str] = (
-            set()
-        )  # the keys of those that pmod has made within the world
-        self.backends: dict[
-            tuple[str, torch.device], Backend
-        ] = {}  # of these groups, for each device
+        # The keys of those that pmod has made within the world, which it must end even
+        # where the world is the user's.
+        self.made_here: set[str] = set()
+        # Of these groups, for each device.
+        self.backends: dict[tuple[str, torch.device], Backend] = {}
 
     def next_meeting(self, key: str) -> int:
-        """The number of a message along these ranks, the same on all of them."""
+        """Return the number of a message along these ranks, the same on all of them."""
         self.meetings[key] += 1
         return self.meetings[key]
 
-    def history(self, key: str) -> deque[tuple[int, Any]]:
-        """The numbers of the last messages along these ranks, and what was said of
-        them.
-        """
+    def history(self, key: str) -> History:
+        """Return the last messages along these ranks: numbers, and what was said."""
         return self.histories.setdefault(key, deque(maxlen=16))
 
 
 class World:
-    """What one rank lives in. Types of the floors above are named in comments, because
-    this floor may not import them.
+    """What one rank lives in.
 
     by_processes: whether its ranks are processes, which connect and have process
-    groups. alone: whether its other ranks do not exist.
+    groups. alone: whether its other ranks do not exist. here: the world of this thread,
+    which may be that of the process. Types of the floors above are named in comments,
+    because this floor may not import them.
     """
 
     by_processes = False
     alone = False
 
     def __init__(self, processes: Processes) -> None:
-        self.processes = processes  # of this process, whatever stands in its place
-        self.here: World = (
-            self  # the world of this thread, which may be that of the process
-        )
-        self.mesh: Any = None  # the ambient one: a Mesh, or None
-        self.watchers: list[Any] = []  # of `_core/watch.py`
-        self.meters: list[Any] = []  # of `_wire/traffic.py`
-        self.board: Any = None  # of `_wire/board.py`, on `store`
+        # Of this process, whatever stands in its place.
+        self.processes = processes
+        self.here: World = self
+        # The ambient one: a Mesh, or None.
+        self.mesh: Any = None
+        # Of `_core/watch.py`, of `_wire/traffic.py`, and of `_wire/board.py`.
+        self.watchers: list[Any] = []
+        self.meters: list[Any] = []
+        self.board: Any = None
 
     @property
     def topology(self) -> Topology:
@@ -115,19 +135,22 @@ class World:
 
     @property
     def store(self) -> Store | None:
-        """A store that all ranks of the world read and write; None where there is none."""
+        """A store that all ranks of the world read and write, if there is one."""
         return None
 
     def wire(self, axis: Any, said: Any, device: torch.device) -> Any:
-        """The Wire along an Axis, for a message in tensors of this device of which all
-        ranks must say what is Said.
+        """Return the Wire along an Axis, for a message in tensors of this device.
+
+        All ranks must say of the message what is Said.
         """
         raise NotImplementedError
 
 
 class Processes(World):
-    """The world of a process: there is one, and a simulation or an estimate stands in
-    its place for a while.
+    """The world of a process, which has one.
+
+    A simulation or an estimate stands in its place for a while, and then holds
+    `standing_in`.
     """
 
     by_processes = True
@@ -136,55 +159,47 @@ class Processes(World):
         super().__init__(self)
         self.connection = Connection()
         self.lock = threading.RLock()
-        self.standing_in = (
-            threading.Lock()
-        )  # held by the simulation or the estimate that stands in its place
+        self.standing_in = threading.Lock()
         # The stores outlive a shutdown: the ranks that come back must not meet at a
         # server that is about to end.
         self.stores: dict[tuple[str, int], Store] = {}
-        self.launch_meetings: Counter[tuple[str | None, int | None]] = (
-            Counter()
-        )  # at each store of `launch`
-        # when the last meeting was over, or this process began: who came before that
-        # came to another one
+        # How often ranks met at each store of `launch`.
+        self.launch_meetings: Counter[tuple[str | None, int | None]] = Counter()
+        # When the last meeting was over, or this process began: who came before that
+        # came to another one.
         self.met = time.time()
-        self.launched: Topology | None = (
-            None  # where `launch` put this process, which no environment variable says
-        )
-        self.brought: _place.Place | None = (
-            None  # the place that a mesh has brought to this process
-        )
+        # Where `launch` put this process, which no environment variable says.
+        self.launched: Topology | None = None
+        # The place that a mesh has brought to this process.
+        self.brought: _place.Place | None = None
         self.left_behind: set[dist.ProcessGroup] = set()
-        # of the process that this one was forked from; kept, because to let go of a
-        # group ends it
+        # Of the process that this one was forked from, with torch's default group if
+        # there was one. They are kept, because to let go of a group ends it.
         self.inherited: list[Connection] = []
-        self.inherited_world: Any = (
-            None  # torch's default group, if this process was forked while it had one
-        )
-        self.idle: list[
-            Any
-        ] = []  # the queues of the threads of `blocking.py` that have nothing to do,
-        self.busy: set[int] = (
-            set()
-        )  # and the threads that are in a call which may block
+        self.inherited_world: dist.ProcessGroup | None = None
+        # The queues of the threads of `blocking.py` that have nothing to do, and the
+        # threads that are in a call which may block.
+        self.idle: list[SimpleQueue[Job]] = []
+        self.busy: set[int] = set()
         # What the floors above fill in, beside `wire`: what they say to the others when
         # a world ends.
         self.before_end: list[Callable[[], None]] = []
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[object, object] = {}
 
     @property
     def topology(self) -> Topology:
-        """Of what this process has connected, else detected; in one that works for a
-        rank, that of the rank.
+        """The place of what this process has connected, else the one that it detects.
+
+        A process that works for a rank has the place of that rank.
         """
         connection = self.connection
-        if (
-            connection.topology is not None
-            and connection.world is not None
-            and connection.world is dist.group.WORLD
-        ):
+        joined = connection.world
+        # The user may have ended that world, and begun another.
+        goes_on = joined is not None and joined is dist.group.WORLD
+        if goes_on and connection.topology is not None:
             return connection.topology
-        return self.launched or of_parent() or Topology.detect()
+        told = self.launched or of_parent()
+        return told or Topology.detect()
 
     @property
     def store(self) -> Store | None:
@@ -193,10 +208,11 @@ class Processes(World):
         return default_store()
 
     def the(self, kind: Callable[[], T]) -> T:
-        """The one object of a class of a floor above that this process has."""
+        """Return the one object of a class of a floor above that this process has."""
         if kind not in self._kept:
+            # Where two threads come at once, both get the first one's.
             self._kept.setdefault(kind, kind())
-        return self._kept[kind]
+        return cast(T, self._kept[kind])
 
     def begin_anew(self) -> None:
         """Forget what was connected."""
@@ -206,28 +222,25 @@ class Processes(World):
 
 
 now: World = Processes()
-"""What stands for this process: the one variable. Where a call more would not cost,
-read `current` or `processes`.
+"""What stands for this process: the one variable.
+
+Where a call more would not cost, read `current` or `processes`.
 """
 
 
 def current() -> World:
-    """The world of this thread."""
+    """Return the world of this thread."""
     return now.here
 
 
 def processes() -> Processes:
-    """The world of this process, also while a simulation or an estimate stands in its
-    place.
-    """
+    """Return the world of this process, also while another stands in its place."""
     return now.processes
 
 
 @contextlib.contextmanager
 def instead_of_processes(world: World) -> Generator[None]:
-    """While it lasts, `world` stands for what this process has connected; one at a
-    time.
-    """
+    """Let `world` stand for what this process has connected; one does at a time."""
     global now
     with world.processes.standing_in:
         now = world
@@ -238,37 +251,61 @@ def instead_of_processes(world: World) -> Generator[None]:
 
 
 def here() -> Topology:
-    """The topology of this rank."""
+    """Return the topology of this rank."""
     return current().topology
 
 
+def to_connect() -> Topology:
+    """Return the topology that `make_mesh` connects: the launcher's, or torch's own.
+
+    Some launchers say nothing but what torch.distributed was initialized with.
+    """
+    known = here()
+    # No variable tells of ranks that are threads, or that `launch` has started.
+    if not current().by_processes or known.launcher == "launch":
+        return known
+    if not (dist.is_available() and dist.is_initialized()):
+        return Topology.detect()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if (known.rank, known.world_size) == (rank, world_size):
+        return known
+    return Topology(rank=rank, world_size=world_size, device=known.device)
+
+
 def launch_as(topology: Topology) -> None:
-    """`launch`, or a notebook, has made this process this rank."""
+    """Note that `launch`, or a notebook, has made this process this rank."""
     processes().launched = topology
     _place.record(topology)
 
 
 def _keep_apart() -> None:
-    """In a forked child: what it finds in memory is its parent's, whose connections it
-    must not use or end.
+    """Set what was connected aside in a forked child.
+
+    What it finds in memory is its parent's, whose connections it must not use or end.
     """
     ours, rank = processes(), current()
-    ours.lock = threading.RLock()  # another thread may have held it
+    # Another thread, which is not in the child, may have held it.
+    ours.lock = threading.RLock()
     ours.launched = None
-    ours.idle.clear()  # threads stay behind
+    # Threads stay behind.
+    ours.idle.clear()
     ours.busy.clear()
     ours.inherited.append(ours.connection)
     ours.connection = Connection()
-    ours.inherited_world = (
-        dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    )
+    ours.inherited_world = _default_group()
     if not rank.by_processes:
         parent = rank.topology
 
-        def refuse(axis: Any, said: Any, device: torch.device) -> Any:
+        def refuse(axis: object, said: object, device: torch.device) -> None:
             raise _place.refusal(parent)
 
         rank.wire = refuse
+
+
+def _default_group() -> dist.ProcessGroup | None:
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.group.WORLD
 
 
 if hasattr(os, "register_at_fork"):
@@ -276,49 +313,50 @@ if hasattr(os, "register_at_fork"):
 
 
 def of_parent() -> Topology | None:
-    """The place of the rank that this process works for; None in a rank, and where no
-    rank started it.
+    """Return the place of the rank that this process works for.
+
+    None in a rank, and where no rank started it.
     """
-    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    world = _default_group()
+    # It has connected for itself.
     if world is not None and world is not processes().inherited_world:
-        return None  # it has connected for itself
+        return None
     return _place.of_parent(processes().brought)
 
 
 def is_no_rank() -> bool:
-    """Whether this process works for a rank, or is being set up by multiprocessing,
-    which imports the script.
+    """Return whether this process works for a rank, or is still being set up.
+
+    multiprocessing imports the script while it sets a process up.
     """
     return _place.is_being_set_up() or of_parent() is not None
 
 
 def place_for_child(topology: Topology) -> _place.Place | None:
-    """What a mesh of this topology brings to a child that is about to start, if it is
-    the place of this process.
+    """Return what a mesh of this topology brings to a child that is about to start.
+
+    None unless the topology is that of this process.
     """
     place = _place.for_child(topology)
     if place is None:
         return None
     known = here()
-    return (
-        place
-        if (known.rank, known.world_size) == (topology.rank, topology.world_size)
-        else None
-    )
+    if (known.rank, known.world_size) != (topology.rank, topology.world_size):
+        return None
+    return place
 
 
 def here_with(place: _place.Place | None) -> Topology:
-    """The topology of a process to which a mesh, sent before it was set up, has brought
-    this place.
-    """
+    """Return the topology of a process to which a mesh may have brought this place."""
     if place is not None:
         processes().brought = place
     return here()
 
 
 def deadline(timeout: object) -> float:
-    """The seconds until a collective gives up: what was asked for, else PMOD_TIMEOUT,
-    else 600.
+    """Return the seconds until a collective gives up.
+
+    They are what was asked for, else PMOD_TIMEOUT, else 600.
     """
     if timeout is not None:
         seconds = as_real(timeout)
@@ -348,42 +386,45 @@ def deadline(timeout: object) -> float:
 
 
 def number_device() -> torch.device:
-    """Where Python numbers travel: the cpu, unless the user's process group has no
-    backend for it.
+    """Return where Python numbers travel.
+
+    It is the cpu, unless the user's process group has no backend for it.
     """
-    if (
-        dist.is_initialized()
-        and current().by_processes
-        and "cpu" not in dist.get_backend_config()
-    ):
-        return here().device
-    return torch.device("cpu")
+    cpu = torch.device("cpu")
+    if not dist.is_initialized() or not current().by_processes:
+        return cpu
+    if "cpu" in dist.get_backend_config():
+        return cpu
+    return here().device
 
 
-PLACE = "pmod/place/{}"  # key of the store of the world -> host and process of a rank
+# The key in the store of the world that has the host and the process of a rank.
+PLACE = "pmod/place/{}"
 
 
-def witness(make: Callable[[], Any]) -> Any:
-    """What compares this world's calls after the fact: made and started at the first of
-    them.
+def witness(make: Callable[[], W]) -> W:
+    """Return what compares this world's calls after the fact.
+
+    It is made and started at the first of them.
     """
     ours = processes()
+    # Looked at first without the lock, which most calls need not take.
     if ours.connection.witness is None:
         with ours.lock:
             if ours.connection.witness is None:
                 made = make()
                 made.start()
                 ours.connection.witness = made
-    return ours.connection.witness
+    return cast(W, ours.connection.witness)
 
 
 def leave_behind(
     group: dist.ProcessGroup, farewell: Callable[[], None] | None = None
 ) -> None:
-    """Never use or end this group: a message of it waits for ever or has failed, and so
-    might the group's end.
+    """Never use or end this group, of which a message waits for ever or has failed.
 
-    farewell: what `shutdown` does first, for those that may wait for this rank.
+    The group's end might wait for ever, too. farewell: what `shutdown` does first, for
+    those that may wait for this rank.
     """
     ours = processes()
     with ours.lock:
@@ -391,19 +432,18 @@ def leave_behind(
             end_without_destructors()
         if group not in ours.left_behind:
             ours.left_behind.add(group)
-            ctypes.pythonapi.Py_IncRef(
-                ctypes.py_object(group)
-            )  # beyond the end of Python, too
+            # Beyond the end of Python, too, where the set is emptied.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         if farewell is not None:
             ours.connection.farewells.append(farewell)
 
 
 def end_without_destructors() -> None:
-    """Leave at once where the process has ended but for C++: its destructors meet the
-    threads of what was left behind.
+    """Leave at once where the process has ended but for C++.
 
-    The exit status stays, and so does what was printed. Where the C library has no
-    `on_exit`, nothing is done.
+    Its destructors would meet the threads of what was left behind. The exit status
+    stays, and so does what was printed. Where the C library has no `on_exit`, nothing
+    is done.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "on_exit"):
@@ -414,8 +454,9 @@ def end_without_destructors() -> None:
 
 
 def is_left_behind(group: dist.ProcessGroup) -> bool:
-    """Whether a message of this group was left waiting: what is sent now may be taken
-    for it elsewhere.
+    """Return whether a message of this group was left waiting.
+
+    What is sent now may be taken for it elsewhere.
     """
     return group in processes().left_behind
 

@@ -10,7 +10,8 @@ import torch
 
 from pmod._errors import ArgumentError, PmodError, phrase
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.mesh import Mesh, make_mesh
+from pmod._mesh.make import make_mesh
+from pmod._mesh.mesh import Mesh
 from pmod._mesh.sizes import check_axis_sizes
 from pmod._ranks import world
 from pmod._ranks.topology import Topology
@@ -19,8 +20,9 @@ from pmod._wire.nobody import Nobody
 
 @contextmanager
 def alone_on(mesh: Mesh | Mapping[str, int], function: str) -> Generator[Mesh]:
-    """Make this process one rank of a mesh whose other ranks do not exist; its
-    collectives reach nobody.
+    """Make this process one rank of a mesh whose other ranks do not exist.
+
+    Its collectives reach nobody.
     """
     if not world.current().by_processes:
         raise PmodError(
@@ -35,21 +37,21 @@ def alone_on(mesh: Mesh | Mapping[str, int], function: str) -> Generator[Mesh]:
             )
         )
     if not isinstance(mesh, Mesh):
-        if not isinstance(mesh, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            given, right = (
-                f"mesh is a {type(mesh).__name__}",
-                "Pass a pmod.Mesh, or sizes: mesh={'data': 64}.",
-            )
-            raise ArgumentError(phrase(function, given, right))
-        mesh = check_axis_sizes(
-            mesh, function, f"{function}(fn, ..., mesh={{'data': 64}})"
-        )
-        place = Topology(
-            rank=0, world_size=math.prod(mesh.values()), device=world.here().device
-        )
-        mesh = make_mesh(mesh, topology=place)
-    with (
-        world.instead_of_processes(Nobody(world.processes(), mesh.topology)),
-        set_mesh(mesh),
-    ):
+        mesh = _mesh_of(mesh, function)
+    nobody = Nobody(world.processes(), mesh.topology)
+    with world.instead_of_processes(nobody), set_mesh(mesh):
         yield mesh
+
+
+def _mesh_of(sizes: Mapping[str, int], function: str) -> Mesh:
+    """Return a mesh of these sizes at rank 0, on the device of this process."""
+    if not isinstance(sizes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"mesh is a {type(sizes).__name__}"
+        right = "Pass a pmod.Mesh, or sizes: mesh={'data': 64}."
+        raise ArgumentError(phrase(function, given, right))
+    example = f"{function}(fn, ..., mesh={{'data': 64}})"
+    checked = check_axis_sizes(sizes, function, example)
+    size, device = math.prod(checked.values()), world.here().device
+    # A topology by hand, so that nothing is detected or connected.
+    place = Topology(rank=0, world_size=size, device=device)
+    return make_mesh(checked, topology=place)

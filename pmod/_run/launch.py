@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import faulthandler
 import math
-import operator
 import os
 import pickle
 import signal
@@ -30,12 +29,12 @@ from multiprocessing import (
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from attrs import evolve
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (public, by torch's own page)
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from pmod._core.arguments import check_function
 from pmod._errors import (
@@ -44,10 +43,11 @@ from pmod._errors import (
     PmodError,
     coordinates,
     phrase,
-    quoted,
 )
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.mesh import make_mesh
+from pmod._mesh.make import make_mesh
+from pmod._mesh.sizes import as_size, coords_at
+from pmod._numbers import as_int
 from pmod._ranks import connect, world
 from pmod._ranks.backends import use_device
 from pmod._ranks.topology import Topology
@@ -69,8 +69,10 @@ _LOOPBACK = "127.0.0.1"
 # A rank that fails tears its partners down with it: for so long after the first failure
 # a better explanation may come.
 _GRACE = 0.5
-_OBEY = 2.0  # seconds for a rank to end when told to
-_UNGUARDED = 113  # exit code of a rank that met `launch` while it imported the script
+# Seconds for a rank to end when told to.
+_OBEY = 2.0
+# The exit code of a rank that met `launch` while it imported the script.
+_UNGUARDED = 113
 # What a process is called is where it stands: `launch` asks it whether it may start
 # ranks here.
 _STARTING = "pmod starting rank"
@@ -78,12 +80,11 @@ _SERVING = "pmod rank"
 
 
 def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]:
-    """Run ``fn(*args)`` on local processes, one per rank, and return what each rank
-    returned, in rank order.
+    """Run ``fn(*args)`` on local processes, one per rank, and return their results.
 
-    For a script or a notebook on one machine, where nothing else has started ranks.
-    Each rank has the mesh of `axis_sizes` set, a GPU where there are any, and its share
-    of the cores. Ranks talk over loopback only.
+    They are in rank order. It is for a script or a notebook on one machine,
+    where nothing else has started ranks. Each rank has the mesh of `axis_sizes` set, a
+    GPU where there are any, and its share of the cores. Ranks talk over loopback only.
 
     `fn`, `args` and results are pickled by value: tensors are copied, and leave their
     autograd history behind. What a script or a module defines at its top level is found
@@ -104,15 +105,14 @@ def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]
     _check_place()
     sizes = _checked_sizes(axis_sizes)
     check_function(fn, "launch")
-    task = Task.of(
-        fn, args, sizes, last=True
-    )  # before anything starts: what cannot be sent fails at once
+    # Before anything starts: what cannot be sent fails at once.
+    task = Task.of(fn, args, sizes, last=True)
     with Ranks(math.prod(sizes.values())) as ranks:
-        return ranks.run(task)
+        return cast(list[T], ranks.run(task))
 
 
 def _check_place() -> None:
-    """Ranks start from a process that is none itself."""
+    """Raise unless ranks may start from this process, which must not be one itself."""
     name = current_process().name
     if name.startswith(_STARTING):
         # The script calls launch without a guard: the parent says so, once for all
@@ -123,7 +123,8 @@ def _check_place() -> None:
             phrase(
                 "launch",
                 f"this process is a rank of a launch already ({name})",
-                "Inside a rank call collectives; to have more ranks, give the outer launch larger sizes.",
+                "Inside a rank call collectives; to have more ranks, "
+                "give the outer launch larger sizes.",
             )
         )
     place = Topology.detect(os.environ, device_count=0)
@@ -131,9 +132,11 @@ def _check_place() -> None:
         raise PmodError(
             phrase(
                 "launch",
-                f"this process is rank {place.rank} of {place.world_size}, started by {place.launcher}",
-                "Here the ranks run already: pmod.set_mesh(pmod.make_mesh(...)), then call the function itself. "
-                "launch is for a plain `python script.py` or a notebook.",
+                f"this process is rank {place.rank} of {place.world_size}, "
+                f"started by {place.launcher}",
+                "Here the ranks run already: pmod.set_mesh(pmod.make_mesh(...)), "
+                "then call the function itself. launch is for a plain "
+                "`python script.py` or a notebook.",
             )
         )
 
@@ -148,27 +151,19 @@ def _checked_sizes(axis_sizes: Mapping[str, int]) -> dict[str, int]:
             )
         )
     sizes: dict[str, int] = {}
-    for name, size in axis_sizes.items():
-        try:
-            sizes[name] = 0 if isinstance(size, bool) else operator.index(size)
-        except TypeError:
-            sizes[name] = 0
-        if sizes[name] < 1:
+    for name, given in axis_sizes.items():
+        right = "Sizes are ints of 1 or more; their product is the number of processes."
+        if as_int(given) == -1:
             right = (
-                "Sizes are ints of 1 or more; their product is the number of processes."
+                "Nothing here says how many ranks there are, "
+                "so -1 cannot be worked out: give the size."
             )
-            if sizes[name] == -1:
-                right = "Nothing here says how many ranks there are, so -1 cannot be worked out: give the size."
-            raise AxisError(
-                phrase("launch", f"{name}={quoted(size)} is no size", right)
-            )
+        sizes[name] = as_size(name, given, "launch", right)
     return sizes
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    """A rank's main function: one outcome for each task, until the parent closes the
-    pipe or dies.
-    """
+    """Be a rank: send one outcome for each task, until the parent closes the pipe."""
     current_process().name = f"{_SERVING} {rank}"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _ignore_interrupts()
@@ -176,20 +171,21 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     settle_in(size)
     topology = topology_of(rank, size, port)
     use_device(topology.device)
-    pipe.send_bytes(pickle.dumps(Returned(b"")))  # ready
+    # An outcome before any task says that the rank is ready.
+    pipe.send_bytes(pickle.dumps(Returned(b"")))
     while True:
         try:
             task = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         outcome = _perform(task, topology)
-        print(
-            end="", flush=True
-        )  # what fn printed comes before what the caller prints next
+        # What fn printed comes before what the caller prints next.
+        print(end="", flush=True)
         pipe.send_bytes(pickle.dumps(outcome))
 
 
 def _end_with_parent() -> None:
+    """End this process when its parent has died."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -197,9 +193,9 @@ def _end_with_parent() -> None:
 
 
 def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes of a terminal, and the parent answers for the ranks."""
-    # a handler that does nothing, because an ignored signal would stay ignored in what
-    # fn starts
+    """Do nothing at Ctrl-C: it reaches the parent too, who answers for the ranks."""
+    # A handler that does nothing, because an ignored signal would stay ignored in what
+    # fn starts.
     signal.signal(signal.SIGINT, lambda number, frame: None)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -207,32 +203,38 @@ def _ignore_interrupts() -> None:
 
 def settle_in(size: int) -> None:
     """Make this process a good neighbour of `size` - 1 others on one machine."""
-    for name in ("lo", "lo0"):  # the loopback interface, on Linux and elsewhere
-        if name in (interface for _, interface in socket.if_nameindex()):
-            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+    there = {interface for _, interface in socket.if_nameindex()}
+    # The loopback interface, on Linux and elsewhere.
+    for name in there & {"lo", "lo0"}:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+    # A batch system may let this process use fewer cores than there are.
     affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if affinity is not None:
+        cores = len(affinity(0))
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // size)))
     # glibc maps blocks over 32 MiB afresh each time, and the page faults cost more than
-    # a message of that size.
-    with contextlib.suppress(AttributeError):  # other C libraries have no mallopt
+    # a message of that size. Other C libraries have no mallopt.
+    with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 30)
+        libc.mallopt(-1, 1 << 30)
 
 
 def topology_of(rank: int, size: int, port: int) -> Topology:
-    """That of a rank whose parent serves the store at `port`; device and backend as
-    `Topology.detect` chooses them.
+    """Return the topology of a rank whose parent serves the store at `port`.
+
+    Device and backend are as `Topology.detect` chooses them.
     """
-    one_node = {
-        "RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_RANK": rank,
-        "LOCAL_WORLD_SIZE": size,
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": _LOOPBACK,
+        "MASTER_PORT": str(port),
     }
-    variables = {name: str(value) for name, value in one_node.items()}
-    variables.update(MASTER_ADDR=_LOOPBACK, MASTER_PORT=str(port))
     return evolve(Topology.detect(variables), launcher="launch")
 
 
@@ -243,8 +245,8 @@ def _perform(task: Task, topology: Topology) -> Outcome:
             fn, args = unpack(task.packed)
             world.processes().connection.runs += 1
             result = fn(*args)
-            # others may wait for a rank that has returned without any call: for them it
-            # comes to the world after all
+            # Others may wait for a rank that has returned without any call. For them it
+            # comes to the world after all.
             if task.last and not dist.is_initialized():
                 connect.connect(topology, world.deadline(None))
             tell_return()
@@ -254,8 +256,7 @@ def _perform(task: Task, topology: Topology) -> Outcome:
 
 
 class Ranks:
-    """Local processes that stay, one per rank: each `run` is one function on all of
-    them.
+    """Local processes that stay, one per rank, and all run one function after another.
 
     A run that fails ends the processes, because ranks that were cut off in the middle
     cannot be brought together again.
@@ -289,15 +290,17 @@ class Ranks:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         self._pipes.append(ours)
+        # Not a daemon: fn may start processes of its own (a DataLoader's).
         process = context.Process(
             target=_serve,
             args=(rank, self.size, port, theirs),
             name=f"{_STARTING} {rank}",
-        )  # not a daemon: fn may start processes of its own (a DataLoader's)
+        )
         try:
             process.start()
             self._processes.append(process)
         finally:
+            # Or the pipe would not tell of the rank's death.
             theirs.close()
 
     def _check_started(self, outcomes: Mapping[int, Outcome]) -> None:
@@ -309,38 +312,42 @@ class Ranks:
                 raise PmodError(
                     phrase(
                         "launch",
-                        f"{script} calls launch without a guard, and the ranks, which import it, "
-                        "would start ranks in their turn",
-                        'Put the call under a guard:\n\n    if __name__ == "__main__":\n        pmod.launch(...)',
+                        f"{script} calls launch without a guard, and the ranks, "
+                        "which import it, would start ranks in their turn",
+                        "Put the call under a guard:\n\n"
+                        '    if __name__ == "__main__":\n'
+                        "        pmod.launch(...)",
                     )
                 )
             where = f", importing {script}" if main_is_imported() else ""
             raise PmodError(
                 phrase(
                     "launch",
-                    f"rank {rank} of {self.size} {outcome} while it was starting{where}",
+                    f"rank {rank} of {self.size} {outcome} "
+                    f"while it was starting{where}",
                     outcome.advice,
                 )
             )
 
-    def run(self, task: Task, timeout: float | None = None) -> list[Any]:
-        """The outcome of the task on every rank; an exception where one failed or the
-        seconds have passed.
+    def run(self, task: Task, timeout: float | None = None) -> list[object]:
+        """Return the outcome of the task on every rank, in rank order.
+
+        Raises: where one failed, or the seconds have passed.
         """
         if not self._processes:
             raise PmodError(
                 phrase("launch", "these ranks have ended", "Start new ones.")
             )
+        deadline = math.inf
+        if timeout is not None:
+            deadline = time.monotonic() + timeout
         try:
             message = pickle.dumps(task)
             for pipe in self._pipes:
-                with contextlib.suppress(
-                    OSError
-                ):  # died between two tasks: _gather finds out
+                # One that died between two tasks is found out by `_gather`.
+                with contextlib.suppress(OSError):
                     pipe.send_bytes(message)
-            outcomes = self._gather(
-                math.inf if timeout is None else time.monotonic() + timeout
-            )
+            outcomes = self._gather(deadline)
             self._check_finished(outcomes, task.axis_sizes, timeout)
             return [self._load(rank, outcomes[rank]) for rank in range(self.size)]
         except BaseException:
@@ -348,19 +355,18 @@ class Ranks:
             raise
 
     def _gather(self, deadline: float) -> dict[int, Outcome]:
-        """One outcome per rank, in the order in which they came; not all of them when
-        one failed or time is up.
+        """Return one outcome per rank, in the order in which they came.
+
+        Some are missing when one failed or time is up.
         """
         outcomes: dict[int, Outcome] = {}
         while len(outcomes) < self.size and time.monotonic() < deadline:
             left = [rank for rank in range(self.size) if rank not in outcomes]
-            handles = [self._pipes[rank] for rank in left]
+            pipes = [self._pipes[rank] for rank in left]
+            ends = [self._processes[rank].sentinel for rank in left]
             # Neither pipe nor sentinel tells of a death while a child of the rank holds
             # them: ask once a second, too.
-            wait(
-                [*handles, *(self._processes[rank].sentinel for rank in left)],
-                min(1.0, deadline - time.monotonic()),
-            )
+            wait([*pipes, *ends], min(1.0, deadline - time.monotonic()))
             for rank in left:
                 outcome = self._outcome(rank)
                 if outcome is not None:
@@ -371,9 +377,8 @@ class Ranks:
 
     def _outcome(self, rank: int) -> Outcome | None:
         process, pipe = self._processes[rank], self._pipes[rank]
-        exitcode = (
-            process.exitcode
-        )  # first: what a rank wrote before it died is in the pipe by then
+        # First, because what a rank wrote before it died is in the pipe by then.
+        exitcode = process.exitcode
         try:
             if pipe.poll():
                 return pickle.loads(pipe.recv_bytes())
@@ -388,77 +393,67 @@ class Ranks:
         axis_sizes: Mapping[str, int],
         timeout: float | None,
     ) -> None:
-        """Raise what the ranks have failed with: a death explains the exceptions that
-        it causes, else the first one.
-        """
-        failed = {
-            rank: outcome
-            for rank, outcome in outcomes.items()
-            if not isinstance(outcome, Returned)
-        }
-        if not failed:
-            late = [rank for rank in range(self.size) if rank not in outcomes]
-            if late:
-                who = ", ".join(
-                    f"rank {rank} {coordinates(_coords(rank, axis_sizes))}"
-                    for rank in late
-                )
-                raise CollectiveTimeout(
-                    phrase("launch", f"no answer within {timeout} s from {who}")
-                )
-            return
-        rank = next(
-            (rank for rank, outcome in failed.items() if isinstance(outcome, Died)),
-            next(iter(failed)),
-        )
-        first = failed.pop(rank)
+        """Raise what the ranks have failed with, if they have."""
+        failed: dict[int, Raised | Died] = {}
+        for rank, outcome in outcomes.items():
+            if not isinstance(outcome, Returned):
+                failed[rank] = outcome
+        if failed:
+            raise self._failure(failed, axis_sizes)
+        late = [rank for rank in range(self.size) if rank not in outcomes]
+        if late:
+            who = ", ".join([_named(rank, axis_sizes) for rank in late])
+            given = f"no answer within {timeout} s from {who}"
+            raise CollectiveTimeout(phrase("launch", given))
+
+    def _failure(
+        self, failed: Mapping[int, Raised | Died], axis_sizes: Mapping[str, int]
+    ) -> Exception:
+        """Return the error of the failure that explains the others, which it notes."""
+        # A death explains the exceptions that it causes, else it is the first one.
+        died = [rank for rank, outcome in failed.items() if isinstance(outcome, Died)]
+        first = [*died, *failed][0]
+        error = self._error_of(first, failed[first], axis_sizes)
+        for rank, outcome in failed.items():
+            if rank != first:
+                error.add_note(f"also {_named(rank, axis_sizes)}: {outcome}")
+        return error
+
+    def _error_of(
+        self, rank: int, outcome: Raised | Died, axis_sizes: Mapping[str, int]
+    ) -> Exception:
         coords = _coords(rank, axis_sizes)
-        if isinstance(first, Raised):
-            error = first.error()
-            if error is not None:
-                error.add_note(
-                    f"pmod.launch at {coordinates(coords)}: rank {rank} of {self.size} raised this.\n"
-                )
-                error.add_note(first.text)
-            else:
-                given = f"rank {rank} of {self.size} raised {first.summary}"
-                error = PmodError(
-                    phrase("launch", given, f"\n{first.text}", coords=coords)
-                )
-        else:
-            error = PmodError(
-                phrase(
-                    "launch",
-                    f"rank {rank} of {self.size} {first}",
-                    first.advice,
-                    coords=coords,
-                )
-            )
-        for other, outcome in failed.items():
-            what = outcome.summary if isinstance(outcome, Raised) else str(outcome)
-            error.add_note(
-                f"also rank {other} {coordinates(_coords(other, axis_sizes))}: {what}"
-            )
-        raise error
+        who = f"rank {rank} of {self.size}"
+        if isinstance(outcome, Died):
+            given, right = f"{who} {outcome}", outcome.advice
+            return PmodError(phrase("launch", given, right, coords=coords))
+        error = outcome.error()
+        if error is None:
+            given, text = f"{who} raised {outcome}", f"\n{outcome.text}"
+            return PmodError(phrase("launch", given, text, coords=coords))
+        error.add_note(f"pmod.launch at {coordinates(coords)}: {who} raised this.\n")
+        error.add_note(outcome.text)
+        return error
 
     def _load(self, rank: int, outcome: Outcome) -> object:
         assert isinstance(outcome, Returned)
         try:
             return pickle.loads(outcome.packed)
         except Exception as error:
-            given = f"what rank {rank} returned cannot be loaded here: {type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
             raise PmodError(
                 phrase(
-                    "launch", given, "Return tensors, numbers, or containers of them."
+                    "launch",
+                    f"what rank {rank} returned cannot be loaded here: {reason}",
+                    "Return tensors, numbers, or containers of them.",
                 )
             ) from error
 
     def close(self, patience: float = 5.0) -> None:
-        """Let the ranks leave, and end those that have not left after `patience`
-        seconds.
-        """
+        """Let the ranks leave, and end those still there after `patience` seconds."""
+        # A rank that waits for a task leaves when its pipe is closed.
         for pipe in self._pipes:
-            pipe.close()  # a rank that waits for a task leaves
+            pipe.close()
         self._join(patience)
         for end in (BaseProcess.terminate, BaseProcess.kill):
             for process in self._processes:
@@ -488,33 +483,31 @@ class Ranks:
 
 
 def _coords(rank: int, axis_sizes: Mapping[str, int]) -> dict[str, int]:
-    """The place of a rank, last axis fastest: the failing rank's mesh is not here to be
-    asked.
-    """
-    coords: dict[str, int] = {}
-    for name in reversed(list(axis_sizes)):
-        rank, coords[name] = divmod(rank, axis_sizes[name])
-    return {name: coords[name] for name in axis_sizes}
+    """Return the coords of a rank, whose mesh is not here to be asked."""
+    coords = coords_at(rank, list(axis_sizes.values()))
+    return dict(zip(axis_sizes, coords, strict=True))
+
+
+def _named(rank: int, axis_sizes: Mapping[str, int]) -> str:
+    return f"rank {rank} {coordinates(_coords(rank, axis_sizes))}"
 
 
 @contextlib.contextmanager
 def _spawning() -> Generator[None]:
-    """While processes start: Ctrl-C waits, so that no rank meets it unprepared; a
-    session's `__main__` stays behind.
+    """Hold back Ctrl-C and a session's `__main__` while processes start.
+
+    So no rank meets Ctrl-C unprepared.
     """
     main = sys.modules["__main__"]
     hidden: dict[str, object] = {}
-    if (
-        not main_is_imported()
-        and getattr(main, "__spec__", None) is None
-        and hasattr(main, "__file__")
-    ):
-        hidden["__file__"] = main.__dict__.pop(
-            "__file__"
-        )  # multiprocessing would run <stdin>
+    is_session = getattr(main, "__spec__", None) is None and not main_is_imported()
+    # multiprocessing would run <stdin>.
+    if is_session and hasattr(main, "__file__"):
+        hidden["__file__"] = main.__dict__.pop("__file__")
     mask = None
     if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # it would be started with the first rank, and unblocks signals
+        # It would be started with the first rank, and unblocks signals.
+        resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

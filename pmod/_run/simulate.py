@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -20,7 +20,7 @@ from pmod._core.arguments import check_function
 from pmod._core.watch import watchers
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.mesh import make_mesh
+from pmod._mesh.make import make_mesh
 from pmod._mesh.sizes import check_axis_sizes
 from pmod._ranks import world
 from pmod._torch import are_transforms_active, forward_level, swap_forward_nesting
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @contextmanager
 def _forward_mode_held_open() -> Generator[None]:
-    """torch counts its forward-mode levels per process, not per thread.
+    """Hold one forward-mode level open, because torch counts them per process.
 
     Threads that entered and left them would break each other; while one level is held
     open, each thread's functorch levels are its own, and torch.func.jvp is right on all
@@ -45,9 +45,8 @@ def _forward_mode_held_open() -> Generator[None]:
             swap_forward_nesting(nesting)
 
 
-def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
-    """Run fn(*args) on every rank of a mesh inside this process; the results in rank
-    order.
+def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
+    """Run fn(*args) on every rank of a mesh in this process: the results in rank order.
 
     The ranks are threads and the wire is memory: real values and all derivatives,
     without a launcher. Eager code on cpu tensors only; torch.func.jvp works,
@@ -83,16 +82,15 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
         )
     simulation = Simulation(math.prod(axis_sizes.values()))
     threads = Threads(world.processes(), simulation)
-    with world.instead_of_processes(
-        threads
-    ):  # the level that another simulation held open is gone now
+    with world.instead_of_processes(threads):
+        # Asked only here, because another simulation held a level open until now.
         if forward_level() >= 0 or are_transforms_active():
-            right = "Differentiate inside the simulated function, as the ranks of a real mesh would."
             raise PmodError(
                 phrase(
                     "simulate",
                     "it is called inside a transform, which its threads do not see",
-                    right,
+                    "Differentiate inside the simulated function, "
+                    "as the ranks of a real mesh would.",
                 )
             )
         with _forward_mode_held_open():
@@ -101,26 +99,28 @@ def simulate(fn: Callable[..., T], *args: Any, **axis_sizes: int) -> list[T]:
 
 def _run(
     fn: Callable[..., T],
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     axis_sizes: Mapping[str, int],
     simulation: Simulation,
     ranks: Threads,
 ) -> list[T]:
     size = simulation.size
-    results: list[Any] = [None] * size
+    results: dict[int, T] = {}
     grad, watching, drawn = torch.is_grad_enabled(), watchers(), torch.get_rng_state()
 
     def rank_main(rank: int) -> None:
         simulation.take_turn(rank)
+        # torch's generator is the process's, and the ranks before have drawn from it.
         torch.set_rng_state(drawn)
         error: BaseException | None = None
         try:
+            # A rank that failed before this one began has ended the simulation.
             if simulation.error is not None:
                 raise Left
+            # torch keeps it per thread.
             with torch.set_grad_enabled(grad):
-                mesh = make_mesh(
-                    dict(axis_sizes), topology=ranks.settle(rank, watching)
-                )
+                place = ranks.settle(rank, watching)
+                mesh = make_mesh(dict(axis_sizes), topology=place)
                 simulation.coords[rank] = mesh.coords
                 set_mesh(mesh)
                 results[rank] = fn(*args)
@@ -130,17 +130,16 @@ def _run(
             error = raised
         simulation.leave(rank, error)
 
-    threads = [
-        threading.Thread(target=rank_main, args=(rank,), daemon=True)
-        for rank in range(size)
-    ]
-    for rank, thread in enumerate(threads):
+    threads: list[threading.Thread] = []
+    for rank in range(size):
+        thread = threading.Thread(target=rank_main, args=(rank,), daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # the system has no more
+        # The system has no more.
+        except RuntimeError:
             simulation.stop_before(rank)
             break
-    threads = [thread for thread in threads if thread.ident is not None]
+        threads.append(thread)
     simulation.begin()
     simulation.over.acquire()
     for thread in threads:
@@ -148,4 +147,4 @@ def _run(
     torch.set_rng_state(drawn)
     if simulation.error is not None:
         raise simulation.error
-    return results
+    return [results[rank] for rank in range(size)]

@@ -21,13 +21,14 @@ from pmod._errors import ArgumentError, PmodError, phrase
 
 @frozen
 class Task:
-    """What every rank runs, under which mesh; `packed` is opened under it, so that
-    meshes in it find their place.
+    """What every rank runs, under which mesh, and whether the ranks end after it.
+
+    `packed` is opened under that mesh, so that meshes in it find their place.
     """
 
     axis_sizes: dict[str, int]
     packed: bytes = field(repr=False)
-    last: bool = False  # whether the ranks end after it
+    last: bool = False
 
     @staticmethod
     def of(
@@ -37,6 +38,7 @@ class Task:
         *,
         last: bool = False,
     ) -> Task:
+        """Return the task of a call; ArgumentError where fn or args cannot be sent."""
         try:
             return Task(dict(axis_sizes), _pack((fn, tuple(args))), last)
         except pickle.PicklingError as error:
@@ -47,6 +49,8 @@ class Task:
 
 @frozen
 class Returned:
+    """What the function returned."""
+
     packed: bytes = field(repr=False)
 
 
@@ -61,28 +65,31 @@ class Raised:
     @staticmethod
     def of(error: BaseException) -> Raised:
         trace = error.__traceback__
+        # The first frame is this package's.
         if trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next  # the first frame is this file's
+            trace = trace.tb_next
+        text = "".join(traceback.format_exception(type(error), error, trace))
+        summary = "".join(traceback.format_exception_only(error)).strip()
         packed = None
         with contextlib.suppress(pickle.PicklingError):
             packed = _pack(error)
-        summary = "".join(traceback.format_exception_only(error)).strip()
-        return Raised(
-            summary,
-            "".join(traceback.format_exception(type(error), error, trace)),
-            packed,
-        )
+        return Raised(summary, text, packed)
+
+    def __str__(self) -> str:
+        return self.summary
 
     def error(self) -> Exception | None:
+        """Return the exception itself, or None where it cannot be raised here."""
         if self.packed is None:
             return None
+        # Its __init__ may have other arguments than Exception.args, or its class not be
+        # here.
         try:
             error = pickle.loads(self.packed)
-        except Exception:  # an __init__ with other arguments than Exception.args, a class that is not here
+        except Exception:
             return None
-        return (
-            error if isinstance(error, Exception) else None
-        )  # a SystemExit must not end the parent, too
+        # A SystemExit must not end the parent, too.
+        return error if isinstance(error, Exception) else None
 
 
 @frozen
@@ -113,60 +120,62 @@ Outcome: TypeAlias = Returned | Raised | Died
 
 
 class _ByReference(pickle.Pickler):
-    """The standard pickler, which refuses what is named in a `__main__` that the other
-    side does not import.
+    """The standard pickler, which refuses what only this side's `__main__` has.
+
+    The other side may not import that `__main__`, or not find there what was typed.
     """
 
-    def reducer_override(self, obj: Any, /) -> Any:
-        if (
-            isinstance(obj, (type, FunctionType))
-            and obj.__module__ == "__main__"
-            and not _imported_with_main(obj)
-        ):
+    def reducer_override(self, obj: object, /) -> Any:
+        if isinstance(obj, (type, FunctionType)) and _is_only_here(obj):
             raise pickle.PicklingError(
                 f"{obj.__qualname__} is defined in an interactive session"
             )
         return NotImplemented
 
 
-def _imported_with_main(obj: type | FunctionType) -> bool:
-    """Whether a rank that starts from this process's `__main__` finds `obj` there."""
-    # after `python -i script.py`, what was typed is in __main__ and in no file
-    return main_is_imported() and (
-        isinstance(obj, type) or os.path.isfile(obj.__code__.co_filename)
-    )
+def _is_only_here(obj: type | FunctionType) -> bool:
+    """Return whether a rank that starts from this process's `__main__` lacks `obj`."""
+    if obj.__module__ != "__main__":
+        return False
+    if not main_is_imported():
+        return True
+    # After `python -i script.py`, what was typed is in __main__ and in no file.
+    is_class = isinstance(obj, type)
+    return not is_class and not os.path.isfile(obj.__code__.co_filename)
 
 
 def main_is_imported() -> bool:
-    """Whether multiprocessing imports this `__main__` into its children: a script or a
-    module, but no session.
+    """Return whether multiprocessing imports this `__main__` into its children.
+
+    It does a script or a module, but not a session.
     """
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:
         return spec.name != "__main__" and not spec.name.endswith(".__main__")
     path = getattr(main, "__file__", None)
-    return path is not None and os.path.isfile(
-        path
-    )  # `python -` calls its file <stdin>
+    # `python -` calls its file <stdin>.
+    return path is not None and os.path.isfile(path)
 
 
 def _pack(value: object) -> bytes:
-    """Pickled by reference where that reaches the other side, else by value.
+    """Pickle a value by reference where that reaches the other side, else by value.
 
     Raises: pickle.PicklingError with the reason and what would help.
     """
     buffer = io.BytesIO()
+    # A __reduce__ raises what it likes, here and below.
     try:
         _ByReference(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
         return buffer.getvalue()
-    except Exception as error:  # a __reduce__ raises what it likes
+    except Exception as error:
         reason = str(error)
     try:
         cloudpickle = importlib.import_module("cloudpickle")
     except ImportError:
         raise pickle.PicklingError(
-            f"{reason}.\nDefine it at the top level of a module, or install cloudpickle, which carries notebook cells, "
+            f"{reason}.\nDefine it at the top level of a module, "
+            "or install cloudpickle, which carries notebook cells, "
             "lambdas and closures: pip install cloudpickle"
         ) from None
     try:
@@ -176,27 +185,31 @@ def _pack(value: object) -> bytes:
 
 
 def unpack(packed: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
+    """Return fn and args, or raise what would be right."""
     try:
         return pickle.loads(packed)
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise PmodError(
             phrase(
                 "launch",
-                f"fn or args cannot be loaded in the ranks: {type(error).__name__}: {error}",
-                "What is passed must be defined at the top level of a module or script, "
-                'and not under `if __name__ == "__main__":`.',
+                f"fn or args cannot be loaded in the ranks: {reason}",
+                "What is passed must be defined at the top level of a module "
+                'or script, and not under `if __name__ == "__main__":`.',
             )
         ) from error
 
 
 def pack_result(result: object) -> bytes:
+    """Pickle what fn returned, or raise what would be right."""
     try:
         return _pack(result)
     except pickle.PicklingError as error:
+        kind = type(result).__name__
         raise PmodError(
             phrase(
                 "launch",
-                f"fn returned a {type(result).__name__}, which cannot be sent back: {error}",
+                f"fn returned a {kind}, which cannot be sent back: {error}",
                 "Return tensors, numbers, or containers of them.",
             )
         ) from None

@@ -10,7 +10,8 @@ from pmod._collectives.values import pick
 from pmod._core.arguments import check_flag
 from pmod._errors import PmodError, coordinates, phrase
 from pmod._mesh.ambient import current_mesh
-from pmod._mesh.mesh import AxisLike, Mesh, make_mesh
+from pmod._mesh.make import make_mesh
+from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
 from pmod._site import call_site, on_behalf_of
 

@@ -12,7 +12,8 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from pmod._core.arguments import split_sizes
 from pmod._errors import ArgumentError, AxisError, PmodError, near_miss, phrase
 from pmod._mesh.ambient import ambient, current_mesh, set_mesh
-from pmod._mesh.mesh import Mesh, make_mesh
+from pmod._mesh.make import make_mesh
+from pmod._mesh.mesh import Mesh
 from pmod._mesh.picture import mesh_html, mesh_text
 from pmod._ranks import world
 from pmod._ranks.connect import shutdown

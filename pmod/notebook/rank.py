@@ -24,7 +24,7 @@ import pmod
 from pmod._core.leaves import map_tensors
 from pmod._errors import PmodError, phrase
 from pmod._mesh.ambient import set_mesh
-from pmod._mesh.mesh import make_mesh
+from pmod._mesh.make import make_mesh
 from pmod._ranks import world
 from pmod._ranks.backends import use_device
 from pmod._ranks.connect import shutdown

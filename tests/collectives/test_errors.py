@@ -171,7 +171,7 @@ def test_a_rank_outside_the_mesh(function, messages):
             pmod.AxisError,
             f"pmod.{name_of(function)}(axis='model'): "
             f"rank {number} is outside the mesh {{'model': 2}} over ranks [1, 3].\n"
-            "Call it on the ranks of the mesh only (mesh.coords is not None there).",
+            "Call it only on ranks that belong to the mesh (those where mesh.coords is not None).",
         )
     assert not messages
 

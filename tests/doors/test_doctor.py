@@ -59,7 +59,8 @@ def test_half_a_set_of_variables_is_shown_and_called_wrong(capsys, secrets, monk
     check_report(said, secrets)
     *_, variables, wrong = said.splitlines()
     assert variables == "variables RANK='1', MASTER_ADDR='node7'"
-    assert wrong.startswith("not right: pmod.Topology.detect: half a set of variables: WORLD_SIZE, MASTER_PORT missing")
+    incomplete = "the launcher's environment is incomplete: WORLD_SIZE, MASTER_PORT are not set"
+    assert wrong.startswith(f"not right: pmod.Topology.detect: {incomplete}")
     assert "Start with torchrun, or set what is missing" in wrong
 
 

@@ -138,7 +138,7 @@ def test_on_a_rank_outside_only_what_needs_a_place_raises():
     assert mesh.flatten(("data", "model"), "all").ranks.tolist() == [4, 5, 6, 7]
     assert mesh.split("data", a=2, b=1).coords is None
     assert mesh == pmod.make_mesh(data=2, model=2, ranks=[4, 5, 6, 7], topology=at(5, 8))
-    right = "Call it on the ranks of the mesh only (mesh.coords is not None there)."
+    right = "Call it only on ranks that belong to the mesh (those where mesh.coords is not None)."
     for function, call in {
         "Mesh.axis_index": lambda: mesh.axis_index("model"),
         "Mesh.group": lambda: mesh.group("model"),

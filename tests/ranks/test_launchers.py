@@ -353,36 +353,37 @@ def test_mpi_inside_an_allocation_of_two_nodes(name: str, nodes: dict[str, str])
     assert lines == [(launcher, rank, 2, lines[0][3], "14") for rank in range(2)]
 
 
+INCOMPLETE = "the launcher's environment is incomplete"
 # launcher -> changes of its variables, and a text in what is then detected
 NO_GPU, ONE_GPU = 0, 1
 CASES: dict[str, list[tuple[dict[str, str | None], int, str]]] = {
     "torchrun": [
         ({}, NO_GPU, "world_size=2"),
         ({}, ONE_GPU, "device(type='cuda', index=0)"),  # each task has a GPU of its own
-        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing")
+        *(({name: None}, NO_GPU, f"{INCOMPLETE}: {name} is not set")
           for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")),
         ({"RANK": "one"}, NO_GPU, "RANK is 'one'"),
         ({"MASTER_PORT": ""}, NO_GPU, "MASTER_PORT is empty"),
         ({"LOCAL_RANK": "2"}, NO_GPU, "local_rank is 2, and local_world_size is 2"),
         ({"PMOD_LAUNCHER": "single"}, NO_GPU, "world_size=1"),
-        ({"PMOD_LAUNCHER": "slurm"}, NO_GPU, "SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_STEP_ID missing"),
+        ({"PMOD_LAUNCHER": "slurm"}, NO_GPU, "SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_STEP_ID are not set"),
     ],
     "mpirun": [
         ({}, NO_GPU, "world_size=2"),
         ({}, ONE_GPU, "device(type='cuda', index=0)"),
-        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing")
+        *(({name: None}, NO_GPU, f"{INCOMPLETE}: {name} is not set")
           for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")),
         ({"OMPI_COMM_WORLD_SIZE": "-2"}, NO_GPU, "OMPI_COMM_WORLD_SIZE is '-2'"),
         ({"OMPI_COMM_WORLD_RANK": "2"}, NO_GPU, "rank is 2, and world_size is 2"),
         ({"WORLD_SIZE": "4"}, NO_GPU, "WORLD_SIZE is '4', but OMPI_COMM_WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "4", "PMOD_LAUNCHER": "openmpi"}, NO_GPU, "world_size=2"),
         ({"PMOD_LAUNCHER": "single"}, NO_GPU, "world_size=1"),
-        ({"RANK": "0"}, NO_GPU, "half a set of variables: WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing"),
+        ({"RANK": "0"}, NO_GPU, f"{INCOMPLETE}: WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"),
     ],
     "mpiexec.hydra": [
         ({}, NO_GPU, "world_size=2"),
         ({}, ONE_GPU, "device(type='cuda', index=0)"),
-        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing") for name in ("PMI_RANK", "PMI_SIZE")),
+        *(({name: None}, NO_GPU, f"{INCOMPLETE}: {name} is not set") for name in ("PMI_RANK", "PMI_SIZE")),
         ({"PMI_SIZE": "2.0"}, NO_GPU, "PMI_SIZE is '2.0'"),
         ({"PMI_RANK": "2"}, NO_GPU, "rank is 2, and world_size is 2"),
         ({"MPI_LOCALRANKID": "2"}, NO_GPU, "local_rank is 2, and local_world_size is 2"),
@@ -392,14 +393,14 @@ CASES: dict[str, list[tuple[dict[str, str | None], int, str]]] = {
     "srun": [
         ({}, NO_GPU, "world_size=2"),
         ({}, ONE_GPU, "device(type='cuda', index=0)"),
-        *(({name: None}, NO_GPU, f"half a set of variables: {name} missing")
+        *(({name: None}, NO_GPU, f"{INCOMPLETE}: {name} is not set")
           for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")),
-        ({"SLURM_PROCID": "1", "SLURM_STEP_ID": None}, NO_GPU, "half a set of variables: SLURM_STEP_ID missing"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_ID": None}, NO_GPU, f"{INCOMPLETE}: SLURM_STEP_ID is not set"),
         ({"SLURM_PROCID": "?"}, NO_GPU, "SLURM_PROCID is '?'"),
         ({"SLURM_STEP_TASKS_PER_NODE": "3"}, NO_GPU, "It shares SLURM_STEP_NUM_TASKS=2 tasks out among the nodes"),
         ({"WORLD_SIZE": "4"}, NO_GPU, "WORLD_SIZE is '4', but SLURM_STEP_NUM_TASKS is 2"),
         ({"PMOD_LAUNCHER": "single"}, NO_GPU, "world_size=1"),
-        ({"PMOD_LAUNCHER": "pmi"}, NO_GPU, "half a set of variables: PMI_RANK, PMI_SIZE missing"),
+        ({"PMOD_LAUNCHER": "pmi"}, NO_GPU, f"{INCOMPLETE}: PMI_RANK, PMI_SIZE are not set"),
     ],
 }  # fmt: skip
 

@@ -181,30 +181,28 @@ def without(environ: Environ, *names: str) -> Environ:
     return {name: value for name, value in environ.items() if name not in names}
 
 
+INCOMPLETE = "pmod.Topology.detect: the launcher's environment is incomplete:"
 ADVICE = "PMOD_LAUNCHER=single makes this one process of its own."
 ERRORS = {
     "no MASTER_ADDR": (
         {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
-        "pmod.Topology.detect: half a set of variables: MASTER_ADDR missing, "
-        "RANK='1', WORLD_SIZE='2', MASTER_PORT='29500' there.\n"
+        f"{INCOMPLETE} MASTER_ADDR is not set, although RANK='1', WORLD_SIZE='2', MASTER_PORT='29500' are.\n"
         f"Start with torchrun, or set what is missing; {ADVICE}"),
     "no MASTER_PORT": (
         {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1"},
-        "pmod.Topology.detect: half a set of variables: MASTER_PORT missing, "
-        "RANK='1', WORLD_SIZE='2', MASTER_ADDR='n1' there.\n"
+        f"{INCOMPLETE} MASTER_PORT is not set, although RANK='1', WORLD_SIZE='2', MASTER_ADDR='n1' are.\n"
         f"Start with torchrun, or set what is missing; {ADVICE}"),
     "no RANK": (
         {"WORLD_SIZE": "2"},
-        "pmod.Topology.detect: half a set of variables: RANK, MASTER_ADDR, MASTER_PORT missing, WORLD_SIZE='2' there.\n"
+        f"{INCOMPLETE} RANK, MASTER_ADDR, MASTER_PORT are not set, although WORLD_SIZE='2' is.\n"
         f"Start with torchrun, or set what is missing; {ADVICE}"),
     "no PROCID": (
         {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7"},
-        "pmod.Topology.detect: half a set of variables: SLURM_PROCID missing, "
-        "SLURM_STEP_NUM_TASKS='4', SLURM_STEP_ID='0' there.\n"
+        f"{INCOMPLETE} SLURM_PROCID is not set, although SLURM_STEP_NUM_TASKS='4', SLURM_STEP_ID='0' are.\n"
         f"Start with srun, or set what is missing; {ADVICE}"),
     "forced, and nothing there": (
         {"PMOD_LAUNCHER": "pmi"},
-        "pmod.Topology.detect: half a set of variables: PMI_RANK, PMI_SIZE missing, PMOD_LAUNCHER='pmi' there.\n"
+        f"{INCOMPLETE} PMI_RANK, PMI_SIZE are not set, although PMOD_LAUNCHER='pmi' is.\n"
         f"Start with mpiexec, or set what is missing; {ADVICE}"),
     "an unknown launcher": (
         {"PMOD_LAUNCHER": "slrum"},
@@ -247,17 +245,18 @@ def test_the_text_of_errors(name: str) -> None:
 @pytest.mark.parametrize(
     ("environ", "named"),
     [
-        (without(torchrun(3), "RANK"), "RANK missing"),
-        (without(torchrun(3), "WORLD_SIZE"), "WORLD_SIZE missing"),
-        ({"GROUP_WORLD_SIZE": "2"}, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing, GROUP_WORLD_SIZE='2' there"),
-        ({"LOCAL_RANK": "1"}, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing"),
-        (without(step(1, 0, 1, "1(x2)", 2) | torchrun(3), "RANK"), "RANK missing"),
-        (without(openmpi(1, 1, 4, 4), "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK missing"),
-        (without(hydra(1, 1, 4, 4), "PMI_RANK", "PMI_SIZE"), "PMI_RANK, PMI_SIZE missing"),
-        (without(proxy(0) | hydra(2, 2, 3, 4), "PMI_RANK", "PMI_SIZE"), "PMI_RANK, PMI_SIZE missing"),
-        (without(step(0, 0, 0, "3,1", 4), "SLURM_STEP_NUM_TASKS"), "SLURM_STEP_NUM_TASKS missing"),
-        (without(step(2, 2, 0, "3,1", 4), "SLURM_STEP_ID"), "SLURM_STEP_ID missing"),
-        (SBATCH | {"PMOD_LAUNCHER": "slurm"}, "SLURM_STEP_NUM_TASKS, SLURM_STEP_ID missing"),
+        (without(torchrun(3), "RANK"), "RANK is not set"),
+        (without(torchrun(3), "WORLD_SIZE"), "WORLD_SIZE is not set"),
+        ({"GROUP_WORLD_SIZE": "2"},
+         "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set, although GROUP_WORLD_SIZE='2' is"),
+        ({"LOCAL_RANK": "1"}, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"),
+        (without(step(1, 0, 1, "1(x2)", 2) | torchrun(3), "RANK"), "RANK is not set"),
+        (without(openmpi(1, 1, 4, 4), "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK is not set"),
+        (without(hydra(1, 1, 4, 4), "PMI_RANK", "PMI_SIZE"), "PMI_RANK, PMI_SIZE are not set"),
+        (without(proxy(0) | hydra(2, 2, 3, 4), "PMI_RANK", "PMI_SIZE"), "PMI_RANK, PMI_SIZE are not set"),
+        (without(step(0, 0, 0, "3,1", 4), "SLURM_STEP_NUM_TASKS"), "SLURM_STEP_NUM_TASKS is not set"),
+        (without(step(2, 2, 0, "3,1", 4), "SLURM_STEP_ID"), "SLURM_STEP_ID is not set"),
+        (SBATCH | {"PMOD_LAUNCHER": "slurm"}, "SLURM_STEP_NUM_TASKS, SLURM_STEP_ID are not set"),
         (torchrun(3) | {"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
         (torchrun(3) | {"LOCAL_RANK": "2"}, "LOCAL_RANK='2'"),
         (torchrun(3) | {"GROUP_RANK": "2"}, "GROUP_RANK='2'"),
