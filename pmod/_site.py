@@ -19,7 +19,8 @@ from typing import TypeAlias
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 _JOBS = tuple(
-    os.path.join(HERE, name) for name in ("demo" + os.sep, "bench.py", "doctor.py")
+    os.path.join(HERE, name)
+    for name in ("demo" + os.sep, "bench" + os.sep, "doctor.py")
 )  # users of pmod
 _STARTS = tuple(
     os.path.join(HERE, "_core", name) for name in ("start.py", "ahead.py")

@@ -1,6 +1,4 @@
-"""`python -m pmod.collectives`: the table of collectives, what each takes and gives,
-and its derivative.
-"""
+"""`python -m pmod.collectives`: the table of collectives and their derivatives."""
 
 from __future__ import annotations
 
@@ -13,10 +11,8 @@ from pmod._core.collective import COLLECTIVES, Collective
 from pmod._errors import near_miss
 
 _TITLES = ("function", "signature", "value on each rank", "derivative")
+# of `_collectives/`, in the order in which they are read
 _FILES = ("values", "scans", "slices", "permutes", "ragged", "indexed", "halo")
-"""Of `_collectives/`, in the order in which they are read; what another file declares
-comes last.
-"""
 
 _EXAMPLES = """examples:
   python -m pmod.collectives                      the whole table
@@ -27,16 +23,15 @@ _EXAMPLES = """examples:
 
 
 def _place(of: Collective) -> tuple[int, int]:
-    """Where it stands: first what takes or gives one value; within that the files in
-    their order.
-    """
-    file = of.function.__module__.rpartition(".")[2]
+    """Return where it stands in the table: by its kinds, then by its file."""
     kinds = ("V -> I", "I -> V", "V -> V").index(of.kinds)
+    file = of.function.__module__.rpartition(".")[2]
+    # what a file declares that is not in the list comes last, and is not left out
     return kinds, _FILES.index(file) if file in _FILES else len(_FILES)
 
 
 def in_order() -> list[Collective]:
-    """All collectives, as the table lists them."""
+    """Return all collectives in the order of the table."""
     return sorted(COLLECTIVES.values(), key=_place)
 
 
@@ -45,7 +40,7 @@ def _row(of: Collective) -> tuple[str, str, str, str]:
 
 
 def as_text(collectives: Sequence[Collective]) -> str:
-    """A table for the terminal.
+    """Return a table for the terminal.
 
     >>> from pmod.collectives import COLLECTIVES, as_text
     >>> print(as_text([COLLECTIVES["psum"]]))
@@ -53,46 +48,42 @@ def as_text(collectives: Sequence[Collective]) -> str:
     psum(x, axis, *, reduce_dtype=None)  V -> I     the sum over the axis  pvary
     """
     rows = [_TITLES, *map(_row, collectives)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines: list[str] = []
+    for row in rows:
+        lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+    return "\n".join(lines)
 
 
 def as_rst(collectives: Sequence[Collective]) -> str:
-    """The list-table of the README."""
+    """Return the list-table of the README."""
+    rows: list[tuple[str, str, str, str]] = [_TITLES]
+    for function, kinds, value, derivative in map(_row, collectives):
+        # a name in single backquotes would be a reference in reStructuredText
+        value = value.replace("`", "``")
+        rows.append((f"``{function}``", kinds, value, _linked(derivative)))
     lines = [".. list-table::", "   :header-rows: 1", ""]
-    for number, (function, kinds, value, derivative) in enumerate(
-        [_TITLES, *map(_row, collectives)]
-    ):
-        cells = (function, kinds, value, derivative)
-        if number:
-            cells = (
-                f"``{function}``",
-                kinds,
-                value.replace("`", "``"),
-                _linked(derivative),
-            )
-        lines += [f"   * - {cells[0]}", *(f"     - {cell}" for cell in cells[1:])]
+    for first, *others in rows:
+        lines.append(f"   * - {first}")
+        lines += [f"     - {cell}" for cell in others]
     return "\n".join(lines)
 
 
 def _linked(derivative: str) -> str:
-    """The words of a derivative, in which names of collectives are code."""
-    return re.sub(
-        r"\w+",
-        lambda word: f"``{word[0]}``" if word[0] in COLLECTIVES else word[0],
-        derivative,
-    )
+    """Return the words of a derivative, with the names of collectives as code."""
+
+    def as_code(word: re.Match[str]) -> str:
+        return f"``{word[0]}``" if word[0] in COLLECTIVES else word[0]
+
+    return re.sub(r"\w+", as_code, derivative)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table, or the rows that are named."""
     parser = argparse.ArgumentParser(
         prog="python -m pmod.collectives",
-        description="Print what each collective takes and gives (V varying, I invariant), its value, its derivative.",
+        description="Print what each collective takes and gives "
+        "(V varying, I invariant), its value, its derivative.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -104,7 +95,9 @@ def main(arguments: Sequence[str]) -> None:
     for name in options.names:
         if name not in COLLECTIVES:
             parser.error(f"no collective {name!r}{near_miss(name, COLLECTIVES)}")
-    shown = [of for of in in_order() if not options.names or of.name in options.names]
+    # in the table's order, not in the one they are named in
+    names = options.names or COLLECTIVES
+    shown = [of for of in in_order() if of.name in names]
     print(as_rst(shown) if options.rst else as_text(shown))
 
 

@@ -1,10 +1,9 @@
-"""`python -m pmod.doctor`: what is detected here, and whether the ranks reach one
-another; to be pasted into a report.
+"""`python -m pmod.doctor`: what is detected here, and whether the ranks connect.
 
-Of the environment it shows the launchers' variables and no others. Every rank hands in
-a row before the axes are tried, so that unlike versions and shared GPUs are named
-instead of the hang that they cause, and one after; as all ranks have all rows, they
-come to one verdict.
+Its output is to be pasted into a report: of the environment it shows the launchers'
+variables and no others. Every rank hands in a row before the axes are tried, so that
+unlike versions and shared GPUs are named instead of the hang that they cause. It hands in
+another row afterwards. All ranks have all rows, so they come to one verdict.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,9 @@ from pmod._errors import coordinates
 from pmod._ranks.launchers import shown_variables
 from pmod.demo.console import paint
 
-TIMES = 11  # of a psum, after a first one that connects
-LENGTH = 16  # of its x
+# how often a psum is timed, after a first one that connects, and how long its x is
+TIMES = 11
+LENGTH = 16
 
 _EXAMPLES = """\
 examples:
@@ -51,9 +51,7 @@ The exit status is 0 where all is right, on every rank; else 1, with the reason 
 
 @attrs.frozen
 class Row:
-    """What a rank says of itself, and of each axis that it tried: the microseconds of a
-    psum.
-    """
+    """What a rank says of itself, and the microseconds of a psum along each axis."""
 
     rank: int
     host: str = ""
@@ -61,47 +59,46 @@ class Row:
     place: str = ""
     pmod: str = ""
     torch: str = ""
-    gpu: str = ""  # its UUID
+    # the UUID of its GPU
+    gpu: str = ""
     problem: str = ""
     latency: Mapping[str, float] = attrs.field(factory=dict[str, float])
 
     @staticmethod
     def of(entry: Mapping[str, Any]) -> Row:
-        """From another rank, whose pmod may know other fields."""
-        return Row(
-            **{name: entry[name] for name in attrs.fields_dict(Row) if name in entry}
-        )
+        """Return the row of another rank."""
+        # its pmod may be of another version, which knows other fields
+        known = attrs.fields_dict(Row)
+        return Row(**{name: entry[name] for name in entry if name in known})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status of this rank."""
+    """Run the command line; return the exit status of this rank."""
     options = _parser().parse_args(arguments)
+    sizes, timeout = options.mesh, options.timeout
     prefix = ""
     try:
-        with warnings.catch_warnings(
-            record=True
-        ) as noted:  # which would be shown with the path of a file
-            try:
-                place = pmod.Topology.detect()
-            except pmod.TopologyError:
-                _show(_header(None))
-                raise
+        # kept for the report: as Python shows them they carry the path of a file
+        with warnings.catch_warnings(record=True) as noted:
+            place = _detected()
             prefix = _prefix(place)
             texts = [one_line(warning.message) for warning in noted]
-            if place.launcher == "single" and min(options.mesh.values(), default=0) > 0:
-                return max(
-                    pmod.launch(
-                        _examine_here,
-                        options.mesh,
-                        options.timeout,
-                        texts,
-                        **options.mesh,
-                    )
-                )
-            return _examine(place, options.mesh, options.timeout, texts)
-    except Exception as error:  # whatever it is: the report says it in one line
+            if place.launcher == "single" and min(sizes.values(), default=0) > 0:
+                return max(pmod.launch(_examine_here, sizes, timeout, texts, **sizes))
+            return _examine(place, sizes, timeout, texts)
+    # whatever it is, the report says it in one line
+    except Exception as error:
         _complain(prefix + one_line(error))
         return 1
+
+
+def _detected() -> pmod.Topology:
+    try:
+        return pmod.Topology.detect()
+    except pmod.TopologyError:
+        # the variables in it show what is wrong
+        _show(_header(None))
+        raise
 
 
 def _prefix(place: pmod.Topology) -> str:
@@ -111,7 +108,7 @@ def _prefix(place: pmod.Topology) -> str:
 def _examine_here(
     sizes: Mapping[str, int], timeout: float, noted: Sequence[str]
 ) -> int:
-    """`_examine` on a rank that the doctor started itself."""
+    """Run `_examine` on a rank that the doctor started itself."""
     place = pmod.current_mesh().topology
     try:
         return _examine(place, sizes, timeout, noted)
@@ -129,39 +126,43 @@ def _examine(
     problem = gpu_problem(place.device)
     mesh = _connect(place, sizes, timeout, problem, prefix)
     row = _row(mesh, problem)
-    with within(
-        timeout,
-        f"{prefix}connected, but not all ranks answered within {timeout:g} s. {_REACH}",
-    ):
-        rows = [Row.of(entry) for entry in gather_json(attrs.asdict(row), mesh)]
-    found = problems(rows)
-    for device in (
-        "cpu",
-        *(["cuda"] if place.device.type == "cuda" and not found else []),
-    ):
+    late = f"not all ranks answered within {timeout:g} s"
+    with within(timeout, f"{prefix}connected, but {late}. {_REACH}"):
+        rows = _rows_of_all(row, mesh)
+    devices = ["cpu"]
+    # on GPUs that are shared, or under unlike versions, NCCL would hang
+    if place.device.type == "cuda" and not problems(rows):
+        devices.append("cuda")
+    for device in devices:
         row = try_axes(mesh, torch.device(device), row, timeout, prefix)
-    with within(
-        timeout,
-        f"{prefix}not all ranks answered within {timeout:g} s after the axes were tried. {_REACH}",
-    ):
-        rows = [Row.of(entry) for entry in gather_json(attrs.asdict(row), mesh)]
+    with within(timeout, f"{prefix}{late} after the axes were tried. {_REACH}"):
+        rows = _rows_of_all(row, mesh)
     found = problems(rows)
     if first:
-        for warning in noted:
-            _show(f"note      {warning}")
-        _show(
-            f"mesh      {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}\n\n{table(rows)}\n"
-        )
-        for one in found:
-            _complain(one)
-        if not found:
-            _show(paint("all is right", "green"))
+        _report(mesh, rows, found, noted)
     return 1 if found else 0
 
 
+def _rows_of_all(row: Row, mesh: pmod.Mesh) -> list[Row]:
+    return [Row.of(entry) for entry in gather_json(attrs.asdict(row), mesh)]
+
+
+def _report(
+    mesh: pmod.Mesh, rows: list[Row], found: list[str], noted: Sequence[str]
+) -> None:
+    for warning in noted:
+        _show(f"note      {warning}")
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    _show(f"mesh      {axes}\n\n{table(rows)}\n")
+    for one in found:
+        _complain(one)
+    if not found:
+        _show(paint("all is right", "green"))
+
+
 _REACH = (
-    "Check that the hosts reach one another on every port; where they have several interfaces, set GLOO_SOCKET_IFNAME "
-    "(for GPUs NCCL_SOCKET_IFNAME)."
+    "Check that the hosts reach one another on every port; where they have several "
+    "interfaces, set GLOO_SOCKET_IFNAME (for GPUs NCCL_SOCKET_IFNAME)."
 )
 
 
@@ -172,140 +173,168 @@ def _connect(
     problem: str,
     prefix: str,
 ) -> pmod.Mesh:
-    """The mesh, its ranks connected.
+    """Return the mesh, its ranks connected.
 
-    Raises: PmodError where they are not; a broken GPU, which may be why, goes first.
+    Raises: PmodError if they do not connect. Its text is about a broken GPU if there is
+    one, which may be why.
     """
     where = f"{place.master_addr}:{place.master_port}"
     late = (
-        f"the {place.world_size} ranks did not connect at {where} within {timeout:g} s. Check that all of them were "
-        f"started, that each reaches that host, and that the port is free; --timeout gives them longer"
+        f"the {place.world_size} ranks did not connect at {where} "
+        f"within {timeout:g} s. Check that all of them were started, that each reaches "
+        "that host, and that the port is free; --timeout gives them longer"
     )
     try:
-        with within(timeout + 1, prefix + late):  # torch's own deadline says more
+        # a second more: torch's own deadline comes first, and says more
+        with within(timeout + 1, prefix + late):
             return pmod.make_mesh(sizes, timeout=timeout)
-    except pmod.PmodError:  # a mesh that does not fit
+    # the sizes do not fit the number of ranks: that is said already
+    except pmod.PmodError:
         raise
     except Exception as error:
-        raise pmod.PmodError(
-            problem or f"{late} ({type(error).__name__}: {one_line(error)})."
-        ) from None
+        given = f"{late} ({type(error).__name__}: {one_line(error)})."
+        raise pmod.PmodError(problem or given) from None
 
 
 def _row(mesh: pmod.Mesh, problem: str) -> Row:
-    device, usable = mesh.device, mesh.device.type == "cuda" and not problem
+    gpu = ""
+    # of a broken card not even the properties can be asked
+    if mesh.device.type == "cuda" and not problem:
+        gpu = str(torch.cuda.get_device_properties(mesh.device).uuid)
     return Row(
-        mesh.topology.rank,
-        socket.gethostname(),
-        str(device),
-        coordinates(mesh.coords),
-        pmod_version(),
-        torch.__version__,
-        str(torch.cuda.get_device_properties(device).uuid) if usable else "",
-        problem,
+        rank=mesh.topology.rank,
+        host=socket.gethostname(),
+        device=str(mesh.device),
+        place=coordinates(mesh.coords),
+        pmod=pmod_version(),
+        torch=torch.__version__,
+        gpu=gpu,
+        problem=problem,
     )
 
 
 def try_axes(
     mesh: pmod.Mesh, device: torch.device, row: Row, timeout: float, prefix: str = ""
 ) -> Row:
-    """The row, with the time of a small psum along each axis on this kind of device,
-    and what its value was not.
+    """Return the row with the time of a small psum along each axis on this device.
+
+    If a value was wrong, the row says so as well.
     """
+    kind = device.type
+    # this rank's own card, not the first one
+    here = mesh.device if kind == "cuda" else device
     for name, n in mesh.shape.items():
-        late = f"{prefix}no answer along axis {name!r} on {device.type} within {timeout:g} s. {_REACH}"
-        with within(timeout, late):
-            microseconds, right = try_psum(
-                mesh[name], mesh.device if device.type == "cuda" else device
-            )
-        row = attrs.evolve(
-            row, latency={**row.latency, f"{name}, {device.type}": microseconds}
-        )
+        late = f"no answer along axis {name!r} on {kind} within {timeout:g} s"
+        with within(timeout, f"{prefix}{late}. {_REACH}"):
+            microseconds, right = try_psum(mesh[name], here)
+        latency = {**row.latency, f"{name}, {kind}": microseconds}
+        row = attrs.evolve(row, latency=latency)
         if not right and not row.problem:
-            wrong = f"psum along axis {name!r} of {n} ranks on {device.type} gave a wrong value"
-            row = attrs.evolve(row, problem=f"{wrong}. Report it, with this page.")
+            wrong = f"psum along axis {name!r} of {n} ranks on {kind}"
+            problem = f"{wrong} gave a wrong value. Report it, with this page."
+            row = attrs.evolve(row, problem=problem)
     return row
 
 
 def try_psum(axis: pmod.Mesh, device: torch.device) -> tuple[float, bool]:
-    """The median of its microseconds, and whether its value was right each time."""
+    """Return the median of its microseconds, and whether its value was always right."""
     ranks: list[int] = axis.ranks.reshape(-1).tolist()
+    # whole numbers: their sum is exact in any order
     ramp = torch.arange(LENGTH, dtype=torch.float64, device=device)
-    x, expected = (
-        ramp + axis.topology.rank,
-        len(ranks) * ramp + sum(ranks),
-    )  # whole numbers: exact in any order
-    wait: Callable[[], object] = (
-        torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    )
+    x = ramp + axis.topology.rank
+    expected = len(ranks) * ramp + sum(ranks)
     seconds: list[float] = []
     right = True
     for _ in range(1 + TIMES):
-        wait()
+        _wait_for(device)
         begun = time.perf_counter()
         total = pmod.psum(x, axis)
-        wait()
+        _wait_for(device)
         seconds.append(time.perf_counter() - begun)
         right = right and torch.equal(total, expected)
     return 1e6 * statistics.median(seconds[1:]), right
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 # --- what is off ----------------------------------------------------------------------
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """What is off, a line each, with the way out."""
-    found = [
-        f"rank {row.rank} on {row.host}: {row.problem}" for row in rows if row.problem
-    ]
-    for name in ("pmod", "torch"):
-        holders: dict[str, int] = {}
-        for row in rows:
-            holders.setdefault(getattr(row, name), row.rank)
-        if len(holders) > 1:
-            unlike = ", ".join(
-                f"{version} on rank {rank}" for version, rank in holders.items()
-            )
-            found.append(f"{name} is {unlike}. Install one version on all hosts.")
+    """Return what is wrong, a line each, with the way out."""
+    found: list[str] = []
+    for row in rows:
+        if row.problem:
+            found.append(f"rank {row.rank} on {row.host}: {row.problem}")
+    versions = {
+        "pmod": [row.pmod for row in rows],
+        "torch": [row.torch for row in rows],
+    }
+    for name, held in versions.items():
+        unlike: list[str] = []
+        for version in dict.fromkeys(held):
+            unlike.append(f"{version} on rank {rows[held.index(version)].rank}")
+        if len(unlike) > 1:
+            install = "Install one version on all hosts."
+            found.append(f"{name} is {', '.join(unlike)}. {install}")
+    return found + _shared_gpus(rows)
+
+
+def _shared_gpus(rows: Sequence[Row]) -> list[str]:
+    found: list[str] = []
     users: dict[str, Row] = {}
     for row in rows:
+        if not row.gpu:
+            continue
         other = users.setdefault(row.gpu, row)
-        if row.gpu and other is not row:
+        if other is not row:
+            shared = f"ranks {other.rank} and {row.rank} on {row.host} share a GPU"
             found.append(
-                f"ranks {other.rank} and {row.rank} on {row.host} share a GPU. Start one rank a GPU, and where the "
-                "launcher gives each task a GPU of its own (--gpu-bind), one that no other task has."
+                f"{shared}. Start one rank a GPU, and where the launcher gives each "
+                "task a GPU of its own (--gpu-bind), one that no other task has."
             )
     return found
 
 
 def gpu_problem(device: torch.device) -> str:
-    """Why this rank's GPU, or one that the machine has, cannot be used; nothing where
-    it can or where there is none.
+    """Return why this rank's GPU, or one that the machine has, cannot be used.
+
+    Returns "" if it can be used, or if there is none.
     """
     if device.type == "cuda":
-        try:
-            right = torch.ones(LENGTH, device=device).sum().item() == LENGTH
-        except (
-            Exception
-        ) as error:  # no kernel for this card, a card in a bad state, out of memory
-            return f"torch cannot use {device}: {one_line(error)}. Check nvidia-smi, and install a torch for this card."
-        return (
-            ""
-            if right
-            else f"{device} adds up wrongly. Check nvidia-smi for errors of its memory."
-        )
+        return _fault(device)
     cards = _cards()
-    if not cards or os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in (
-        "",
-        "-1",
-    ):  # hidden on purpose
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    # GPUs that are hidden on purpose are no problem
+    if not cards or visible in ("", "-1"):
         return ""
     what = f"this machine has {cards} GPU{'s' * (cards > 1)}, and torch sees none"
     if torch.version.cuda is None:
-        way_out = "Install a torch with CUDA, or hide the GPUs: set CUDA_VISIBLE_DEVICES to nothing."
-        return f"{what}: torch {torch.__version__} is built without CUDA. {way_out}"
-    older = f"the driver may be older than CUDA {torch.version.cuda}, or CUDA_VISIBLE_DEVICES names none of them"
-    return f"{what}. Check nvidia-smi: {older}."
+        without = f"torch {torch.__version__} is built without CUDA"
+        way_out = (
+            "Install a torch with CUDA, or hide the GPUs: "
+            "set CUDA_VISIBLE_DEVICES to nothing."
+        )
+        return f"{what}: {without}. {way_out}"
+    older = f"the driver may be older than CUDA {torch.version.cuda}"
+    hidden = "CUDA_VISIBLE_DEVICES names none of them"
+    return f"{what}. Check nvidia-smi: {older}, or {hidden}."
+
+
+def _fault(device: torch.device) -> str:
+    """Return why a GPU that torch sees cannot be used, "" if it can."""
+    try:
+        right = torch.ones(LENGTH, device=device).sum().item() == LENGTH
+    # there is no kernel for this card, it is in a bad state, or out of memory
+    except Exception as error:
+        way_out = "Check nvidia-smi, and install a torch for this card."
+        return f"torch cannot use {device}: {one_line(error)}. {way_out}"
+    if right:
+        return ""
+    return f"{device} adds up wrongly. Check nvidia-smi for errors of its memory."
 
 
 def _cards() -> int:
@@ -314,9 +343,8 @@ def _cards() -> int:
 
 @contextmanager
 def within(seconds: float, reason: str) -> Generator[None]:
-    """End this process, with status 1 and a reason, where the block takes longer: a
-    backend's wait has no other end.
-    """
+    """End this process, with status 1 and a reason, if the block takes longer."""
+    # a backend's wait has no other end
     timer = threading.Timer(seconds, _give_up, [reason])
     timer.daemon = True
     timer.start()
@@ -343,20 +371,22 @@ def _complain(reason: str) -> None:
 
 
 def one_line(error: object) -> str:
-    """The text of an error without its C++ frames, and without the name of the home
-    folder.
+    """Return the text of an error in one line.
+
+    Its C++ frames are left out, and the name of the home folder.
     """
-    text = str(error).split("\nException raised from")[0]
-    line, home = (
-        " ".join((text or type(error).__name__).split()),
-        os.path.expanduser("~"),
-    )
-    line = line.replace(home, "~") if len(home) > 1 else line
+    text = str(error).split("\nException raised from")[0] or type(error).__name__
+    line = " ".join(text.split())
+    home = os.path.expanduser("~")
+    # of a user without a home it is "/"
+    if len(home) > 1:
+        line = line.replace(home, "~")
     return line if len(line) <= 500 else f"{line[:500]} ..."
 
 
 def pmod_version() -> str:
-    """The version, and a digest of the source: between releases only that differs."""
+    """Return the version and a digest of the source."""
+    # between releases only the digest tells one checkout from another
     digest = hashlib.sha1()
     for path in sorted(Path(pmod.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -364,28 +394,35 @@ def pmod_version() -> str:
 
 
 def _header(place: pmod.Topology | None) -> str:
-    """What is there before anything is sent. place: None where none could be detected."""
+    """Return what is there before anything is sent.
+
+    place: None if it could not be detected.
+    """
+    system = f"{platform.system()} {platform.machine()}"
     lines = {
         "pmod": pmod_version(),
         "torch": torch.__version__,
-        "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        "Python": f"{platform.python_version()}, {system}",
         "CUDA": _cuda(),
         "devices": _devices(),
         "variables": shown_variables(os.environ) or "none of a launcher",
     }
     if place is not None:
         lines["launcher"] = place.launcher
-        ranks, nodes, here = place.world_size, place.num_nodes, place.local_world_size
-        meeting = (
-            f"; they meet at {place.master_addr}:{place.master_port}"
-            if ranks > 1
-            else ""
-        )
-        lines["topology"] = (
-            f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}, {here} on this one{meeting}; "
-            f"backend {place.backend}; restarts {place.restart_count}"
-        )
+        lines["topology"] = _topology(place)
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+
+
+def _topology(place: pmod.Topology) -> str:
+    ranks, nodes, here = place.world_size, place.num_nodes, place.local_world_size
+    counted = f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    meeting = ""
+    if ranks > 1:
+        meeting = f"; they meet at {place.master_addr}:{place.master_port}"
+    return (
+        f"{counted}, {here} on this one{meeting}; "
+        f"backend {place.backend}; restarts {place.restart_count}"
+    )
 
 
 def _cuda() -> str:
@@ -400,39 +437,27 @@ def _cuda() -> str:
 def _devices() -> str:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     kinds = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    # only some systems can say which cores this process may use
     affinity = getattr(os, "sched_getaffinity", None)
-    return ", ".join(
-        [
-            *kinds,
-            f"{len(affinity(0)) if affinity is not None else os.cpu_count()} cores",
-        ]
-    )
+    cores = os.cpu_count() if affinity is None else len(affinity(0))
+    return ", ".join([*kinds, f"{cores} cores"])
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a rank; a column of latencies for each axis and kind of device."""
-    tried = list(dict.fromkeys(name for row in rows for name in row.latency))
+    """Return a line for each rank, with a column for each axis and kind of device."""
+    tried: dict[str, None] = {}
+    for row in rows:
+        tried |= dict.fromkeys(row.latency)
     lines = [["rank", "host", "device", "coordinates", *tried, "right"]]
     for row in rows:
-        times = [
-            f"{row.latency[name]:.1f} us" if name in row.latency else "-"
-            for name in tried
-        ]
-        lines.append(
-            [
-                str(row.rank),
-                row.host,
-                row.device,
-                row.place,
-                *times,
-                "no" if row.problem else "yes",
-            ]
-        )
+        line = [str(row.rank), row.host, row.device, row.place]
+        for name in tried:
+            time_of = row.latency.get(name)
+            line.append("-" if time_of is None else f"{time_of:.1f} us")
+        line.append("no" if row.problem else "yes")
+        lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 # --- the command line -----------------------------------------------------------------
@@ -441,9 +466,9 @@ def table(rows: Sequence[Row]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pmod.doctor",
-        description="Say what pmod detects here and from which variables, connect the ranks, and try each axis of a\n"
-        "mesh with a small psum. The output is for bug reports: of the environment it shows the launchers'\n"
-        "variables only.",
+        description="Say what pmod detects here and from which variables, connect the "
+        "ranks, and try each axis of a\nmesh with a small psum. The output is for bug "
+        "reports: of the environment it shows the launchers'\nvariables only.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -453,7 +478,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_axis_sizes,
         default={},
         metavar="A=N,B=M",
-        help="the axes (default: one over all ranks); without a launcher its ranks are started here",
+        help="the axes (default: one over all ranks); "
+        "without a launcher its ranks are started here",
     )
     parser.add_argument(
         "--timeout",
@@ -470,21 +496,18 @@ def _axis_sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if not name or name in sizes or not size.removeprefix("-").isdecimal():
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is no axis: write data=2,model=2, each name once"
-            )
+            given = f"{part!r} is no axis: write data=2,model=2, each name once"
+            raise argparse.ArgumentTypeError(given)
         sizes[name] = int(size)
     return sizes
 
 
 def _seconds(text: str) -> float:
-    seconds = float(
-        text
-    )  # its ValueError is reported by argparse, under the name of this function
+    # argparse reports its ValueError, under the name of this function
+    seconds = float(text)
     if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(
-            f"{text} is no time to wait: pass seconds, a number above 0"
-        )
+        given = f"{text} is no time to wait: pass seconds, a number above 0"
+        raise argparse.ArgumentTypeError(given)
     return seconds
 
 

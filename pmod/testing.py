@@ -1,13 +1,12 @@
-"""The gradcheck of SPMD: a function of shards against the same function of whole
-tensors in one process.
-"""
+"""The gradcheck of SPMD: a function of shards against one of whole tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from pmod._collectives.objects import gather_json
@@ -17,14 +16,18 @@ from pmod._core.marks import mark_varying
 from pmod._core.tree import unflatten
 from pmod._errors import ArgumentError, coordinates, phrase, quoted
 from pmod._mesh.ambient import current_mesh, resolve
-from pmod._mesh.axis import named
+from pmod._mesh.axis import Axis, named
 from pmod._mesh.mesh import Mesh
 from pmod._numbers import as_int, as_list
 from pmod._run.simulate import simulate
 from pmod._shard.spec import P, Specs, check_spec
 from pmod._shard.specs import local_slice, whole_shapes, with_specs
 
-Leaf: TypeAlias = tuple[Any, P, str]
+Leaf: TypeAlias = tuple[object, P, str]
+"""A leaf of the arguments or of a result, with its spec and its path."""
+
+Wrong: TypeAlias = tuple[str, str]
+"""What differs, and by how much."""
 
 TOLERANCE = {
     torch.float64: 1e-9,
@@ -32,35 +35,42 @@ TOLERANCE = {
     torch.float32: 1e-4,
     torch.complex64: 1e-4,
 }
-COARSE = 2e-2  # of dtypes of 16 bits
+# of dtypes of 16 bits
+COARSE = 2e-2
+
+_NAME = "testing.assert_matches_serial"
 
 
 def assert_matches_serial(
-    f: Callable[..., Any],
-    serial: Callable[..., Any],
-    args: Sequence[Any],
+    f: Callable[..., object],
+    serial: Callable[..., object],
+    args: Sequence[object],
     *,
     in_specs: Specs,
     out_specs: Specs,
     order: int = 2,
     rtol: float | None = None,
-    run: Callable[..., Any] = simulate,
+    run: Callable[..., object] = simulate,
     **axis_sizes: int,
 ) -> None:
-    """Assert that a function of shards is the function `serial` of whole tensors:
-    value, gradient, second derivative.
+    """Assert that a function of shards equals the function `serial` of whole tensors.
 
-    f is a program as every rank runs it, pvary and all: it gets its shards of the whole
-    `args`, as in_specs say, and returns shards of what serial returns, as out_specs say
-    (`P`, or trees of it, as for `shard_map`). Along an axis that a spec leaves out an
-    argument is one value (I), as a parameter is, and so must a result be. With axis
-    sizes (``data=2, model=2``) the ranks are made here: run is `pmod.simulate`, or
-    `pmod.launch` for processes. Without them all ranks of the ambient mesh call it.
-    Differentiated are the arguments that require a gradient; where none does, all of
-    floating or complex dtype. order: 2, or 1 to leave out second derivatives, or 0 for
-    values only, for which no argument is made to require a gradient: of a function that
-    computes its own. rtol: the largest difference allowed, relative to the largest
-    element; by default 1e-9 in 64 bits, 1e-4 in 32, 2e-2 in 16.
+    Compared are values, gradients and second derivatives.
+
+    f is a program as every rank runs it, with its calls of pvary. It gets its shards of
+    the whole `args`, as in_specs say, and returns shards of what serial returns, as
+    out_specs say (`P`, or trees of it, as for `shard_map`). Along an axis that a spec
+    leaves out an argument is one value (I), as a parameter is, and so must a result be.
+    With axis sizes (``data=2, model=2``) the ranks are made here: run is
+    `pmod.simulate`, or `pmod.launch` for processes. Without them all ranks of the
+    ambient mesh call it.
+    Derivatives are taken with respect to the arguments that require a gradient. If none
+    does, all floating-point and complex arguments are used.
+
+    order: 2, or 1 to leave out second derivatives, or 0 for values only. With 0 no
+    argument is made to require a gradient, for functions that compute their own. rtol:
+    the largest difference allowed, relative to the largest element; by default 1e-9 in
+    64 bits, 1e-4 in 32, 2e-2 in 16.
     Raises: AssertionError on all ranks, with which output or gradient is wrong, on
     which ranks, and by how much.
 
@@ -73,15 +83,12 @@ def assert_matches_serial(
     """
     derivatives, listed = as_int(order), as_list(args)
     if derivatives not in (0, 1, 2):
-        raise ArgumentError(
-            phrase(_NAME, f"order is {quoted(order)}", "Pass 0, 1 or 2 derivatives.")
-        )
+        given = f"order is {quoted(order)}"
+        raise ArgumentError(phrase(_NAME, given, "Pass 0, 1 or 2 derivatives."))
     if listed is None:
-        raise ArgumentError(
-            phrase(
-                _NAME, f"args is {quoted(args)}", "Pass the arguments of f, in a tuple."
-            )
-        )
+        given = f"args is {quoted(args)}"
+        right = "Pass the arguments of f, in a tuple."
+        raise ArgumentError(phrase(_NAME, given, right))
     for name, function in (("f", f), ("serial", serial), ("run", run)):
         check_function(function, _NAME, name)
     if rtol is not None:
@@ -93,308 +100,321 @@ def assert_matches_serial(
         check()
 
 
+class _Argument(NamedTuple):
+    """An argument that is a tensor."""
+
+    shard: Tensor
+    whole: Tensor
+    spec: P
+    path: str
+
+
+class _Pair(NamedTuple):
+    """An output, or a derivative: this rank's shard of it, and the serial one."""
+
+    shard: Tensor
+    whole: Tensor
+    spec: P
+
+    @property
+    def requires_grad(self) -> bool:
+        # one of them alone is an error that its gradients are to show
+        return self.shard.requires_grad or self.whole.requires_grad
+
+
+@frozen(eq=False)
 class _Check:
     """The check, as each rank runs it."""
 
-    def __init__(
-        self,
-        f: Any,
-        serial: Any,
-        args: tuple[Any, ...],
-        in_specs: Specs,
-        out_specs: Specs,
-        order: int,
-        rtol: float | None,
-    ) -> None:
-        self.f, self.serial, self.args = f, serial, args
-        self.in_specs, self.out_specs = in_specs, out_specs
-        self.order, self.rtol = order, rtol
+    f: Callable[..., object]
+    serial: Callable[..., object]
+    args: tuple[object, ...]
+    in_specs: Specs
+    out_specs: Specs
+    order: int
+    rtol: float | None
 
     def __call__(self) -> None:
         mesh = current_mesh()
         everywhere = resolve(mesh, _NAME)
-        whole = with_specs(self.args, self.in_specs, _NAME, "args", everywhere)
-        for x, spec, where in whole:
-            if isinstance(x, Tensor):
-                check_spec(spec, x.shape, mesh, _NAME, where)
-        chosen = _differentiated([x for x, _, _ in whole], self.order)
-        wholes = [_leaf(x, i in chosen) for i, (x, _, _) in enumerate(whole)]
-        shards = [
-            _leaf(_shard(x, spec, mesh), i in chosen)
-            for i, (x, spec, _) in enumerate(whole)
-        ]
-        for x, (_, spec, _) in zip(shards, whole, strict=True):
-            for name in spec.axes if isinstance(x, Tensor) else ():
-                mark_varying(x, mesh[name])  # for `debug`
-        result = self.f(*unflatten(self.args, _NAME, everywhere, list(shards)))
-        serial = self.serial(*unflatten(self.args, _NAME, everywhere, list(wholes)))
-        compared = _Compared(
-            mesh, [(shards[i], wholes[i], *whole[i][1:]) for i in chosen], self.rtol
-        )
+        leaves = with_specs(self.args, self.in_specs, _NAME, "args", everywhere)
+        chosen = _differentiated([x for x, _, _ in leaves], self.order)
+        arguments = _arguments(leaves, chosen, mesh)
+        shards: list[object] = []
+        wholes: list[object] = []
+        for i, (x, _, _) in enumerate(leaves):
+            tensor = arguments.get(i)
+            shards.append(x if tensor is None else tensor.shard)
+            wholes.append(x if tensor is None else tensor.whole)
+        result = self.f(*unflatten(self.args, _NAME, everywhere, shards))
+        serial = self.serial(*unflatten(self.args, _NAME, everywhere, wholes))
+        compared = _Compared(mesh, [arguments[i] for i in chosen], self.rtol)
         found = with_specs(result, self.out_specs, _NAME, "output", everywhere)
         expected = with_specs(serial, P(), _NAME, "output", everywhere)
-        wrong = [
-            f"{what}: {text}"
-            for what, text in compared.outputs(found, expected, self.order)
-        ]
+        wrong: list[str] = []
+        for what, text in compared.outputs(found, expected, self.order):
+            wrong.append(f"{what}: {text}")
+        # all ranks raise where one does, so that none waits for it in what comes next
         said = gather_json(wrong, mesh)
         if not any(said):
             return
-        alike: dict[str, list[str]] = {}
-        for rank, lines_of_rank in zip(everywhere.ranks, said, strict=True):
-            for line in lines_of_rank:
-                alike.setdefault(line, []).append(
-                    f"rank {rank} {coordinates(mesh.coords_of(rank))}"
-                )
-        lines = [f"  {line}, on {', '.join(ranks)}" for line, ranks in alike.items()]
-        raise AssertionError(
-            "\n".join(
-                [
-                    "the function of shards is not the serial one:",
-                    *lines,
-                    *compared.hints(),
-                ]
-            )
-        )
+        lines = ["the function of shards is not the serial one:"]
+        lines += _by_rank(said, everywhere, mesh)
+        raise AssertionError("\n".join([*lines, *compared.hints()]))
 
 
-_NAME = "testing.assert_matches_serial"
+def _arguments(
+    leaves: Sequence[Leaf], chosen: Sequence[int], mesh: Mesh
+) -> dict[int, _Argument]:
+    """Return the leaves that are tensors, by their place: each a leaf of its own graph."""
+    arguments: dict[int, _Argument] = {}
+    for i, (x, spec, path) in enumerate(leaves):
+        if not isinstance(x, Tensor):
+            continue
+        check_spec(spec, x.shape, mesh, _NAME, path)
+        whole = x.detach().clone().requires_grad_(i in chosen)
+        shard = _shard(x, spec, mesh).detach().clone().requires_grad_(i in chosen)
+        # no collective has made this shard: without a mark `debug` takes it for invariant
+        for name in spec.axes:
+            mark_varying(shard, mesh[name])
+        arguments[i] = _Argument(shard, whole, spec, path)
+    return arguments
 
-Wrong: TypeAlias = tuple[str, str]
-"""What differs, and by how much."""
+
+def _by_rank(said: Sequence[list[str]], everywhere: Axis, mesh: Mesh) -> Iterator[str]:
+    """Yield what the ranks found, each line once, with the ranks that found it."""
+    ranks_of: dict[str, list[str]] = {}
+    for rank, lines in zip(everywhere.ranks, said, strict=True):
+        for line in lines:
+            ranks = ranks_of.setdefault(line, [])
+            ranks.append(f"rank {rank} {coordinates(mesh.coords_of(rank))}")
+    for line, ranks in ranks_of.items():
+        yield f"  {line}, on {', '.join(ranks)}"
 
 
 class _Compared:
     """Values and derivatives of the ranks beside those of the serial function."""
 
     def __init__(
-        self,
-        mesh: Mesh,
-        arguments: list[tuple[Tensor, Tensor, P, str]],
-        rtol: float | None,
+        self, mesh: Mesh, arguments: list[_Argument], rtol: float | None
     ) -> None:
         self.mesh = mesh
-        self.arguments = (
-            arguments  # those differentiated: the shard, the whole, its spec, its path
-        )
+        # those that derivatives are taken with respect to
+        self.arguments = arguments
         self.rtol = rtol
-        self.first: list[
-            tuple[Tensor, Tensor]
-        ] = []  # for each of them the gradient here, and the serial one's shard
+        # the gradient with respect to each of them, once it is known
+        self.first: list[_Pair] = []
 
     def outputs(
         self, found: list[Leaf], expected: list[Leaf], order: int
     ) -> Iterator[Wrong]:
-        """What differs of the outputs, then of the derivatives; outputs of other shapes
-        are not differentiated.
-        """
-        if len(found) != len(expected):
-            yield "output", f"it has {len(found)} leaves and serial {len(expected)}"
-            return
-        for (y, _, where), (z, _, path) in zip(found, expected, strict=True):
-            if where != path or isinstance(y, Tensor) != isinstance(z, Tensor):
-                yield (
-                    where,
-                    f"it is a {type(y).__name__}, and serial has a {type(z).__name__} at {path}",
-                )
-                return
-            if not isinstance(y, Tensor) and y != z:
-                yield where, f"it is {y!r} and serial {z!r}"
-        leaves = [leaf for leaf in found if isinstance(leaf[0], Tensor)]
-        wholes = [z for z, _, _ in expected if isinstance(z, Tensor)]
-        specs: list[P] = []
-        for (y, spec, where), z, held in zip(
-            leaves, wholes, whole_shapes(leaves, self.mesh, _NAME), strict=True
-        ):
-            specs.append(P(*spec.entries, sizes=held))
-            shape = [
-                sum(held[dim]) if dim in held else int(length)
-                for dim, length in enumerate(y.shape)
-            ]
-            if list(z.shape) != shape:
-                yield (
-                    where,
-                    f"the shards make up shape {tuple(shape)} and serial has {tuple(z.shape)}",
-                )
-                return
-            yield from self._differ(where, y, _shard(z, specs[-1], self.mesh), z)
-            ranks = psum(int(y.requires_grad), self.mesh)
-            if ranks not in (0, self.mesh.size):
-                yield (
-                    where,
-                    f"it requires a gradient on {ranks} of {self.mesh.size} ranks",
-                )
-                return  # its backward would wait for the others
-        yield from self._derivatives([y for y, _, _ in leaves], wholes, specs, order)
+        """Yield what differs in the outputs, then in the derivatives.
 
-    def _derivatives(
-        self, ys: list[Tensor], zs: list[Tensor], specs: list[P], order: int
-    ) -> Iterator[Wrong]:
-        """The gradients of the sum of all elements, each times a number of its own;
-        then the same of those.
+        Outputs of other shapes are not differentiated.
         """
-        shards, wholes = (
-            [x for x, _, _, _ in self.arguments],
-            [x for _, x, _, _ in self.arguments],
-        )
+        alike = yield from _structure(found, expected)
+        if not alike:
+            return
+        leaves: list[tuple[Tensor, P, str]] = []
+        for y, spec, path in found:
+            if isinstance(y, Tensor):
+                leaves.append((y, spec, path))
+        wholes = [z for z, _, _ in expected if isinstance(z, Tensor)]
+        sizes = whole_shapes(leaves, self.mesh, _NAME)
+        pairs: list[_Pair] = []
+        for (y, spec, path), z, held in zip(leaves, wholes, sizes, strict=True):
+            pair = _Pair(y, z, P(*spec.entries, sizes=held))
+            smooth = yield from self._output(path, pair)
+            if not smooth:
+                return
+            pairs.append(pair)
+        yield from self._derivatives(pairs, order)
+
+    def _output(self, path: str, pair: _Pair) -> Generator[Wrong, None, bool]:
+        """Yield what differs in one output; return whether derivatives can follow."""
+        held = dict(pair.spec.sizes)
+        shape = tuple(map(int, pair.shard.shape))
+        for dim, lengths in held.items():
+            shape = (*shape[:dim], sum(lengths), *shape[dim + 1 :])
+        if tuple(pair.whole.shape) != shape:
+            serial = tuple(pair.whole.shape)
+            yield path, f"the shards make up shape {shape} and serial has {serial}"
+            return False
+        yield from self._differ(path, pair)
+        ranks = psum(int(pair.shard.requires_grad), self.mesh)
+        # a backward on some ranks alone would wait for the others
+        if ranks not in (0, self.mesh.size):
+            yield path, f"it requires a gradient on {ranks} of {self.mesh.size} ranks"
+            return False
+        return True
+
+    def _derivatives(self, pairs: list[_Pair], order: int) -> Iterator[Wrong]:
+        """Yield what differs in the gradients, then in the gradients of those."""
         kinds = ("gradient", "second derivative")[:order]
         for kind in kinds:
-            kept = [
-                i
-                for i, (y, z) in enumerate(zip(ys, zs, strict=True))
-                if y.requires_grad or z.requires_grad
-            ]
-            if not kept:
+            if not any(pair.requires_grad for pair in pairs):
                 return
-            numbers = [_numbers(zs[i], i) for i in kept]
-            own = [
-                _shard(n, specs[i], self.mesh)
-                for n, i in zip(numbers, kept, strict=True)
-            ]
-            more = (
-                kind != kinds[-1]
-            )  # a compiled function has no derivative of its gradient
-            ys = _gradients([ys[i] for i in kept], shards, own, create_graph=more)
-            zs = _gradients([zs[i] for i in kept], wholes, numbers, create_graph=more)
-            specs = [spec for _, _, spec, _ in self.arguments]
-            wanted = [
-                _shard(z, spec, self.mesh) for z, spec in zip(zs, specs, strict=True)
-            ]
-            self.first = self.first or list(zip(ys, wanted, strict=True))
-            for y, want, z, (_, _, _, where) in zip(
-                ys, wanted, zs, self.arguments, strict=True
-            ):
-                yield from self._differ(f"{kind} of {where}", y, want, z)
+            # the graph of the last ones is not asked for: a compiled function has no
+            # derivative of its gradient
+            pairs = self._gradients(pairs, create_graph=kind != kinds[-1])
+            self.first = self.first or pairs
+            for pair, argument in zip(pairs, self.arguments, strict=True):
+                yield from self._differ(f"{kind} of {argument.path}", pair)
 
-    def _differ(
-        self, what: str, got: Tensor, want: Tensor, whole: Tensor
-    ) -> Iterator[Wrong]:
+    def _gradients(self, pairs: list[_Pair], *, create_graph: bool) -> list[_Pair]:
+        """Return the gradients of the sum of all elements, each times its own number."""
+        local: list[tuple[Tensor, Tensor]] = []
+        serial: list[tuple[Tensor, Tensor]] = []
+        for seed, pair in enumerate(pairs):
+            if pair.requires_grad:
+                numbers = _numbers(pair.whole, seed)
+                serial.append((pair.whole, numbers))
+                local.append((pair.shard, _shard(numbers, pair.spec, self.mesh)))
+        shards = [argument.shard for argument in self.arguments]
+        wholes = [argument.whole for argument in self.arguments]
+        specs = [argument.spec for argument in self.arguments]
+        ys = _gradients(local, shards, create_graph=create_graph)
+        zs = _gradients(serial, wholes, create_graph=create_graph)
+        return list(map(_Pair, ys, zs, specs))
+
+    def _differ(self, what: str, pair: _Pair) -> Iterator[Wrong]:
+        got, want = pair.shard, _shard(pair.whole, pair.spec, self.mesh)
         if got.dtype != want.dtype or got.shape != want.shape:
-            text = f"it is {got.dtype} of shape {tuple(got.shape)} and serial {want.dtype} of {tuple(want.shape)}"
-            yield what, text
-        elif self._distance(got, want) > self._allowed(whole):
+            found = f"it is {got.dtype} of shape {tuple(got.shape)}"
+            yield what, f"{found} and serial {want.dtype} of {tuple(want.shape)}"
+        elif _distance(got, want) > self._allowed(pair.whole):
             off = _off(got, want)
-            worst = int(off.argmax())
-            place = [
-                int(i) for i in torch.unravel_index(torch.tensor(worst), off.shape)
-            ]
+            worst = off.argmax()
+            place = [int(index) for index in torch.unravel_index(worst, off.shape)]
             a, b = got.reshape(-1)[worst].item(), want.reshape(-1)[worst].item()
-            yield (
-                what,
-                f"off by {off.max().item():.3g} at {place}, where it is {a:.6g} and serial {b:.6g}",
-            )
-
-    def _distance(self, got: Tensor, want: Tensor) -> float:
-        return _off(got, want).max().item() if want.numel() else 0.0
+            where = f"at {place}, where it is {a:.6g} and serial {b:.6g}"
+            yield what, f"off by {off.max().item():.3g} {where}"
 
     def _allowed(self, whole: Tensor) -> float:
-        largest = (
-            whole.detach().abs().double().nan_to_num(posinf=0).max().item()
-            if whole.numel()
-            else 0.0
-        )
-        tolerance = (
-            TOLERANCE.get(whole.dtype, COARSE) if self.rtol is None else self.rtol
-        )
+        tolerance = self.rtol
+        if tolerance is None:
+            tolerance = TOLERANCE.get(whole.dtype, COARSE)
+        # relative to the whole: a shard may hold only small elements, or none
+        magnitudes = whole.detach().abs().double().nan_to_num(posinf=0)
+        largest = magnitudes.max().item() if whole.numel() else 0.0
         return tolerance * (largest or 1.0)
 
     def hints(self) -> list[str]:
-        """What makes a gradient wrong: without pvary the ranks' add up to it, with one
-        too many it is n times it.
+        """Return what may have made the gradients wrong.
+
+        Without a pvary the ranks' gradients add up to the serial one; with one too many
+        each is n times it.
         """
-        out: list[str] = []
-        for (_, whole, spec, where), (got, want) in zip(
-            self.arguments, self.first, strict=False
-        ):
-            names = tuple(
-                name
-                for name, n in self.mesh.shape.items()
-                if name not in spec.axes and n > 1
-            )
-            candidates = (
-                [names, *[(name,) for name in names]]
-                if len(names) > 1
-                else [names]
-                if names
-                else []
-            )
-            for along in candidates:
-                n, total, over = (
-                    self.mesh.axis_size(along),
-                    psum(got.detach(), self.mesh[along]),
-                    named(along),
-                )
-                allowed = self._allowed(whole) + 1e-6 * self._distance(
-                    want, torch.zeros_like(want)
-                )
-                if self._distance(got, want) <= allowed or got.shape != want.shape:
-                    continue
-                if self._distance(total, want) <= allowed:
-                    out.append(
-                        f"The ranks' gradients of {where} add up to it over {over}: a pvary is missing."
-                    )
-                elif self._distance(got / n, want) <= allowed:
-                    out.append(
-                        f"The gradient of {where} is {n} times the serial one: summed twice over {over}."
-                    )
-        return out
+        hints: list[str] = []
+        # no gradient was reached if the outputs differ in shape
+        for argument, gradient in zip(self.arguments, self.first, strict=False):
+            for along in self._invariant(argument.spec):
+                hints += self._hint(argument, gradient, along)
+        return hints
+
+    def _invariant(self, spec: P) -> list[tuple[str, ...]]:
+        """Return the axes that the spec leaves out: all of them as one, then each."""
+        names: list[str] = []
+        for name, size in self.mesh.shape.items():
+            if size > 1 and name not in spec.axes:
+                names.append(name)
+        alone = [(name,) for name in names]
+        return [tuple(names), *alone] if len(names) > 1 else alone
+
+    def _hint(
+        self, argument: _Argument, gradient: _Pair, along: tuple[str, ...]
+    ) -> list[str]:
+        got, want = gradient.shard, _shard(gradient.whole, gradient.spec, self.mesh)
+        n, over = self.mesh.axis_size(along), named(along)
+        # before any return: ranks whose gradient is right take part in the sum, too
+        total = psum(got.detach(), self.mesh[along])
+        zero = torch.zeros_like(want)
+        allowed = self._allowed(argument.whole) + 1e-6 * _distance(want, zero)
+        if got.shape != want.shape or _distance(got, want) <= allowed:
+            return []
+        path = argument.path
+        if _distance(total, want) <= allowed:
+            sum_of = f"The ranks' gradients of {path} add up to it over {over}"
+            return [f"{sum_of}: a pvary is missing."]
+        if _distance(got / n, want) <= allowed:
+            times = f"The gradient of {path} is {n} times the serial one"
+            return [f"{times}: summed twice over {over}."]
+        return []
+
+
+def _structure(
+    found: Sequence[Leaf], expected: Sequence[Leaf]
+) -> Generator[Wrong, None, bool]:
+    """Yield what differs in the leaves besides tensors; return whether they match."""
+    if len(found) != len(expected):
+        yield "output", f"it has {len(found)} leaves and serial {len(expected)}"
+        return False
+    for (y, _, where), (z, _, path) in zip(found, expected, strict=True):
+        if where != path or isinstance(y, Tensor) != isinstance(z, Tensor):
+            serial = f"serial has a {type(z).__name__} at {path}"
+            yield where, f"it is a {type(y).__name__}, and {serial}"
+            return False
+        if not isinstance(y, Tensor) and y != z:
+            yield where, f"it is {y!r} and serial {z!r}"
+    return True
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    return _off(got, want).max().item() if want.numel() else 0.0
 
 
 def _off(got: Tensor, want: Tensor) -> Tensor:
-    """How far each element is off; NaN where both have it, and equal infinities, are
-    not off.
+    """Return how far each element is off.
+
+    A NaN that both have, or equal infinities, are not off.
     """
     wide = torch.complex128 if want.is_complex() else torch.float64
     a, b = got.detach().to(wide), want.detach().to(wide)
     same = (a == b) | (a.isnan() & b.isnan())
-    return (
-        (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0)
-    )
+    off = (a - b).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return off.masked_fill(same, 0)
 
 
-def _differentiated(leaves: list[Any], order: int) -> list[int]:
-    """Those that require a gradient; where none does, and something is differentiated,
-    all that could.
+def _differentiated(leaves: Sequence[object], order: int) -> list[int]:
+    """Return the places of the arguments that derivatives are taken with respect to.
+
+    These are the tensors that require a gradient. If none does, and derivatives are
+    asked for, all that could.
     """
-    smooth = [
-        i
-        for i, x in enumerate(leaves)
-        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    ]
-    return [i for i in smooth if leaves[i].requires_grad] or (smooth if order else [])
+    smooth: list[int] = []
+    asked: list[int] = []
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
+            smooth.append(i)
+            if x.requires_grad:
+                asked.append(i)
+    if asked or not order:
+        return asked
+    return smooth
 
 
-def _leaf(x: Any, differentiated: bool) -> Any:
-    return (
-        x.detach().clone().requires_grad_(differentiated)
-        if isinstance(x, Tensor)
-        else x
-    )
-
-
-def _shard(x: Any, spec: P, mesh: Mesh) -> Any:
-    return x[local_slice(x.shape, spec, mesh=mesh)] if isinstance(x, Tensor) else x
+def _shard(x: Tensor, spec: P, mesh: Mesh) -> Tensor:
+    return x[local_slice(x.shape, spec, mesh=mesh)]
 
 
 def _numbers(like: Tensor, seed: int) -> Tensor:
-    """The same on all ranks, whatever they drew before."""
+    """Return random numbers, the same on all ranks whatever they drew before."""
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.complex128 if like.is_complex() else torch.float64
-    return torch.randn(like.shape, generator=generator, dtype=dtype).to(
-        like.device, like.dtype
-    )
+    numbers = torch.randn(like.shape, generator=generator, dtype=dtype)
+    return numbers.to(like.device, like.dtype)
 
 
 def _gradients(
-    ys: list[Tensor], xs: list[Tensor], numbers: list[Tensor], *, create_graph: bool
+    outputs: list[tuple[Tensor, Tensor]], xs: list[Tensor], *, create_graph: bool
 ) -> list[Tensor]:
-    """Zeros where there is no way from xs to ys."""
-    pairs = [(y, n) for y, n in zip(ys, numbers, strict=True) if y.requires_grad]
-    if not pairs:
+    """Return the gradients of outputs, given with their cotangents; zeros if none."""
+    smooth = [pair for pair in outputs if pair[0].requires_grad]
+    if not smooth:
         return [torch.zeros_like(x) for x in xs]
-    outputs, cotangents = zip(*pairs, strict=True)
-    return list(
-        torch.autograd.grad(
-            outputs, xs, cotangents, create_graph=create_graph, materialize_grads=True
-        )
+    ys, cotangents = zip(*smooth, strict=True)
+    # materialize: zeros in place of None if no way leads from an argument to an output
+    gradients = torch.autograd.grad(
+        ys, xs, cotangents, create_graph=create_graph, materialize_grads=True
     )
+    return list(gradients)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from pmod._core.collective import COLLECTIVES
+from pmod._core.collective import COLLECTIVES, Collective
 from pmod._draw.svg import LINE, Picture, Svg, colour, letters, table
 from pmod._errors import (
     ArgumentError,
@@ -24,21 +24,27 @@ from pmod._mesh.mesh import AxisLike, Mesh
 from pmod._ranks import world
 from pmod._run.simulate import simulate
 
-_MOST = 8  # ranks that are drawn
-_GAP = 40  # pixels between before and after
-_AXIS = "x"  # of the mesh that is simulated
+# ranks that are drawn, pixels between before and after, the axis that is simulated
+_MOST = 8
+_GAP = 40
+_AXIS = "x"
+
+
+def _nothing(index: int, size: int) -> dict[str, object]:
+    return {}
 
 
 @frozen
 class _Example:
-    """A collective on a small example: how many blocks a rank brings, given its index
-    and how many ranks there are.
-    """
+    """A collective on a small example, given a rank's index and how many there are."""
 
+    # how many blocks the rank brings
     blocks: Callable[[int, int], int]
-    arguments: Callable[[int, int], Mapping[str, Any]] = lambda index, size: {}
-    word: str = ""  # of a result made from several blocks, where it is no sum
-    drawn_as: str = ""  # another collective, whose result is written the same
+    arguments: Callable[[int, int], Mapping[str, object]] = _nothing
+    # for a result that is made from several blocks and is not their sum
+    word: str = ""
+    # another collective, whose result is written the same
+    drawn_as: str = ""
 
 
 def _one(index: int, size: int) -> int:
@@ -47,6 +53,10 @@ def _one(index: int, size: int) -> int:
 
 def _two(index: int, size: int) -> int:
     return 2
+
+
+def _three(index: int, size: int) -> int:
+    return 3
 
 
 def _each(index: int, size: int) -> int:
@@ -65,89 +75,114 @@ def _all(index: int, size: int) -> int:
     return sum(_ragged_sizes(size))
 
 
-def _sizes(index: int, size: int) -> dict[str, Any]:
+def _sizes(index: int, size: int) -> dict[str, object]:
     return {"sizes": _ragged_sizes(size)}
 
 
-def _uneven(index: int, size: int) -> list[int]:
-    """What a rank sends to each: itself and the rank after it get two blocks."""
-    return [2 if other in (index, (index + 1) % size) else 1 for other in range(size)]
+def _to_next(index: int, size: int) -> dict[str, object]:
+    return {"perm": [(rank, rank + 1) for rank in range(size - 1)]}
 
 
-_TWO = _Example(
-    _two
-)  # of a collective that is not named here: what keeps a tensor's shape, and needs no argument
+def _reversed(index: int, size: int) -> dict[str, object]:
+    return {"perm": list(reversed(range(size)))}
+
+
+def _transposed(index: int, size: int) -> dict[str, object]:
+    return {"split_dim": 0, "concat_dim": 0}
+
+
+def _uneven_sizes(index: int, size: int) -> list[int]:
+    """Return what a rank sends to each: two blocks to itself and to the next rank."""
+    sizes = [1] * size
+    sizes[index] = sizes[(index + 1) % size] = 2
+    return sizes
+
+
+def _uneven(index: int, size: int) -> int:
+    return sum(_uneven_sizes(index, size))
+
+
+def _send_sizes(index: int, size: int) -> dict[str, object]:
+    return {"send_sizes": _uneven_sizes(index, size)}
+
+
+def _periodic(index: int, size: int) -> dict[str, object]:
+    return {"width": 1, "boundary": "periodic"}
+
+
+# of a collective that keeps a tensor's shape and needs no argument
+_TWO = _Example(_two)
 _EXAMPLES = {
     "pmean": _Example(_two, word="mean"),
     "pmax": _Example(_two, word="max"),
-    "pmin": _Example(
-        _two, word="min", drawn_as="pmax"
-    ),  # of unit vectors the minimum says nothing
-    "ppermute": _Example(
-        _two, lambda index, size: {"perm": [(r, r + 1) for r in range(size - 1)]}
-    ),
-    "pshuffle": _Example(
-        _two, lambda index, size: {"perm": list(reversed(range(size)))}
-    ),
+    # a minimum of unit vectors is 0, which does not say what went into it
+    "pmin": _Example(_two, word="min", drawn_as="pmax"),
+    "ppermute": _Example(_two, _to_next),
+    "pshuffle": _Example(_two, _reversed),
     "all_gather": _Example(_one),
     "psum_scatter": _Example(_each),
     "shard": _Example(_each),
     "unshard": _Example(_one),
-    "all_to_all": _Example(
-        _each, lambda index, size: {"split_dim": 0, "concat_dim": 0}
-    ),
+    "all_to_all": _Example(_each, _transposed),
     "gather": _Example(_one),
     "scatter": _Example(_each),
     "all_gather_v": _Example(_own, _sizes),
     "psum_scatter_v": _Example(_all, _sizes),
     "gather_v": _Example(_own, _sizes),
     "scatter_v": _Example(_all, _sizes),
-    "all_to_all_v": _Example(
-        lambda index, size: sum(_uneven(index, size)),
-        lambda index, size: {"send_sizes": _uneven(index, size)},
-    ),
-    "halo_exchange": _Example(
-        lambda index, size: 3, lambda index, size: {"width": 1, "boundary": "periodic"}
-    ),
+    "all_to_all_v": _Example(_uneven, _send_sizes),
+    "halo_exchange": _Example(_three, _periodic),
 }
-_NOT_DRAWN = (
-    "indexed_all_to_all_v",
-    "halo_reduce",
-)  # no example can choose their arguments, or its block is many's
+# no example can choose the arguments of the first; a block of the second is a sum of
+# several ranks' own
+_NOT_DRAWN = ("indexed_all_to_all_v", "halo_reduce")
 
 
 def drawn() -> list[str]:
-    """The collectives of which there is a picture."""
+    """Return the names of the collectives that can be drawn."""
     return [name for name in COLLECTIVES if name not in _NOT_DRAWN]
+
+
+class _Unit(NamedTuple):
+    """A block that a rank brings, drawn by what is written on it."""
+
+    text: str
+    # the rank that brings it; None if all bring the same
+    source: int | None
 
 
 @frozen
 class _Block:
-    """One block of a tensor: what is written on it, whose it was, and what it is made
-    of.
-    """
+    """One block of a tensor: what is written on it, whose it was, what it is made of."""
 
     text: str
-    source: (
-        int | None
-    )  # the rank that it comes from; None where several share in it, or none
+    # None if several ranks share in it, or none
+    source: int | None
     tip: str
 
 
+_Blocks: TypeAlias = list[list[_Block]]
+"""The blocks of each rank."""
+
+
 def draw_collective(
-    name: str, mesh: Mesh | None = None, axis: AxisLike | None = None, **arguments: Any
+    name: str,
+    mesh: Mesh | None = None,
+    axis: AxisLike | None = None,
+    **arguments: object,
 ) -> Picture:
-    """What each rank along an axis holds before and after a collective, by an example:
-    `a0` is block 0 of the first.
+    """Draw what each rank along an axis holds before and after a collective.
+
+    It is drawn by an example: `a0` is block 0 of the first rank. The collective is run,
+    on threads of this process, so what is drawn is what it does. Nothing is sent.
 
     name: "psum", "all_to_all", ... mesh: the ambient one by default. axis: all axes of
     the mesh, flattened, by default.
-    arguments: of the collective, such as src=1 or perm=[1, 0]; those left out are
-    chosen. Of a long axis the first 8 ranks are drawn, as if there were no others. The
-    collective is run, on threads of this process: what is drawn is what it does.
-    Nothing is sent.
+    arguments: those of the collective, such as src=1 or perm=[1, 0]; the ones that are
+    left out are chosen. Of a long axis the first 8 ranks are drawn, as if there were no
+    others.
 
-    Raises: AxisError for another name, with the near miss; what the collective raises
+    Raises: AxisError for an unknown name, with the near miss; what the collective raises
     for wrong arguments.
 
     >>> pmod.draw_collective("all_gather", pmod.make_mesh(model=2, topology=pmod.Topology(rank=0, world_size=2)))
@@ -159,87 +194,87 @@ def draw_collective(
     known = drawn()
     if name not in known:
         given = f"no collective {quoted(name)} is drawn{near_miss(name, known)}"
-        raise AxisError(
-            phrase("draw_collective", given, f"There are {', '.join(known)}.")
-        )
-    of, mesh = COLLECTIVES[name], given_mesh(mesh, "draw_collective")
-    for argument in arguments:
-        if argument not in of.arguments:
-            given = f"{name} has no argument {argument!r}{near_miss(argument, of.arguments)}"
-            raise ArgumentError(
-                phrase(
-                    "draw_collective",
-                    given,
-                    f"It has {', '.join(of.arguments) or 'none'}.",
-                )
-            )
+        right = f"There are {', '.join(known)}."
+        raise AxisError(phrase("draw_collective", given, right))
+    of = COLLECTIVES[name]
+    mesh = given_mesh(mesh, "draw_collective")
+    _check_arguments(of, arguments)
     bound = mesh.bind(mesh.label if axis is None else axis, "draw_collective")
     size = min(bound.size, _MOST)
-    example = _EXAMPLES.get(name, _TWO)
-    function = COLLECTIVES[example.drawn_as or name].function
-    before, after = _run(function, example, size, arguments, invariant=of.takes == "I")
-    ranks = [
-        f"rank {rank} {coordinates(mesh.coords_of(rank))}"
-        for rank in bound.ranks[:size]
-    ]
-    few = f", {size} of {bound.size:,} ranks" if size < bound.size else ""
-    title = f"{name} along {bound.label!r}, {of.kinds}{few}"
-    return Picture(
-        _text(title, ranks, before, after), _html(title, ranks, before, after)
-    )
+    before, after = _run(of, size, arguments)
+    ranks: list[str] = []
+    for rank in bound.ranks[:size]:
+        ranks.append(f"rank {rank} {coordinates(mesh.coords_of(rank))}")
+    title = f"{name} along {bound.label!r}, {of.kinds}"
+    if size < bound.size:
+        title += f", {size} of {bound.size:,} ranks"
+    text = _text(title, ranks, before, after)
+    return Picture(text, _html(title, ranks, before, after))
 
 
-_Blocks: TypeAlias = list[list[_Block]]  # of each rank
+def _check_arguments(of: Collective, arguments: Mapping[str, object]) -> None:
+    for argument in arguments:
+        if argument not in of.arguments:
+            miss = near_miss(argument, of.arguments)
+            given = f"{of.name} has no argument {argument!r}{miss}"
+            right = f"It has {', '.join(of.arguments) or 'none'}."
+            raise ArgumentError(phrase("draw_collective", given, right))
 
 
 def _run(
-    function: Callable[..., Any],
-    example: _Example,
-    size: int,
-    arguments: Mapping[str, Any],
-    invariant: bool,
+    of: Collective, size: int, arguments: Mapping[str, object]
 ) -> tuple[_Blocks, _Blocks]:
-    """The blocks of every rank before and after: each block is a unit vector, so that
-    the result says what went in.
+    """Return the blocks of every rank before and after.
+
+    Each block is a unit vector, so that the result says what went into it.
     """
-    counts = [example.blocks(0 if invariant else index, size) for index in range(size)]
-    starts = [0 if invariant else sum(counts[:index]) for index in range(size)]
-    units = torch.eye(counts[0] if invariant else sum(counts), dtype=torch.float64)
-    names = [
-        (
-            None if invariant else index,
-            f"{'x' if invariant else chr(ord('a') + index)}{block}",
-        )
-        for index in range(1 if invariant else size)
-        for block in range(counts[index])
-    ]
+    example = _EXAMPLES.get(of.name, _TWO)
+    function = COLLECTIVES[example.drawn_as or of.name].function
+    units = [_units(of, example, index, size) for index in range(size)]
+    # ranks that hold the same bring one set of unit vectors, not one each
+    distinct = units[:1] if of.takes == "I" else units
+    names = [unit for own in distinct for unit in own]
+    vectors = torch.eye(len(names), dtype=torch.float64)
 
     def main() -> tuple[Tensor, Tensor]:
         index = world.here().rank
-        x = units[starts[index] : starts[index] + counts[index]]
-        return x, function(x, _AXIS, **{**example.arguments(index, size), **arguments})
+        first = names.index(units[index][0])
+        x = vectors[first : first + len(units[index])]
+        chosen = {**example.arguments(index, size), **arguments}
+        return x, function(x, _AXIS, **chosen)
 
-    pairs = simulate(main, **{_AXIS: size})
-    before = [[_block(row, names, "") for row in x] for x, _ in pairs]
-    return before, [[_block(row, names, example.word) for row in y] for _, y in pairs]
+    before: _Blocks = []
+    after: _Blocks = []
+    for x, y in simulate(main, **{_AXIS: size}):
+        before.append([_block(row, names, "") for row in x])
+        after.append([_block(row, names, example.word) for row in y])
+    return before, after
 
 
-def _block(row: Tensor, names: list[tuple[int | None, str]], word: str) -> _Block:
-    parts = [(names[i], float(row[i])) for i in row.nonzero().flatten().tolist()]
+def _units(of: Collective, example: _Example, index: int, size: int) -> list[_Unit]:
+    """Return the blocks that a rank brings: `a0`, `a1`, ... of the first rank."""
+    if of.takes == "I":
+        return [_Unit(f"x{block}", None) for block in range(example.blocks(0, size))]
+    letter = chr(ord("a") + index)
+    count = example.blocks(index, size)
+    return [_Unit(f"{letter}{block}", index) for block in range(count)]
+
+
+def _block(row: Tensor, names: list[_Unit], word: str) -> _Block:
+    """Return the block that a row of a result is, from the unit vectors in it."""
+    parts = [names[i] for i in row.nonzero().flatten().tolist()]
     if not parts:
         return _Block("0", None, "zeros")
     if len(parts) == 1 and not word:
-        (source, text), _ = parts[0]
-        return _Block(text, source, text)
-    texts = [text for (_, text), _ in parts]
+        return _Block(parts[0].text, parts[0].source, parts[0].text)
+    texts = [part.text for part in parts]
     number = texts[0][1:]
-    of_all = texts == [
-        text for _, text in names if text[1:] == number
-    ]  # the block of every rank
-    short = f"{word or 'Σ'}{' ' if word else ''}{number}" if of_all else "+".join(texts)
-    return _Block(
-        short, None, f"{word}({', '.join(texts)})" if word else " + ".join(texts)
-    )
+    of_all_ranks = [unit.text for unit in names if unit.text[1:] == number]
+    short = "+".join(texts)
+    if texts == of_all_ranks:
+        short = f"{word} {number}" if word else f"Σ{number}"
+    tip = f"{word}({', '.join(texts)})" if word else " + ".join(texts)
+    return _Block(short, None, tip)
 
 
 def _text(title: str, ranks: list[str], before: _Blocks, after: _Blocks) -> str:
@@ -256,7 +291,9 @@ def _blocks(blocks: list[_Block]) -> str:
 def _html(title: str, ranks: list[str], before: _Blocks, after: _Blocks) -> str:
     svg = Svg()
     height = LINE + 10
-    width = max(letters(block.text) for row in [*before, *after] for block in row) + 12
+    # all boxes are equally wide, so that what moves can be followed
+    texts = [block.text for blocks in [*before, *after] for block in blocks]
+    width = max(map(letters, texts)) + 12
     x0 = max(map(letters, ranks)) + 14
     x1 = x0 + width * max(map(len, before)) + _GAP
     svg.text(x0, LINE / 2 + 2, "before", bold=True)
@@ -265,20 +302,20 @@ def _html(title: str, ranks: list[str], before: _Blocks, after: _Blocks) -> str:
         y = 4 + LINE + number * (height + 6)
         svg.text(4, y + height / 2, rank)
         svg.text(x1 - _GAP / 2, y + height / 2, "→", anchor="middle")
-        for left, blocks in ((x0, before[number]), (x1, after[number])):
-            for place, block in enumerate(blocks):
-                svg.box(
-                    left + place * width,
-                    y,
-                    width,
-                    height,
-                    _fill(block),
-                    block.text,
-                    block.tip,
-                )
-            if not blocks:
-                svg.text(left, y + height / 2, "nothing")
+        _boxes(svg, before[number], x0, y, width, height)
+        _boxes(svg, after[number], x1, y, width, height)
     return svg.html(title)
+
+
+def _boxes(
+    svg: Svg, blocks: list[_Block], x: float, y: float, width: float, height: float
+) -> None:
+    """Draw the blocks of a rank, from x to the right."""
+    if not blocks:
+        svg.text(x, y + height / 2, "nothing")
+    for block in blocks:
+        svg.box(x, y, width, height, _fill(block), block.text, block.tip)
+        x += width
 
 
 def _fill(block: _Block) -> str:

@@ -1,9 +1,8 @@
-"""What pictures are made of: an SVG that grows with what is put on it, and its text for
-terminals.
+"""What pictures are made of: an SVG that grows as things are put on it, and a text.
 
-Letters outside of boxes have the colour of the page's own text, so that a light and a
-dark theme both show them; boxes bring letters and background together. All widths are
-counted in letters, of a font whose letters are equally wide.
+Letters outside of boxes have the colour of the page's own text, so that they can be read
+in a light and in a dark theme. A box brings its letters and its background together.
+Widths are counted in letters, of a font whose letters are all equally wide.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ from html import escape
 
 from attrs import frozen
 
-FONT = 12  # pixels
-LETTER = 0.62 * FONT  # no monospaced font is wider
-LINE = 18  # pixels from one line of text to the next
+# pixels: the height of the letters, and from one line of text to the next
+FONT = 12
+LINE = 18
+# no monospaced font is wider
+LETTER = 0.62 * FONT
 
 
 @frozen(repr=False)
@@ -34,20 +35,19 @@ class Picture:
 
 
 def letters(text: str) -> float:
-    """The width of a text, in pixels."""
+    """Return the width of a text, in pixels."""
     return LETTER * len(text)
 
 
 def colour(number: int, second: int = 0) -> str:
-    """A background for dark letters: hues that the golden angle spreads, paler and
-    paler along `second`.
-    """
+    """Return a background for dark letters: a hue by number, paler by `second`."""
+    # the golden angle spreads the hues of however many numbers there are
     hue = (210 + 137.508 * number) % 360
     return f"hsl({hue:.0f}, 65%, {76 + 4 * (second % 4)}%)"
 
 
 class Svg:
-    """Boxes and letters, and how far they reach."""
+    """A picture of boxes and letters, as large as they reach."""
 
     def __init__(self) -> None:
         self._parts: list[str] = []
@@ -56,7 +56,7 @@ class Svg:
         self.width, self.height = 0.0, 0.0
 
     def reach(self, x: float, y: float) -> None:
-        """What is drawn goes as far as here."""
+        """Make the picture go at least as far as here."""
         self.width, self.height = max(self.width, x), max(self.height, y)
 
     def text(
@@ -68,11 +68,12 @@ class Svg:
         anchor: str = "start",
         bold: bool = False,
     ) -> None:
-        """A line of letters around the height y, from, around or up to x."""
+        """Write a line of letters around the height y, from, around or up to x."""
         left = {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * letters(text)
         weight = ' font-weight="bold"' if bold else ""
         self._letters.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight} fill="currentColor">{escape(text)}</text>'
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight} '
+            f'fill="currentColor">{escape(text)}</text>'
         )
         self.reach(x - left + letters(text), y + LINE / 2)
 
@@ -86,17 +87,23 @@ class Svg:
         text: str = "",
         tip: str = "",
     ) -> None:
-        """A box with dark letters in its middle, and what the mouse finds there."""
+        """Draw a box with letters in its middle; the mouse finds the tip there.
+
+        With fill "none" it is dashed, and its letters have the page's colour.
+        """
         inside = f"<title>{escape(tip)}</title>" if tip else ""
-        dashed = "" if fill != "none" else ' stroke-dasharray="3 3"'
+        ink, dashed = "#111", ""
+        if fill == "none":
+            ink, dashed = "currentColor", ' stroke-dasharray="3 3"'
         self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}" '
-            f'stroke="#888"{dashed}>{inside}</rect>'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'fill="{fill}" stroke="#888"{dashed}>{inside}</rect>'
         )
+        # letters must not catch the mouse, which is to find the tip of the box
         if text:
-            ink = "currentColor" if fill == "none" else "#111"
             self._letters.append(
-                f'<text x="{x + width / 2:.1f}" y="{y + height / 2:.1f}" text-anchor="middle" fill="{ink}" '
+                f'<text x="{x + width / 2:.1f}" y="{y + height / 2:.1f}" '
+                f'text-anchor="middle" fill="{ink}" '
                 f'pointer-events="none">{escape(text)}</text>'
             )
         self.reach(x + width + 1, y + height + 1)
@@ -107,46 +114,47 @@ class Svg:
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
         )
 
-    def html(self, title: str) -> str:
-        """The picture under its title; nothing in it runs, and it asks for no other
-        file.
-        """
-        body = "".join(self._parts)
-        # names in an SVG are of the whole page: two pictures must not share one by
-        # chance
-        name = (
-            "hatch-"
-            + hashlib.sha1((body + "".join(self._hatched)).encode()).hexdigest()[:10]
+    def _hatching(self, boxes: str) -> tuple[str, str]:
+        """Return the pattern, which goes before the boxes, and what it fills."""
+        if not self._hatched:
+            return "", ""
+        # an id in an SVG counts for the whole page: two pictures there must not have
+        # the same one by chance, and the same picture must come out the same
+        content = boxes + "".join(self._hatched)
+        name = "hatch-" + hashlib.sha1(content.encode()).hexdigest()[:10]
+        pattern = (
+            f'<defs><pattern id="{name}" width="6" height="6" '
+            'patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+            '<path d="M0 0V6" stroke="#111" stroke-opacity="0.45" stroke-width="2"/>'
+            "</pattern></defs>"
         )
-        if self._hatched:
-            pattern = (
-                f'<defs><pattern id="{name}" width="6" height="6" patternUnits="userSpaceOnUse" '
-                'patternTransform="rotate(45)"><path d="M0 0V6" stroke="#111" stroke-opacity="0.45" '
-                'stroke-width="2"/></pattern></defs>'
-            )
-            hatched = "".join(
-                f'{part}fill="url(#{name})" pointer-events="none"/>'
-                for part in self._hatched
-            )
-            body = pattern + body + hatched
+        fill = f'fill="url(#{name})" pointer-events="none"/>'
+        return pattern, "".join(begun + fill for begun in self._hatched)
+
+    def html(self, title: str) -> str:
+        """Return the picture under its title; nothing in it runs or loads a file."""
+        boxes = "".join(self._parts)
+        pattern, hatched = self._hatching(boxes)
         width, height = round(self.width + 4), round(self.height + 4)
+        fonts = "ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace"
         return (
             f'<div style="overflow-x: auto"><div>{escape(title)}</div>'
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" font-size="{FONT}" '
-            f'font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace" dominant-baseline="central">'
-            f"{body}{''.join(self._letters)}</svg></div>"
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
+            f'height="{height}" viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{escape(title)}" font-size="{FONT}" '
+            f'font-family="{fonts}" dominant-baseline="central">'
+            f"{pattern}{boxes}{hatched}{''.join(self._letters)}</svg></div>"
         )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, each as wide as its widest entry."""
-    widths = [
-        max(len(row[i]) for row in rows if i < len(row))
-        for i in range(max(map(len, rows)))
-    ]
-    lines = (
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    """Return columns of text, each as wide as its widest entry."""
+    widths = [0] * max(map(len, rows))
+    for row in rows:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], len(cell))
+    lines: list[str] = []
+    for row in rows:
+        padded = map(str.ljust, row, widths)
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)

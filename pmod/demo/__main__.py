@@ -1,5 +1,6 @@
-"""`python -m pmod.demo`: parse, train on the ranks, train in one process, compare,
-draw; the other jobs have a word.
+"""`python -m pmod.demo`: train on the ranks, then in one process; compare and draw.
+
+The other jobs have a word of their own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ JOBS = {"graph": graph.main, "wind": wind.main, "pinn": pinn.main}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
-    it cannot be run as asked.
+    """Run the command and return its exit status.
+
+    It is 0, or 1 if a bound is violated, or 2 if it cannot be run as asked.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and not given[0].startswith("-"):
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_fit(options, *shapes, sizes)
         kept = parallel.checkpoints(options, *shapes)
         if kept is not None:
-            kept.last()  # refused before the ranks start
+            # a folder that cannot be used is refused before the ranks start
+            kept.last()
     except PmodError as error:
         print(error, file=sys.stderr)
         return 2
@@ -52,10 +55,8 @@ def _other(job: str, arguments: Sequence[str]) -> int:
     """Run the job of that name."""
     if job in JOBS:
         return JOBS[job](arguments)
-    given, right = (
-        f"no job {job!r}{near_miss(job, JOBS)}",
-        f"Pass {', '.join(JOBS)}, or none for Darcy flow.",
-    )
+    given = f"no job {job!r}{near_miss(job, JOBS)}"
+    right = f"Pass {', '.join(JOBS)}, or none for Darcy flow."
     print(phrase("demo", given, right), file=sys.stderr)
     return 2
 
@@ -69,7 +70,7 @@ def _published(options: Options) -> tuple[Fields, Fields] | None:
 def _shapes(
     options: Options, published: tuple[Fields, Fields] | None
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """(number, height, width) of the problems to train and to test on."""
+    """Return (number, height, width) of the problems to train and to test on."""
     if published is not None:
         return published[0].x.shape, published[1].x.shape
     train, test = counts(options)
@@ -77,12 +78,11 @@ def _shapes(
 
 
 def conclude(outcome: parallel.Outcome, options: Options) -> int:
-    """Train in this process alone, compare, draw; the exit status."""
+    """Train in this process alone, compare, draw; return the exit status."""
     other, checks = None, []
     if options.serial:
-        say(
-            f"\nthe same in one process, with as many threads as a rank ({outcome.threads})\n{heading()}"
-        )
+        threads = f"as many threads as a rank ({outcome.threads})"
+        say(f"\nthe same in one process, with {threads}\n{heading()}")
         with ranks.threads(outcome.threads):
             other = serial.train(options, outcome.train, outcome.test, outcome.weights)
         checks = compare(outcome.run, other, options)

@@ -1,5 +1,6 @@
-"""Checkpoints of a training over a mesh: a folder a step, there as a whole or not at
-all, whatever is killed when.
+"""Checkpoints of a training over a mesh.
+
+Each is a folder that is there as a whole or not at all, whatever is killed when.
 
 A checkpoint is written next to the last one, under another name, brought to the disk,
 and then renamed. The one before it stays, and is taken where the last one is damaged. A
@@ -30,8 +31,10 @@ from pmod.demo.console import say
 _STEP = "step-"
 _WRITING = "writing"
 _NOTES = "training.json"
-_SUMS = "SHA256SUMS"  # of all other files, as the command sha256sum reads it
-_OTHERS = 0o022  # the bits of a mode that let others write
+# the sums of all other files, in the format that the command sha256sum reads
+_SUMS = "SHA256SUMS"
+# the bits of a mode that let others write
+_OTHERS = 0o022
 
 Curve: TypeAlias = list[Tensor]
 """The loss of each step so far."""
@@ -47,8 +50,7 @@ class Found:
 
 @attrs.frozen
 class Checkpoints:
-    """Where a training over the current mesh is kept, after how many steps, and of what
-    problem and model it is.
+    """Where a training over the current mesh is kept, and after how many steps.
 
     All ranks see `folder`. `made_with` names what another run must share to go on from
     here. `sharded` says of a parameter that differs between ranks along which axis it
@@ -58,41 +60,38 @@ class Checkpoints:
 
     folder: Path
     every: int
-    made_with: Mapping[str, Any]
+    made_with: Mapping[str, object]
     sharded: Mapping[str, Mapping[str, int]] = attrs.field(
         factory=dict[str, Mapping[str, int]]
     )
 
     def last(self) -> Found | None:
-        """The newest checkpoint that is whole, as this process sees the folder; None
-        where there is none.
+        """Return the newest checkpoint that is whole, as this process sees the folder.
 
-        Raises: PmodError where it is of another problem or model, where all are
-        damaged, and where another user may have written one.
+        Returns None if there is none.
+
+        Raises: PmodError if it is of another problem or model, if all are damaged, and
+        if another user may have written one.
         """
         newest = self._whole()
         if newest is None:
             return None
-        theirs, ours = (
-            _notes(newest.path)["made_with"],
-            json.loads(json.dumps(dict(self.made_with))),
-        )
-        unlike = [
-            name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)
-        ]
-        if unlike:
-            there, here = (
-                ", ".join(f"{name}={held.get(name)}" for name in unlike)
-                for held in (theirs, ours)
+        theirs = _notes(newest.path)["made_with"]
+        # by way of JSON, as theirs came: a tuple has become a list
+        ours = json.loads(json.dumps(dict(self.made_with)))
+        there: list[str] = []
+        here: list[str] = []
+        for name in {**theirs, **ours}:
+            if theirs.get(name) != ours.get(name):
+                there.append(f"{name}={theirs.get(name)}")
+                here.append(f"{name}={ours.get(name)}")
+        if there:
+            given = (
+                f"the checkpoint {newest.path} is of another problem or model: "
+                f"it has {', '.join(there)}, this run {', '.join(here)}"
             )
-            given = f"the checkpoint {newest.path} is of another problem or model: it has {there}, this run {here}"
-            raise PmodError(
-                phrase(
-                    "demo",
-                    given,
-                    "Pass the options of that run, or another --checkpoint folder.",
-                )
-            )
+            right = "Pass the options of that run, or another --checkpoint folder."
+            raise PmodError(phrase("demo", given, right))
         return newest
 
     def _whole(self) -> Found | None:
@@ -109,26 +108,23 @@ class Checkpoints:
             damaged.append(f"{path.name} is damaged: {wrong}")
         if damaged:
             given = f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}"
-            raise PmodError(
-                phrase(
-                    "demo",
-                    given,
-                    "Remove these folders to begin anew, or pass another --checkpoint.",
-                )
-            )
+            right = "Remove these folders to begin anew, or pass another --checkpoint."
+            raise PmodError(phrase("demo", given, right))
         return None
 
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, quiet: bool
     ) -> tuple[Curve, dict[int, float]]:
-        """Put the last whole checkpoint into both, on all ranks; the curve and the test
-        errors by step, empty where there is none.
+        """Put the last whole checkpoint into both, on all ranks.
+
+        Returns the curve and the test errors by step, empty if there is no checkpoint.
 
         The order of the problems follows from the seed and the length of the curve.
         """
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-        from pmod.demo import stored  # which imports DCP
+        # imported here, because it imports DCP, which takes time
+        from pmod.demo import stored
 
         mesh = pmod.current_mesh()
 
@@ -136,9 +132,8 @@ class Checkpoints:
             newest = self.last() if stored.is_first() else None
             return None if newest is None else (newest.path.name, newest.damaged)
 
-        newest = stored.together(found)[
-            0
-        ]  # one answer, also where a file system is slow to tell
+        # the first rank's answer counts: a file system may tell others later
+        newest = stored.together(found)[0]
         if newest is None:
             return [], {}
         path = self.folder / newest[0]
@@ -147,21 +142,19 @@ class Checkpoints:
             for wrong in newest[1]:
                 say(f"{'':7}  {wrong}")
             say(f"{step:7}  from the checkpoint in {self.folder}")
-        curve = torch.zeros(
-            step, dtype=next(model.parameters()).dtype, device=mesh.device
-        )
+        dtype = next(model.parameters()).dtype
+        curve = torch.zeros(step, dtype=dtype, device=mesh.device)
         held = _state(model, optimizer, curve)
         state = self._as_stored(held)
-        stored.read(state, path)  # the tensors in place
+        # this fills the tensors of the model and the optimizer themselves
+        stored.read(state, path)
+        # numbers, such as the learning rate, were put into `state`, not in place
         groups = state["optimizer"]["param_groups"]
-        set_optimizer_state_dict(
-            model,
-            optimizer,
-            {"state": held["optimizer"]["state"], "param_groups": groups},
-        )
-        return list(curve), {
-            int(at): error for at, error in _notes(path)["errors"].items()
-        }
+        kept = {"state": held["optimizer"]["state"], "param_groups": groups}
+        set_optimizer_state_dict(model, optimizer, kept)
+        # JSON has made texts of the steps
+        errors = _notes(path)["errors"].items()
+        return list(curve), {int(at): error for at, error in errors}
 
     def save(
         self,
@@ -170,11 +163,10 @@ class Checkpoints:
         curve: Curve,
         errors: Mapping[int, float],
     ) -> None:
-        """Write a checkpoint, on all ranks together, and remove those before it but the
-        last.
+        """Write a checkpoint, on all ranks together, and remove all older ones but one.
 
-        Raises: PmodError on every rank where one cannot write; CollectiveTimeout, which
-        names the rank, where one dies.
+        Raises: PmodError on every rank if one cannot write; CollectiveTimeout, which
+        names the rank, if one dies.
         """
         from pmod.demo import stored
 
@@ -182,40 +174,35 @@ class Checkpoints:
 
         def begin() -> None:
             if stored.is_first():
-                shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed
+                # what lies there was left by a run that was killed
+                shutil.rmtree(writing, ignore_errors=True)
                 self.folder.mkdir(mode=0o777 & ~_OTHERS, parents=True, exist_ok=True)
                 writing.mkdir(mode=0o777 & ~_OTHERS)
 
         def finish() -> None:
-            if stored.is_first():
-                _write(
-                    writing / _NOTES,
-                    json.dumps(
-                        {"made_with": dict(self.made_with), "errors": errors}, indent=1
-                    ),
-                )
-                sums = {**digests, _NOTES: stored.digest(writing / _NOTES)}
-                _write(
-                    writing / _SUMS,
-                    "".join(f"{value}  {name}\n" for name, value in sums.items()),
-                )
-                for part in writing.iterdir():
-                    part.chmod(part.stat().st_mode & ~_OTHERS)
-                _sync(writing)
-                self._install(writing, len(curve))
+            if not stored.is_first():
+                return
+            notes = {"made_with": dict(self.made_with), "errors": errors}
+            _write(writing / _NOTES, json.dumps(notes, indent=1))
+            sums = {**digests, _NOTES: stored.digest(writing / _NOTES)}
+            lines = [f"{value}  {name}\n" for name, value in sums.items()]
+            _write(writing / _SUMS, "".join(lines))
+            for part in writing.iterdir():
+                part.chmod(part.stat().st_mode & ~_OTHERS)
+            # the names must be on the disk before the rename says that all is there
+            _sync(writing)
+            self._install(writing, len(curve))
 
         stored.together(begin)
-        digests = stored.write(
-            self._as_stored(_state(model, optimizer, torch.stack(curve))), writing
-        )
+        state = self._as_stored(_state(model, optimizer, torch.stack(curve)))
+        digests = stored.write(state, writing)
         stored.together(finish)
 
     def _install(self, written: Path, step: int) -> None:
-        """Give a whole checkpoint its name, and remove all others but the newest before
-        it.
-        """
+        """Give a whole checkpoint its name, and keep only the newest one before it."""
         here = self.folder / f"{_STEP}{step}"
-        if here.exists():  # damaged, so that the training went on from the one before
+        # one that is there is damaged: the training went on from the one before
+        if here.exists():
             shutil.rmtree(here)
         os.rename(written, here)
         _sync(self.folder)
@@ -227,8 +214,9 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The same tensors, those of sharded parameters as DTensors, which say where
-        their shard belongs.
+        """Return the same tensors, those of sharded parameters as DTensors.
+
+        A DTensor says where its shard belongs.
         """
         optimizer = state["optimizer"]
         moments = {
@@ -241,9 +229,8 @@ class Checkpoints:
         return {**state, "model": model, "optimizer": {**optimizer, "state": moments}}
 
     def _shard(self, name: str, value: Tensor) -> Tensor:
-        if (
-            name not in self.sharded or value.ndim == 0
-        ):  # a step count is the same everywhere
+        # a step count has no dims to cut, and is the same everywhere
+        if name not in self.sharded or value.ndim == 0:
             return value
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -269,7 +256,7 @@ class Checkpoints:
 def _state(
     model: nn.Module, optimizer: torch.optim.Optimizer, curve: Tensor
 ) -> dict[str, Any]:
-    """What is kept in tensors: they are the model's and the optimizer's own."""
+    """Return what is kept in tensors: they are the model's and the optimizer's own."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return {
@@ -280,14 +267,14 @@ def _state(
 
 
 def _steps(folder: Path) -> list[Path]:
-    """The checkpoints in the folder, the newest first. What else lies there is no
-    business of ours.
+    """Return the checkpoints in the folder, the newest first.
+
+    Whatever else lies there is left alone.
     """
-    found = [
-        path
-        for path in folder.iterdir()
-        if re.fullmatch(rf"{_STEP}[0-9]+", path.name) and path.is_dir()
-    ]
+    found: list[Path] = []
+    for path in folder.iterdir():
+        if re.fullmatch(rf"{_STEP}[0-9]+", path.name) and path.is_dir():
+            found.append(path)
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -296,45 +283,45 @@ def _step_of(path: Path) -> int:
 
 
 def _check_ours(path: Path) -> None:
-    """Raise where a user other than this one may have written what lies here."""
-    held = path.stat()
+    """Raise an error if another user may have written what lies here."""
+    held, me = path.stat(), os.geteuid()
     given = right = ""
-    if held.st_uid != os.geteuid():
-        given = f"{path} belongs to user {held.st_uid}, and this process runs as user {os.geteuid()}"
+    if held.st_uid != me:
+        owner = f"{path} belongs to user {held.st_uid}"
+        given = f"{owner}, and this process runs as user {me}"
         right = "Pass a --checkpoint folder of your own."
     elif held.st_mode & _OTHERS:
-        given = (
-            f"other users may write to {path} (its mode is {held.st_mode & 0o777:o})"
-        )
+        mode = f"{held.st_mode & 0o777:o}"
+        given = f"other users may write to {path} (its mode is {mode})"
         right = f"If it holds nothing but what you wrote: chmod -R go-w {path}"
     if given:
-        raise PmodError(
-            phrase(
-                "demo",
-                f"a checkpoint is taken only from where nobody else can write: {given}",
-                right,
-            )
-        )
+        rule = "a checkpoint is taken only from where nobody else can write"
+        raise PmodError(phrase("demo", f"{rule}: {given}", right))
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint; nothing where every file is as it was written."""
+    """Return what is wrong with a checkpoint, "" if every file is as it was written."""
     from pmod.demo.stored import METADATA, digest
 
     try:
         lines = (path / _SUMS).read_text().splitlines()
-        rows = [re.fullmatch("([0-9a-f]{64})  (.+)", line) for line in lines]
-        sums = {row[2]: row[1] for row in rows if row is not None}
-        missing = [
-            name for name in (*sums, METADATA, _NOTES) if not (path / name).is_file()
-        ]
-        if missing:
-            return f"{missing[0]} is missing"
-        if None in rows or not {METADATA, _NOTES} <= sums.keys():
+        sums: dict[str, str] = {}
+        for line in lines:
+            row = re.fullmatch("([0-9a-f]{64})  (.+)", line)
+            if row is not None:
+                sums[row[2]] = row[1]
+        for name in (*sums, METADATA, _NOTES):
+            if not (path / name).is_file():
+                return f"{name} is missing"
+        # a line that is cut off, or one that is gone, would leave a file unchecked
+        if len(sums) < len(lines) or not {METADATA, _NOTES} <= sums.keys():
             return f"{_SUMS} is not as it was written"
-        unlike = [name for name, value in sums.items() if digest(path / name) != value]
-        return f"{unlike[0]} is not as it was written" if unlike else ""
-    except (OSError, ValueError) as error:  # not there, or no text
+        for name, value in sums.items():
+            if digest(path / name) != value:
+                return f"{name} is not as it was written"
+        return ""
+    # the files are not there, or are not text
+    except (OSError, ValueError) as error:
         return str(error)
 
 

@@ -1,4 +1,4 @@
-"""Whether the two trainings agree: the bounds, and the lines that say so."""
+"""The bounds for the two trainings, and the lines that say whether they agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pmod.demo.console import paint, say
 from pmod.demo.options import Options
 from pmod.demo.training import Run
 
-ERROR_BOUND = 0.005  # half a point of relative error
+# half a point of relative error: rounding grows during a training
+ERROR_BOUND = 0.005
 
 
 @attrs.frozen
@@ -24,24 +25,25 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        return self.value <= self.bound  # so that NaN does not
+        # asked this way round, NaN does not hold
+        return self.value <= self.bound
 
     def __str__(self) -> str:
-        verdict = (
-            paint("ok", "green") if self.holds else paint("ABOVE THE BOUND", "red")
-        )
+        verdict = paint("ok", "green")
+        if not self.holds:
+            verdict = paint("ABOVE THE BOUND", "red")
         return f"{self.what:<34} {self.text}  {verdict}"
 
 
 def report(checks: Sequence[Check]) -> int:
-    """Print them; the exit status of a job: 1 where a bound is violated."""
+    """Print the checks; return the exit status, 1 if a bound is violated."""
     for check in checks:
         say(str(check))
     return 0 if all(check.holds for check in checks) else 1
 
 
 def curve_bound(options: Options) -> tuple[int, float]:
-    """Over how many steps the loss curves are compared, and how far they may be apart.
+    """Return how many steps of the loss curves are compared, and their bound.
 
     Rounding grows as training goes on, so the bound is for the first steps.
     """
@@ -49,27 +51,17 @@ def curve_bound(options: Options) -> tuple[int, float]:
 
 
 def compare(parallel: Run, serial: Run, options: Options) -> list[Check]:
-    """The differences of two trainings beside their bounds."""
+    """Return the differences of two trainings beside their bounds."""
     steps, bound = curve_bound(options)
     steps = min(steps, len(parallel.losses))
     apart = (parallel.losses - serial.losses).abs()
-    curve, error = apart[:steps].max().item(), abs(parallel.error - serial.error)
-    whole = (
-        ""
-        if steps == len(apart)
-        else f"; {apart.max().item():.1e} over all {len(apart)}"
-    )
+    curve = apart[:steps].max().item()
+    over_first = f"{curve:.1e} over the first {steps} steps (bound {bound:.0e})"
+    if steps < len(apart):
+        over_first += f"; {apart.max().item():.1e} over all {len(apart)}"
+    error = abs(parallel.error - serial.error)
+    points = f"{100 * error:.2g} points (bound {100 * ERROR_BOUND:g})"
     return [
-        Check(
-            "largest difference of the losses",
-            curve,
-            bound,
-            f"{curve:.1e} over the first {steps} steps (bound {bound:.0e}){whole}",
-        ),
-        Check(
-            "difference of the test errors",
-            error,
-            ERROR_BOUND,
-            f"{100 * error:.2g} points (bound {100 * ERROR_BOUND:g})",
-        ),
+        Check("largest difference of the losses", curve, bound, over_first),
+        Check("difference of the test errors", error, ERROR_BOUND, points),
     ]

@@ -1,6 +1,4 @@
-"""What the terminal shows: colours and progress bars, on a terminal only, and what to
-install where they lack.
-"""
+"""What the terminal shows: colours and progress bars, on a terminal only."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ _COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32}
 
 
 def check_extra(*names: str, extra: str = "demo") -> None:
-    """Raise PmodError, which names the command that installs them, where packages of
-    the extra are missing.
-    """
+    """Raise PmodError, which names the extra, if packages of it are missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         right = f'Install the demo\'s extra: pip install "pmod[{extra}]"'
@@ -32,7 +28,10 @@ def check_extra(*names: str, extra: str = "demo") -> None:
 
 
 def progress(*, total: int, what: str, unit: str, quiet: bool) -> Bar:
-    """A progress bar on stderr, where that is a terminal; `quiet` on all ranks but one."""
+    """Return a progress bar on stderr, if that is a terminal.
+
+    quiet: show none, for all ranks but one.
+    """
     from tqdm import tqdm
 
     return tqdm(
@@ -41,7 +40,7 @@ def progress(*, total: int, what: str, unit: str, quiet: bool) -> Bar:
 
 
 def paint(text: str, colour: str) -> str:
-    """The text in a colour, where the output is a terminal and NO_COLOR is not set."""
+    """Return the text in a colour, on a terminal for which NO_COLOR is not set."""
     # both, because mpirun makes stdout look like a terminal wherever its own output
     # goes
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
@@ -51,7 +50,7 @@ def paint(text: str, colour: str) -> str:
 
 
 def say(text: str = "") -> None:
-    """Print a line above the progress bar, at once also where stdout is a pipe."""
+    """Print a line above the progress bar, immediately even if stdout is a pipe."""
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stdout)

@@ -1,5 +1,4 @@
-"""Darcy flow through a medium of two permeabilities: random media, a finite-volume
-solver, the published data format.
+"""Darcy flow through a medium of two permeabilities, a solver, and a file format.
 
     -div(a grad u) = 1 in the unit square, u = 0 on its edge; a is 12 where a Gaussian random field is positive, else 3
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -25,15 +23,14 @@ from pmod.demo.console import progress
 PERMEABLE, TIGHT = 12.0, 3.0
 TOLERANCE = 1e-10
 _ITERATIONS = 500
-_CHUNK = (
-    64  # problems solved at once: they stay in the cache, and the progress bar moves
-)
+# so many problems are solved at once that they stay in the cache and the progress bar
+# moves
+_CHUNK = 64
 
 
 @attrs.frozen(eq=False)
 class Fields:
-    """Problems and their solutions on a grid: where the medium is permeable, and the
-    pressure u.
+    """Problems on a grid (where the medium is permeable) and their solutions u.
 
     Shapes: x (N, n, n) bool, y (N, n, n).
     """
@@ -51,8 +48,9 @@ class Fields:
         return Fields(self.x.to(target), self.y.to(target))
 
     def with_mirror_images(self) -> Fields:
-        """Twice as many: a problem mirrored in the diagonal is a problem, and its
-        solution is mirrored.
+        """Return twice as many: these, and these mirrored in the diagonal.
+
+        The mirror image of a problem is a problem, whose solution is mirrored as well.
         """
         return Fields(*(torch.cat([v, v.mT]) for v in (self.x, self.y)))
 
@@ -61,15 +59,15 @@ class Fields:
 
 
 def random_fields(count: int, n: int, generator: torch.Generator) -> Tensor:
-    """Samples of a Gaussian random field of mean 0 and covariance 9 (9 - Laplacian)^-2,
-    no slope across the edge.
+    """Draw Gaussian random fields of mean 0 and covariance 9 (9 - Laplacian)^-2.
+
+    They have no slope across the edge.
 
     Shapes: -> (count, n, n), float64: the values at the centres of the cells.
     """
     k = torch.arange(n, dtype=torch.float64)
-    cosines = math.sqrt(2) * torch.cos(
-        math.pi * torch.outer(k, k + 0.5) / n
-    )  # row k: the k-th, of norm 1 on (0, 1)
+    # row k is the k-th cosine, of norm 1 on (0, 1)
+    cosines = math.sqrt(2) * torch.cos(math.pi * torch.outer(k, k + 0.5) / n)
     cosines[0] = 1
     spread = 3 / (math.pi**2 * (k[:, None] ** 2 + k**2) + 9)
     spread[0, 0] = 0
@@ -78,7 +76,7 @@ def random_fields(count: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def permeability(x: Tensor) -> Tensor:
-    """12 where the medium is permeable, 3 elsewhere; float64."""
+    """Return 12 where the medium is permeable and 3 elsewhere, in float64."""
     return torch.where(x, PERMEABLE, TIGHT).double()
 
 
@@ -86,41 +84,40 @@ def permeability(x: Tensor) -> Tensor:
 
 
 def conductances(a: Tensor) -> tuple[Tensor, Tensor]:
-    """What each face lets through per difference of u: between rows (..., n+1, n),
-    between columns (..., n, n+1).
+    """Return what each face lets through per difference of u.
+
+    That is between rows (..., n+1, n), and between columns (..., n, n+1).
 
     Inside that is the harmonic mean of the two cells; the edge is half a cell away from
     the outermost centres.
     """
-    inside = [
-        2 * p * q / (p + q)
-        for p, q in ((a[..., 1:, :], a[..., :-1, :]), (a[..., 1:], a[..., :-1]))
-    ]
-    rows = torch.cat([2 * a[..., :1, :], inside[0], 2 * a[..., -1:, :]], -2)
-    columns = torch.cat([2 * a[..., :1], inside[1], 2 * a[..., -1:]], -1)
+    between_rows = _harmonic_mean(a[..., 1:, :], a[..., :-1, :])
+    between_columns = _harmonic_mean(a[..., 1:], a[..., :-1])
+    rows = torch.cat([2 * a[..., :1, :], between_rows, 2 * a[..., -1:, :]], -2)
+    columns = torch.cat([2 * a[..., :1], between_columns, 2 * a[..., -1:]], -1)
     return rows, columns
 
 
+def _harmonic_mean(p: Tensor, q: Tensor) -> Tensor:
+    return 2 * p * q / (p + q)
+
+
 def outflow(faces: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
-    """The flow out of each cell, which is the operator -div(a grad u) times the area of
-    a cell.
-    """
-    edge_row, edge_column = (
-        torch.zeros_like(u[..., :1, :]),
-        torch.zeros_like(u[..., :1]),
-    )
+    """Return the flow out of each cell: -div(a grad u) times the area of a cell."""
+    # u is 0 on the edge of the square
+    edge_row = torch.zeros_like(u[..., :1, :])
+    edge_column = torch.zeros_like(u[..., :1])
     rows = faces[0] * u.diff(dim=-2, prepend=edge_row, append=edge_row)
     columns = faces[1] * u.diff(dim=-1, prepend=edge_column, append=edge_column)
     return -rows.diff(dim=-2) - columns.diff(dim=-1)
 
 
 def _sines(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvectors (as rows) and eigenvalues of the 5-point system for a = 1 in one
-    dimension.
-    """
+    """Return the eigenvectors (as rows) and eigenvalues for a = 1 in one dimension."""
     k = torch.arange(1, n + 1, dtype=like.dtype, device=like.device)
     sines = math.sqrt(2 / n) * torch.sin(math.pi * torch.outer(k, k - 0.5) / n)
-    sines[-1] /= math.sqrt(2)  # the fastest one is +1, -1, ...: twice the norm
+    # the fastest one is +1, -1, ..., which has twice the norm of the others
+    sines[-1] /= math.sqrt(2)
     return sines, 4 * torch.sin(math.pi * k / (2 * n)) ** 2
 
 
@@ -129,13 +126,13 @@ def _dot(p: Tensor, q: Tensor) -> Tensor:
 
 
 def solve(a: Tensor, f: Tensor | float = 1.0) -> Tensor:
-    """The pressure u of -div(a grad u) = f in the unit square, u = 0 on its edge.
+    """Return the pressure u of -div(a grad u) = f in the unit square, 0 on its edge.
 
     Conjugate gradients on all problems at once. A solve with a = 1, by sine transforms,
     comes before each step, so that the number of steps depends on the contrast of a
     only, not on the grid.
     Shapes: a (N, n, n), f (N, n, n) or a number -> (N, n, n).
-    Raises: PmodError where a residual stays above 1e-10 of f.
+    Raises: PmodError if a residual stays above 1e-10 of f.
     """
     n = a.shape[-1]
     faces, right = conductances(a), (torch.zeros_like(a) + f) / n**2
@@ -159,29 +156,30 @@ def solve(a: Tensor, f: Tensor | float = 1.0) -> Tensor:
         before, rz = rz, _dot(r, z)
         p = z + rz / before.clamp_min(torch.finfo(a.dtype).tiny) * p
     worst = residual(faces, u, right)
-    raise PmodError(
-        phrase(
-            "demo",
-            f"after {_ITERATIONS} steps a Darcy problem has a residual of {worst:.1e}, above {TOLERANCE}",
-            "The permeability must be positive; the solver wants it within a few powers of ten.",
-        )
+    given = (
+        f"after {_ITERATIONS} steps a Darcy problem has a residual of {worst:.1e}, "
+        f"above {TOLERANCE}"
     )
+    right = (
+        "The permeability must be positive; "
+        "the solver wants it within a few powers of ten."
+    )
+    raise PmodError(phrase("demo", given, right))
 
 
 def residual(faces: tuple[Tensor, Tensor], u: Tensor, right: Tensor) -> float:
-    """The largest |right - outflow| / |right| of the problems."""
+    """Return the largest |right - outflow| / |right| of the problems."""
     if not len(u):
         return 0.0
-    norms = [
-        torch.linalg.vector_norm(v, dim=(-2, -1))
-        for v in (right - outflow(faces, u), right)
-    ]
-    return float((norms[0] / norms[1].clamp_min(torch.finfo(u.dtype).tiny)).max())
+    off = torch.linalg.vector_norm(right - outflow(faces, u), dim=(-2, -1))
+    given = torch.linalg.vector_norm(right, dim=(-2, -1))
+    return float((off / given.clamp_min(torch.finfo(u.dtype).tiny)).max())
 
 
 def solve_together(x: Tensor, *, quiet: bool = False) -> Tensor:
-    """Solve the problems, each rank of the mesh a share of them, and give all ranks all
-    solutions, as float32.
+    """Solve the problems, a share on each rank; all ranks get all solutions.
+
+    They are in float32.
 
     I -> I. Shapes: x (N, n, n) bool -> (N, n, n).
     """
@@ -204,35 +202,40 @@ def solve_together(x: Tensor, *, quiet: bool = False) -> Tensor:
 
 
 def read(path: Path) -> Fields:
-    """Read a file such as darcy_train_16.pt: a dict of x (N, n, n) bool and y (N, n, n)
-    float32.
+    """Read a file such as darcy_train_16.pt.
 
-    Raises: PmodError where it is no such file.
+    It holds a dict of x (N, n, n) bool and y (N, n, n) float32.
+
+    Raises: PmodError if it is not such a file.
     """
     try:
-        found: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except (
-        Exception
-    ) as error:  # torch.load raises whatever unpickling raises, with pages of advice
-        raise _unreadable(
-            path, str(error).splitlines()[0] if str(error) else type(error).__name__
-        ) from None
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    # torch.load raises whatever unpickling raises, with pages of advice after the first
+    # line
+    except Exception as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise _unreadable(path, why) from None
     if not isinstance(found, dict) or not {"x", "y"} <= found.keys():
         raise _unreadable(path, "it holds no dict with 'x' and 'y'")
     x, y = found["x"], found["y"]
-    shapes = [
-        tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in (x, y)
-    ]
-    if (
-        shapes[0] != shapes[1]
-        or len(shapes[0]) != 3
-        or not len(x)
-        or shapes[0][1] != shapes[0][2]
-    ):
-        raise _unreadable(path, f"x is {shapes[0]} and y is {shapes[1]}")
+    if not _are_grids(x, y):
+        raise _unreadable(path, f"x is {_shape_of(x)} and y is {_shape_of(y)}")
     if x.dtype != torch.bool or not y.is_floating_point():
         raise _unreadable(path, f"x is {x.dtype} and y is {y.dtype}")
     return Fields(x, y)
+
+
+def _are_grids(x: object, y: object) -> bool:
+    """Return whether both are of one shape (N, n, n), N not 0."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return False
+    if x.shape != y.shape or x.ndim != 3:
+        return False
+    return len(x) > 0 and x.shape[1] == x.shape[2]
+
+
+def _shape_of(x: object) -> object:
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _unreadable(path: Path, why: str) -> PmodError:

@@ -1,5 +1,4 @@
-"""A Fourier neural operator whose fields are spread over a mesh ("data", "space"): the
-parallel part of the demo.
+"""A Fourier neural operator on fields that are spread over a mesh ("data", "space").
 
 The batch is sharded over "data", the rows of each field over "space", any number of
 them over any number of ranks. What acts point by point is local; the Fourier transforms
@@ -16,8 +15,9 @@ import pmod
 
 
 class SpectralConv(nn.Module):
-    """Multiply the lowest Fourier modes of a field by learned matrices: a convolution
-    as wide as the domain.
+    """A product of a field's lowest Fourier modes with learned matrices.
+
+    It is a convolution as wide as the domain.
     """
 
     def __init__(self, channels: int, modes: int) -> None:
@@ -35,9 +35,8 @@ class SpectralConv(nn.Module):
         kept, ranks = self.weight.shape[:2], pmod.axis_size("space")
         rows, columns = (pmod.split_sizes(n, ranks) for n in (height, kept[1]))
         weight = self.weight.split(columns, dim=1)[pmod.axis_index("space")]
-        low = pmod.fft.rfft2(
-            x, axis="space", sizes=rows, modes=kept
-        )  # whole columns of the spectrum
+        # each rank gets whole columns of the spectrum: the product needs no message
+        low = pmod.fft.rfft2(x, axis="space", sizes=rows, modes=kept)
         low = torch.einsum("bihw,hwio->bohw", low, torch.view_as_complex(weight))
         return pmod.fft.irfft2(
             low, s=(height, x.shape[-1]), axis="space", sizes=columns, modes=kept
@@ -45,8 +44,9 @@ class SpectralConv(nn.Module):
 
 
 class Pointwise(nn.Conv2d):
-    """The same linear map of the channels at every point; of a field without rows too,
-    which torch refuses.
+    """The same linear map of the channels at every point.
+
+    The field may have no rows, which torch's own convolution refuses.
     """
 
     def __init__(self, channels: int, out: int) -> None:
@@ -61,7 +61,7 @@ class Pointwise(nn.Conv2d):
 
 
 class FNO(nn.Module):
-    """Map the medium to the pressure, both scaled to mean 0 and deviation 1."""
+    """A map from the medium to the pressure, both scaled to mean 0 and deviation 1."""
 
     def __init__(self, channels: int, modes: int, layers: int) -> None:
         super().__init__()
@@ -89,8 +89,9 @@ class FNO(nn.Module):
 
 
 def relative_errors(prediction: Tensor, truth: Tensor) -> Tensor:
-    """|prediction - truth| / |truth| of each sample, both norms over the rows of all
-    ranks. V -> I along "space".
+    """Return |prediction - truth| / |truth| of each sample.
+
+    Both norms are over the rows of all ranks. V -> I along "space".
     """
     squares = (prediction - truth).square().sum((1, 2)), truth.square().sum((1, 2))
     wrong, whole = pmod.psum(squares, "space")
@@ -98,8 +99,9 @@ def relative_errors(prediction: Tensor, truth: Tensor) -> Tensor:
 
 
 def loss(model: nn.Module, a: Tensor, y: Tensor, height: int) -> Tensor:
-    """The mean relative error over the batches of all ranks. V -> I: backward() gives
-    each rank the whole gradient.
+    """Return the mean relative error over the batches of all ranks.
+
+    V -> I: backward() gives each rank the whole gradient.
     """
     held: dict[str, Tensor] = dict(model.named_parameters())
     parameters = pmod.pvary(held, ("data", "space"))

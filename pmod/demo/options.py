@@ -1,4 +1,4 @@
-"""The command line, parsed into one value, and whether what it asks for fits together."""
+"""The command line, parsed into one value, and whether it fits together."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ line cannot be followed.
 
 @attrs.frozen
 class Options:
-    """What to train, on what, over which mesh; None stands for what is worked out
-    later.
+    """What to train, on what, over which mesh; None is worked out later.
 
     An epoch sees each problem and its mirror image.
     """
@@ -66,16 +65,17 @@ class Options:
         return torch.float64 if self.float64 else torch.float32
 
     def steps_on(self, problems: int) -> int:
-        """How many steps to take on so many problems."""
+        """Return how many steps to take on so many problems."""
         return self.steps or self.epochs * (problems // self.batch)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where
-    it is wrong.
+    """Return the options of the command line.
+
+    Leaves with status 2 and a message if it is wrong.
     """
     parser = _parser()
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))
     if ("data" in given) != ("test_data" in given):
         parser.error(
             "--data and --test-data go together: one file to train on, one to test on"
@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 def check_folder(output: Path, parser: argparse.ArgumentParser) -> None:
-    """Leave with a message where the picture cannot be written."""
+    """Leave with a message if the picture cannot be written."""
     if not output.absolute().parent.is_dir():
         parser.error(
             f"--output {output}: there is no folder {output.absolute().parent}"
@@ -185,15 +185,17 @@ _MADE = {"train": 1000, "test": 100}
 def parser_of_job(
     command: str, what: str, examples: str, axes: tuple[str, str], output: Path
 ) -> argparse.ArgumentParser:
-    """The parser of a job's command, with the options that say where: the mesh of
-    ranks, and the picture.
+    """Return the parser of a job's command, with the options that say where.
+
+    These are the mesh of ranks, and the picture.
     """
+    # SUPPRESS leaves what is not given to the defaults of Options
     parser = argparse.ArgumentParser(
         prog=command,
         description=what,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given is left to the defaults of Options
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     sizes = ",".join(f"{name}={name[0].upper()}" for name in axes)
@@ -211,12 +213,11 @@ def parser_of_job(
 
 
 def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
-    """An option that is a whole number."""
+    """Add an option that is a whole number."""
 
     def parse_number(text: str) -> int:
-        value = int(
-            text
-        )  # its ValueError is reported by argparse, under the name of this function
+        # argparse reports its ValueError, under the name of this function
+        value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
         return value
@@ -226,8 +227,9 @@ def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
 
 
 def axis_sizes(axes: tuple[str, str]) -> Callable[[str], dict[str, int]]:
-    """What parses ``data=2,space=2`` as sizes of both axes: one not named has size 1,
-    and one may be -1, the rest.
+    """Return what parses ``data=2,space=2`` as sizes of both axes.
+
+    An axis that is not named has size 1. One size may be -1, the rest.
     """
     example = ",".join(f"{name}=2" for name in axes)
 
@@ -256,20 +258,21 @@ def axis_sizes(axes: tuple[str, str]) -> Callable[[str], dict[str, int]]:
 
 
 def shown(axis_sizes: Mapping[str, int]) -> str:
-    """``data=2 x space=2``."""
+    """Return ``data=2 x space=2``."""
     return " x ".join(f"{name}={size}" for name, size in axis_sizes.items())
 
 
 def counts(options: Options) -> tuple[int, int]:
-    """How many problems to make, to train and to test on."""
+    """Return how many problems to make, to train and to test on."""
     return options.train or _MADE["train"], options.test or _MADE["test"]
 
 
 def made_with(
     options: Options, train: Sequence[int], test: Sequence[int]
-) -> dict[str, Any]:
-    """What two runs on problems of these shapes (N, height, width) share if one can go
-    on where the other ended.
+) -> dict[str, object]:
+    """Return what two runs share if one can go on from where the other ended.
+
+    train, test: the shapes (N, height, width) of the problems.
     """
     names = ("channels", "modes", "layers", "batch", "float64", "seed")
     data = "made" if options.data is None else options.data.name
@@ -285,29 +288,25 @@ def made_with(
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on
-    space.
-    """
+    """Return the axis sizes on this machine, by default all ranks on space."""
     return on_this_machine(options.mesh or {"data": 1, "space": usual_ranks()})
 
 
 def usual_ranks() -> int:
-    """A rank per core or GPU, at most 4."""
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    """Return a rank per core or GPU, at most 4."""
+    cores = os.cpu_count() or 1
+    # only some systems can say which cores this process may use
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     return min(torch.cuda.device_count() or cores, 4)
 
 
 def on_this_machine(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes, with a -1 worked out so that there are as many ranks as usual."""
+    """Return the sizes, with a -1 worked out for as many ranks as usual."""
+    # the other size is 1 or more: there are two axes, and one -1 at most
     known = max(sizes.values())
-    return {
-        name: max(usual_ranks() // known, 1) if size == -1 else size
-        for name, size in sizes.items()
-    }
+    rest = max(usual_ranks() // known, 1)
+    return {name: rest if size == -1 else size for name, size in sizes.items()}
 
 
 def check_fit(
@@ -316,8 +315,9 @@ def check_fit(
     test: Sequence[int],
     axis_sizes: Mapping[str, int],
 ) -> None:
-    """Raise PmodError where problems of these shapes (N, height, width), the model and
-    the mesh do not fit.
+    """Raise PmodError if the problems, the model and the mesh do not fit.
+
+    train, test: the shapes (N, height, width) of the problems.
     """
     side = min(*train[1:], *test[1:])
     batch, modes = options.batch, options.modes
@@ -338,14 +338,15 @@ def check_fit(
 
 
 def rule_of_batches(batch: int, data: int) -> tuple[bool, str, str]:
-    """What lets the ranks of an axis share a batch."""
+    """Return the rule by which the ranks of an axis can share a batch."""
     given = f"a batch of {batch} does not divide by data={data}"
     return batch % data == 0, given, f"Pass a --batch that is a multiple of {data}."
 
 
 def check_rules(rules: Sequence[tuple[bool, str, str]]) -> None:
-    """Raise PmodError for the first that does not hold: what was given, and what would
-    be right.
+    """Raise PmodError for the first rule that does not hold.
+
+    A rule is whether it holds, what was given, and what would be right.
     """
     for holds, given, right in rules:
         if not holds:

@@ -1,6 +1,4 @@
-"""What each rank of the demo does: make the problems, train its part, and hand the
-results to rank 0.
-"""
+"""What each rank of the demo does: make problems, train, and hand in the results."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ from pmod.demo.training import Run, Scale, fit, heading
 
 @attrs.frozen(eq=False)
 class Outcome:
-    """What the comparison needs: the problems, the weights that training began with,
-    how it went, and over what mesh.
+    """What the comparison needs: problems, first weights, the run, and the mesh.
 
     rows: how many rows of a test problem each rank along "space" holds. threads: how
     many a rank computes with.
@@ -39,15 +36,15 @@ class Outcome:
 
 
 def make_problems(options: Options, *, quiet: bool) -> tuple[Fields, Fields]:
-    """Draw random media, and solve them on all ranks together; the problems to train
-    and to test on.
+    """Draw media and solve them on all ranks together.
+
+    Returns the problems to train and to test on.
     """
     train, test = counts(options)
     generator = torch.Generator().manual_seed(options.seed)
     media = random_fields(train + test, options.size, generator) > 0
-    media = pmod.pick(
-        media, ("data", "space")
-    )  # the same on unlike machines, whose rounding may differ
+    # rank 0's on all ranks: unlike machines may round differently
+    media = pmod.pick(media, ("data", "space"))
     pressure = solve_together(media.to(pmod.current_mesh().device), quiet=quiet).cpu()
     problems = Fields(media, pressure)
     return problems[:train], problems[train:]
@@ -56,9 +53,7 @@ def make_problems(options: Options, *, quiet: bool) -> tuple[Fields, Fields]:
 def checkpoints(
     options: Options, train: Sequence[int], test: Sequence[int]
 ) -> Checkpoints | None:
-    """Where a run on problems of these shapes is kept; None where the options do not
-    say.
-    """
+    """Return where a run on problems of these shapes is kept, if the options say."""
     folder = options.checkpoint
     return (
         None
@@ -68,16 +63,15 @@ def checkpoints(
 
 
 def train(options: Options, published: tuple[Fields, Fields] | None) -> Outcome | None:
-    """Train over the current mesh ("data", "space"); the outcome on rank 0, None
-    elsewhere.
-    """
+    """Train over the current mesh ("data", "space"); rank 0 returns the outcome."""
     mesh = pmod.current_mesh()
     quiet = mesh.topology.rank != 0
     problems, tests = published or make_problems(options, quiet=quiet)
     if not quiet:
         _introduce(problems, tests, options)
     problems = problems.with_mirror_images()
-    torch.manual_seed(options.seed)  # so all ranks draw the same weights
+    # all ranks draw the same weights
+    torch.manual_seed(options.seed)
     model = FNO(options.channels, options.modes, options.layers).to(options.dtype)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     kept = checkpoints(
@@ -144,9 +138,7 @@ def _run(
 
 
 class _Predictor:
-    """The test problems of this rank: its part of them along "data", its rows along
-    "space".
-    """
+    """The test problems of this rank: its part of them, and its rows of each."""
 
     def __init__(
         self, model: FNO, scale: Scale, test: Fields, options: Options
@@ -160,17 +152,17 @@ class _Predictor:
 
     @torch.no_grad()
     def here(self) -> Tensor:
-        """This rank's rows of the predictions for its problems."""
+        """Return this rank's rows of the predictions for its problems."""
         return self.scale.undo(
             torch.cat([self.model(a, self.height) for a in self.a.split(self.batch)])
         )
 
     def error(self) -> float:
-        """The mean relative error over the problems of all ranks."""
+        """Return the mean relative error over the problems of all ranks."""
         here = fno.relative_errors(self.here(), self.y)
         return pmod.psum(here.sum(), "data").item() / self.count
 
     def whole(self) -> Tensor:
-        """All predictions, on every rank."""
+        """Return all predictions, on every rank."""
         rows = pmod.unshard(self.here(), "space", dim=1, length=self.height)
         return pmod.unshard(rows, "data", length=self.count)

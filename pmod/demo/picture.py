@@ -1,6 +1,4 @@
-"""The picture of a training: a problem, its solution, what the model makes of it, and
-the loss curves.
-"""
+"""The picture of a training: a problem, its solution, the prediction, the losses."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ DASHED = (0, (4, 3))
 
 
 def check_output(path: Path) -> None:
-    """Raise PmodError where matplotlib cannot write such a file: before the training,
-    not after it.
+    """Raise PmodError if matplotlib cannot write such a file.
+
+    It is called before the training, not after it.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -42,7 +41,7 @@ def check_output(path: Path) -> None:
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty picture, of inches, that needs no screen."""
+    """Return an empty picture, of so many inches, that needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,8 +54,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 def draw(
     path: Path, outcome: Outcome, serial: Run | None, bound: tuple[int, float]
 ) -> None:
-    """Write the picture; of the test problems it shows the one of median error, neither
-    the best nor the worst.
+    """Write the picture; it shows the test problem of median error.
 
     bound: over how many steps the loss curves are compared, and how far they may be
     apart.
@@ -88,54 +86,43 @@ def _draw_fields(
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    low, high = (
-        min(y.min(), prediction.min()).item(),
-        max(y.max(), prediction.max()).item(),
-    )
+    low = min(y.min(), prediction.min()).item()
+    high = max(y.max(), prediction.max()).item()
     error = prediction - y
     most = error.abs().max().item()
-    rows: list[tuple[str, Tensor, Any, dict[str, Any]]] = [
-        (
-            "permeability",
-            permeability(x),
-            [TIGHT, PERMEABLE],
-            {"cmap": "cividis", "vmin": TIGHT, "vmax": PERMEABLE},
-        ),
-        (
-            "pressure, solved",
-            y,
-            MaxNLocator(4),
-            {"cmap": "viridis", "vmin": low, "vmax": high},
-        ),
-        (
-            "pressure, predicted",
-            prediction,
-            MaxNLocator(4),
-            {"cmap": "viridis", "vmin": low, "vmax": high},
-        ),
-        (
-            "error",
-            error,
-            MaxNLocator(4),
-            {"cmap": "RdBu_r", "vmin": -most, "vmax": most},
-        ),
-    ]
-    for panel, (title, field, ticks, colours) in zip(panels, rows, strict=True):
-        draw_field(panel, field, title, ticks, **colours)
+    draw_field(
+        panels[0],
+        permeability(x),
+        "permeability",
+        [TIGHT, PERMEABLE],
+        cmap="cividis",
+        vmin=TIGHT,
+        vmax=PERMEABLE,
+    )
+    # both in the same colours, so that they can be compared
+    for panel, field, how in (
+        (panels[1], y, "solved"),
+        (panels[2], prediction, "predicted"),
+    ):
+        title, ticks = f"pressure, {how}", MaxNLocator(4)
+        draw_field(panel, field, title, ticks, cmap="viridis", vmin=low, vmax=high)
+    ticks = MaxNLocator(4)
+    draw_field(panels[3], error, "error", ticks, cmap="RdBu_r", vmin=-most, vmax=most)
+    for panel in panels:
         panel.set(xticks=[], yticks=[])
 
 
 def draw_field(
     panel: Axes, field: Tensor, title: str, ticks: Any, **looks: Any
 ) -> None:
-    """A field by colour, and below it what the colours stand for."""
+    """Draw a field by colour, and below it what the colours stand for."""
     image = panel.imshow(field.numpy(), interpolation="nearest", **looks)
     panel.set(title=title)
     panel.figure.colorbar(image, ax=panel, location="bottom", shrink=0.8, ticks=ticks)
 
 
 def draw_losses(panel: Axes, parallel: Run, serial: Run | None, title: str) -> None:
-    """The curves of the training, and the test errors."""
+    """Draw the curves of the training, and the test errors."""
     steps = torch.arange(1, len(parallel.losses) + 1)
     panel.semilogy(
         steps,
@@ -179,9 +166,8 @@ def _draw_difference(
         )
         return
     apart = (parallel.losses - serial.losses).abs()
-    floor = (
-        torch.finfo(apart.dtype).eps / 10
-    )  # equal losses are drawn on the floor, not at minus infinity
+    # equal losses are drawn on the floor, not at minus infinity
+    floor = torch.finfo(apart.dtype).eps / 10
     panel.semilogy(
         torch.arange(1, len(apart) + 1),
         apart.clamp_min(floor),

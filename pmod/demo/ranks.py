@@ -18,17 +18,18 @@ T = TypeVar("T")
 
 
 def launched(sizes: Mapping[str, int]) -> pmod.Mesh | None:
-    """The mesh of these sizes on the ranks that a launcher started; None without one."""
-    return (
-        None if pmod.Topology.detect().launcher == "single" else pmod.make_mesh(sizes)
-    )
+    """Return the mesh of these sizes on a launcher's ranks, None without a launcher."""
+    if pmod.Topology.detect().launcher == "single":
+        return None
+    return pmod.make_mesh(sizes)
 
 
 def run(
     mesh: pmod.Mesh | None, sizes: Mapping[str, int], f: Callable[..., T], *args: object
 ) -> T:
-    """f on every rank of the mesh, or of one that is started here; what it returns on
-    this rank, or on the first.
+    """Run f on every rank of the mesh, or of one that is started here.
+
+    Returns what f returns on this rank, or on the first.
     """
     place = pmod.Topology.detect()
     if place.rank == 0:
@@ -44,7 +45,7 @@ def run(
 
 
 def device_of_one() -> torch.device:
-    """Where one process computes what the ranks' results are compared with."""
+    """Return where one process computes what the ranks' results are compared with."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,6 +1,4 @@
-"""The same model in one process, in plain torch, written by itself: what the parallel
-one must agree with.
-"""
+"""The same model in one process, in plain torch, which the parallel one must match."""
 
 from __future__ import annotations
 
@@ -28,19 +26,14 @@ class Spectral(nn.Module):
         spectrum = torch.fft.rfft2(x)
         low, high = spectrum[:, :, :m, :m], spectrum[:, :, -m:, :m]
         out = torch.zeros_like(spectrum)
-        out[:, :, :m, :m] = torch.einsum(
-            "bixy,xyio->boxy", low, weight[:m]
-        )  # frequencies 0 ... m-1 down the rows
-        out[:, :, -m:, :m] = torch.einsum(
-            "bixy,xyio->boxy", high, weight[m:]
-        )  # and -m ... -1
+        # down the rows the frequencies 0 ... m-1 come first, and -m ... -1 last
+        out[:, :, :m, :m] = torch.einsum("bixy,xyio->boxy", low, weight[:m])
+        out[:, :, -m:, :m] = torch.einsum("bixy,xyio->boxy", high, weight[m:])
         return torch.fft.irfft2(out, s=x.shape[-2:])
 
 
 class SerialFNO(nn.Module):
-    """The operator on whole fields; its parameters have the names and shapes of
-    `fno.FNO`.
-    """
+    """The operator on whole fields, with the parameters of `fno.FNO`."""
 
     def __init__(self, channels: int, modes: int, layers: int) -> None:
         super().__init__()
@@ -73,7 +66,7 @@ class SerialFNO(nn.Module):
 
 
 def relative_errors(prediction: Tensor, truth: Tensor) -> Tensor:
-    """|prediction - truth| / |truth| of each sample."""
+    """Return |prediction - truth| / |truth| of each sample."""
     difference = torch.linalg.vector_norm(prediction - truth, dim=(1, 2))
     return difference / torch.linalg.vector_norm(truth, dim=(1, 2))
 

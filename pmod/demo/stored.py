@@ -1,5 +1,4 @@
-"""A state in a folder, in the format of torch's distributed checkpoints (DCP), read
-without running what it says.
+"""A state in a folder, in torch's format (DCP), read without running what it says.
 
 DCP's own planners, writer and reader do the work. Its `save` and `load` would send
 pickles through torch's object collectives, which unpickle whatever arrives, and which
@@ -40,14 +39,15 @@ METADATA = ".metadata"
 """The name of the file in which DCP keeps what lies where."""
 
 
-def write(state: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write the state of all ranks of the current mesh into an empty folder that all of
-    them see.
+def write(state: dict[str, object], folder: Path) -> dict[str, str]:
+    """Write the state of all ranks of the current mesh into an empty folder.
+
+    All ranks must see the folder.
 
     Returns the SHA-256 of each file by its name, the same on every rank. Three small
     messages.
-    Raises: PmodError on every rank where one cannot write; CollectiveTimeout, which
-    names the rank, where one dies.
+    Raises: PmodError on every rank if one cannot write; CollectiveTimeout, which names
+    the rank, if one dies.
     """
     first = is_first()
     writer, plans = filesystem.FileSystemWriter(folder), DefaultSavePlanner()
@@ -81,9 +81,10 @@ def write(state: dict[str, Any], folder: Path) -> dict[str, str]:
     return {name: names[name] for names in digests for name in sorted(names)}
 
 
-def read(state: dict[str, Any], folder: Path) -> None:
-    """Put what the folder holds into the state's tensors in place, and what is no
-    tensor into its dicts and lists.
+def read(state: dict[str, object], folder: Path) -> None:
+    """Put what the folder holds into the state, in place.
+
+    Tensors are filled; what is not a tensor goes into the state's dicts and lists.
 
     All ranks of the current mesh call it. Raises: PmodError on every rank where one
     cannot read.
@@ -94,25 +95,23 @@ def read(state: dict[str, Any], folder: Path) -> None:
         kept = reader.read_metadata()
         plans.set_up_planner(state, kept, False)
         reader.set_up_storage_reader(kept, False)
-        plan = plans.finish_plan(
-            plans.create_local_plan()
-        )  # each rank reads what it needs
+        # each rank reads what it needs, so no plan of all is made
+        plan = plans.finish_plan(plans.create_local_plan())
         reader.read_data(plan, plans).wait()
 
     together(fill)
 
 
 def is_first() -> bool:
-    """Whether this is the first rank of the current mesh, which writes what one rank
-    writes.
-    """
+    """Return whether this is the first rank of the mesh, which writes for all."""
     mesh = pmod.current_mesh()
     return mesh.topology.rank == mesh.ranks.flat[0]
 
 
 def together(f: Callable[[], T]) -> list[T]:
-    """What f returned on each rank of the current mesh, in their order, of what a plan
-    is made of. One exchange.
+    """Return what f returned on each rank of the current mesh, in their order.
+
+    Only what a plan is made of can be returned. One exchange.
 
     Raises: PmodError on every rank where f raised on one, with its words.
     """
@@ -121,7 +120,8 @@ def together(f: Callable[[], T]) -> list[T]:
         outcome = f(), ""
     except PmodError as error:
         outcome = None, str(error)
-    except Exception as error:  # of the disk, of DCP: the other ranks wait for this one
+    # whatever the disk or DCP raises: the other ranks wait for this one, and are told
+    except Exception as error:
         given = f"{place_of(mesh.topology.rank)} cannot read or write a checkpoint: {type(error).__name__}: {error}"
         outcome = None, phrase("demo", given)
     outcomes = _exchanged(outcome, mesh)
@@ -132,13 +132,13 @@ def together(f: Callable[[], T]) -> list[T]:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _exchanged(value: object, mesh: pmod.Mesh) -> list[Any]:
-    """The value of every rank, in their order."""
+    """Return the value of every rank, in their order."""
     packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(
         mesh.device
     )
@@ -155,10 +155,8 @@ def _exchanged(value: object, mesh: pmod.Mesh) -> list[Any]:
 
 
 def _parts() -> dict[tuple[str, str], object]:
-    """What plans and metadata are made of, by the names under which a pickle asks for
-    it.
-    """
-    made: list[Any] = [
+    """Return what plans and metadata are made of, by their names in a pickle."""
+    made: list[type] = [
         *(planner.SavePlan, planner.WriteItem, planner.WriteItemType),
         *(planner.TensorWriteData, planner.BytesIOWriteData),
         *(
@@ -180,13 +178,14 @@ def _parts() -> dict[tuple[str, str], object]:
 
 
 class _Parts(pickle.Unpickler):
-    """Makes numbers, texts, containers and the parts of a plan; of anything else it
-    raises and calls nothing.
+    """An unpickler that makes numbers, texts, containers and the parts of a plan.
+
+    For anything else it raises an error, and calls nothing.
     """
 
     allowed: Mapping[tuple[str, str], object] = _parts()
 
-    def find_class(self, module: str, name: str, /) -> Any:
+    def find_class(self, module: str, name: str, /) -> object:
         if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(
                 f"{module}.{name} is no part of a checkpoint, and is not loaded"
@@ -195,15 +194,15 @@ class _Parts(pickle.Unpickler):
 
 
 class _Reader(filesystem.FileSystemReader):
-    """DCP's, which opens the metadata with any unpickler's freedom."""
+    """DCP's reader, which itself would unpickle anything that the metadata names."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+    def read_metadata(self, *args: object, **kwargs: object) -> metadata.Metadata:
         with (Path(self.path) / METADATA).open("rb") as file:
             return _Parts(file).load()
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """DCP's, which opens what is no tensor with any unpickler's freedom."""
+    """DCP's planner, which itself would unpickle anything that is not a tensor."""
 
     def load_bytes(self, read_item: planner.ReadItem, value: io.BytesIO) -> None:
         where = self.mappings[read_item.dest_index.fqn]

@@ -1,6 +1,4 @@
-"""The loop that drives both models: the same batches in the same order, the same
-optimizer, one curve.
-"""
+"""The loop that drives both models: the same batches, optimizer and curve."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from pmod.demo.options import LEARNING_RATE
 
 @attrs.frozen(eq=False)
 class Run:
-    """One training: the loss of each step, the relative error on the test problems at
-    some, the last predictions.
-    """
+    """One training: each step's loss, some test errors, and the last predictions."""
 
     losses: Tensor
     errors: dict[int, float]
@@ -32,7 +28,7 @@ class Run:
 
     @property
     def error(self) -> float:
-        """The last test error."""
+        """Return the last test error."""
         return self.errors[max(self.errors)]
 
 
@@ -56,18 +52,19 @@ class Scale:
         )
 
     def apply(self, fields: Fields, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The inputs and the outputs, scaled to mean 0 and deviation 1."""
+        """Return the inputs and the outputs, scaled to mean 0 and deviation 1."""
         x, y = fields.x.to(dtype), fields.y.to(dtype)
         return (x - self.x_mean) / self.x_std, (y - self.y_mean) / self.y_std
 
     def undo(self, y: Tensor) -> Tensor:
-        """Outputs in the unit of the data."""
+        """Return outputs in the unit of the data."""
         return y * self.y_std + self.y_mean
 
 
 def batches(problems: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Numbers of problems, `size` at a time, in a new order each time round; what is
-    left of a round is dropped.
+    """Yield numbers of problems, `size` at a time, in a new order each time round.
+
+    What is left of a round is dropped.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -76,7 +73,7 @@ def batches(problems: int, size: int, seed: int) -> Iterator[Tensor]:
 
 
 class Length(Protocol):
-    """What the loop asks of the options of a job."""
+    """What the loop asks of a job's options."""
 
     @property
     def batch(self) -> int: ...
@@ -95,8 +92,9 @@ def fit(
     quiet: bool = False,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[Tensor, dict[int, float], float]:
-    """Minimize `loss`, a function of the batch; the curve, the test errors by step, and
-    the seconds it took.
+    """Minimize `loss`, a function of the batch.
+
+    Returns the curve, the test errors by step, and the seconds it took.
 
     checkpoints: where to go on from, and what to keep; the curve is then that of all
     attempts, the seconds of this one.
@@ -110,9 +108,8 @@ def fit(
     errors: dict[int, float] = {}
     if checkpoints is not None:
         curve, errors = checkpoints.resume(model, optimizer, quiet=quiet)
-        schedule.last_epoch = len(
-            curve
-        )  # the rates of the next step came with the optimizer
+        # the learning rate of the next step came with the optimizer's state
+        schedule.last_epoch = len(curve)
     tested = max(steps // 10, 1)
     begun = time.perf_counter()
     with progress(total=steps, what="training", unit="step", quiet=quiet) as bar:
@@ -146,7 +143,8 @@ def report(step: int, loss: float, error: float, seconds: float) -> None:
 
 
 def heading() -> str:
-    """The names of the columns that `report` prints; the loss that `fit` prints is the
-    mean since the last row.
+    """Return the names of the columns that `report` prints.
+
+    The loss that `fit` prints is the mean since the last row.
     """
     return f"{'step':>7}  {'loss':>9}  {'test error':>10}  {'seconds':>7}"

@@ -1,4 +1,5 @@
 """The processes behind `%mesh`: a controller of ipyparallel and an engine per rank.
+
 They end with this process.
 """
 
@@ -14,10 +15,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import frozen
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -28,12 +29,15 @@ from pmod._wire.board import Board
 from pmod.notebook import rank as on_rank
 
 _LOOPBACK = "127.0.0.1"
-_START = 300.0  # seconds: 64 engines that import torch on a slow file system
-_OBEY = 1.0  # seconds that processes have to end when asked to: Jupyter gives the notebook itself little more
+# seconds: 64 engines may import torch from a slow file system
+_START = 300.0
+# seconds that processes have to end when asked to: Jupyter gives the notebook itself
+# little more
+_OBEY = 1.0
 
 # Both programs run the files of this name in their profile folder when they start.
-# Their parent is the notebook: where it is killed they get another, and leave, with the
-# processes that they have started.
+# Their parent is the notebook. If it is killed they get another parent, and then leave,
+# with the processes that they have started.
 _WITH_PARENT = """
 import os, shutil, signal, threading, time
 
@@ -47,8 +51,21 @@ threading.Thread(target=_end_with, args=(os.getppid(), os.path.dirname(__file__)
 """
 _CONFIGURATION = {
     "ipcontroller_config.py": _WITH_PARENT,
-    "ipengine_config.py": f"{_WITH_PARENT}\nimport pmod.notebook\n",  # before it says that it is there
+    # an engine that says that it is there has imported pmod and torch already
+    "ipengine_config.py": f"{_WITH_PARENT}\nimport pmod.notebook\n",
 }
+
+
+class Call(Protocol):
+    """A call that was started on an engine: ipyparallel's AsyncResult has no types."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    def ready(self) -> bool: ...
+    def wait(self, timeout: float) -> bool: ...
+    def wait_for_output(self, timeout: float) -> object: ...
+    def get(self, timeout: float | None = None) -> Any: ...
+    def exception(self, timeout: float) -> Any: ...
 
 
 def _client(file: Path) -> Any:
@@ -56,12 +73,14 @@ def _client(file: Path) -> Any:
 
 
 def check_installed() -> None:
-    """Raises: PmodError that names the extra."""
+    """Raise PmodError, which names the extra, if ipyparallel is not installed."""
     if importlib.util.find_spec("ipyparallel") is None:
-        right = 'Install the extra: pip install "pmod[notebook]". Without %mesh, cells run in this process.'
-        raise PmodError(
-            phrase("notebook", "%mesh needs ipyparallel, which is not installed", right)
+        given = "%mesh needs ipyparallel, which is not installed"
+        right = (
+            'Install the extra: pip install "pmod[notebook]". '
+            "Without %mesh, cells run in this process."
         )
+        raise PmodError(phrase("notebook", given, right))
 
 
 @frozen
@@ -76,75 +95,69 @@ class Engine:
         return self.process.poll() is None
 
     def death(self) -> str:
-        """How it died, for a message."""
+        """Return how it died, for a message."""
         code = self.process.returncode
-        how = (
-            f"left with exit code {code}"
-            if code >= 0
-            else f"was killed by {signal.Signals(-code).name}"
-        )
-        memory = (
-            ", as the system does where memory is short"
-            if code == -signal.SIGKILL
-            else ""
-        )
-        return f"its engine, process {self.process.pid}, {how}{memory}"
+        who = f"its engine, process {self.process.pid},"
+        if code >= 0:
+            return f"{who} left with exit code {code}"
+        text = f"{who} was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            text += ", as the system does where memory is short"
+        return text
 
     def kill(self) -> None:
         """End it, and the processes that it has started."""
         _kill(self.process)
 
-    def call(self, f: Callable[..., Any], *args: object) -> Any:
-        """Start f(*args) there, after what was sent before. Returns ipyparallel's
-        AsyncResult.
-        """
+    def call(self, f: Callable[..., object], *args: object) -> Call:
+        """Start f(*args) there, after what was sent before."""
         return self.view.apply_async(f, *args)
 
 
 class Engines:
-    """The controller, the engines in the order of the ranks (perhaps more than there
-    are), and where the ranks meet.
+    """The controller, the engines, and the stores at which the ranks meet.
+
+    The engines are in the order of the ranks. There may be more of them than ranks.
     """
 
     def __init__(self) -> None:
         check_installed()
         self.ranks: list[Engine] = []
-        self._stores: list[TCPStore] = []  # the ranks may hold on to an earlier one
+        # all of them: ranks that were cut off may hold on to an earlier one
+        self._stores: list[TCPStore] = []
         self._count = 0
-        # a profile of its own: another key, other ports, and nothing of the user's own
-        # clusters
+        # a profile of its own: another key and other ports, so that the user's own
+        # clusters are not touched
         self._folder = Path(tempfile.mkdtemp(prefix="pmod-notebook-"))
         atexit.register(self.end)
         for name, text in _CONFIGURATION.items():
             (self._folder / name).write_text(text)
         try:
-            options = (
+            self._controller = self._spawn(
+                "controller",
+                f"--ip={_LOOPBACK}",
+                f"--location={_LOOPBACK}",
                 "--IPController.use_threads=True",
                 "--IPController.broadcast_scheduler_depth=0",
                 "--nodb",
             )
-            self._controller = self._spawn(
-                "controller", f"--ip={_LOOPBACK}", f"--location={_LOOPBACK}", *options
-            )
-            files = [
-                self._folder / "security" / f"ipcontroller-{whose}.json"
-                for whose in ("client", "engine")
-            ]
+            security = self._folder / "security"
+            client = security / "ipcontroller-client.json"
+            engine = security / "ipcontroller-engine.json"
             self._until(
-                lambda: all(map(_is_written, files)),
+                lambda: _is_written(client) and _is_written(engine),
                 [self._controller],
                 "its controller did not start",
             )
-            self._client: Any = _client(files[0])
+            self._client = _client(client)
         except BaseException:
             self.end()
             raise
 
     def _spawn(self, program: str, *options: str) -> subprocess.Popen[bytes]:
-        environment = dict(
-            os.environ,
-            PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
-        )
+        # engines import what the notebook does, also from where it was started
+        paths = [path or os.getcwd() for path in sys.path]
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
         command = [
             sys.executable,
             "-m",
@@ -153,8 +166,8 @@ class Engines:
             *options,
         ]
         with (self._folder / f"{program}.log").open("ab") as log:
-            # a session of its own: Ctrl-C of a terminal, and Jupyter's stop button, go
-            # to the whole group of processes
+            # a session of its own: Ctrl-C of a terminal, and Jupyter's stop button,
+            # would reach the whole group of processes, and a cell stops only its ranks
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -172,22 +185,20 @@ class Engines:
     ) -> None:
         until = monotonic() + _START
         while not done():
-            if monotonic() > until or any(
-                process.poll() is not None for process in processes
-            ):
-                logs = "\n".join(
-                    path.read_text()[-2000:]
-                    for path in sorted(self._folder.glob("*.log"))
-                )
-                raise PmodError(
-                    phrase("notebook", given, f"What was logged last:\n{logs}")
-                )
+            dead = any(process.poll() is not None for process in processes)
+            if dead or monotonic() > until:
+                logs = sorted(self._folder.glob("*.log"))
+                last = "\n".join(path.read_text()[-2000:] for path in logs)
+                right = f"What was logged last:\n{last}"
+                raise PmodError(phrase("notebook", given, right))
             sleep(0.02)
 
     def start(self, places: Sequence[int], tell: Callable[[int], None]) -> None:
-        """Start engines for these ranks, in the place of dead ones or as new ones;
-        `tell` how many are there yet.
+        """Start engines for these ranks, new ones or in the place of dead ones.
+
+        `tell` is told how many are there.
         """
+        # a number is not used twice: ipyparallel may still know a dead engine by it
         first = self._count
         self._count += len(places)
         numbers = list(range(first, self._count))
@@ -226,12 +237,11 @@ class Engines:
         view.activate()
 
     def connect(self, axes: dict[str, int], size: int) -> Board:
-        """Connect the first `size` ranks anew and set the mesh there. Returns what they
-        will say of their waits.
+        """Connect the first `size` ranks anew and set the mesh there.
 
-        They meet at a store that this process serves, which no death of an engine ends,
-        and at a new one each time: the keys of one that was in use when ranks were cut
-        off would mislead.
+        Returns what they will say of their waits. They meet at a store that this process
+        serves, so that it outlives every engine. It is a new one each time, because the
+        keys of one that was in use when ranks were cut off would mislead.
         """
         listener = socket.create_server((_LOOPBACK, 0), backlog=max(128, size))
         port = listener.getsockname()[1]
@@ -244,48 +254,42 @@ class Engines:
         )
         self._stores.append(store)
         engines = self.ranks[:size]
+        calls: list[Call] = []
         try:
-            calls = [
-                engine.call(on_rank.enter, rank, size, port, axes)
-                for rank, engine in enumerate(engines)
-            ]
+            for rank, engine in enumerate(engines):
+                calls.append(engine.call(on_rank.enter, rank, size, port, axes))
             self.gather(engines, calls)
         except BaseException:
-            _end(
-                [engine.process for engine in engines]
-            )  # they may wait for one another until the deadline
+            # otherwise they might wait for one another until the deadline
+            _end([engine.process for engine in engines])
             raise
         return Board(_as_on_ranks(store))
 
-    def gather(self, engines: Sequence[Engine], calls: Sequence[Any]) -> list[Any]:
-        """What the calls returned; raises where an engine has died."""
+    def gather(self, engines: Sequence[Engine], calls: Sequence[Call]) -> list[Any]:
+        """Return what the calls returned; raise an error if an engine has died."""
         for engine, call in zip(engines, calls, strict=True):
             while not call.wait(0.05):
                 if not engine.is_alive:
-                    raise PmodError(
-                        phrase(
-                            "notebook",
-                            engine.death(),
-                            "Run the cell again: a new one is started.",
-                        )
-                    )
+                    right = "Run the cell again: a new one is started."
+                    raise PmodError(phrase("notebook", engine.death(), right))
         results = [call.get() for call in calls]
         self.forget(calls)
         return results
 
-    def forget(self, calls: Sequence[Any]) -> None:
-        """Let go of what these calls brought: ipyparallel's client keeps every result
-        for ever.
-        """
+    def forget(self, calls: Sequence[Call]) -> None:
+        """Let go of what these calls brought: ipyparallel's client would keep it."""
         self._client.purge_local_results(list(calls))
 
     def end(self) -> None:
         """End all processes, and remove what they wrote."""
         atexit.unregister(self.end)
+        processes = [engine.process for engine in self.ranks]
+        # one or both are missing if the start failed
         if hasattr(self, "_client"):
             self._client.close(linger=0)
-        controller = [self._controller] if hasattr(self, "_controller") else []
-        _end([engine.process for engine in self.ranks] + controller)
+        if hasattr(self, "_controller"):
+            processes.append(self._controller)
+        _end(processes)
         self.ranks = []
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -293,20 +297,22 @@ class Engines:
 def _is_written(file: Path) -> bool:
     try:
         return bool(json.loads(file.read_text()))
-    except (OSError, ValueError):  # not there, or half of it
+    # it is not there yet, or only half of it
+    except (OSError, ValueError):
         return False
 
 
 def _as_on_ranks(store: TCPStore) -> Store:
-    """The part of the store where the ranks write as to the store of their world: below
-    a prefix that torch chose.
+    """Return the part of the store where the ranks write, as to their world's store.
+
+    It lies below a prefix that torch chose.
     """
-    said = [key for key in store.list_keys() if key.endswith(PLACE.format(0))]
-    return (
-        PrefixStore(said[0].removesuffix(f"/{PLACE.format(0)}"), store)
-        if said
-        else store
-    )  # nobody waits alone
+    end = PLACE.format(0)
+    for key in store.list_keys():
+        if key.endswith(end):
+            return PrefixStore(key.removesuffix(f"/{end}"), store)
+    # a rank that is alone writes nothing: it never waits
+    return store
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -322,5 +328,6 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own
+        # it leads a group of its own, in which are the processes that it started
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()

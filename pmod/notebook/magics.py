@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from pmod._core.arguments import split_sizes
@@ -18,19 +20,22 @@ from pmod._mesh.picture import mesh_html, mesh_text
 from pmod._ranks import world
 from pmod._ranks.connect import shutdown
 from pmod._train.first import is_first
+from pmod._wire.board import Board
 from pmod.notebook import peers
 from pmod.notebook import rank as on_rank
 from pmod.notebook.cells import Cell, plain
-from pmod.notebook.engines import Engine, Engines
+from pmod.notebook.engines import Call, Engine, Engines
 from pmod.notebook.shown import Bar, Places, report, show, so_far
+
+Along: TypeAlias = str | Iterable[str] | Mapping[int, str | Iterable[str]] | None
+"""An axis, several as one with the first name slowest, or a mapping {dim: axis}."""
 
 
 class CellFailed(PmodError):
     """A cell failed on some ranks; the text says on which, and where the others were."""
 
-    def _render_traceback_(
-        self,
-    ) -> list[str]:  # IPython shows this in place of a traceback
+    # IPython shows this in place of a traceback
+    def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
 
 
@@ -41,7 +46,7 @@ class CellStopped(KeyboardInterrupt):
 
 
 class _Shown(PmodError):
-    """What went wrong is on the screen already."""
+    """An error that is on the screen already."""
 
     def _render_traceback_(self) -> list[str]:
         return []
@@ -50,135 +55,131 @@ class _Shown(PmodError):
 class Session:
     """The engines, and the mesh over the first of them."""
 
-    def __init__(self, shell: Any) -> None:
+    def __init__(self, shell: InteractiveShell) -> None:
         self.shell = shell
         self.places = Places({})
         self.engines = Engines()
-        self._board: Any = None
-        self._in_step = False  # whether the ranks are connected, and on this mesh
-        self._last: Cell | None = None  # where it is not over on all ranks
+        # what the ranks say of their waits, once they are connected
+        self._board: Board | None = None
+        # whether the ranks are connected, and on this mesh
+        self._in_step = False
+        # the last cell, if it is not over on all ranks
+        self._last: Cell | None = None
 
     def use(self, sizes: Mapping[str, int]) -> None:
-        """Make this the mesh, with the engines that are there and as many more as it
-        needs.
-        """
+        """Make this the mesh, with engines that are there and as many new as it needs."""
         self.places, self._in_step = Places(sizes), False
         self.ready()
 
-    def ready(self) -> None:
-        """Before each cell: an engine a rank, and the ranks connected."""
+    def ready(self) -> Board:
+        """See to it, before each cell, that all ranks have an engine and are connected.
+
+        Returns what they will say of their waits.
+        """
         size, ranks = self.places.size, self.engines.ranks
-        ended = self._last.clear() if self._last is not None else []
-        self._last = None
-        lacking = [
-            rank
-            for rank in range(size)
-            if rank >= len(ranks) or not ranks[rank].is_alive
-        ]
+        ended: list[int] = []
+        if self._last is not None:
+            ended = self._last.clear()
+            self._last = None
+        lacking: list[int] = []
+        for rank in range(size):
+            if rank >= len(ranks):
+                lacking.append(rank)
+            elif not ranks[rank].is_alive:
+                lacking.append(rank)
+                self._say_why(rank, ended)
         if lacking:
-            for rank in lacking:
-                if rank < len(ranks):
-                    why = (
-                        "the last cell did not stop there"
-                        if rank in ended
-                        else ranks[rank].death()
-                    )
-                    print(
-                        f"({self.places.label([rank])}) gets a new engine, without variables: {why}."
-                    )
             bar = Bar(self.shell, "starting engines", len(lacking))
             self.engines.start(lacking, bar.draw)
             bar.end()
-        if lacking or not self._in_step:
+        if self._board is None or lacking or not self._in_step:
             self._board = self.engines.connect(self.places.sizes, size)
             self.engines.activate(size)
             self._in_step = True
+        return self._board
+
+    def _say_why(self, rank: int, ended: Sequence[int]) -> None:
+        """Print that a rank gets a new engine: its variables are lost."""
+        why = self.engines.ranks[rank].death()
+        # we have killed it ourselves, so how it died explains nothing
+        if rank in ended:
+            why = "the last cell did not stop there"
+        where = self.places.label([rank])
+        print(f"({where}) gets a new engine, without variables: {why}.")
 
     def chosen(self, chosen: Mapping[str, int]) -> dict[int, Engine]:
-        """The engines of the ranks that have these indices."""
+        """Return the engines of the ranks that have these indices."""
         _check_indices(chosen, self.places.sizes)
         return {rank: self.engines.ranks[rank] for rank in self.places.select(chosen)}
 
     def run(self, code: str, chosen: Mapping[str, int]) -> None:
-        """Run a cell, show what it shows, and raise where a rank did not finish it."""
-        self.ready()
-        cell = Cell(code, self.chosen(chosen), self._board)
-        self._last, self._in_step = (
-            cell,
-            False,
-        )  # until more is known: the stop button may be pressed twice
+        """Run a cell, show what it shows, and raise if a rank did not finish it."""
+        board = self.ready()
+        cell = Cell(code, self.chosen(chosen), board)
+        # until more is known: the stop button may be pressed a second time below
+        self._last, self._in_step = cell, False
         bar = Bar(self.shell, "running", len(cell.outcomes))
+
+        def tell(cell: Cell) -> None:
+            done = len(cell.outcomes) - len(cell.left)
+            bar.draw(done, lambda: so_far(cell, self.places))
+
         try:
-            cell.run(
-                lambda cell: bar.draw(
-                    len(cell.outcomes) - len(cell.left),
-                    lambda: so_far(cell, self.places),
-                )
-            )
+            cell.run(tell)
         finally:
             bar.end()
         self._in_step = not cell.out_of_step()
-        self._last = (
-            cell
-            if any(
-                outcome.how in ("stuck", "runs") for outcome in cell.outcomes.values()
-            )
-            else None
-        )
+        if not cell.ranks_that("stuck", "runs"):
+            self._last = None
         show(cell.outcomes, self.places)
-        if self._last is None and all(
-            call.ready() for call in cell.calls.values()
-        ):  # of the dead none is
-            self.engines.forget(list(cell.calls.values()))
+        calls = list(cell.calls.values())
+        # a call to an engine that has died is never ready, and cannot be let go
+        if self._last is None and all(call.ready() for call in calls):
+            self.engines.forget(calls)
         text = report(cell, self.places, bar.seconds)
-        if text:
-            text = plain(text) if str(self.shell.colors).lower() == "nocolor" else text
-            raise CellStopped(text) if cell.interrupted else CellFailed(text)
+        if not text:
+            return
+        if str(self.shell.colors).lower() == "nocolor":
+            text = plain(text)
+        raise CellStopped(text) if cell.interrupted else CellFailed(text)
 
 
 _session: Session | None = None
 
 
 def _sizes(line: str, function: str) -> dict[str, int]:
-    """`data=2 model=2`, with commas or without, as a dict."""
+    """Return `data=2 model=2`, with commas or without, as a dict."""
     found: dict[str, int] = {}
     for part in line.replace(",", " ").split():
         match = re.fullmatch(r"(\w+)=(-?\d+)", part)
-        if match is None or match[1] in found:
-            given = (
-                f"{part!r} is no name=number"
-                if match is None
-                else f"{match[1]!r} is given twice"
-            )
-            raise AxisError(
-                phrase(
-                    function, given, f"Write {function} data=2 model=2, say."
-                ).removeprefix("pmod.")
-            )
+        right = f"Write, for example, {function} data=2 model=2."
+        if match is None:
+            given = f"{part!r} is not of the form name=number"
+            raise _axis_error(function, given, right)
+        if match[1] in found:
+            raise _axis_error(function, f"{match[1]!r} is given twice", right)
         found[match[1]] = int(match[2])
     return found
+
+
+def _axis_error(magic: str, given: str, right: str) -> AxisError:
+    """Return the error of a magic, which is no function of pmod's to be called."""
+    return AxisError(phrase(magic, given, right).removeprefix("pmod."))
 
 
 def _check_indices(chosen: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     for name, index in chosen.items():
         if name not in sizes:
             given = f"no axis {name!r}{near_miss(name, sizes)}"
-            raise AxisError(
-                phrase("%%spmd", given, f"The mesh has {dict(sizes)}.").removeprefix(
-                    "pmod."
-                )
-            )
+            raise _axis_error("%%spmd", given, f"The mesh has {dict(sizes)}.")
         if not 0 <= index < sizes[name]:
+            given = f"{name}={index} is not on the mesh"
             right = f"Indices along it go from 0 to {sizes[name] - 1}."
-            raise AxisError(
-                phrase(
-                    "%%spmd", f"{name}={index} is not on the mesh", right
-                ).removeprefix("pmod.")
-            )
+            raise _axis_error("%%spmd", given, right)
 
 
 class _Picture:
-    """The mesh over the engines, which this process is no rank of."""
+    """The mesh over the engines; this process is not one of its ranks."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self._names, self._places = tuple(sizes), tuple(sizes.values())
@@ -202,39 +203,35 @@ class PmodMagics(Magics):
 
     @line_magic
     def mesh(self, line: str) -> Mesh | _Picture:
-        """`%mesh data=2 model=2`: an engine per rank, and the mesh set on them; `%mesh`
-        alone shows it.
+        """Start an engine per rank and set the mesh there: `%mesh data=2 model=2`.
+
+        `%mesh` alone shows the mesh.
         """
         global _session
         sizes = _sizes(line, "%mesh")
         if not sizes:
-            return (
-                current_mesh() if _session is None else _Picture(_session.places.sizes)
-            )
-        if (
-            _session is None and world.here().world_size > 1
-        ):  # this process is a rank already
-            shutdown()  # begins anew, also where a wait was cut off
+            if _session is None:
+                return current_mesh()
+            return _Picture(_session.places.sizes)
+        # this process is a rank already, as under jupyter-distributed
+        if _session is None and world.here().world_size > 1:
+            # a wait that was cut off has left the ranks out of step: connect them anew
+            shutdown()
             set_mesh(make_mesh(sizes))
             return current_mesh()
         for name, size in sizes.items():
             if size < 1:
                 right = "Sizes are 1 or more; their product is the number of engines."
-                raise AxisError(
-                    phrase("%mesh", f"{name}={size} is no size", right).removeprefix(
-                        "pmod."
-                    )
-                )
+                raise _axis_error("%mesh", f"{name}={size} is no size", right)
         if _session is None:
-            _session = Session(self.shell)
+            shell: Any = self.shell
+            _session = Session(shell)
         _session.use(sizes)
         return _Picture(sizes)
 
     @cell_magic
     def spmd(self, line: str, cell: str) -> None:
-        """`%%spmd`: the cell on all ranks; `%%spmd model=0`: on those with this index
-        along the axis.
-        """
+        """Run the cell on all ranks, or with `%%spmd model=0` on those with this index."""
         chosen = _sizes(line, "%%spmd")
         if _session is not None:
             _session.run(cell, chosen)
@@ -243,10 +240,7 @@ class PmodMagics(Magics):
             set_mesh(make_mesh())
         mesh = current_mesh()
         _check_indices(chosen, mesh.shape)
-        coords = mesh.coords
-        if coords is None or any(
-            coords[name] != index for name, index in chosen.items()
-        ):
+        if mesh.coords is None or not chosen.items() <= mesh.coords.items():
             return
         shell: Any = self.shell
         outcome = shell.run_cell(cell)
@@ -254,35 +248,34 @@ class PmodMagics(Magics):
             raise _Shown(str(outcome.error_in_exec or outcome.error_before_exec))
 
 
-def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext pmod.notebook`."""
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Add the magics: `%load_ext pmod.notebook`."""
     shell.register_magics(PmodMagics)
 
 
-def unload_ipython_extension(shell: Any) -> None:
-    """`%unload_ext pmod.notebook`: end the engines, which otherwise end with the
-    notebook.
-    """
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """End the engines: `%unload_ext pmod.notebook`. They end with the notebook, too."""
     global _session
     if _session is not None:
         _session.engines.end()
     _session = None
 
 
-def pull(name: str, *, axis: Any = None, dim: int | None = None) -> Any:
-    """The value of a name on every rank: a list in the order of the ranks, tensors on
-    the CPU and without history.
+def pull(name: str, *, axis: Along = None, dim: int | None = None) -> Any:
+    """Return the value of a name on every rank, in a list in the order of the ranks.
 
-    dim: join them along it into one value, in the order of the ranks; axis: only along
-    this axis (or these, first name slowest), and of the ranks that differ elsewhere the
-    first; axis may also be a mapping {dim: axis}. Where this process is a rank itself
-    (jupyter-distributed) all of them call it, and all get the values.
+    Tensors come to the CPU and without their history.
 
-    Raises: NameError where a rank has no such name; between processes that are the
-    ranks, ArgumentError for what is no tensor, array, number, text or container of
+    dim: join the values along it into one, in the order of the ranks. axis: join only
+    along this axis (or these, first name slowest), and of the ranks that differ
+    elsewhere take the first. axis may also be a mapping {dim: axis}. If this process is
+    itself a rank (jupyter-distributed), all of them call it, and all get the values.
+
+    Raises: NameError if a rank has no such name; between processes that are the ranks,
+    ArgumentError for a value that is not a tensor, array, number, text or container of
     these.
 
-    Where `%%spmd` has set ``x = torch.full((1,), pmod.axis_index("data"))`` on a mesh of ``data=2``::
+    If `%%spmd` has set ``x = torch.full((1,), pmod.axis_index("data"))`` on a mesh of ``data=2``::
 
         pull("x")           # [tensor([0]), tensor([1])]
         pull("x", dim=0)    # tensor([0, 1])
@@ -297,7 +290,7 @@ def pull(name: str, *, axis: Any = None, dim: int | None = None) -> Any:
     return _joined(values, list(axes.items()), {}, places)
 
 
-def _check_dims(name: str, value: Any, dims: Iterable[int], function: str) -> None:
+def _check_dims(name: str, value: object, dims: Iterable[int], function: str) -> None:
     for dim in dims:
         if not isinstance(value, torch.Tensor):
             given = f"{name} is a {type(value).__name__}, which has no dims"
@@ -305,43 +298,38 @@ def _check_dims(name: str, value: Any, dims: Iterable[int], function: str) -> No
             given = f"{name} has no dim {dim}, its shape is {tuple(value.shape)}"
         else:
             continue
-        raise ArgumentError(
-            phrase(
-                f"notebook.{function}",
-                given,
-                "Leave dim and axis out: one value per rank.",
-            )
-        )
+        right = "Leave dim and axis out: one value per rank."
+        raise ArgumentError(phrase(f"notebook.{function}", given, right))
 
 
 def _joined(
-    values: list[Any],
+    values: list[torch.Tensor],
     axes: list[tuple[int, tuple[str, ...]]],
     at: dict[str, int],
     places: Places,
-) -> Any:
+) -> torch.Tensor:
+    """Return the values joined along these dims, of the ranks that are at these indices."""
     if not axes:
-        return values[places.select({name: 0 for name in places.sizes} | at)[0]]
+        first = dict.fromkeys(places.sizes, 0)
+        return values[places.select(first | at)[0]]
     (dim, names), *rest = axes
     inner = Places({name: places.sizes[name] for name in names})
-    return torch.cat(
-        [
-            _joined(values, rest, at | inner.coords(i), places)
-            for i in range(inner.size)
-        ],
-        dim,
-    )
+    parts: list[torch.Tensor] = []
+    for index in range(inner.size):
+        parts.append(_joined(values, rest, at | inner.coords(index), places))
+    return torch.cat(parts, dim)
 
 
 def push(
-    values: Mapping[str, Any], *, axis: Any = None, dim: int | None = None
+    values: Mapping[str, object], *, axis: Along = None, dim: int | None = None
 ) -> None:
     """Set names on every rank, tensors on its device: the same values everywhere.
 
     dim: cut tensors along it, in the order of the ranks and into the sizes of
-    `pmod.split_sizes`, a part a rank; axis: only along this axis, and the same on ranks
-    that differ elsewhere; a mapping {dim: axis} as in `pull`. Where this
-    process is a rank itself all of them call it, and what counts are the values of the first::
+    `pmod.split_sizes`, one part a rank. axis: cut only along this axis; ranks that
+    differ elsewhere get the same. It may be a mapping {dim: axis}, as in `pull`. If
+    this process is itself a rank, all of them call it, and the values of the first one
+    count::
 
         push({"x": torch.arange(5)}, dim=0)    # of two ranks the first gets x = tensor([0, 1, 2])
     """
@@ -351,100 +339,106 @@ def push(
     places = _places()
     if _session is None:
         mesh = _own_mesh()
-        sent = peers.gathered(dict(values) if is_first(mesh) else {}, mesh, "push")[0]
+        own = dict(values) if is_first(mesh) else {}
+        sent = peers.gathered(own, mesh, "push")[0]
         (rank,) = places.select(mesh.coords or {})
-        on_rank.keep(
-            {name: _part(value, axes, places, rank) for name, value in sent.items()}
-        )
+        on_rank.keep(_parts(sent, axes, places, rank))
         return
     _session.ready()
     engines = _session.chosen({})
-    parts = {
-        rank: {name: _part(value, axes, places, rank) for name, value in values.items()}
-        for rank in engines
-    }
-    calls = [engine.call(on_rank.keep, parts[rank]) for rank, engine in engines.items()]
+    calls: list[Call] = []
+    for rank, engine in engines.items():
+        parts = _parts(values, axes, places, rank)
+        calls.append(engine.call(on_rank.keep, parts))
     _session.engines.gather(list(engines.values()), calls)
 
 
+def _parts(
+    values: Mapping[str, object],
+    axes: Mapping[int, tuple[str, ...]],
+    places: Places,
+    rank: int,
+) -> dict[str, object]:
+    """Return a rank's part of each value."""
+    parts: dict[str, object] = {}
+    for name, value in values.items():
+        # only a tensor has come here with dims to cut
+        if isinstance(value, torch.Tensor):
+            value = _part(value, axes, places, rank)
+        parts[name] = value
+    return parts
+
+
 def _part(
-    value: Any, axes: Mapping[int, tuple[str, ...]], places: Places, rank: int
-) -> Any:
+    value: torch.Tensor, axes: Mapping[int, tuple[str, ...]], places: Places, rank: int
+) -> torch.Tensor:
+    coords = places.coords(rank)
     for dim, names in axes.items():
         inner = Places({name: places.sizes[name] for name in names})
-        coords = places.coords(rank)
         (index,) = inner.select({name: coords[name] for name in names})
-        value = value.split(
-            split_sizes(value.shape[dim], tuple(inner.sizes.values())), dim
-        )[index]
+        sizes = split_sizes(value.shape[dim], tuple(inner.sizes.values()))
+        value = value.split(sizes, dim)[index]
     return value
 
 
 def _places() -> Places:
-    return _session.places if _session is not None else Places(_own_mesh().shape)
+    if _session is not None:
+        return _session.places
+    return Places(_own_mesh().shape)
 
 
 def _own_mesh() -> Mesh:
-    """The mesh where this process is a rank of it: what is set, else all ranks."""
+    """Return the mesh that this process is a rank of: the one set, else all ranks."""
     mesh = ambient()
     return make_mesh() if mesh is None else mesh
 
 
-def _dims(axis: Any, dim: int | None, function: str) -> dict[int, tuple[str, ...]]:
-    """What is cut or joined along what: dim -> axes."""
+def _dims(axis: Along, dim: int | None, function: str) -> dict[int, tuple[str, ...]]:
+    """Return which dims are cut or joined, each along which axes."""
+    function = f"notebook.{function}"
     sizes = _places().sizes
+    asked: dict[int, tuple[str, ...]] = {}
     if isinstance(axis, Mapping):
         if dim is not None:
-            raise ArgumentError(
-                phrase(
-                    f"notebook.{function}",
-                    "axis says which dims, and dim does, too",
-                    "Give one.",
-                )
-            )
-        asked = {
-            int(key): (name,) if isinstance(name, str) else tuple(name)
-            for key, name in axis.items()
-        }
-    elif dim is None:
-        if axis is not None:
-            given = f"axis is {axis!r}, and no dim is given"
-            raise ArgumentError(
-                phrase(f"notebook.{function}", given, "Pass dim=0, say.")
-            )
-        return {}
-    else:
-        asked = {
-            dim: tuple(sizes)
-            if axis is None
-            else (axis,)
-            if isinstance(axis, str)
-            else tuple(axis)
-        }
-    named = [name for names in asked.values() for name in names]
-    for name in named:
-        if name not in sizes or named.count(name) > 1:
-            given = (
-                f"no axis {name!r}{near_miss(name, sizes)}"
-                if name not in sizes
-                else f"{name!r} is named twice"
-            )
-            raise AxisError(
-                phrase(f"notebook.{function}", given, f"The mesh has {sizes}.")
-            )
+            given = "axis says which dims, and dim does, too"
+            raise ArgumentError(phrase(function, given, "Give one."))
+        for key, names in axis.items():
+            asked[int(key)] = _names(names)
+    elif dim is not None:
+        asked[dim] = tuple(sizes) if axis is None else _names(axis)
+    elif axis is not None:
+        given = f"axis is {axis!r}, and no dim is given"
+        raise ArgumentError(phrase(function, given, "Pass one, for example dim=0."))
+    seen: set[str] = set()
+    for name in chain.from_iterable(asked.values()):
+        right = f"The mesh has {sizes}."
+        if name not in sizes:
+            given = f"no axis {name!r}{near_miss(name, sizes)}"
+            raise AxisError(phrase(function, given, right))
+        if name in seen:
+            raise AxisError(phrase(function, f"{name!r} is named twice", right))
+        seen.add(name)
     return asked
 
 
+def _names(axes: str | Iterable[str]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
 def _fetched(name: str, places: Places) -> list[Any]:
+    """Return what the name is on every rank."""
+    found: list[tuple[bool, object]]
     if _session is None:
         found = peers.gathered(on_rank.fetch(name), _own_mesh(), "pull")
     else:
         _session.ready()
         engines = list(_session.chosen({}).values())
-        found = _session.engines.gather(
-            engines, [engine.call(on_rank.fetch, name) for engine in engines]
-        )
-    lacking = [rank for rank, (is_there, _) in enumerate(found) if not is_there]
+        calls = [engine.call(on_rank.fetch, name) for engine in engines]
+        found = _session.engines.gather(engines, calls)
+    lacking: list[int] = []
+    for rank, (is_there, _) in enumerate(found):
+        if not is_there:
+            lacking.append(rank)
     if lacking:
         where = "any rank" if len(lacking) == places.size else places.label(lacking)
         raise NameError(phrase("notebook.pull", f"{name!r} is not defined on {where}"))

@@ -1,9 +1,8 @@
-"""Values between processes that are the ranks themselves: a kernel of
-jupyter-distributed, IPython under mpirun.
+"""Values between processes that are the ranks themselves.
 
-What the network brings is read by the unpickler that torch has for checkpoints of
-strangers: it makes tensors, arrays, numbers, texts and containers, and calls nothing
-else.
+Such are a kernel of jupyter-distributed, or IPython under mpirun. What the network
+brings is read by the unpickler that torch has for checkpoints of strangers. It makes
+tensors, arrays, numbers, texts and containers, and calls nothing else.
 """
 
 from __future__ import annotations
@@ -21,61 +20,57 @@ from pmod._mesh.mesh import Mesh
 from pmod._ranks import world
 
 # what numpy's arrays and numbers are made with, besides what torch knows
+_DTYPES = {type(np.dtype(code)) for code in np.typecodes["All"]}
 _NUMPY: list[Any] = [
-    *(
-        np.ndarray,
-        np.dtype,
-        bytes,
-        np.empty(0).__reduce__()[0],
-        np.float64().__reduce__()[0],
-    ),
-    *{type(np.dtype(code)) for code in np.typecodes["All"]},
+    np.ndarray,
+    np.dtype,
+    bytes,
+    np.empty(0).__reduce__()[0],
+    np.float64().__reduce__()[0],
+    *_DTYPES,
 ]
 
 
 def gathered(value: object, mesh: Mesh, function: str) -> list[Any]:
-    """The value of each rank, in the order of the mesh, tensors on the CPU. All ranks
-    of the mesh call it together.
+    """Return the value of each rank, in the order of the mesh, tensors on the CPU.
 
-    Raises: on all of them ArgumentError where a rank has what is no tensor, array,
-    number, text or container of these.
+    All ranks of the mesh call it together.
+    Raises: ArgumentError on all of them if a rank has a value that is not a tensor,
+    array, number, text or container of these.
     """
     if mesh.size == 1:
         return [value]
-    packed = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8).to(
-        world.number_device()
-    )
-    sizes = all_gather(
-        packed.new_tensor([packed.numel()], dtype=torch.int64), mesh
-    ).tolist()
+    device = world.number_device()
+    packed = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8).to(device)
+    size = packed.new_tensor([packed.numel()], dtype=torch.int64)
+    sizes = all_gather(size, mesh).tolist()
     parts = all_gather_v(packed, mesh, sizes=sizes).cpu().split(sizes)
-    values: list[Any] = []
+    values: list[object] = []
     for rank, part in zip(mesh.ranks.reshape(-1), parts, strict=True):
         value, refused = _unpacked(part.numpy().tobytes())
         if refused:
-            right = "Between ranks go tensors, arrays, numbers, texts, and dicts, lists and tuples of them."
-            raise ArgumentError(
-                phrase(
-                    f"notebook.{function}",
-                    f"on rank {rank} the value holds {refused}",
-                    right,
-                )
+            given = f"on rank {rank} the value holds {refused}"
+            right = (
+                "Between ranks go tensors, arrays, numbers, texts, "
+                "and dicts, lists and tuples of them."
             )
+            raise ArgumentError(phrase(f"notebook.{function}", given, right))
         values.append(value)
     return values
 
 
 def _packed(value: object) -> bytes:
-    """The bytes of (value, ""), or of (None, what it holds that does not travel)."""
+    """Return the bytes of (value, ""), or of (None, what in it does not travel)."""
     buffer = io.BytesIO()
     try:
         torch.save((value, ""), buffer)
         buffer.seek(0)
         with torch.serialization.safe_globals(_NUMPY):
-            refused = ", ".join(
-                torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
-            )
-    except Exception as error:  # whatever the pickling of a user's class raises: the other ranks wait for this one
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+            refused = ", ".join(unsafe)
+    # the pickling of a user's class may raise anything; the other ranks wait for this
+    # one, and are told in place of its value
+    except Exception as error:
         refused = f"what cannot be pickled ({type(error).__name__}: {error})"
     if refused:
         buffer = io.BytesIO()
@@ -83,6 +78,6 @@ def _packed(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def _unpacked(packed: bytes) -> tuple[Any, str]:
+def _unpacked(packed: bytes) -> tuple[object, str]:
     with torch.serialization.safe_globals(_NUMPY):
         return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)

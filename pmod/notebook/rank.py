@@ -1,5 +1,6 @@
-"""What runs in an engine, between the cells: its place among the ranks, what became of
-a cell, values out and in.
+"""What runs in an engine between the cells.
+
+That is its place among the ranks, what became of a cell, and values out and in.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,11 @@ from pmod._run import launch
 from pmod._site import HERE
 from pmod._wire import waiting
 
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+T = TypeVar("T")
+
 
 def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
     """Leave what this process was connected to, connect as this rank, and set the mesh."""
@@ -41,56 +47,56 @@ def enter(rank: int, size: int, port: int, axes: dict[str, int]) -> None:
     world.launch_as(place)
     use_device(place.device)
     set_mesh(make_mesh(axes))
-    # IPython takes a second to show a traceback that leads through many files, and
-    # somebody has pressed the stop button
+    # IPython takes a second to show a traceback that leads through many files, too long
+    # for somebody who has pressed the stop button
     _shell().set_custom_exc((KeyboardInterrupt, asyncio.CancelledError), _interrupted)
     _shell().loop_runner = _awaited
 
 
 def _interrupted(
-    shell: Any, kind: type[BaseException], error: Any, trace: Any, tb_offset: Any = None
+    shell: InteractiveShell,
+    kind: type[BaseException],
+    error: Any,
+    trace: object,
+    tb_offset: int | None = None,
 ) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the cell is over, another one would hit the kernel; it resets this
-    error._render_traceback_ = lambda: [
-        kind.__name__
-    ]  # IPython shows, and stores, this instead
+    # the cell is over, and a second interrupt would hit the kernel, which resets this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # IPython shows, and stores, this in place of a traceback
+    error._render_traceback_ = lambda: [kind.__name__]
     shell.showtraceback((kind, error, trace))
 
 
-_runner = (
-    asyncio.Runner()
-)  # its loop stays, and with it the tasks that a cell has started
+# its loop stays between cells, and with it the tasks that a cell has started
+_runner = asyncio.Runner()
 
 
-def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a cell that awaits to its end, which the engine's loop cannot: such a cell's
-    reply is lost by ipyparallel.
+def _awaited(coroutine: Coroutine[object, object, T]) -> T:
+    """Run a cell that awaits to its end.
+
+    The engine's own loop cannot do so: ipyparallel loses such a cell's reply.
     """
     outer, loop = asyncio.get_running_loop(), _runner.get_loop()
-    cell: asyncio.Task[Any] | None = None
+    cell: asyncio.Task[T] | None = None
 
-    async def noted() -> Any:
+    async def noted() -> T:
         nonlocal cell
         cell = asyncio.current_task()
         return await coroutine
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        """Raise in code that runs, as in any cell; where the loop waits, end what the
-        cell awaits, and not the loop.
-        """
+        """Raise in code that runs; if the loop waits, end only what the cell awaits."""
         if cell is None or asyncio.current_task(loop) is not None:
             raise KeyboardInterrupt
         cell.cancel()
-        loop.call_soon_threadsafe(int)  # wakes it up
+        # any call wakes the loop up, which has not seen that the cell was cancelled
+        loop.call_soon_threadsafe(int)
 
     before = signal.signal(signal.SIGINT, interrupt)
     asyncio._set_running_loop(None)
     try:
-        return _runner.run(
-            noted(), context=contextvars.copy_context()
-        )  # which names the cell for its outputs
+        # the context names the cell, for its outputs
+        return _runner.run(noted(), context=contextvars.copy_context())
     finally:
         asyncio._set_running_loop(outer)
         asyncio.set_event_loop(outer)
@@ -102,52 +108,57 @@ def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
 class Failure:
     """How a cell ended on a rank that did not finish it."""
 
-    lines: tuple[
-        str, ...
-    ]  # file and number of each line of the traceback: the same where ranks failed alike
-    at: str  # the innermost line that is the user's, "" where the cell had not begun
-    waited: str  # in which collective, "" where it did not wait
-    ours: bool  # raised by pmod on purpose: what is inside it explains nothing
+    # file and number of each line of the traceback: the same where ranks failed alike
+    lines: tuple[str, ...]
+    # the innermost line that is the user's, "" if the cell had not begun
+    at: str
+    # in which collective, "" if it did not wait
+    waited: str
+    # raised by pmod on purpose: what is inside it explains nothing
+    ours: bool
 
 
 def failure() -> Failure:
-    """Of the last exception that was shown here."""
-    error: BaseException = sys.last_value  # pyright: ignore[reportAssignmentType]  # a rank is asked where it raised
+    """Return how the last cell failed, from the exception that was shown here."""
+    # set, because a rank is asked only if its cell raised
+    error: BaseException = sys.last_value  # pyright: ignore[reportAssignmentType]
     frames = list(traceback.walk_tb(error.__traceback__))
-    lines = tuple(
-        in_cell(f"{frame.f_code.co_filename}:{number}") for frame, number in frames
-    )
-    inside = tuple(
-        os.path.dirname(str(module.__file__)) + os.sep for module in (pmod, torch, os)
-    )
-    # Python's own modules, some of which are frozen: `open` runs lines of <frozen
-    # codecs>
-    last = max(
-        (
-            i
-            for i, line in enumerate(lines)
-            if not line.startswith((*inside, "<frozen "))
-        ),
-        default=-1,
-    )
-    began = any(line.startswith("line ") for line in lines)
-    at = (
-        f"{lines[last]}: {linecache.getline(*_place(frames[last])).strip()}"
-        if began
-        else ""
-    )
+    lines: list[str] = []
+    for frame, number in frames:
+        lines.append(in_cell(f"{frame.f_code.co_filename}:{number}"))
+    last = _last_of_user(lines)
+    at = ""
+    if any(line.startswith("line ") for line in lines):
+        text = linecache.getline(*_place(frames[last])).strip()
+        at = f"{lines[last]}: {text}"
     waits = [wait for wait in map(_wait_in, frames) if wait is not None]
     waited = _waited(frames[last + 1 :], waits[0]) if waits else ""
-    return Failure(lines, at, waited, isinstance(error, PmodError))
+    return Failure(tuple(lines), at, waited, isinstance(error, PmodError))
+
+
+def _last_of_user(lines: Sequence[str]) -> int:
+    """Return the number of the innermost line that is the user's, or -1."""
+    # Python's own modules are left out as well. Some of them are frozen: `open` runs
+    # lines of <frozen codecs>
+    inside = ["<frozen "]
+    for module in (pmod, torch, os):
+        inside.append(os.path.dirname(str(module.__file__)) + os.sep)
+    for number in reversed(range(len(lines))):
+        if not lines[number].startswith(tuple(inside)):
+            return number
+    return -1
 
 
 def _wait_in(entry: tuple[FrameType, int]) -> waiting.Wait | None:
-    """The wait that a method belongs to: its own, or that of a wire which was about to
-    wait.
+    """Return the wait that a method belongs to, if there is one.
+
+    It is the wait's own method, or one of a wire that was about to wait.
     """
-    owner: Any = entry[0].f_locals.get("self")
-    wait = owner if isinstance(owner, waiting.Wait) else getattr(owner, "_wait", None)
-    return wait if isinstance(wait, waiting.Wait) else None
+    owner = entry[0].f_locals.get("self")
+    for found in (owner, getattr(owner, "_wait", None)):
+        if isinstance(found, waiting.Wait):
+            return found
+    return None
 
 
 def _place(entry: tuple[FrameType, int]) -> tuple[str, int]:
@@ -155,41 +166,37 @@ def _place(entry: tuple[FrameType, int]) -> tuple[str, int]:
 
 
 def _waited(frames: list[tuple[FrameType, int]], wait: waiting.Wait) -> str:
-    """`psum(axis='data')`: the public function, and the axis of the wait it came to."""
-    ours = [
-        frame.f_code.co_name
-        for frame, _ in frames
-        if frame.f_code.co_filename.startswith(HERE)
-    ]
-    function = next(
-        (name for name in ours if hasattr(pmod, name)), f"{wait._said.row} in backward"
-    )
+    """Return `pmod.psum(axis='data')`: the function called, and the axis of its wait."""
+    function = f"{wait._said.row} in backward"
+    for frame, _ in frames:
+        name = frame.f_code.co_name
+        # the outermost of pmod's functions is the one that the user called
+        if frame.f_code.co_filename.startswith(HERE) and hasattr(pmod, name):
+            function = name
+            break
     return f"pmod.{function}(axis={wait._axis.label!r})"
 
 
 def sent() -> dict[tuple[int, ...], int]:
-    """How many messages went along which ranks, since they were connected."""
+    """Return how many messages went along which ranks, since they were connected."""
     now = world.processes().connection
-    return {
-        tuple(dist.get_process_group_ranks(group)): now.meetings[key]
-        for key, group in now.groups.items()
-    }
+    counts: dict[tuple[int, ...], int] = {}
+    for key, group in now.groups.items():
+        ranks = tuple(dist.get_process_group_ranks(group))
+        counts[ranks] = now.meetings[key]
+    return counts
 
 
 def in_cell(text: str) -> str:
-    """`line 3` for the name of the file that IPython pretends to have written a cell
-    to.
-    """
-    return re.sub(
-        r"(?:\S*ipykernel_\d+/\d+\.py|<ipython-input-[^>]*>|\bcell \d+):(\d+)",
-        r"line \1",
-        text,
-    )
+    """Return the text with `line 3` for the file that IPython says a cell is in."""
+    file = r"(?:\S*ipykernel_\d+/\d+\.py|<ipython-input-[^>]*>|\bcell \d+)"
+    return re.sub(rf"{file}:(\d+)", r"line \1", text)
 
 
 def fetch(name: str) -> tuple[bool, object]:
-    """Whether there is such a name, and its value, the tensors on the CPU and without
-    their history.
+    """Return whether there is such a name, and its value.
+
+    Tensors are on the CPU and without their history.
     """
     names = _names()
     return name in names, map_tensors(lambda x: x.detach().cpu(), names.get(name))
@@ -198,25 +205,23 @@ def fetch(name: str) -> tuple[bool, object]:
 def keep(values: dict[str, object]) -> None:
     """Set names, the tensors on this rank's device."""
     device = world.here().device
-    _names().update(
-        {
-            name: map_tensors(lambda x: x.to(device), value)
-            for name, value in values.items()
-        }
-    )
+    moved: dict[str, object] = {}
+    for name, value in values.items():
+        moved[name] = map_tensors(lambda x: x.to(device), value)
+    # all at once: if one cannot be moved, no name is set
+    _names().update(moved)
 
 
-def _names() -> dict[str, Any]:
+def _names() -> dict[str, object]:
     return _shell().user_ns
 
 
-def _shell() -> Any:
+def _shell() -> InteractiveShell:
     from IPython.core.getipython import get_ipython
 
     shell = get_ipython()
     if shell is None:
+        given = "there are no variables of cells here"
         right = "pull and push are for a notebook, where IPython runs."
-        raise PmodError(
-            phrase("notebook", "there are no variables of cells here", right)
-        )
+        raise PmodError(phrase("notebook", given, right))
     return shell

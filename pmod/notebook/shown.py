@@ -1,6 +1,4 @@
-"""What a cell shows: labels for sets of ranks, outputs folded where they are equal,
-failures, the bar while it runs.
-"""
+"""What a cell shows: equal outputs folded, failures, and a bar while it runs."""
 
 from __future__ import annotations
 
@@ -15,9 +13,12 @@ from typing import Any
 
 from pmod._errors import coordinates
 from pmod._site import HERE
-from pmod.notebook.cells import Cell, Outcome, plain
+from pmod.notebook.cells import Cell, Display, Outcome, plain
 
-_TAIL = 12  # lines of what a cell has printed, below the bar
+# lines of what a cell has printed, below the bar
+_TAIL = 12
+# ranks that a label names one by one
+_NAMED = 6
 
 
 class Places:
@@ -28,23 +29,25 @@ class Places:
         self.size = math.prod(sizes.values())
 
     def coords(self, rank: int) -> dict[str, int]:
-        """Axis name -> index."""
+        """Return the rank's index along each axis."""
         found: dict[str, int] = {}
         for name in reversed(self.sizes):
             rank, found[name] = divmod(rank, self.sizes[name])
         return {name: found[name] for name in self.sizes}
 
     def select(self, chosen: Mapping[str, int]) -> list[int]:
-        """The ranks that have these indices."""
-        return [
-            r
-            for r in range(self.size)
-            if all(self.coords(r)[name] == i for name, i in chosen.items())
-        ]
+        """Return the ranks that have these indices."""
+        ranks: list[int] = []
+        for rank in range(self.size):
+            if chosen.items() <= self.coords(rank).items():
+                ranks.append(rank)
+        return ranks
 
     def label(self, ranks: Iterable[int]) -> str:
-        """`all`; `model=0`, which is all of it along the other axes; `data=0..2,
-        model=1`; else one by one.
+        """Return a short name for a set of ranks.
+
+        `all`; or `model=0`, which is all of it along the other axes; or `data=0..2,
+        model=1`; or else one rank after the other.
 
         >>> Places({"data": 2, "model": 2}).label([1, 3])
         'model=1'
@@ -52,18 +55,22 @@ class Places:
         ranks = sorted(ranks)
         if len(ranks) == self.size:
             return "all"
-        seen = {
-            name: sorted({self.coords(rank)[name] for rank in ranks})
-            for name in self.sizes
-        }
-        if math.prod(map(len, seen.values())) == len(ranks):  # a box
-            return ", ".join(
-                f"{n}={_run(i)}" for n, i in seen.items() if len(i) < self.sizes[n]
-            )
-        shown = [coordinates(self.coords(rank)) for rank in ranks[:6]]
-        return " ".join(shown) + (
-            f" and {len(ranks) - 6} more" if len(ranks) > 6 else ""
-        )
+        seen = self._seen(ranks)
+        # as many ranks as places in the box around them: they fill it
+        if math.prod(map(len, seen.values())) == len(ranks):
+            cut = [name for name in seen if len(seen[name]) < self.sizes[name]]
+            return ", ".join(f"{name}={_run(seen[name])}" for name in cut)
+        shown = [coordinates(self.coords(rank)) for rank in ranks[:_NAMED]]
+        if len(ranks) > _NAMED:
+            shown.append(f"and {len(ranks) - _NAMED} more")
+        return " ".join(shown)
+
+    def _seen(self, ranks: Sequence[int]) -> dict[str, list[int]]:
+        """Return the indices that these ranks have along each axis."""
+        seen: dict[str, list[int]] = {}
+        for name in self.sizes:
+            seen[name] = sorted({self.coords(rank)[name] for rank in ranks})
+        return seen
 
 
 def _run(indices: Sequence[int]) -> str:
@@ -74,7 +81,7 @@ def _run(indices: Sequence[int]) -> str:
 
 
 def fold(values: Mapping[int, Hashable]) -> dict[Hashable, list[int]]:
-    """Equal values -> their ranks, in the order of the first of them."""
+    """Return the ranks of each value, in the order of the first rank that has it."""
     folded: dict[Hashable, list[int]] = {}
     for rank, value in sorted(values.items()):
         folded.setdefault(value, []).append(rank)
@@ -82,23 +89,22 @@ def fold(values: Mapping[int, Hashable]) -> dict[Hashable, list[int]]:
 
 
 def prefixed(texts: Mapping[int, str], places: Places) -> str:
-    """What the ranks have printed, each line behind its ranks; ranks that printed
-    nothing are left out.
+    """Return what the ranks have printed, each line behind the ranks that printed it.
+
+    Ranks that printed nothing are left out.
     """
-    folded = {
-        places.label(ranks): str(text) for text, ranks in fold(texts).items() if text
-    }
+    folded: dict[str, str] = {}
+    for text, ranks in fold(texts).items():
+        if text:
+            folded[places.label(ranks)] = str(text)
     width = max(map(len, folded), default=0)
-    lines = (
-        (label, line)
-        for label, text in folded.items()
-        for line in text.removesuffix("\n").split("\n")
-    )
-    # of a line that was written over, as a progress bar's, the last state
-    return "".join(
-        f"{label:{width}} │ {line.rstrip(chr(13)).rpartition(chr(13))[2]}\n"
-        for label, line in lines
-    )
+    lines: list[str] = []
+    for label, text in folded.items():
+        for line in text.removesuffix("\n").split("\n"):
+            # a progress bar writes over its line: only the last state of it is shown
+            last = line.rstrip("\r").rpartition("\r")[2]
+            lines.append(f"{label:{width}} │ {last}\n")
+    return "".join(lines)
 
 
 # --- what is left of a cell -----------------------------------------------------------
@@ -106,44 +112,46 @@ def prefixed(texts: Mapping[int, str], places: Places) -> str:
 
 def show(outcomes: Mapping[int, Outcome], places: Places) -> None:
     """Print and display what the ranks did."""
-    for stream in ("stdout", "stderr"):
-        text = prefixed(
-            {rank: getattr(outcome, stream) for rank, outcome in outcomes.items()},
-            places,
-        )
+    stdout = {rank: outcome.stdout for rank, outcome in outcomes.items()}
+    stderr = {rank: outcome.stderr for rank, outcome in outcomes.items()}
+    for texts, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
+        text = prefixed(texts, places)
         if text:
-            print(text, end="", file=getattr(sys, stream), flush=True)
-    for number in range(max(len(outcome.shown) for outcome in outcomes.values())):
-        at = {
-            rank: outcome.shown[number]
-            for rank, outcome in outcomes.items()
-            if number < len(outcome.shown)
-        }
-        keys = fold({rank: _key(shown["data"]) for rank, shown in at.items()})
-        for ranks in keys.values():
-            _display(
-                at[ranks[0]],
-                ""
-                if len(keys) == 1 and len(ranks) == len(outcomes)
-                else places.label(ranks),
-            )
+            print(text, end="", file=stream, flush=True)
+    most = max(len(outcome.shown) for outcome in outcomes.values())
+    for number in range(most):
+        _show_output(number, outcomes, places)
 
 
-def _key(data: Mapping[str, Any]) -> str:
-    """What makes two outputs the same; addresses in memory do not count."""
+def _show_output(number: int, outcomes: Mapping[int, Outcome], places: Places) -> None:
+    """Display what the ranks displayed as their output of this number, each once."""
+    at: dict[int, Display] = {}
+    for rank, outcome in outcomes.items():
+        if number < len(outcome.shown):
+            at[rank] = outcome.shown[number]
+    sets = fold({rank: _key(shown["data"]) for rank, shown in at.items()}).values()
+    for ranks in sets:
+        # what all ranks show alike stands there as if one process had shown it
+        alike = len(ranks) == len(outcomes)
+        _display(at[ranks[0]], "" if alike else places.label(ranks))
+
+
+def _key(data: Mapping[str, object]) -> str:
+    """Return what is the same for two outputs that are shown as one."""
+    # an address in memory differs between processes, and says nothing
     return re.sub(r"\bat 0x[0-9a-f]+", "at 0x", repr(sorted(data.items())))
 
 
-def _display(shown: Mapping[str, Any], label: str) -> None:
+def _display(shown: Display, label: str) -> None:
     from IPython.display import display
 
     data = dict(shown["data"])
     only_text = set(data) <= {"text/plain"}
     if label and only_text:
+        text = data["text/plain"]
+        # below the label, the lines of an array stay below one another
         data["text/plain"] = (
-            f"{label}: "
-            + ("\n" if "\n" in data["text/plain"] else "")
-            + data["text/plain"]
+            f"{label}: \n{text}" if "\n" in text else f"{label}: {text}"
         )
     elif label:
         print(f"{label}:", flush=True)
@@ -154,141 +162,151 @@ def _display(shown: Mapping[str, Any], label: str) -> None:
 
 
 def report(cell: Cell, places: Places, seconds: float) -> str:
-    """What went wrong, "" where nothing did: one traceback, who raised it, and where
-    the others were.
+    """Return what went wrong, or "" if nothing did.
+
+    That is one traceback, who raised it, and where the others were.
     """
     outcomes = cell.outcomes
     if all(outcome.how == "done" for outcome in outcomes.values()):
         return ""
-    own = {
-        rank: outcome
-        for rank, outcome in outcomes.items()
-        if outcome.how == "raised" and not outcome.stopped
-    }
-    alike = list(
-        fold({rank: _alike(outcome) for rank, outcome in own.items()}).values()
-    )
+    errors: dict[int, Hashable] = {}
+    others: dict[int, str] = {}
+    for rank, outcome in outcomes.items():
+        # what a rank raised because it was stopped is nothing that the user did wrong
+        if outcome.how == "raised" and not outcome.stopped:
+            errors[rank] = _alike(outcome)
+        else:
+            others[rank] = _state(outcome)
+    alike = list(fold(errors).values())
     cause = _cause(alike, cell)
-    blocks = [f"Interrupted after {seconds:.1f} s."] if cell.interrupted else []
+    lines: list[str] = []
+    if cell.interrupted:
+        lines.append(f"Interrupted after {seconds:.1f} s.")
     if cause:
-        first = own[cause[0]]
-        blocks.append(f"{_shortened(first)}\n\nraised {_where(cause, places)}")
-    ranks_of = fold(
-        {rank: _state(outcome) for rank, outcome in outcomes.items() if rank not in own}
-    )
-    rows = [f"{_where(ranks, places)}: {what}" for what, ranks in ranks_of.items()]
-    rows += [
-        f"{_where(ranks, places)}: {_state(own[ranks[0]])}"
-        for ranks in alike
-        if ranks != cause
-    ]
-    return "\n".join([*blocks, *rows, *_advice(cell)])
+        traceback = _shortened(outcomes[cause[0]])
+        lines.append(f"{traceback}\n\nraised {_where(cause, places)}")
+    for state, ranks in fold(others).items():
+        lines.append(f"{_where(ranks, places)}: {state}")
+    for ranks in alike:
+        if ranks != cause:
+            lines.append(f"{_where(ranks, places)}: {_state(outcomes[ranks[0]])}")
+    return "\n".join([*lines, *_advice(cell)])
 
 
 def _alike(outcome: Outcome) -> Hashable:
-    """Errors of one kind at one place are one error, though their texts name different
-    ranks.
+    """Return what is the same for errors of one kind at one place.
+
+    Their texts are left out, because they may name different ranks.
     """
     failure = outcome.failure
-    return (
-        outcome.error.partition(":")[0],
-        failure.lines if failure else plain(outcome.traceback),
-    )
+    kind = outcome.error.partition(":")[0]
+    return kind, failure.lines if failure else plain(outcome.traceback)
 
 
 def _cause(alike: Sequence[list[int]], cell: Cell) -> list[int]:
-    """The ranks whose traceback to show: those that raised first, and not because
-    others did not come.
+    """Return the ranks whose traceback to show: those that raised first.
+
+    Ranks that raised because others did not arrive come last: they are not the cause.
     """
     outcomes = cell.outcomes
-    order = sorted(
-        alike, key=lambda ranks: min(outcomes[rank].finished for rank in ranks)
-    )
-    ahead = [
-        ranks
-        for ranks in order
-        if not outcomes[ranks[0]].error.startswith("CollectiveTimeout")
-    ]
-    if ahead:
-        return ahead[0]
-    elsewhere = any(outcome.how == "died" for outcome in outcomes.values())
-    return [] if elsewhere or not order else order[0]
+
+    def first_of(ranks: list[int]) -> float:
+        return min(outcomes[rank].finished for rank in ranks)
+
+    order = sorted(alike, key=first_of)
+    for ranks in order:
+        if not outcomes[ranks[0]].error.startswith("CollectiveTimeout"):
+            return ranks
+    # all gave up waiting: for one that died, which is told of anyway, or for one another
+    died = any(outcome.how == "died" for outcome in outcomes.values())
+    return [] if died or not order else order[0]
 
 
 def _shortened(outcome: Outcome) -> str:
-    """The traceback; where pmod raised on purpose, without the lines inside it."""
+    """Return the traceback, without the lines inside pmod if it raised on purpose."""
     if outcome.failure is None or not outcome.failure.ours:
         return outcome.traceback.rstrip()
-    parts = outcome.traceback.rstrip().split("\n\n")
-    kept = [part for part in parts[:-1] if not plain(part).startswith(f"File {HERE}")]
-    left_out = len(parts) - 1 - len(kept)
-    note = [f"({left_out} more inside pmod)"] if left_out else []
-    return "\n\n".join([*kept, *note, parts[-1]])
+    *frames, error = outcome.traceback.rstrip().split("\n\n")
+    kept = [part for part in frames if not plain(part).startswith(f"File {HERE}")]
+    left_out = len(frames) - len(kept)
+    if left_out:
+        kept.append(f"({left_out} more inside pmod)")
+    return "\n\n".join([*kept, error])
 
 
 def _advice(cell: Cell) -> list[str]:
-    """What became of the ranks, and what comes next."""
+    """Return what was done to the ranks, and what comes next."""
     hows = {outcome.how for outcome in cell.outcomes.values()}
+    stopped = any(outcome.stopped for outcome in cell.outcomes.values())
     lines: list[str] = []
-    if not cell.interrupted and any(
-        outcome.stopped for outcome in cell.outcomes.values()
-    ):
+    # after the stop button the user knows why they were stopped
+    if stopped and not cell.interrupted:
         lines.append(
-            "Who waited was stopped: a rank that has left the cell comes no more."
+            "The waiting ranks were stopped, because a rank they waited for "
+            "has already left the cell."
         )
     if "died" in hows:
         lines.append(
-            "The next cell starts a new engine there, without variables: run the cells that set them again."
+            "The next cell starts a new engine there, without variables: "
+            "run the cells that set them again."
         )
     if "stuck" in hows:
         lines.append(
-            "The next cell waits a little for it, and then starts a new engine there, without variables."
+            "The next cell waits a little for it, and then starts a new engine there, "
+            "without variables."
         )
     return lines
 
 
 def _where(ranks: Sequence[int], places: Places) -> str:
     label = places.label(ranks)
-    return (
-        "on all ranks"
-        if label == "all"
-        else f"at {label}"
-        if label.startswith("(")
-        else f"at ({label})"
-    )
+    if label == "all":
+        return "on all ranks"
+    # the places of single ranks come in brackets already
+    return f"at {label}" if label.startswith("(") else f"at ({label})"
 
 
 def _state(outcome: Outcome) -> str:
-    """What a rank that is not the cause did."""
-    failure = outcome.failure
-    if outcome.how == "raised" and failure is not None:
-        if not outcome.stopped:
-            return outcome.error.splitlines()[0] + (
-                f" [{failure.at}]" if failure.at else ""
-            )
-        if failure.waited:
-            return f"waited in {failure.waited}, {failure.at}"
-        return f"was at {failure.at}" if failure.at else "was at no line of the cell"
+    """Return what a rank did that is not the cause."""
+    if outcome.how == "raised":
+        return _stopped_at(outcome) if outcome.stopped else _raised(outcome)
     return {
         "done": "had finished the cell",
-        "raised": "was stopped" if outcome.stopped else f"raised {outcome.error}",
         "unsent": "was stopped before it began",
         "died": outcome.death,
         "stuck": "has not stopped yet, in a call that is not Python's",
     }[outcome.how]
 
 
+def _raised(outcome: Outcome) -> str:
+    if outcome.failure is None:
+        return f"raised {outcome.error}"
+    line = outcome.error.splitlines()[0]
+    return f"{line} [{outcome.failure.at}]" if outcome.failure.at else line
+
+
+def _stopped_at(outcome: Outcome) -> str:
+    failure = outcome.failure
+    if failure is None:
+        return "was stopped"
+    if failure.waited:
+        return f"waited in {failure.waited}, {failure.at}"
+    return f"was at {failure.at}" if failure.at else "was at no line of the cell"
+
+
 # --- while it runs --------------------------------------------------------------------
 
 
 class Bar:
-    """How many ranks are through, updated in place in a notebook; on a terminal one
-    line; elsewhere nothing.
+    """How many ranks are through.
+
+    In a notebook it is updated in place, on a terminal it is one line, elsewhere nothing.
     """
 
-    AFTER, EVERY = 0.5, 0.25  # seconds: what is over sooner needs no bar
+    # seconds: what is over sooner needs no bar
+    AFTER, EVERY = 0.5, 0.25
 
-    def __init__(self, shell: Any, what: str, size: int) -> None:
+    def __init__(self, shell: object, what: str, size: int) -> None:
         self._what, self._size = what, size
         self._started = self._drawn = monotonic()
         self._handle: Any = None
@@ -297,12 +315,14 @@ class Bar:
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Return the seconds since it was made."""
         return monotonic() - self._started
 
     def draw(self, done: int, more: Callable[[], str] = str) -> None:
-        """Now `done` ranks are through; `more` is asked for what else is known only
-        where it is drawn.
+        """Show that `done` ranks are through.
+
+        `more` returns what else is known. It is called only if the bar is drawn, because
+        it costs more than a look at the clock.
         """
         now = monotonic()
         if now - self._started < self.AFTER or now - self._drawn < self.EVERY:
@@ -312,18 +332,20 @@ class Bar:
 
     def _put(self, done: int, more: str) -> None:
         count = f"{self._what}: {done} of {self._size} ranks, {self.seconds:.1f} s"
+        text = f"{_bricks(done, self._size)} {count}"
         if self._in_notebook:
-            self._update(
-                f'<progress value="{done}" max="{self._size}"></progress> {escape(count)}'
-                + (f'<pre style="margin: 4px 0">{escape(more)}</pre>' if more else ""),
-                f"{_bricks(done, self._size)} {count}" + (f"\n{more}" if more else ""),
-            )
+            progress = f'<progress value="{done}" max="{self._size}"></progress>'
+            html = f"{progress} {escape(count)}"
+            if more:
+                html += f'<pre style="margin: 4px 0">{escape(more)}</pre>'
+                text += f"\n{more}"
+            self._update(html, text)
         elif self._on_terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            line = f"{_bricks(done, self._size)} {count}  {more.splitlines()[0] if more else ''}"[
-                :width
-            ]
-            print(f"\r{line:{width}}", end="", file=sys.stderr, flush=True)
+            first = more.partition("\n")[0]
+            # padded, so that nothing is left of a longer line that it is written over
+            line = f"{text}  {first}"[:width].ljust(width)
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
 
     def _update(self, html: str, text: str) -> None:
         from IPython.display import display
@@ -335,9 +357,10 @@ class Bar:
             self._handle.update(data, raw=True)
 
     def end(self) -> None:
-        """Leave how long it took; on a terminal nothing."""
+        """Leave a line that says how long it took; on a terminal leave nothing."""
         if self._handle is not None:
-            count = f"{self._what}: {self._size} rank{'s' * (self._size > 1)}, {self.seconds:.1f} s"
+            ranks = "ranks" if self._size > 1 else "rank"
+            count = f"{self._what}: {self._size} {ranks}, {self.seconds:.1f} s"
             self._update(f"<small>{escape(count)}</small>", count)
         elif self._on_terminal and self._drawn != self._started:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -350,12 +373,9 @@ def _bricks(done: int, size: int) -> str:
 
 
 def so_far(cell: Cell, places: Places) -> str:
-    """Who waits where, and the last lines that were printed."""
-    waits = [
-        f"{places.label(ranks)} waits in {where}"
-        for where, ranks in fold(cell.waits).items()
-    ]
-    printed = prefixed(
-        {rank: cell.printed(rank) for rank in cell.outcomes}, places
-    ).splitlines()[-_TAIL:]
-    return "\n".join([*waits, *printed])
+    """Return who waits where, and the last lines that were printed."""
+    lines: list[str] = []
+    for where, ranks in fold(cell.waits).items():
+        lines.append(f"{places.label(ranks)} waits in {where}")
+    printed = {rank: cell.printed(rank) for rank in cell.outcomes}
+    return "\n".join([*lines, *prefixed(printed, places).splitlines()[-_TAIL:]])

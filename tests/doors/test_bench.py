@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import pmod
-from pmod import bench
 from pmod._core.collective import COLLECTIVES
+from pmod.bench import cases, clock, command, sections
 from tests.lib import spmd
 
-WITHOUT_RAW = [name for name, case in bench.CASES.items() if case.raw is None]
+WITHOUT_RAW = [name for name, case in cases.CASES.items() if case.raw is None]
 
 
 def check_spread(spread):
@@ -41,9 +41,9 @@ FIRST_ONLY = {"reduce": ("forward",), "broadcast": ("backward",)}
 
 
 def raw_calls_agree():
-    index = pmod.axis_index(bench.AXIS)
-    pmod.barrier(bench.AXIS)  # connects: the raw calls use the default group
-    for name, case in bench.CASES.items():
+    index = pmod.axis_index(cases.AXIS)
+    pmod.barrier(cases.AXIS)  # connects: the raw calls use the default group
+    for name, case in cases.CASES.items():
         takes_i = name in ("pvary", "place", "shard")
         x = torch.arange(64.0).view(8, 8) * (1 if takes_i else 1 + index)
         x.requires_grad_()
@@ -65,20 +65,20 @@ def raw_calls_agree():
 
 
 def test_raw_calls_give_what_pmod_gives():
-    spmd.launch(raw_calls_agree, **{bench.AXIS: 2})
+    spmd.launch(raw_calls_agree, **{cases.AXIS: 2})
 
 
 def test_cases_cover_the_collectives():
     """All but the ragged forms, which bind the same rows, and the halos, which are sums of permutations' costs."""
-    assert set(bench.MESSAGES) <= {name for name, case in bench.CASES.items() if case.raw is not None}
+    assert set(cases.MESSAGES) <= {name for name, case in cases.CASES.items() if case.raw is not None}
     ragged = {name for name in COLLECTIVES if name.endswith("_v")}
-    assert set(bench.CASES) == set(COLLECTIVES) - ragged - {"halo_exchange", "halo_reduce"}
+    assert set(cases.CASES) == set(COLLECTIVES) - ragged - {"halo_exchange", "halo_reduce"}
 
 
 def test_order_is_random_and_covers_each_block_once_a_round():
     order = []
     blocks = [[lambda p=p, b=b: order.append((p, b)) or float(10 * p + b) for b in range(2)] for p in range(3)]
-    times = bench.take_turns(blocks, 4)
+    times = clock.take_turns(blocks, 4)
     assert times == [[[10 * p, 10 * p + 1]] * 4 for p in range(3)]
     turns = [order[i : i + 6] for i in range(0, 24, 6)]
     assert all(sorted(turn) == [(p, b) for p in range(3) for b in range(2)] for turn in turns)
@@ -87,62 +87,62 @@ def test_order_is_random_and_covers_each_block_once_a_round():
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios():
-    result = bench.Result.of("host", "psum", "forward", [(2.0, 1.0), (3.0, 1.0), (40.0, 10.0)])
+    result = clock.Result.of("host", "psum", "forward", [(2.0, 1.0), (3.0, 1.0), (40.0, 10.0)])
     assert (result.ratio.low, result.ratio.median, result.ratio.high) == (2.5, 3.0, 3.5)
     assert result.pmod_us.median == 3e6
 
 
 def test_alone():
-    check_results(bench.measure_alone(2), "alone", bench.CASES, ("no grad", "with grad"))
+    check_results(sections.measure_alone(2), "alone", cases.CASES, ("no grad", "with grad"))
 
 
 def test_host_leaves_no_fake_group_behind():
-    results = bench.measure_host(2)
-    check_results(results, "host", bench.CASES, ("forward", "forward with grad", "backward"))
+    results = sections.measure_host(2)
+    check_results(results, "host", cases.CASES, ("forward", "forward with grad", "backward"))
     assert not torch.distributed.is_initialized()
     assert pmod.make_mesh().size == 1
-    lines = bench.table(results).splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + len(bench.CASES)
+    lines = command.table(results).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + len(cases.CASES)
 
 
 def test_latency():
     sizes = {"4 B": 4, "4 KiB": 4096}
-    for results in spmd.launch(bench.measure_latency, 2, sizes, **{bench.AXIS: 2}):
-        check_results(results, "latency", bench.MESSAGES, sizes)
+    for results in spmd.launch(sections.measure_latency, 2, sizes, **{cases.AXIS: 2}):
+        check_results(results, "latency", cases.MESSAGES, sizes)
 
 
 def ragged_calls_agree():
-    n, index = pmod.axis_size(bench.AXIS), pmod.axis_index(bench.AXIS)
-    sizes = bench._skewed(13, n)
+    n, index = pmod.axis_size(cases.AXIS), pmod.axis_index(cases.AXIS)
+    sizes = sections._skewed(13, n)
     assert sizes == [6, 7]
     x = torch.arange(13.0).split(sizes)[index]
-    torch.testing.assert_close(bench._padded_all_gather(x, sizes), pmod.all_gather_v(x, bench.AXIS, sizes=sizes))
+    torch.testing.assert_close(sections._padded_all_gather(x, sizes), pmod.all_gather_v(x, cases.AXIS, sizes=sizes))
 
 
 def test_ragged():
-    spmd.launch(ragged_calls_agree, **{bench.AXIS: 2})
+    spmd.launch(ragged_calls_agree, **{cases.AXIS: 2})
     sizes = {"4 KiB": 4096}
-    for results in spmd.launch(bench.measure_ragged, 2, sizes, **{bench.AXIS: 2}):
+    for results in spmd.launch(sections.measure_ragged, 2, sizes, **{cases.AXIS: 2}):
         check_results(results, "ragged", ("all_gather_v, even", "all_gather_v, skewed"), sizes)
 
 
 def test_step():
-    for results in spmd.launch(bench.measure_step, 1, **{bench.AXIS: 2}):
+    for results in spmd.launch(sections.measure_step, 1, **{cases.AXIS: 2}):
         functions = ("data_parallel", "share_parameters")
         results = sorted(results, key=lambda result: (result.function, result.case != "4 layers of 4 MiB"))
         check_results(results, "step", functions, ("4 layers of 4 MiB", "100 layers of 16 KiB"))
 
 
 def test_import(monkeypatch):
-    measured = bench._import_seconds
+    measured = sections._import_seconds
     asked = []
 
     def seconds(modules):
         asked.append(modules)
         return measured("json")  # a fraction of the time
 
-    monkeypatch.setattr(bench, "_import_seconds", seconds)
-    check_results(bench.measure_import(2), "import", ("import pmod",), ("user time",))
+    monkeypatch.setattr(sections, "_import_seconds", seconds)
+    check_results(sections.measure_import(2), "import", ("import pmod",), ("user time",))
     assert sorted(asked) == ["pmod"] * 3 + ["torch, attrs"] * 3
 
 
@@ -171,7 +171,7 @@ def test_wrong_arguments(arguments, launched, message, monkeypatch, capsys):
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
             monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
-        bench.main(arguments)
+        command.main(arguments)
     assert message in capsys.readouterr().err
 
 

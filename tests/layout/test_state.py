@@ -44,7 +44,7 @@ STATE = {
     # filled when modules are imported, and not afterwards
     "_torch.SEEN": "the versions of torch that have each private name",
     "_core.collective.COLLECTIVES": "the kinds of each public collective, which its decorator tells",
-    "bench.CASES": "what is measured",
+    "bench.cases.CASES": "what is measured",
     "_ranks.backends._BACKENDS": "the table of backends, to which a third one may be added",
     "_core.row.ROWS": "the table of rows, where each file of collectives registers its own",
     "_core.row._TRANSPOSES": "of that table, which row is the transpose of which",

@@ -205,7 +205,7 @@ def test_a_cell_on_some_ranks(two: InteractiveShell) -> None:
     for line, wrong in {
         "dat=1": "%%spmd: no axis 'dat'; did you mean 'data'?.\nThe mesh has {'data': 2}.",
         "data=2": "%%spmd: data=2 is not on the mesh.\nIndices along it go from 0 to 1.",
-        "data": "%%spmd: 'data' is no name=number.\nWrite %%spmd data=2 model=2, say.",
+        "data": "%%spmd: 'data' is not of the form name=number.\nWrite, for example, %%spmd data=2 model=2.",
     }.items():
         refused = Cell(two, f"%%spmd {line}\nme")
         assert isinstance(refused.error, pmod.AxisError) and str(refused.error) == wrong.replace("?.", "?")
@@ -303,7 +303,7 @@ def test_who_waits_for_a_rank_that_is_through_is_stopped(two: InteractiveShell) 
     assert run.text.splitlines() == [
         "at (data=0): waited in pmod.psum(axis='data'), line 2: pmod.psum(x, 'data')",
         "at (data=1): had finished the cell",
-        "Who waited was stopped: a rank that has left the cell comes no more.",
+        "The waiting ranks were stopped, because a rank they waited for has already left the cell.",
     ]
     run = Cell(two, "%%spmd data=0\npmod.psum(x, 'data')")
     assert "at (data=0): waited in" in run.text

@@ -1,3 +1,1 @@
-"""`python -m pmod.demo graph`: message passing on an unstructured mesh whose nodes are
-spread over ranks.
-"""
+"""`python -m pmod.demo graph`: message passing on a mesh whose nodes are spread out."""

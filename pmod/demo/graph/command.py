@@ -1,6 +1,4 @@
-"""`python -m pmod.demo graph`: parse, train on the ranks, compare with one process, say
-what was sent, draw.
-"""
+"""`python -m pmod.demo graph`: train on the ranks, compare with one process, draw."""
 
 from __future__ import annotations
 
@@ -22,18 +20,18 @@ from pmod.demo.picture import check_output
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
-    it cannot be run as asked.
+    """Run the command and return its exit status.
+
+    It is 0, or 1 if a bound is violated, or 2 if it cannot be run as asked.
     """
     options = parse(arguments)
     try:
         check_extra("matplotlib", "tqdm", "scipy")
         check_output(options.output)
-        surface, said = (
-            files.read(options.mesh_file)
-            if options.mesh_file
-            else (plate(options.nodes, options.seed), [])
-        )
+        if options.mesh_file is None:
+            surface, said = plate(options.nodes, options.seed), list[str]()
+        else:
+            surface, said = files.read(options.mesh_file)
         mesh = ranks.launched(options.mesh or {"data": 1, "graph": -1})
         sizes = local_sizes(options) if mesh is None else mesh.shape
         check_fit(options, sizes)
@@ -47,21 +45,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _introduce(surface: Surface, said: list[str], options: Options) -> None:
-    source = (
-        "a plate with two holes"
-        if options.mesh_file is None
-        else f"from {options.mesh_file.name}"
-    )
+    source = "a plate with two holes"
+    if options.mesh_file is not None:
+        source = f"from {options.mesh_file.name}"
     pieces = "" if surface.pieces == 1 else f" in {surface.pieces} pieces"
-    say(
-        f"nodes   {len(surface)}, in {len(surface.triangles)} triangles{pieces}: {source}"
-    )
+    triangles = f"{len(surface.triangles)} triangles{pieces}"
+    say(f"nodes   {len(surface)}, in {triangles}: {source}")
     for line in said:
         say(f"        {line}")
 
 
 def conclude(outcome: Outcome, options: Options) -> int:
-    """Compute in this process alone, compare, draw; the exit status."""
+    """Compute in this process alone, compare, draw; return the exit status."""
     say()
     for line in traffic(outcome):
         say(line)
@@ -69,19 +64,17 @@ def conclude(outcome: Outcome, options: Options) -> int:
     if options.serial:
         with ranks.threads(outcome.threads):
             checks = compare(outcome, options)
-        say(
-            f"\nthe same in one process that holds all {len(outcome.surface)} nodes, before and after the training"
-        )
+        nodes = f"all {len(outcome.surface)} nodes, before and after the training"
+        say(f"\nthe same in one process that holds {nodes}")
     status = report(checks)
     picture.draw(options.output, outcome)
-    say(
-        f"test error {paint(f'{outcome.run.error:.2%}', 'bold')}; picture: {options.output}"
-    )
+    error = paint(f"{outcome.run.error:.2%}", "bold")
+    say(f"test error {error}; picture: {options.output}")
     return status
 
 
 def traffic(outcome: Outcome) -> list[str]:
-    """How many ghosts each rank has, and what it sent in a step."""
+    """Say how many ghosts each rank has, and what it sent in a step."""
     names = (
         "rank",
         "nodes",
@@ -94,49 +87,39 @@ def traffic(outcome: Outcome) -> list[str]:
         "sent, kB",
     )
     widths = [max(len(name), 6) for name in names]
-    heads = "  ".join(name.rjust(w) for name, w in zip(names, widths, strict=True))
-    lines = ["kB that each rank sends in a step, counted", heads]
+    lines = ["kB that each rank sends in a step, counted"]
+    lines.append("  ".join(map(str.rjust, names, widths)))
     for data, graph, nodes, ghosts, *sent in outcome.traffic[:8]:
+        # a rank has no nodes if there are more ranks than nodes
         share = f"{ghosts / nodes:.1%}" if nodes else "-"
-        cells = [
-            f"{data},{graph}",
-            str(nodes),
-            str(ghosts),
-            share,
-            *(f"{n / 1e3:.2f}" for n in (*sent, sum(sent))),
-        ]
-        lines.append(
-            "  ".join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))
-        )
+        kilobytes = [f"{n / 1e3:.2f}" for n in (*sent, sum(sent))]
+        cells = [f"{data},{graph}", str(nodes), str(ghosts), share, *kilobytes]
+        lines.append("  ".join(map(str.rjust, cells, widths)))
     if len(outcome.traffic) > 8:
         lines.append(f"... and {len(outcome.traffic) - 8} ranks more")
-    rows = [
-        row for row in outcome.traffic if row[0] == 0
-    ]  # along data they hold the same nodes
+    # ranks along data hold the same nodes: they are counted once
+    rows = [row for row in outcome.traffic if row[0] == 0]
     share = sum(row[3] for row in rows) / len(outcome.surface)
     total = sum(sum(row[4:]) for row in outcome.traffic)
-    return [
-        *lines,
-        f"ghost rows are {share:.1%} of all nodes; all ranks together sent {total / 1e3:.2f} kB in a step",
-    ]
+    together = f"all ranks together sent {total / 1e3:.2f} kB in a step"
+    return [*lines, f"ghost rows are {share:.1%} of all nodes; {together}"]
 
 
 # --- the comparison -------------------------------------------------------------------
 
 
 def bound(options: Options) -> float:
-    """How far loss and gradients may be apart."""
+    """Return how far loss and gradients may be apart."""
     return 1e-10 if options.float64 else 1e-4
 
 
 def compare(outcome: Outcome, options: Options) -> list[Check]:
-    """Loss and gradients of the ranks beside those of one process, before and after the
-    training.
-    """
+    """Compare loss and gradients with one process, before and after the training."""
     pairs = [_differences(step, outcome, options) for step in outcome.steps]
     apart = torch.stack([loss for loss, _ in pairs])
     names = list(outcome.steps[0].weights)
-    gradients = torch.stack([each for _, each in pairs]).amax(0)  # of NaN it makes NaN
+    # amax keeps a NaN, which then is above the bound
+    gradients = torch.stack([each for _, each in pairs]).amax(0)
     most, limit = gradients.max().item(), bound(options)
     worst = names[int(gradients.argmax())]
     return [
@@ -158,17 +141,14 @@ def compare(outcome: Outcome, options: Options) -> list[Check]:
 def _differences(
     step: Step, outcome: Outcome, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Of the loss, and of the gradient in each weight, at the entry where it is
-    largest.
-    """
+    """Return how far the loss is apart, and each gradient where that is furthest."""
     device = ranks.device_of_one()
     weights = {name: value.to(device) for name, value in step.weights.items()}
     problems = outcome.train[step.batch].to(options.dtype).to(device)
     loss, gradients = whole.loss_and_gradients(
         weights, outcome.surface, problems.x, problems.u / outcome.scale
     )
-    each = [
-        (step.gradients[name] - gradient.cpu()).abs().max()
-        for name, gradient in gradients.items()
-    ]
+    each: list[Tensor] = []
+    for name, gradient in gradients.items():
+        each.append((step.gradients[name] - gradient.cpu()).abs().max())
     return (step.loss - loss.cpu()).abs(), torch.stack(each)

@@ -1,5 +1,4 @@
-"""A message-passing network whose nodes are spread over a mesh ("data", "graph"): the
-parallel part of the job.
+"""A message-passing network whose nodes are spread over a mesh ("data", "graph").
 
 The problems of a batch are sharded over "data", the nodes over "graph". What acts on a
 node or an edge is local; what its neighbours on other ranks say is fetched in each
@@ -17,8 +16,10 @@ from pmod.demo.graph.partition import Part
 
 
 class Round(nn.Module):
-    """Each edge forms a message of its two ends and its shape; each node takes the mean
-    of those that reach it.
+    """A round of messages.
+
+    Each edge forms one from its two ends and its shape; each node takes the mean of
+    those that reach it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -45,7 +46,7 @@ class Round(nn.Module):
 
 
 class GraphNet(nn.Module):
-    """Encode the medium and the source at the nodes, process, decode the solution."""
+    """A network that encodes the medium and the source, and decodes the solution."""
 
     def __init__(self, channels: int, rounds: int) -> None:
         super().__init__()
@@ -83,20 +84,22 @@ def predict(
     part: Part,
     plan: pmod.ExchangePlan,
 ) -> Tensor:
-    """The model's output with these parameters. V -> V."""
+    """Return the model's output with these parameters. V -> V."""
     return torch.func.functional_call(model, parameters, (x, part, plan))
 
 
 def loss(prediction: Tensor, u: Tensor, count: int) -> Tensor:
-    """The mean square over the nodes and problems of all ranks, `count` of them. V ->
-    I.
+    """Return the mean square over the nodes and problems of all ranks. V -> I.
+
+    count: how many of them there are.
     """
     return pmod.psum((prediction - u).square().sum(), ("data", "graph")) / count
 
 
 def relative_errors(prediction: Tensor, u: Tensor) -> Tensor:
-    """|prediction - u| / |u| of each problem, both norms over the nodes of all ranks. V
-    -> I along "graph".
+    """Return |prediction - u| / |u| of each problem. V -> I along "graph".
+
+    Both norms are over the nodes of all ranks.
     """
     wrong, whole = pmod.psum(
         ((prediction - u).square().sum(0), u.square().sum(0)), "graph"

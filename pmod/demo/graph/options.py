@@ -1,13 +1,10 @@
-"""The command line of the job, parsed into one value, and whether what it asks for fits
-together.
-"""
+"""The command line of the job, parsed into one value, and whether it fits together."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -62,16 +59,17 @@ class Options:
         return torch.float64 if self.float64 else torch.float32
 
     def steps_on(self, problems: int) -> int:
-        """How many steps to take on so many problems."""
+        """Return how many steps to take on so many problems."""
         return self.steps or self.epochs * (problems // self.batch)
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where
-    it is wrong.
+    """Return the options of the command line.
+
+    Leaves with status 2 and a message if it is wrong.
     """
     parser = _parser()
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))
     if "mesh_file" in given and "nodes" in given:
         parser.error(
             "--nodes is for the mesh that the demo makes itself; the nodes of --mesh-file are what they are"
@@ -132,14 +130,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on
-    graph.
-    """
+    """Return the axis sizes on this machine, by default all ranks on graph."""
     return on_this_machine(options.mesh or {"data": 1, "graph": usual_ranks()})
 
 
 def check_fit(options: Options, sizes: Mapping[str, int]) -> None:
-    """Raise PmodError where the problems and the mesh of ranks do not fit."""
+    """Raise PmodError if the problems and the mesh of ranks do not fit."""
     batch, train = options.batch, options.train
     check_rules(
         [

@@ -1,6 +1,4 @@
-"""What each rank of the job does: make the problems, take its part, train, and hand the
-results to rank 0.
-"""
+"""What each rank of the job does: take its part, train, and hand in the results."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from pmod.demo.training import Run, batches, fit, heading
 
 @attrs.frozen(eq=False)
 class Step:
-    """One step without its update: the weights, the problems, the loss, and its
-    gradient in each weight.
-    """
+    """One step without its update: weights, problems, loss, and gradients."""
 
     weights: dict[str, Tensor]
     batch: Tensor
@@ -54,9 +50,7 @@ class Outcome:
 
 
 def train(options: Options, surface: Surface) -> Outcome | None:
-    """Train over the current mesh ("data", "graph"); the outcome on rank 0, None
-    elsewhere.
-    """
+    """Train over the current mesh ("data", "graph"); rank 0 returns the outcome."""
     mesh = pmod.current_mesh()
     quiet = mesh.topology.rank != 0
     surface, owner = _agreed(surface)
@@ -65,7 +59,8 @@ def train(options: Options, surface: Surface) -> Outcome | None:
     )
     problems, tests = made[: options.train], made[options.train :]
     scale = problems.u.std().item() or 1.0
-    torch.manual_seed(options.seed)  # so all ranks draw the same weights
+    # all ranks draw the same weights
+    torch.manual_seed(options.seed)
     model = GraphNet(options.channels, options.rounds).to(options.dtype)
     if not quiet:
         _introduce(surface, model, options)
@@ -89,7 +84,10 @@ def train(options: Options, surface: Surface) -> Outcome | None:
 
 
 def _agreed(surface: Surface) -> tuple[Surface, Tensor]:
-    """Rank 0's mesh and partition on all ranks: unlike machines may round differently."""
+    """Return rank 0's mesh and partition on all ranks.
+
+    Unlike machines may round differently.
+    """
     device, ranks = pmod.current_mesh().device, pmod.axis_size("graph")
     held = [surface.points, surface.triangles, owners(surface, ranks)]
     lengths = pmod.pick(
@@ -121,9 +119,7 @@ def _introduce(surface: Surface, model: GraphNet, options: Options) -> None:
 
 
 class _Trainer:
-    """The problems of this rank: its part of a batch along "data", its nodes along
-    "graph".
-    """
+    """The problems of this rank: its part of a batch, at its nodes of the mesh."""
 
     def __init__(
         self,
@@ -147,9 +143,8 @@ class _Trainer:
         )
         self.plan = pmod.exchange_plan(self.part.outgoing, "graph")
         self.sizes = torch.bincount(owner, minlength=ranks).tolist()
-        self.order = owner.argsort(
-            stable=True
-        )  # the nodes of all ranks, one rank after another
+        # unshard joins the nodes of all ranks, one rank after another
+        self.order = owner.argsort(stable=True)
         self.train, self.test = (
             v.to(mesh.device).to(options.dtype).rows(self.part.owned)
             for v in (train, test)
@@ -171,7 +166,7 @@ class _Trainer:
         return net.loss(prediction, u, self.nodes * self.options.batch)
 
     def step(self, batch: Tensor) -> Step:
-        """Loss and gradients at the weights as they are."""
+        """Return loss and gradients at the weights as they are."""
         self.model.zero_grad()
         value = self.loss(batch)
         value.backward()
@@ -183,8 +178,9 @@ class _Trainer:
         return Step(weights, batch, value.detach().cpu(), gradients)
 
     def traffic(self) -> list[list[int]]:
-        """A row for each rank, as in `Outcome`; the gradient is taken in two parts, to
-        count them apart.
+        """Return a row for each rank, as in `Outcome`.
+
+        The gradient is taken in two parts, so that each is counted by itself.
         """
         x, u = self._share(torch.arange(self.options.batch))
         held: dict[str, Tensor] = dict(self.model.named_parameters())
@@ -208,7 +204,7 @@ class _Trainer:
 
     @torch.no_grad()
     def _here(self) -> Tensor:
-        """This rank's nodes of the predictions for its problems."""
+        """Return this rank's nodes of the predictions for its problems."""
         x = pmod.shard(self.test.x, "data", dim=1)
         held: dict[str, Tensor] = dict(self.model.named_parameters())
         parts = [
@@ -218,14 +214,14 @@ class _Trainer:
         return self.scale * torch.cat(parts, dim=1)
 
     def error(self) -> float:
-        """The mean relative error over the problems of all ranks."""
+        """Return the mean relative error over the problems of all ranks."""
         errors = net.relative_errors(
             self._here(), pmod.shard(self.test.u, "data", dim=1)
         )
         return pmod.psum(errors.sum(), "data").item() / len(self.test)
 
     def whole(self) -> Tensor:
-        """All predictions, at the nodes of the whole mesh, on every rank."""
+        """Return all predictions, at the nodes of the whole mesh, on every rank."""
         nodes = pmod.unshard(self._here(), "graph", sizes=self.sizes)
         rows = pmod.unshard(nodes, "data", dim=1, length=len(self.test)).cpu()
         return torch.zeros_like(rows).index_copy(0, self.order, rows)

@@ -1,6 +1,4 @@
-"""Who owns which node, and what of the mesh each rank then needs: its nodes, the ghosts
-around them, its edges.
-"""
+"""Who owns which node, and what of the mesh each rank then needs."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from pmod.demo.graph.surface import Numbers, Reals, Surface
 
 
 def partitioner(surface: Surface, ranks: int) -> str:
-    """The one that `owners` uses: METIS where it is installed and there are nodes
-    enough.
-    """
+    """Return the name of what `owners` uses: METIS, if it is installed and pays."""
     # METIS wants a few nodes for each part
     return (
         "METIS"
@@ -27,8 +23,9 @@ def partitioner(surface: Surface, ranks: int) -> str:
 
 
 def owners(surface: Surface, ranks: int) -> Tensor:
-    """The rank of each node, so that all ranks have about the same work: a node's is
-    its edges, not itself.
+    """Return the rank of each node, so that all ranks have about the same work.
+
+    The work of a node is its edges, not itself.
 
     Shapes: -> (n,) int64.
     """
@@ -49,9 +46,7 @@ def _by_metis(surface: Surface, ranks: int, work: Numbers) -> Numbers:
 
 
 def by_coordinates(points: Reals, ranks: int, work: Numbers) -> Numbers:
-    """Recursive coordinate bisection: halve the ranks, and with them the work, across
-    the longest side.
-    """
+    """Halve the ranks, and with them the work, across the longest side, and so on."""
     found = np.zeros(len(points), dtype=np.int64)
     todo = [(np.arange(len(points)), 0, ranks)]
     while todo:
@@ -70,8 +65,10 @@ def by_coordinates(points: Reals, ranks: int, work: Numbers) -> Numbers:
 
 @attrs.frozen(eq=False)
 class Part:
-    """What one rank holds. Its own nodes come first, then the ghosts: nodes of other
-    ranks that send to its own.
+    """What one rank holds.
+
+    Its own nodes come first, then the ghosts: nodes of other ranks that send to its
+    own.
 
     Numbers in `owned` and `ghosts` are those of the whole mesh; in all else they count
     the nodes of this rank.
@@ -95,7 +92,7 @@ class Part:
     """(owned, 1, 1): how many edges end at each node of this rank."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Part:
-        """The same on a device, the reals in this dtype."""
+        """Return the same on a device, the reals in this dtype."""
         owned, ghosts, sender, receiver = (
             v.to(device) for v in (self.owned, self.ghosts, self.sender, self.receiver)
         )
@@ -112,7 +109,7 @@ class Part:
 
 
 def part_of(surface: Surface, owner: Tensor, ranks: int, rank: int) -> Part:
-    """The part of one of the ranks; it may be empty."""
+    """Return the part of one of the ranks; it may be empty."""
     sender, receiver = surface.edges
     incoming = owner[receiver] == rank
     s, r = sender[incoming], receiver[incoming]

@@ -1,6 +1,4 @@
-"""The picture of the job: who owns what, one problem, its solution, what the network
-makes of it, and the loss.
-"""
+"""The picture of the job: who owns what, a problem, its solution, and the loss."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ _CUT = "#303030"
 
 
 class _View:
-    """The triangles of a mesh as they are seen: flat ones from above, others from a
-    corner, the nearest last.
+    """The triangles of a mesh as they are seen.
+
+    Flat ones are seen from above, others from a corner, the nearest last.
     """
 
     def __init__(self, surface: Surface) -> None:
@@ -57,13 +56,14 @@ class _View:
         lit = to_rgba_array(colours) * np.pad(
             np.repeat(self.light[:, None], 3, 1), ((0, 0), (0, 1)), constant_values=1
         )
-        looks: dict[str, Any] = {
-            "facecolors": lit,
-            "edgecolors": lines,
-            "linewidths": width,
-            "rasterized": True,
-        }
-        panel.add_collection(PolyCollection(list(self.corners), **looks))
+        triangles = PolyCollection(
+            list(self.corners),
+            facecolors=lit,
+            edgecolors=lines,
+            linewidths=width,
+            rasterized=True,
+        )
+        panel.add_collection(triangles)
         margin = 0.02 * float((self.high - self.low).max())
         panel.set_xlim(self.low[0] - margin, self.high[0] + margin)
         panel.set_ylim(self.low[1] - margin, self.high[1] + margin)
@@ -76,7 +76,7 @@ def _looking_down() -> Reals:
 
 
 def _looking_from_a_corner() -> Reals:
-    """Right, up, and towards the eye."""
+    """Return the directions right, up, and towards the eye."""
     turn, lift = np.radians(35), np.radians(25)
     right = np.array([np.cos(turn), np.sin(turn), 0])
     eye = np.array(
@@ -86,9 +86,7 @@ def _looking_from_a_corner() -> Reals:
 
 
 def draw(path: Path, outcome: Outcome) -> None:
-    """Write the picture; of the test problems it shows the one of median error, neither
-    the best nor the worst.
-    """
+    """Write the picture; it shows the test problem of median error."""
     mesh, error = shown(outcome.axis_sizes), outcome.run.error
     title = f"Steady diffusion by message passing over a mesh {mesh}: relative test error {error:.1%}"
     figure = new_figure(14, 6.8, title)

@@ -1,5 +1,4 @@
-"""Steady diffusion on a triangle mesh: random media and sources, solved with linear
-finite elements.
+"""Steady diffusion on a triangle mesh, solved with linear finite elements.
 
     -div(k grad u) + u = f, no flow across the edge
 
@@ -26,7 +25,8 @@ from pmod.demo.graph.surface import Numbers, Reals, Surface
 TOLERANCE = 1e-10
 _AXES = ("data", "graph")
 _CONDUCTIVITY, _CONTRAST = 0.002, 3.0
-_WAVES = 14.0  # media and sources vary over 5 / 14 of the mesh's size, about
+# media and sources vary over about 5 / 14 of the mesh's size
+_WAVES = 14.0
 
 
 @attrs.frozen(eq=False)
@@ -47,7 +47,7 @@ class Problems:
         return Problems(self.x[:, which], self.u[:, which])
 
     def rows(self, which: Tensor) -> Problems:
-        """At some of the nodes."""
+        """Return them at some of the nodes."""
         return Problems(self.x[which], self.u[which])
 
     def to(self, target: torch.device | torch.dtype) -> Problems:
@@ -55,7 +55,7 @@ class Problems:
 
 
 def conductivity(x: Tensor) -> Tensor:
-    """k, of the first of the inputs."""
+    """Return k, from the first of the inputs."""
     return _CONDUCTIVITY * _CONTRAST**x
 
 
@@ -68,9 +68,8 @@ class Elements:
     def __init__(self, surface: Surface) -> None:
         self._n, self._t = len(surface), surface.triangles.numpy()
         corners = surface.points.numpy()[self._t]
-        sides = np.roll(corners, 1, axis=1) - np.roll(
-            corners, -1, axis=1
-        )  # each is opposite to its corner
+        # side i lies opposite to corner i, where its hat function is 1
+        sides = np.roll(corners, 1, axis=1) - np.roll(corners, -1, axis=1)
         area = np.linalg.norm(np.cross(sides[:, 0], sides[:, 1]), axis=1) / 2
         self._stiffness = np.einsum("tix,tjx->tij", sides, sides) / (
             4 * area[:, None, None]
@@ -88,13 +87,13 @@ class Elements:
         ).tocsc()
 
     def stiffness(self, k: Reals) -> Any:
-        """The matrix of -div(k grad u), k given at the nodes."""
+        """Return the matrix of -div(k grad u), k given at the nodes."""
         return self._assembled(k[self._t].mean(1)[:, None, None] * self._stiffness)
 
     def solve(self, k: Reals, f: Reals, *, reaction: float = 1.0) -> Reals:
-        """u of -div(k grad u) + reaction u = f, no flow across the edge.
+        """Return u of -div(k grad u) + reaction u = f, no flow across the edge.
 
-        Shapes: k (n,), f (n,) -> (n,). Raises: PmodError where the residual stays above
+        Shapes: k (n,), f (n,) -> (n,). Raises: PmodError if the residual stays above
         1e-10 of the right side.
         """
         matrix, right = self.stiffness(k) + reaction * self.mass, self.mass @ f
@@ -104,17 +103,16 @@ class Elements:
             / max(np.linalg.norm(right), np.finfo(float).tiny)
         )
         if not residual <= TOLERANCE:
-            given = f"a problem on this mesh is solved to a residual of {residual:.1e} only, above {TOLERANCE}"
-            raise PmodError(
-                phrase(
-                    "demo", given, "Its triangles are too thin or too unlike in size."
-                )
+            given = (
+                "a problem on this mesh is solved to a residual of "
+                f"{residual:.1e} only, above {TOLERANCE}"
             )
+            right = "Its triangles are too thin or too unlike in size."
+            raise PmodError(phrase("demo", given, right))
         return u
 
     def smooth(self, noise: Reals) -> Reals:
-        """Samples of a Gaussian random field, of noise that is independent and normal
-        at each node.
+        """Return Gaussian random fields, made of independent normal noise at each node.
 
         White noise is what (waves^2 - Laplacian)^2 makes of that field, which gives it
         its smoothness on any mesh.
@@ -123,9 +121,8 @@ class Elements:
         matrix = self.stiffness(np.ones(self._n)) + _WAVES**2 * self.mass
         factors, white = _factors(matrix), np.sqrt(self._lumped)[:, None] * noise
         once: Reals = factors.solve(white)
-        return (
-            math.sqrt(12 * math.pi) * _WAVES**3 * factors.solve(self.mass @ once)
-        )  # of variance 1 in the plane
+        # the factor gives the field variance 1 in the plane
+        return math.sqrt(12 * math.pi) * _WAVES**3 * factors.solve(self.mass @ once)
 
 
 def _factors(matrix: Any) -> Any:
@@ -144,9 +141,7 @@ def _factors(matrix: Any) -> Any:
 
 
 def make_problems(surface: Surface, count: int, seed: int, *, quiet: bool) -> Problems:
-    """Draw problems and solve them, each rank of the mesh a share of them; all ranks
-    get all. I -> I.
-    """
+    """Draw problems and solve them, a share on each rank; all ranks get all. I -> I."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(
         len(surface), 2 * count, dtype=torch.float64, generator=generator

@@ -1,6 +1,4 @@
-"""Triangle meshes: what they hold, one that is generated, and what is put right in
-those that others made.
-"""
+"""Triangle meshes: what they hold, one that is generated, and what is put right."""
 
 from __future__ import annotations
 
@@ -19,14 +17,15 @@ from pmod._errors import PmodError, phrase
 Reals = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
-_SAME = 1e-9  # points closer than that, on a mesh of size 1, are one
-_FLAT = 1e-12  # a triangle of less area than that, on a longest side of 1, has none
+# points of a mesh of size 1 that are closer than this are one
+_SAME = 1e-9
+# a triangle whose longest side is 1 has no area if it has less than this
+_FLAT = 1e-12
 
 
 @attrs.define(slots=False, eq=False)
 class Surface:
-    """A triangle mesh, flat or curved, closed or not, in one piece or more; its area is
-    1.
+    """A triangle mesh of area 1, flat or curved, closed or not, in one piece or more.
 
     Shapes: points (n, 3) float64, triangles (m, 3) int64. Every point is a corner of
     some triangle.
@@ -40,7 +39,7 @@ class Surface:
 
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor]:
-        """(sender, receiver) of each directed edge, by receiver, then by sender."""
+        """Return (sender, receiver) of each directed edge, by receiver, then sender."""
         t, n = self.triangles, len(self)
         ends = torch.cat([t[:, [i, j]] for i in range(3) for j in range(3) if i != j])
         keys = torch.unique(ends[:, 0] * n + ends[:, 1])
@@ -48,7 +47,7 @@ class Surface:
 
     @property
     def pieces(self) -> int:
-        """How many parts hang together."""
+        """Return how many parts hang together."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
@@ -60,8 +59,9 @@ class Surface:
 
 
 def clean(points: Reals, triangles: Numbers) -> tuple[Surface, list[str]]:
-    """The mesh that is meant, and what was put right: points that coincide, triangles
-    without area or given twice.
+    """Return the mesh that is meant, and what was put right.
+
+    That may be points that coincide, triangles without area, or triangles given twice.
 
     Shapes: points (n, 2) or (n, 3), triangles (m, 3).
     Raises: PmodError where nothing is left, for points that are not finite, and for
@@ -124,7 +124,7 @@ def _note(said: list[str], count: int, what: str, did: str) -> None:
 
 
 def areas(points: Reals, triangles: Numbers) -> Reals:
-    """The area of each triangle."""
+    """Return the area of each triangle."""
     a, b, c = (points[triangles[:, i]] for i in range(3))
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
 
@@ -137,17 +137,20 @@ def _longest(points: Reals, triangles: Numbers) -> Reals:
 # --- one that is generated ------------------------------------------------------------
 
 _WIDTH, _HEIGHT = 1.6, 1.0
+# x, y, radius; the rim cuts the last one off, which makes the notch
 _HOLES = (
     (0.45, 0.55, 0.2),
     (1.15, 0.4, 0.15),
     (1.0, 1.0, 0.18),
-)  # x, y, radius; the last is cut off by the rim
-_AREA, _RIM = 1.33, 7.0  # of what is left, about
+)
+# the area that is left, about, and the length of its rim
+_AREA, _RIM = 1.33, 7.0
 
 
 def plate(nodes: int, seed: int) -> Surface:
-    """A plate with two holes and a notch, of about so many points: a hexagonal grid
-    that is shaken, and the rim.
+    """Return a plate with two holes and a notch, of about so many points.
+
+    They are a hexagonal grid that is shaken, and the rim.
     """
     from scipy.spatial import Delaunay
 
@@ -166,7 +169,7 @@ def plate(nodes: int, seed: int) -> Surface:
 
 
 def depth(points: Reals) -> Reals:
-    """How deep points lie inside the plate; negative outside."""
+    """Return how deep points lie inside the plate; negative outside."""
     x, y = points.T
     walls = [x, _WIDTH - x, y, _HEIGHT - y]
     holes = [np.hypot(x - a, y - b) - r for a, b, r in _HOLES]
@@ -174,7 +177,7 @@ def depth(points: Reals) -> Reals:
 
 
 def _rim(gap: float) -> Reals:
-    """Points on the edge of the plate."""
+    """Return points on the edge of the plate."""
     lines: list[Reals] = []
     corners: Sequence[tuple[float, float]] = [
         (0, 0),

@@ -1,6 +1,4 @@
-"""The same network on the whole mesh, in plain torch, written by itself: what the
-partitioned one must agree with.
-"""
+"""The same network on the whole mesh, in plain torch: the ranks must agree with it."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ from pmod.demo.graph.surface import Surface
 def loss_and_gradients(
     weights: dict[str, Tensor], surface: Surface, x: Tensor, u: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean square error on these problems, and its gradient in each weight. x (n,
-    batch, 2), u (n, batch).
+    """Return the mean square error on these problems, and each weight's gradient.
+
+    Shapes: x (n, batch, 2), u (n, batch).
     """
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     value = (network(leaves, surface, x) - u).square().mean()
@@ -26,7 +25,7 @@ def loss_and_gradients(
 
 
 def neighbours(surface: Surface) -> tuple[Tensor, Tensor]:
-    """The two ends of each edge, once each way round."""
+    """Return the two ends of each edge, once each way round."""
     from scipy.sparse import coo_array
 
     t, n = surface.triangles.numpy(), len(surface)

@@ -1,3 +1,4 @@
-"""`python -m pmod.demo pinn`: Burgers' equation by a network that knows the equation,
-data- and tensor-parallel.
+"""`python -m pmod.demo pinn`: Burgers' equation by a network that knows the equation.
+
+It is data- and tensor-parallel.
 """

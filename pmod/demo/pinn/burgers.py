@@ -1,5 +1,6 @@
-"""Burgers' equation, where to ask that it holds, and its solution by the formula of
-Cole and Hopf.
+"""Burgers' equation, where to ask that it holds, and its solution by a formula.
+
+The formula is that of Cole and Hopf.
 
     u_t + u u_x = nu u_xx for -1 < x < 1, u(0, x) = -sin(pi x), u(t, -1) = u(t, 1) = 0, nu = 0.01 / pi
 
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor
 
 NU = 0.01 / math.pi
-TIMES, PLACES = 101, 257  # of the grid that the error is measured on
-_ORDER = 100  # nodes of the quadrature: 150 change nothing above rounding
+# the grid that the error is measured on
+TIMES, PLACES = 101, 257
+# nodes of the quadrature; with 150 nothing changes above rounding
+_ORDER = 100
 
 
 def solution(t: Tensor, x: Tensor) -> Tensor:
-    """u by Gauss-Hermite quadrature of the heat kernel against exp(-cos(pi y) / (2 pi
-    nu)).
+    """Return u by Gauss-Hermite quadrature.
+
+    It is the heat kernel against exp(-cos(pi y) / (2 pi nu)).
 
     Shapes: t and x alike -> the same shape; float64.
     """
@@ -31,14 +35,16 @@ def solution(t: Tensor, x: Tensor) -> Tensor:
     )
     y = x[..., None] - 2 * (NU * t[..., None]).sqrt() * nodes
     exponent = -torch.cos(math.pi * y) / (2 * math.pi * NU)
-    density = (
-        weights * (exponent - exponent.amax(-1, keepdim=True)).exp()
-    )  # without a shift e**50 is among them
+    # without the shift e**50 would be among them
+    density = weights * (exponent - exponent.amax(-1, keepdim=True)).exp()
     return -(torch.sin(math.pi * y) * density).sum(-1) / density.sum(-1)
 
 
 def grid() -> tuple[Tensor, Tensor]:
-    """t from 0 to 1 down, x from -1 to 1 across. Shapes: (TIMES, PLACES), twice."""
+    """Return t from 0 to 1 down, x from -1 to 1 across.
+
+    Shapes: (TIMES, PLACES), twice.
+    """
     sides = (
         torch.linspace(0, 1, TIMES, dtype=torch.float64),
         torch.linspace(-1, 1, PLACES, dtype=torch.float64),
@@ -48,8 +54,9 @@ def grid() -> tuple[Tensor, Tensor]:
 
 
 def collocation_points(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Where the equation is asked to hold: x > 0, for u is odd in x, and half of the
-    points are drawn towards x = 0.
+    """Return where the equation is asked to hold.
+
+    x > 0 is enough, because u is odd in x. Half of the points are drawn towards x = 0.
 
     Shapes: t and x (count, 1).
     """

@@ -1,6 +1,4 @@
-"""`python -m pmod.demo pinn`: parse, train on the ranks, compare with one process and
-with the formula, draw.
-"""
+"""`python -m pmod.demo pinn`: train on the ranks, compare with one process, draw."""
 
 from __future__ import annotations
 
@@ -19,13 +17,16 @@ from pmod.demo.pinn import parallel, picture, whole
 from pmod.demo.pinn.options import TRIAL, Options, local_sizes, parse
 from pmod.demo.pinn.parallel import Outcome
 
-BOUND = 1e-10  # how far losses and parameters may be apart
-ERROR_BOUND = 0.05  # of the solution, after the usual steps
+# how far losses and parameters may be apart
+BOUND = 1e-10
+# how far the solution may be from the formula's, after the usual steps
+ERROR_BOUND = 0.05
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
-    it cannot be run as asked.
+    """Run the command and return its exit status.
+
+    It is 0, or 1 if a bound is violated, or 2 if it cannot be run as asked.
     """
     options = parse(arguments)
     try:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def conclude(outcome: Outcome, options: Options) -> int:
-    """Compute in this process alone, compare, draw; the exit status."""
+    """Compute in this process alone, compare, draw; return the exit status."""
     sums = [
         f"{count} over {axis} ({sent / 1e3:.1f} kB)"
         for axis, (count, sent) in outcome.sent.items()
@@ -71,8 +72,9 @@ def conclude(outcome: Outcome, options: Options) -> int:
 
 
 def compare(outcome: Outcome) -> list[Check]:
-    """The losses of each step of the trials, and the parameters after the last, beside
-    those of one process.
+    """Compare the trials with one process.
+
+    That is the loss of each step, and the parameters after the last.
     """
     device = ranks.device_of_one()
     losses: list[Tensor] = []

@@ -23,11 +23,13 @@ products (a, b).
 """
 
 MEMORY = 50
+# Wolfe's conditions: the share of the foretold descent, and of the slope; then the most
+# points that are tried along a direction
 _ENOUGH, _FLATTER, _TRIALS = (
     1e-4,
     0.9,
     20,
-)  # of the descent that is foretold; of the slope; points along a direction
+)
 
 
 LEARNING_RATE = 5e-3
@@ -39,8 +41,9 @@ def descend(
     products: Products,
     warm_up: int,
 ) -> Iterator[float]:
-    """So many steps of Adam, which finds the valley, then L-BFGS, which goes down it;
-    the loss of each step.
+    """Take so many steps of Adam, then L-BFGS; return the loss of each step.
+
+    Adam finds the valley, L-BFGS goes down it.
     """
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -59,8 +62,9 @@ def descend(
 def minimize(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], products: Products
 ) -> Iterator[float]:
-    """Change the parameters step by step; the loss after each. It ends where no step
-    goes down any more.
+    """Change the parameters step by step; return the loss after each.
+
+    It ends when no step goes down any more.
 
     loss: a function of the parameters as they are, the same on all ranks. So is all
     that decides: all go the same way.
@@ -86,7 +90,8 @@ def minimize(
         if found is None and not len(steps):
             vector_to_parameters(x, parameters)
             return
-        if found is None:  # once more along the gradient, with nothing remembered
+        # nothing was found: try along the gradient, without what is remembered
+        if found is None:
             steps, changes = steps[:0], changes[:0]
             continue
         length, value, after = found
@@ -101,8 +106,9 @@ def minimize(
 
 
 def coefficients(gram: Tensor) -> Tensor:
-    """The direction in terms of k steps, k changes and the gradient: L-BFGS's two loops
-    on their inner products.
+    """Return the direction in terms of k steps, k changes and the gradient.
+
+    These are the two loops of L-BFGS, on inner products only.
     """
     k = len(gram) // 2
     c = gram.new_zeros(2 * k + 1)
@@ -128,8 +134,9 @@ def _search(
     *,
     first: bool,
 ) -> tuple[float, float, Tensor] | None:
-    """A length along the direction, the value and the gradient there: lower enough and
-    flatter (Wolfe's conditions).
+    """Return a length along the direction, with the value and the gradient there.
+
+    The value is lower enough, the slope flatter (Wolfe's conditions).
     """
 
     def slope(at: Tensor) -> float:

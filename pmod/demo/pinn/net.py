@@ -1,5 +1,4 @@
-"""A network that is cut over "model", on points that are spread over "data", and the
-equation it is to satisfy.
+"""A network that is cut over "model", on points that are spread over "data".
 
 Megatron's scheme: of two layers the first is cut by its outputs and the second by its
 inputs, so that between them nothing is sent. It holds to any order of derivatives:
@@ -24,9 +23,7 @@ the others.
 
 
 class Pair(nn.Module):
-    """Two linear layers and a tanh between them; each rank of "model" has some of the
-    hidden units.
-    """
+    """Two linear layers and a tanh between them, cut along the hidden units."""
 
     def __init__(
         self,
@@ -38,21 +35,18 @@ class Pair(nn.Module):
         last: bool,
     ) -> None:
         super().__init__()
-        columns = torch.randn(width, inputs, generator=generator) / math.sqrt(
-            inputs
-        )  # all ranks draw the whole
+        # all ranks draw the whole, and take their part: they agree on every weight
+        columns = torch.randn(width, inputs, generator=generator) / math.sqrt(inputs)
         rows = torch.randn(outputs, width, generator=generator) / math.sqrt(width)
         self.columns = nn.Parameter(pmod.shard(columns, "model").clone())
         self.columns_bias = nn.Parameter(
             pmod.shard(torch.zeros(width), "model").clone()
         )
         self.rows = nn.Parameter(pmod.shard(rows, "model", dim=1).clone())
-        self.rows_bias = (
-            None if last else nn.Parameter(torch.zeros(outputs))
-        )  # it would cancel in what is odd
-        pmod.mark_varying(
-            self.columns_bias, "model"
-        )  # each rank's own, though they start as the same zeros
+        # in the last pair it would cancel: u is odd, and a bias is not
+        self.rows_bias = None if last else nn.Parameter(torch.zeros(outputs))
+        # these are each rank's own, though all start as the same zeros
+        pmod.mark_varying(self.columns_bias, "model")
 
     def forward(self, h: Tensor) -> Tensor:
         """I -> I along "model". h (points of this rank, inputs) -> (points of this
@@ -66,9 +60,7 @@ class Pair(nn.Module):
 
 
 class Net(nn.Module):
-    """u(t, x): odd in x, and right at t = 0 and at x = -1 and 1, whatever the
-    parameters are.
-    """
+    """u(t, x): odd in x, and right at t = 0 and at x = -1 and 1 from the start."""
 
     def __init__(self, width: int, pairs: int, seed: int) -> None:
         super().__init__()
@@ -84,9 +76,8 @@ class Net(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """t, x (points of this rank, 1) -> the same shape."""
-        y = torch.cat(
-            [torch.cat([2 * t - 1, x], -1), torch.cat([2 * t - 1, -x], -1)]
-        )  # here, and mirrored
+        # both at x and at -x: their difference is odd in x
+        y = torch.cat([torch.cat([2 * t - 1, x], -1), torch.cat([2 * t - 1, -x], -1)])
         for i, pair in enumerate(self.pairs):
             y = pair(torch.tanh(y) if i else y)
         here, mirrored = y.chunk(2)
@@ -94,8 +85,9 @@ class Net(nn.Module):
 
 
 def loss(model: nn.Module, t: Tensor, x: Tensor, count: int) -> Tensor:
-    """The mean square of u_t + u u_x - nu u_xx over the points of all ranks, `count` of
-    them. V -> I along "data".
+    """Return the mean square of u_t + u u_x - nu u_xx. V -> I along "data".
+
+    It is the mean over the points of all ranks, `count` of them.
 
     t and x are leaves: each rank's own slice of the points, in which its part of u is
     differentiated.

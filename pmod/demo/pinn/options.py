@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -13,9 +12,8 @@ import torch
 from pmod.demo.options import check_folder, number, on_this_machine, parser_of_job
 
 AXES = ("data", "model")
-TRIAL = (
-    10  # steps that are compared with one process at a time: rounding grows with each
-)
+# so many steps are compared with one process at a time: rounding grows with each step
+TRIAL = 10
 
 _EXAMPLES = """\
 examples:
@@ -46,11 +44,12 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where
-    it is wrong.
+    """Return the options of the command line.
+
+    Leaves with status 2 and a message if it is wrong.
     """
     parser = _parser()
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))
     options = Options(**given)
     check_folder(options.output, parser)
     return options
@@ -84,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine: where nothing is said 2 x 2, on 1 to 3
-    GPUs all ranks on model.
+    """Return the axis sizes of a mesh on this machine.
+
+    The default is 2 x 2, and on 1 to 3 GPUs all ranks on model.
     """
     gpus = torch.cuda.device_count()
     return on_this_machine(

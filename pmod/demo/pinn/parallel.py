@@ -1,6 +1,4 @@
-"""What each rank of the job does: take its points and its part of each layer, train,
-and hand the results to rank 0.
-"""
+"""What each rank of the job does: take its part, train, and hand in the results."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ from pmod.demo.training import Run, heading, report
 
 @attrs.frozen(eq=False)
 class Trial:
-    """A few steps, all of Adam or of L-BFGS: the whole weights before, the loss of
-    each, the weights after the last.
-    """
+    """A few steps, all of Adam or of L-BFGS: the weights around them, and each loss."""
 
     warm_up: int
     before: dict[str, Tensor]
@@ -54,9 +50,7 @@ class Outcome:
 
 
 def train(options: Options) -> Outcome | None:
-    """Train over the current mesh ("data", "model"); the outcome on rank 0, None
-    elsewhere.
-    """
+    """Train over the current mesh ("data", "model"); rank 0 returns the outcome."""
     mesh = pmod.current_mesh()
     quiet = mesh.topology.rank != 0
     model = Net(options.width, options.pairs, options.seed).to(
@@ -69,11 +63,10 @@ def train(options: Options) -> Outcome | None:
         say("\n" + heading())
     run = trainer.fit(options.warm_up, options.warm_up + options.steps, quiet=quiet)
     trials.append(trainer.trial(warm_up=0))
-    return (
-        None
-        if quiet
-        else Outcome(*points, run, trials, sent, mesh.shape, torch.get_num_threads())
-    )
+    if quiet:
+        return None
+    threads = torch.get_num_threads()
+    return Outcome(*points, run, trials, sent, mesh.shape, threads)
 
 
 class _Trainer:
@@ -82,44 +75,35 @@ class _Trainer:
     def __init__(
         self, model: Net, points: tuple[Tensor, Tensor], options: Options
     ) -> None:
-        device, self.model, self.count = (
-            pmod.current_mesh().device,
-            model,
-            options.points,
-        )
+        device = pmod.current_mesh().device
+        self.model, self.count = model, options.points
         self.parameters, self.width = list(model.parameters()), options.width
-        same = pmod.pick(
-            [v.to(device) for v in points], AXES
-        )  # unlike machines may round differently
+        # rank 0's on all ranks: unlike machines may round differently
+        same = pmod.pick([v.to(device) for v in points], AXES)
         self.t, self.x = (v.clone().requires_grad_() for v in pmod.shard(same, "data"))
         self.grid = [v.to(device) for v in grid()]
         self.truth = solution(*grid()).to(device)
         # what several ranks hold is counted on the first of them
-        first = [pmod.axis_index(axis) == 0 for axis in AXES]
-        counts = [
-            first[0] and (first[1] or name.split(".")[-1] in CUT)
-            for name, _ in model.named_parameters()
-        ]
-        self.counted = torch.cat(
-            [
-                p.new_full((p.numel(),), c)
-                for p, c in zip(self.parameters, counts, strict=True)
-            ]
-        )
+        first_of_data, first_of_model = (pmod.axis_index(axis) == 0 for axis in AXES)
+        counted: list[Tensor] = []
+        for name, p in model.named_parameters():
+            is_own = first_of_model or name.split(".")[-1] in CUT
+            counted.append(p.new_full((p.numel(),), first_of_data and is_own))
+        self.counted = torch.cat(counted)
 
     def loss(self) -> Tensor:
         return net.loss(self.model, self.t, self.x, self.count)
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of vectors like the parameters, over all ranks: what decides is then the same
-        on all. V -> I.
+        """Return the products of vectors like the parameters, over all ranks. V -> I.
+
+        What decides by them then decides the same on all ranks.
         """
         return pmod.psum((a * self.counted) @ b.T, AXES)
 
     def descend(self, warm_up: int, steps: int) -> Iterator[float]:
-        return islice(
-            descend(self.loss, self.parameters, self.products, warm_up), steps
-        )
+        values = descend(self.loss, self.parameters, self.products, warm_up)
+        return islice(values, steps)
 
     def fit(self, warm_up: int, steps: int, *, quiet: bool) -> Run:
         """Train."""
@@ -131,69 +115,56 @@ class _Trainer:
             for value in self.descend(warm_up, steps):
                 curve.append(value)
                 bar.update()
-                if len(curve) % tested == 0:
-                    errors[len(curve)] = self.error()
-                    if not quiet:
-                        report(
-                            len(curve),
-                            value,
-                            errors[len(curve)],
-                            time.perf_counter() - begun,
-                        )
+                step = len(curve)
+                if step % tested:
+                    continue
+                errors[step] = self.error()
+                if not quiet:
+                    report(step, value, errors[step], time.perf_counter() - begun)
         errors[len(curve)] = self.error()
         losses = torch.tensor(curve, dtype=torch.float64)
         return Run(losses, errors, self.predict().cpu(), time.perf_counter() - begun)
 
     def trial(self, warm_up: int) -> Trial:
-        """A few steps from here, and back."""
-        start, before = (
-            parameters_to_vector(self.parameters).detach().clone(),
-            self.weights(),
-        )
+        """Take a few steps from here, and go back."""
+        start = parameters_to_vector(self.parameters).detach().clone()
+        before = self.weights()
         losses = list(self.descend(warm_up, TRIAL))
         after = self.weights()
         vector_to_parameters(start, self.parameters)
         return Trial(warm_up, before, torch.tensor(losses, dtype=torch.float64), after)
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole parameters, on all ranks."""
+        """Return the whole parameters, on all ranks."""
         held: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
+            whole = p.detach()
             dim = CUT.get(name.split(".")[-1])
-            whole = (
-                p.detach()
-                if dim is None
-                else pmod.unshard(p.detach(), "model", dim=dim, length=self.width)
-            )
+            if dim is not None:
+                whole = pmod.unshard(whole, "model", dim=dim, length=self.width)
             held[name] = whole.cpu().clone()
         return held
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        """By axis, the messages and the bytes of a loss and its gradient."""
+        """Return by axis the messages and the bytes of a loss and its gradient."""
         with pmod.trace() as traced:
             torch.autograd.grad(self.loss(), self.parameters)
-        of = {
-            axis: [
-                event for event in traced.events if event.axis == axis and event.nbytes
-            ]
-            for axis in AXES
-        }
-        return {
-            axis: (len(events), sum(event.nbytes for event in events))
-            for axis, events in of.items()
-        }
+        sent: dict[str, tuple[int, int]] = {axis: (0, 0) for axis in AXES}
+        for event in traced.events:
+            # calls that send nothing, such as the forward of pvary, are traced as well
+            if event.axis in sent and event.nbytes:
+                messages, nbytes = sent[event.axis]
+                sent[event.axis] = messages + 1, nbytes + event.nbytes
+        return sent
 
     @torch.no_grad()
     def predict(self) -> Tensor:
-        """u on the grid, on every rank: each rank of "data" computes its share."""
+        """Return u on the grid, on every rank; each rank of "data" computes a share."""
         t, x = pmod.shard([v.reshape(-1, 1) for v in self.grid], "data")
-        return pmod.unshard(
-            self.model(t, x), "data", length=self.truth.numel()
-        ).view_as(self.truth)
+        u = pmod.unshard(self.model(t, x), "data", length=self.truth.numel())
+        return u.view_as(self.truth)
 
     def error(self) -> float:
-        """The relative L2 error beside the formula."""
-        return (
-            torch.linalg.vector_norm(self.predict() - self.truth)
-            / torch.linalg.vector_norm(self.truth)
-        ).item()
+        """Return the relative L2 error beside the formula."""
+        off = torch.linalg.vector_norm(self.predict() - self.truth)
+        return (off / torch.linalg.vector_norm(self.truth)).item()

@@ -1,11 +1,9 @@
-"""The picture of the job: the solution, its error with the points, three moments beside
-the formula, and the loss.
-"""
+"""The picture of the job: the solution, its error, three moments, and the loss."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -23,7 +21,7 @@ def draw(path: Path, outcome: Outcome) -> None:
     mesh, error = shown(outcome.axis_sizes), outcome.run.error
     title = f"Burgers' equation by a network that knows it, over a mesh {mesh}: relative error {error:.2%}"
     figure = new_figure(13, 8.4, title)
-    panels: Any = figure.subplots(2, 2)
+    panels = figure.subplots(2, 2)
     prediction, truth = outcome.run.prediction, solution(*grid())
     _draw(panels[0, 0], prediction, "u(t, x)")
     _draw(
@@ -48,13 +46,18 @@ def _draw(panel: Axes, field: Tensor, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     most = field.abs().max().item()
-    looks: dict[str, Any] = {
-        "extent": (0, 1, -1, 1),
-        "aspect": "auto",
-        "origin": "lower",
-        "cmap": "RdBu_r",
-    }
-    draw_field(panel, field.T, title, MaxNLocator(5), vmin=-most, vmax=most, **looks)
+    draw_field(
+        panel,
+        field.T,
+        title,
+        MaxNLocator(5),
+        vmin=-most,
+        vmax=most,
+        extent=(0, 1, -1, 1),
+        aspect="auto",
+        origin="lower",
+        cmap="RdBu_r",
+    )
     panel.set(xlabel="t", ylabel="x")
 
 

@@ -1,6 +1,4 @@
-"""The same in one process, in plain torch, written by itself: what the parallel network
-must agree with.
-"""
+"""The same in one process, in plain torch: the parallel network must agree with it."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ def network(w: Weights, t: Tensor, x: Tensor) -> Tensor:
 
 
 def layers(w: Weights, t: Tensor, x: Tensor) -> Tensor:
-    """What the solution is made from."""
+    """Return what the solution is made from."""
     y, pairs = torch.cat([2 * t - 1, x], 1), (len(w) + 1) // 4
     for i in range(pairs):
         columns, columns_bias, rows = (
@@ -38,7 +36,7 @@ def layers(w: Weights, t: Tensor, x: Tensor) -> Tensor:
 
 
 def loss(w: Weights, t: Tensor, x: Tensor) -> Tensor:
-    """The mean square of what the equation leaves over."""
+    """Return the mean square of what the equation leaves over."""
     t, x = t.clone().requires_grad_(), x.clone().requires_grad_()
     u = network(w, t, x)
     ones = torch.ones_like(u)
@@ -51,8 +49,9 @@ def loss(w: Weights, t: Tensor, x: Tensor) -> Tensor:
 def train(
     weights: Weights, t: Tensor, x: Tensor, warm_up: int, steps: int
 ) -> tuple[Tensor, Weights]:
-    """So many steps from the weights on, the first `warm_up` Adam's; the loss of each,
-    and the weights at the end.
+    """Take so many steps from the weights on, the first `warm_up` with Adam.
+
+    Returns the loss of each, and the weights at the end.
     """
     held = {name: value.clone().requires_grad_() for name, value in weights.items()}
     descent = descend(

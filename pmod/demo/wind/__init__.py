@@ -1,3 +1,4 @@
-"""`python -m pmod.demo wind`: vorticity and divergence of winds around the globe, cut
-over ranks in both directions.
+"""`python -m pmod.demo wind`: vorticity and divergence of winds around the globe.
+
+The globe is cut over ranks in both directions.
 """

@@ -20,9 +20,7 @@ from pmod.demo.wind.winds import Winds, solid_body, solid_body_vorticity
 
 @attrs.frozen(eq=False)
 class Job:
-    """The winds, where they come from, and what their vorticity and divergence are:
-    published, or known, or neither.
-    """
+    """The winds, where they come from, and their vorticity and divergence if known."""
 
     winds: Winds
     source: str
@@ -31,8 +29,9 @@ class Job:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; its exit status: 0, or 1 where a bound is violated, or 2 where
-    it cannot be run as asked.
+    """Run the command and return its exit status.
+
+    It is 0, or 1 if a bound is violated, or 2 if it cannot be run as asked.
     """
     options = parse(arguments)
     try:
@@ -49,41 +48,41 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def gather(options: Options) -> Job:
-    """Make the winds, or read them. Raises: PmodError for files that do not do."""
+    """Make the winds, or read them.
+
+    Raises: PmodError for files that do not fit.
+    """
     if options.u is None or options.v is None:
         made = (options.rows, options.columns, options.tilt)
-        source = f"a solid body that turns about an axis {options.tilt:g} degrees from the poles'"
+        axis = f"an axis {options.tilt:g} degrees from the poles'"
+        source = f"a solid body that turns about {axis}"
         return Job(solid_body(*made), source, known=solid_body_vorticity(*made))
-    winds, source = (
-        files.read(options.u, options.v),
-        f"from {options.u.name} and {options.v.name}",
-    )
+    winds = files.read(options.u, options.v)
+    source = f"from {options.u.name} and {options.v.name}"
     if options.vorticity is None or options.divergence is None:
         return Job(winds, source)
     fields = files.field(options.vorticity), files.field(options.divergence)
-    for found, path in zip(
-        fields, (options.vorticity, options.divergence), strict=True
-    ):
-        files.check_like(winds.u, found, path)
+    files.check_like(winds.u, fields[0], options.vorticity)
+    files.check_like(winds.u, fields[1], options.divergence)
     rows, columns = winds.grid
+    # every second row must have both poles, and every second column go once round
     if not rows % 2 or columns % 2:
-        given = f"the error of differences on {rows} x {columns} points cannot be estimated from every second one"
-        raise PmodError(
-            phrase(
-                "demo", given, "Pass an odd number of rows and an even one of columns."
-            )
+        given = (
+            f"the error of differences on {rows} x {columns} points "
+            "cannot be estimated from every second one"
         )
+        right = "Pass an odd number of rows and an even one of columns."
+        raise PmodError(phrase("demo", given, right))
     return Job(winds, source, published=fields)
 
 
 def conclude(outcome: parallel.Outcome, job: Job, options: Options) -> int:
-    """Say what was done and sent, compare, draw; the exit status."""
+    """Say what was done and sent, compare, draw; return the exit status."""
     times, rows, columns = job.winds.u.shape
     say(f"winds   {job.source}")
     say(f"grid    {rows} x {columns} points, {times} time{'s' * (times > 1)}")
-    sent, held = (
-        f"{max(counted) / 1e3:.1f} kB" for counted in (outcome.sent, outcome.held)
-    )
+    sent = f"{max(outcome.sent) / 1e3:.1f} kB"
+    held = f"{max(outcome.held) / 1e3:.1f} kB"
     say(f"halos   a rank sent at most {sent}, and holds at most {held} of winds\n")
     with ranks.threads(outcome.threads):
         checks: list[Check] = [compare.with_one_process(outcome, job.winds)]

@@ -1,6 +1,4 @@
-"""How far the derivatives are from those of one process, from what is known of the
-winds, and from published ones.
-"""
+"""How far the derivatives are from one process's, known ones, and published ones."""
 
 from __future__ import annotations
 
@@ -15,14 +13,17 @@ from pmod.demo.wind import whole
 from pmod.demo.wind.parallel import Outcome
 from pmod.demo.wind.winds import Winds, every_second, latitudes, norm, outside
 
-CAP = 10.0  # degrees around each pole that a published field is not compared in: there meridians crowd
-SLACK = 1.5  # what the error may be of its estimate
+# a published field is not compared within so many degrees of a pole, where meridians
+# crowd
+CAP = 10.0
+# the error may be this many times its estimate
+SLACK = 1.5
 
 Pair = tuple[Tensor, Tensor]
 
 
 def with_one_process(outcome: Outcome, winds: Winds) -> Check:
-    """How many values have another bit somewhere."""
+    """Return how many values have another bit somewhere."""
     device = ranks.device_of_one()
     plain = whole.derivatives(Winds(winds.u.to(device), winds.v.to(device)))
     pairs = zip((outcome.vorticity, outcome.divergence), plain, strict=True)
@@ -34,8 +35,9 @@ def with_one_process(outcome: Outcome, winds: Winds) -> Check:
 
 
 def with_known(outcome: Outcome, vorticity: Tensor) -> list[Check]:
-    """Beside the vorticity that is known, and no divergence: the differences are of
-    second order in the spacing.
+    """Compare with the vorticity that is known, and no divergence.
+
+    The differences are of second order in the spacing.
     """
     bound, size = (math.pi / (outcome.vorticity.shape[-2] - 1)) ** 2, norm(vorticity)
     errors = norm(outcome.vorticity - vorticity) / size, norm(outcome.divergence) / size
@@ -52,30 +54,25 @@ def with_known(outcome: Outcome, vorticity: Tensor) -> list[Check]:
 
 
 def with_published(outcome: Outcome, winds: Winds, published: Pair) -> list[Check]:
-    """Beside published fields, outside the polar caps, and what the stencil's error is
-    by its own estimate.
+    """Compare with published fields, outside the polar caps.
 
-    The differences err at second order: those over twice the spacing by four times as
-    much, so a third of the change is what these err by.
+    Beside the difference stands the stencil's error, by its own estimate.
+
+    The differences err at second order. Those over twice the spacing err by four times
+    as much, so the error of these is a third of the change.
     """
-    coarse, ours = (
-        whole.derivatives(winds.coarser()),
-        (outcome.vorticity, outcome.divergence),
-    )
+    coarse = whole.derivatives(winds.coarser())
+    ours = (outcome.vorticity, outcome.divergence)
+    names = ("vorticity", "divergence")
+    kept = outside(latitudes(winds.grid[0]), CAP)
     checks: list[Check] = []
-    for name, mine, wide, wanted in zip(
-        ("vorticity", "divergence"), ours, coarse, published, strict=True
-    ):
-        estimate = norm((wide - every_second(mine)) / 3, CAP) / norm(
-            every_second(wanted), CAP
-        )
+    for name, mine, wide, wanted in zip(names, ours, coarse, published, strict=True):
+        change = norm((wide - every_second(mine)) / 3, CAP)
+        estimate = change / norm(every_second(wanted), CAP)
         error, bound = norm(mine - wanted, CAP) / norm(wanted, CAP), SLACK * estimate
-        kept = outside(latitudes(winds.grid[0]), CAP)
-        alike = (
-            torch.stack([mine[:, kept].flatten(), wanted[:, kept].flatten()])
-            .corrcoef()[0, 1]
-            .item()
-        )
-        text = f"{error:.2%} (bound {bound:.2%}, {SLACK:g} times its estimate); correlation {alike:.5f}"
+        both = torch.stack([mine[:, kept].flatten(), wanted[:, kept].flatten()])
+        alike = both.corrcoef()[0, 1].item()
+        limit = f"bound {bound:.2%}, {SLACK:g} times its estimate"
+        text = f"{error:.2%} ({limit}); correlation {alike:.5f}"
         checks.append(Check(f"{name} beside the published", error, bound, text))
     return checks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 
@@ -51,11 +50,12 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options that the command line gives; leaves with status 2 and a message where
-    it is wrong.
+    """Return the options of the command line.
+
+    Leaves with status 2 and a message if it is wrong.
     """
     parser = _parser()
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))
     for one, other, what in (
         ("u", "v", "eastward, one northward"),
         ("vorticity", "divergence", "of each"),
@@ -113,7 +113,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def local_sizes(options: Options) -> dict[str, int]:
-    """The axis sizes of a mesh on this machine; where nothing is said all ranks are on
-    lon.
-    """
+    """Return the axis sizes of a mesh on this machine, by default all ranks on lon."""
     return on_this_machine(options.mesh or {"lat": 1, "lon": usual_ranks()})

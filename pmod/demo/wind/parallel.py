@@ -1,6 +1,4 @@
-"""What each rank of the job does: take its part of the globe, differentiate, and hand
-the results to rank 0.
-"""
+"""What each rank of the job does: take its part, differentiate, hand in the results."""
 
 from __future__ import annotations
 
@@ -35,13 +33,10 @@ class Outcome:
 
 
 def differentiate(winds: Winds) -> Outcome | None:
-    """Vorticity and divergence over the current mesh ("lat", "lon"); the outcome on
-    rank 0, None elsewhere.
-    """
+    """Differentiate over the mesh ("lat", "lon"); rank 0 returns the outcome."""
     mesh, (lat, lon) = pmod.current_mesh(), winds.grid
-    both = pmod.pick(
-        (winds.u.to(mesh.device), winds.v.to(mesh.device)), AXES
-    )  # unlike machines may round differently
+    # rank 0's on all ranks: unlike machines may round differently
+    both = pmod.pick((winds.u.to(mesh.device), winds.v.to(mesh.device)), AXES)
     u, v = pmod.shard(pmod.shard(both, "lat", dim=-2), "lon", dim=-1)
     with pmod.trace() as halos:
         found = stencil.derivatives(u, v, lat, lon)

@@ -1,6 +1,4 @@
-"""The picture of the job: the winds, their vorticity and divergence with the borders of
-the ranks, and the error.
-"""
+"""The picture of the job: the winds, their vorticity and divergence, and the error."""
 
 from __future__ import annotations
 
@@ -21,15 +19,16 @@ if TYPE_CHECKING:
 
 
 def draw(path: Path, outcome: Outcome, winds: Winds, beside: Tensor | None) -> None:
-    """Write the picture, of the first time. beside: the vorticity that it is compared
-    with.
+    """Write the picture, of the first time.
+
+    beside: the vorticity that it is compared with.
     """
     figure = new_figure(
         13,
         8.4,
         f"Vorticity and divergence of winds over a mesh {shown(outcome.axis_sizes)}",
     )
-    panels: Any = figure.subplots(2, 2)
+    panels = figure.subplots(2, 2)
     u, v = winds.u[0], winds.v[0]
     _draw(panels[0, 0], (u.square() + v.square()).sqrt(), "wind, m/s", cmap="viridis")
     _draw_arrows(panels[0, 0], u, v)

@@ -1,6 +1,4 @@
-"""Vorticity and divergence by differences of neighbours over a mesh ("lat", "lon"): the
-parallel part of the job.
-"""
+"""Vorticity and divergence by differences of neighbours over a mesh ("lat", "lon")."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ from pmod.demo.wind.winds import RADIUS, latitudes
 
 
 def derivatives(u: Tensor, v: Tensor, lat: int, lon: int) -> tuple[Tensor, Tensor]:
-    """Vorticity and divergence at this rank's points of a lat x lon grid, both poles in
-    it.
+    """Return vorticity and divergence at this rank's points of a lat x lon grid.
+
+    Both poles belong to the grid.
 
     V -> V. u, v (..., rows of this rank, columns of this rank) -> the same shape,
     twice.

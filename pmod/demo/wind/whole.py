@@ -15,15 +15,17 @@ from pmod.demo.wind.winds import RADIUS, Winds, latitudes
 
 
 def derivatives(winds: Winds) -> tuple[Tensor, Tensor]:
-    """Vorticity and divergence at all points. Shapes: (times, lat, lon), twice."""
+    """Return vorticity and divergence at all points.
+
+    Shapes: (times, lat, lon), twice.
+    """
     u, v, (lat, lon) = winds.u, winds.v, winds.grid
     dy, dx = math.pi / (lat - 1), 2 * math.pi / lon
     cosine = latitudes(lat).cos().to(u)[:, None]
 
     def north(f: Tensor) -> Tensor:
-        return (f.roll(1, -2) - f.roll(-1, -2)) / (
-            2 * dy
-        )  # round the poles nonsense, replaced below
+        # the rows at the poles come out wrong: they are replaced below
+        return (f.roll(1, -2) - f.roll(-1, -2)) / (2 * dy)
 
     def east(f: Tensor) -> Tensor:
         return (f.roll(-1, -1) - f.roll(1, -1)) / (2 * dx)

@@ -1,6 +1,4 @@
-"""Winds on a regular grid of the globe, and some whose vorticity is known: those of a
-solid body that turns.
-"""
+"""Winds on a regular grid of the globe, and some whose vorticity is known."""
 
 from __future__ import annotations
 
@@ -10,13 +8,15 @@ import attrs
 import torch
 from torch import Tensor
 
-RADIUS = 6.3712e6  # of the earth, in metres: that of the published reference
+# of the earth, in metres, as the published reference has it
+RADIUS = 6.3712e6
 
 
 @attrs.frozen(eq=False)
 class Winds:
-    """The wind eastward (u) and northward (v), in m/s: rows from the north pole to the
-    south, columns once round.
+    """The wind eastward (u) and northward (v), in m/s.
+
+    Rows go from the north pole to the south, columns once round.
 
     Shapes: u and v (times, lat, lon), float64.
     """
@@ -26,12 +26,14 @@ class Winds:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many rows and columns."""
+        """Return how many rows and columns there are."""
         return int(self.u.shape[-2]), int(self.u.shape[-1])
 
     def coarser(self) -> Winds:
-        """Every second row and column: of an odd number of rows and an even one of
-        columns a regular grid, too.
+        """Return every second row and column.
+
+        Of an odd number of rows and an even one of columns they are a regular grid,
+        too.
         """
         return Winds(every_second(self.u), every_second(self.v))
 
@@ -41,18 +43,19 @@ def every_second(field: Tensor) -> Tensor:
 
 
 def latitudes(rows: int) -> Tensor:
-    """From pole to pole, in radians. Shapes: -> (rows,)."""
+    """Return the latitudes from pole to pole, in radians. Shapes: -> (rows,)."""
     return torch.linspace(math.pi / 2, -math.pi / 2, rows, dtype=torch.float64)
 
 
 def longitudes(columns: int) -> Tensor:
-    """Once round, in radians. Shapes: -> (columns,)."""
+    """Return the longitudes once round, in radians. Shapes: -> (columns,)."""
     return torch.arange(columns, dtype=torch.float64) * (2 * math.pi / columns)
 
 
 def solid_body(rows: int, columns: int, tilt: float, speed: float = 40.0) -> Winds:
-    """A solid body that turns about an axis, `tilt` degrees from the poles', at `speed`
-    m/s on its equator.
+    """Return the winds of a solid body that turns.
+
+    Its axis is `tilt` degrees from the poles', its speed `speed` m/s on its equator.
     """
     up, along, angle = latitudes(rows)[:, None], longitudes(columns), math.radians(tilt)
     u = speed * (up.cos() * math.cos(angle) + up.sin() * along.cos() * math.sin(angle))
@@ -63,8 +66,9 @@ def solid_body(rows: int, columns: int, tilt: float, speed: float = 40.0) -> Win
 def solid_body_vorticity(
     rows: int, columns: int, tilt: float, speed: float = 40.0
 ) -> Tensor:
-    """Twice the rate of turning, times the sine of the latitude about that axis; there
-    is no divergence.
+    """Return twice the rate of turning, times the sine of the latitude about its axis.
+
+    There is no divergence.
 
     Shapes: -> (1, rows, columns).
     """
@@ -74,8 +78,9 @@ def solid_body_vorticity(
 
 
 def norm(field: Tensor, cap: float = 0.0) -> float:
-    """The root mean square over the globe, each point for its area; not over points
-    within `cap` degrees of a pole.
+    """Return the root mean square over the globe, each point weighted by its area.
+
+    Points within `cap` degrees of a pole are left out.
     """
     up = latitudes(int(field.shape[-2]))
     weight = (up.cos() * outside(up, cap))[:, None].expand_as(field)
@@ -83,5 +88,5 @@ def norm(field: Tensor, cap: float = 0.0) -> float:
 
 
 def outside(up: Tensor, cap: float) -> Tensor:
-    """Which of the latitudes are at least `cap` degrees from both poles."""
+    """Return which of the latitudes are at least `cap` degrees from both poles."""
     return up.abs() <= math.radians(90 - cap) + 1e-9
