@@ -32,6 +32,7 @@ from pmod._torch import (
 from pmod._wire.along import wire_of
 from pmod._wire.board import (
     LEFT,
+    OVER,
     WAITS,
     Board,
     Post,
@@ -318,7 +319,8 @@ class _Look:
         """Return whether one of them has raised, and will not arrive."""
         if not self._board.somebody_left():
             return False
-        return any(post.state == LEFT for post in self._board.read(others).values())
+        posts = self._board.read(others).values()
+        return any(post.state in (LEFT, *OVER) for post in posts)
 
     def _is_late(self) -> bool:
         return self._last - self._started > self._axis.timeout

@@ -27,11 +27,15 @@ from pmod._site import Origin
 MANY = 256
 
 WAITS, LEFT, ENDED, RETURNED = "waits", "left", "ended", "returned"
+OVER = ENDED, RETURNED  # where no more calls are made
 ALIKE = (
     "All ranks of an axis must make the same calls in the same order, "
     "with shapes that fit."
 )
 _SOMEBODY_LEFT = "pmod/left"
+# Of a rank: what it waits for, and that what `launch` ran is over there.
+_WAITS = "pmod/waits/{}"
+_RETURNED = "pmod/returned/{}"
 # Of the ranks of an axis: how their calls differ.
 _FOUND = "pmod/unlike/{}"
 # Of the ranks of an axis, and one of them: what it has called.
@@ -208,7 +212,9 @@ class Board:
         self.exchanges: Exchanges | None = None  # under `debug`
 
     def write(self, rank: int, post: Post) -> None:
-        self.store.set(f"pmod/waits/{rank}", post.text())
+        # What a rank waited for when it raised says more than that it has returned.
+        key = _RETURNED if post.state == RETURNED else _WAITS
+        self.store.set(key.format(rank), post.text())
         self.says_left = post.state == LEFT
         if post.state != WAITS:
             self.store.set(_SOMEBODY_LEFT, "1")
@@ -219,7 +225,7 @@ class Board:
         return self.store.check([_SOMEBODY_LEFT])
 
     def erase(self, rank: int) -> None:
-        self.store.set(f"pmod/waits/{rank}", "")
+        self.store.set(_WAITS.format(rank), "")
         self.says_left = False
 
     def tell_calls(self, ranks: str, rank: int, calls: str) -> None:
@@ -241,9 +247,15 @@ class Board:
     def read(self, ranks: Sequence[int]) -> dict[int, Post]:
         """Return the posts of these ranks, where they have one."""
         posts: dict[int, Post] = {}
+        # A rank that has returned from an earlier function makes the calls of this one.
+        this_run = str(world.processes().connection.runs)
         for rank in ranks:
-            text = self._get(f"pmod/waits/{rank}")
+            text = self._get(_WAITS.format(rank))
             if text:
+                posts[rank] = Post.of(text)
+                continue
+            text = self._get(_RETURNED.format(rank))
+            if text and Post.of(text).meeting == this_run:
                 posts[rank] = Post.of(text)
         return posts
 

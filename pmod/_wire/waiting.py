@@ -29,6 +29,7 @@ from pmod._wire.board import (
     ENDED,
     LEFT,
     MANY,
+    OVER,
     RETURNED,
     WAITS,
     Board,
@@ -324,17 +325,9 @@ class Wait:
 
     def _ended_before(self, post: Post) -> bool:
         """Return whether its rank has ended without this call."""
-        if not self._is_over(post):
+        if post.state not in OVER:
             return False
         return json.loads(post.met).get(self._axis.group_key, 0) < self.number
-
-    def _is_over(self, post: Post) -> bool:
-        """Return whether its rank makes no more calls, as far as it has said."""
-        if post.state == ENDED:
-            return True
-        # A rank that has returned from an earlier function makes the calls of this one.
-        this_run = str(world.processes().connection.runs)
-        return post.state == RETURNED and post.meeting == this_run
 
     def _hear(self, work: Work) -> None:
         """Raise where another rank has found unlike calls."""
@@ -447,7 +440,7 @@ class Wait:
     def _is_here(self, post: Post | None, cause: RuntimeError | None) -> bool:
         if post is None:
             return False
-        if self._is_over(post):
+        if post.state in OVER:
             # Where a connection is broken, the rank has not sent all that it began to
             # send.
             return cause is None and not self._ended_before(post)

@@ -27,7 +27,6 @@ from typing import Any
 from pmod._ranks import world
 from pmod._run.launch import Ranks
 from pmod._run.task import Task
-from pmod._wire import board
 
 LONG = 600.0
 """Seconds that only a hang reaches, on however busy a machine."""
@@ -75,9 +74,6 @@ def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filt
     Also returns whether this process has left groups behind.
     """
     faulthandler.dump_traceback_later(0.9 * timeout)
-    told = board.board()
-    if told is not None and told.reachable:
-        told.erase(world.here().rank)  # that the function before this one has returned
     try:
         with warnings.catch_warnings():
             warnings.resetwarnings()
