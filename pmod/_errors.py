@@ -25,9 +25,7 @@ class ShapeError(PmodError, ValueError):
 
 
 class ArgumentError(PmodError, TypeError):
-    """Not a tensor, a dtype that the function cannot take, or a tensor on another
-    device.
-    """
+    """Not a tensor, or one whose dtype or device the function cannot take."""
 
 
 class TopologyError(PmodError):
@@ -39,36 +37,36 @@ class MismatchError(PmodError):
 
 
 class CollectiveTimeout(PmodError):
-    """Some ranks did not arrive before the deadline, or cannot any more: they died, or
-    raised.
-    """
+    """Some ranks did not arrive before the deadline, or cannot: they died or raised."""
 
 
 def coordinates(coords: Mapping[str, int] | None) -> str:
-    """``(data=0, model=1)``, as messages and pictures write a rank's place."""
+    """Return ``(data=0, model=1)``: a rank's place in messages and pictures."""
     if coords is None:
         return "(outside the mesh)"
     return "(" + ", ".join(f"{name}={index}" for name, index in coords.items()) + ")"
 
 
-_LONGEST = 200  # characters of a value in a message, which is to be read in one look
+# characters of a value in a message, which is to be read in one look
+_LONGEST = 200
 
 
 def quoted(value: object) -> str:
-    """A value as messages write it: its repr in one line, not too long.
+    """Return a value as messages write it: its repr in one line, not too long.
 
     >>> quoted([1, 2]), quoted("model")
     ('[1, 2]', "'model'")
     """
     try:
         text = repr(value)
-    except (
-        Exception
-    ):  # a __repr__ raises what it likes, that of a tensor of 1-bit ints too
+    except Exception:
+        # a __repr__ raises what it likes, that of a tensor of 1-bit ints too
         return f"a {type(value).__name__}"
     if "\n" in text:
         text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    if len(text) > _LONGEST:
+        text = text[: _LONGEST - 3] + "..."
+    return text
 
 
 def phrase(
@@ -79,38 +77,41 @@ def phrase(
     axis: object = None,
     coords: Mapping[str, int] | None = None,
 ) -> str:
-    """The text of every error: which function, axis and rank; what was given; what
-    would be right.
+    """Return the text of an error, whose form is the same everywhere.
+
+    It says which function, axis and rank; what was given; what would be right.
 
     >>> print(phrase("shard", "x.shape[0] is 5", "Pass sizes=(3, 2).", axis="model", coords={"model": 1}))
     pmod.shard(axis='model') at (model=1): x.shape[0] is 5.
     Pass sizes=(3, 2).
     """
-    call = f"pmod.{function}" + ("" if axis is None else f"(axis={quoted(axis)})")
-    place = "" if coords is None else f" at {coordinates(coords)}"
-    stop = "" if given.endswith("?") else "."
-    return f"{call}{place}: {given}{stop}" + (f"\n{right}" if right else "")
+    text = f"pmod.{function}"
+    if axis is not None:
+        text += f"(axis={quoted(axis)})"
+    if coords is not None:
+        text += f" at {coordinates(coords)}"
+    text += f": {given}"
+    # a near miss ends in a question
+    if not given.endswith("?"):
+        text += "."
+    if right:
+        text += f"\n{right}"
+    return text
 
 
 def endless(function: str = "") -> ArgumentError:
-    """The error of a tree in which a walk came to no end; by default of the public
-    function that was called.
+    """Return the error of a tree that a walk does not get out of.
+
+    function: by default the public function that was called.
     """
     given = "a tree holds itself, or is nested too deeply"
-    return ArgumentError(
-        phrase(
-            function or call_site()[0],
-            given,
-            "Pass containers that do not hold themselves.",
-        )
-    )
+    right = "Pass containers that do not hold themselves."
+    return ArgumentError(phrase(function or call_site()[0], given, right))
 
 
 def near_miss(given: object, known: Iterable[str]) -> str:
-    """``; did you mean 'model'?`` where one of the known names is close, else nothing."""
-    close = (
-        difflib.get_close_matches(given, list(known), n=1)
-        if isinstance(given, str)
-        else []
-    )
+    """Return ``; did you mean 'model'?`` if one of the known names is close, else ""."""
+    if not isinstance(given, str):
+        return ""
+    close = difflib.get_close_matches(given, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,4 @@
-"""Who called: the public function, the user's line, and the call that a derivative
-belongs to.
-"""
+"""Who called: the public function, the user's line, and the call of a derivative."""
 
 from __future__ import annotations
 
@@ -18,13 +16,10 @@ from typing import TypeAlias
 
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
-_JOBS = tuple(
-    os.path.join(HERE, name)
-    for name in ("demo" + os.sep, "bench" + os.sep, "doctor.py")
-)  # users of pmod
-_STARTS = tuple(
-    os.path.join(HERE, "_core", name) for name in ("start.py", "ahead.py")
-)  # they run what a user starts
+# they use pmod as a user does
+_JOBS = (f"{HERE}demo{os.sep}", f"{HERE}bench{os.sep}", f"{HERE}doctor.py")
+# they run what a user starts
+_STARTS = (f"{HERE}_core{os.sep}start.py", f"{HERE}_core{os.sep}ahead.py")
 # by shard_map, and within its body; in hooks
 _CALLED = {
     "mapped": "shard_map",
@@ -38,39 +33,35 @@ _CELL = re.compile(r".*[/\\]ipykernel_\d+[/\\](\d+)\.py")
 
 
 def _outside() -> tuple[str, FrameType]:
-    """The public function that was called, and the innermost frame outside pmod and
-    torch.
-    """
+    """Return the public function that was called, and the user's innermost frame."""
     torch = sys.modules.get("torch")
     inside = (HERE, contextlib.__file__)
     if torch is not None:
         inside += (os.path.dirname(str(torch.__file__)) + os.sep,)
     frame, function = sys._getframe(2), ""
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        if frame.f_code.co_filename.startswith(_JOBS):
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(inside) or file.startswith(_JOBS):
             break
-        if (
-            frame.f_code.co_filename.startswith(HERE)
-            and frame.f_code.co_filename not in _STARTS
-        ):
+        if file.startswith(HERE) and file not in _STARTS:
             function = frame.f_code.co_name
             owner = frame.f_code.co_qualname.split(".")[0]
-            if (
-                function in ("__enter__", "__exit__") or owner in _CALLED
-            ):  # of a class that reads as a function: first
+            # a class that reads as a function: its name is what the user wrote
+            if function in ("__enter__", "__exit__") or owner in _CALLED:
                 function = owner
         frame = frame.f_back
     return _CALLED.get(function, function), frame
 
 
 Line: TypeAlias = tuple[str, int, str]
-"""A file, a line's number in it, and the module's name: what costs nothing to note, and
-may become a `Site`.
+"""A file, a line's number in it, and the module's name.
+
+It costs nothing to note, and may become a `Site`.
 """
 
 
 def line_of(frame: FrameType) -> Line:
-    """The line that a frame is at."""
+    """Return the line that a frame is at."""
     return (
         frame.f_code.co_filename,
         frame.f_lineno,
@@ -79,54 +70,58 @@ def line_of(frame: FrameType) -> Line:
 
 
 class Site(str):
-    """A line of the user's code, as messages show it; `alike` names it on every node,
-    wherever its file lies there.
+    """A line of the user's code, as messages show it.
+
+    `alike` names it on every node, wherever its file lies there.
     """
 
     alike: str
 
     @staticmethod
     def of(frame: FrameType) -> Site:
-        """The line that a frame is at."""
+        """Return the line that a frame is at."""
         return Site.at(line_of(frame))
 
     @staticmethod
     def at(line_of: Line) -> Site:
-        """A line that `line_of` has noted."""
+        """Return a line that `line_of` has noted."""
         file, number, module = line_of
         line = linecache.getline(file, number).strip()
         file = _CELL.sub(r"cell \1", file)
-        rest = f":{number}" + (f": {line}" if line else "")
+        rest = f":{number}: {line}" if line else f":{number}"
         site = Site(file + rest)
         # a module has one name on all nodes, though a script is __mp_main__ in the
         # processes that it starts
-        site.alike = f"{module.replace('__mp_main__', '__main__')} {os.path.basename(file)}{rest}"
+        module = module.replace("__mp_main__", "__main__")
+        site.alike = f"{module} {os.path.basename(file)}{rest}"
         return site
 
 
 def call_site() -> tuple[str, Site]:
-    """The public function that was called, and from where: the innermost line outside
-    pmod and torch.
+    """Return the public function that was called, and from which line of the user's.
+
+    That is the innermost line outside pmod and torch.
     """
     function, frame = _outside()
     return function, Site.of(frame)
 
 
 def call_source() -> str:
-    """The text of the call in the user's code that led here, "" where its source is not
-    at hand.
+    """Return the text of the call in the user's code that led here.
+
+    "" if its source is not at hand.
     """
     frame = _outside()[1]
-    position = next(
-        islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), (None,) * 4
-    )
-    first, last, start, end = position
-    if first is None or last is None or start is None or end is None:
+    file, code = frame.f_code.co_filename, frame.f_code
+    # an instruction has two bytes
+    position = next(islice(code.co_positions(), frame.f_lasti // 2, None), (None,))
+    known = [number for number in position if number is not None]
+    if len(known) < 4:
         return ""
-    lines = [
-        linecache.getline(frame.f_code.co_filename, number).encode()
-        for number in range(first, last + 1)
-    ]
+    first, last, start, end = known
+    numbers = range(first, last + 1)
+    # columns are counted in bytes
+    lines = [linecache.getline(file, number).encode() for number in numbers]
     lines[-1] = lines[-1][:end]
     lines[0] = lines[0][start:]
     return b"".join(lines).decode()
@@ -139,17 +134,19 @@ BACKWARD = "the backward of "
 
 
 def backward_of(forward: Origin) -> Origin:
-    """The origin of a call's transpose, and of that one's."""
+    """Return the origin of a call's transpose, and of that one's."""
     return BACKWARD + forward[0].removeprefix(BACKWARD), forward[1]
 
 
 class _Watched(threading.local):
-    """The call that this thread binds, while somebody watches: its derivatives have the
-    same origin.
+    """The call that this thread binds, while somebody watches.
+
+    Its derivatives have the same origin.
     """
 
     origin: Origin | None = None
-    tree: str = ""  # the structure of what the call takes
+    # the structure of what the call takes
+    tree: str = ""
 
 
 watched = _Watched()
@@ -157,7 +154,7 @@ watched = _Watched()
 
 @contextmanager
 def on_behalf_of(of: Origin) -> Generator[None]:
-    """What is sent here belongs to a call, or to its backward, elsewhere."""
+    """Let what is sent here belong to a call, or to its backward, elsewhere."""
     before, watched.origin = watched.origin, of
     try:
         yield
@@ -167,7 +164,7 @@ def on_behalf_of(of: Origin) -> Generator[None]:
 
 @contextmanager
 def of_tree(structure: str) -> Generator[None]:
-    """What is bound here takes the leaves of a tree of this structure."""
+    """Let what is bound here take the leaves of a tree of this structure."""
     before, watched.tree = watched.tree, structure
     try:
         yield
@@ -176,10 +173,13 @@ def of_tree(structure: str) -> Generator[None]:
 
 
 def structure() -> str:
-    """Of the tree whose leaves are bound, as `of_tree` said."""
+    """Return the structure of the tree whose leaves are bound, as `of_tree` said."""
     return watched.tree
 
 
 def origin() -> Origin:
-    """Of the call that is being bound; where nobody watches, of what the user called."""
+    """Return the origin of the call that is being bound.
+
+    If nobody watches, it is that of what the user called.
+    """
     return watched.origin or call_site()

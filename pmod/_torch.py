@@ -1,9 +1,8 @@
-"""Every private name of torch that pmod uses: one alias or function each, and the
-versions of torch that have it.
+"""Every private name of torch that pmod uses, and the versions of torch that have it.
 
-No other file of pmod names one (tests/layout/test_layout.py), and
-tests/core/test_torch.py says of each what breaks without it. An alias is the thing of
-torch itself, so that a hot path pays nothing for it. On a torch that lacks a name
+Each has one alias or function. No other file of pmod names one
+(tests/layout/test_layout.py), and tests/core/test_torch.py says of each what breaks
+without it. An alias is the thing of torch itself, so that a hot path pays nothing for it. On a torch that lacks a name
 `import pmod` works all the same: what stands in its place raises where it is used, with
 the version of that torch.
 """
@@ -41,9 +40,7 @@ seen.
 
 
 def newer_than_tested(version: str) -> str:
-    """Return what to say of a torch that is newer than the newest tested; "" where it
-    is not.
-    """
+    """Return what to say of a torch newer than the newest tested; "" of another."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or (int(numbers[1]), int(numbers[2])) <= NEWEST:
         return ""
@@ -78,7 +75,7 @@ class _Lacking:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise _lacking(self._path)
 
     def __instancecheck__(self, instance: object) -> NoReturn:
@@ -87,7 +84,8 @@ class _Lacking:
 
 def _resolved(path: str) -> Any:
     owner, _, name = path.rpartition(".")
-    if owner == "torch.nn:Module":  # its instances have what the class only announces
+    # its instances have what the class only announces
+    if owner == "torch.nn:Module":
         return getattr(torch.nn.Module(), name)
     return pkgutil.resolve_name(path)
 
@@ -113,8 +111,9 @@ def _with(*paths: str) -> Callable[[T], T]:
 
 
 def _later(path: str, versions: tuple[str, ...] = ALL) -> Callable[[], Any]:
-    """Return a function that brings a name of a module that `import torch` leaves out,
-    which takes long.
+    """Return a function that brings a name which `import torch` leaves out.
+
+    Its module takes long to import.
     """
     SEEN[path] = versions
 
@@ -138,7 +137,7 @@ no_transforms: Callable[[], AbstractContextManager[None]] = _seen(
 no_interpreters: Callable[[], AbstractContextManager[None]] = _seen(
     "torch._functorch.pyfunctorch:temporarily_clear_interpreter_stack"
 )
-interpreters: Callable[[], Sequence[Any] | None] = _seen(
+interpreters: Callable[[], Sequence[object] | None] = _seen(
     "torch._C:_functorch.get_interpreter_stack"
 )
 transform_level: Callable[[], int | None] = _seen(
@@ -158,7 +157,7 @@ no_function_modes: Callable[[], AbstractContextManager[None]] = _seen(
 no_function_subclasses: Callable[[], AbstractContextManager[None]] = _seen(
     "torch._C:DisableTorchFunctionSubclass"
 )
-no_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _seen(
+no_dispatch_modes: Callable[[], AbstractContextManager[object]] = _seen(
     "torch.utils._python_dispatch:_disable_current_modes"
 )
 
@@ -184,7 +183,8 @@ def _asks_for_older_vmap() -> Callable[[], bool]:
     included: Any = _seen("torch._C:_dispatch_tls_is_dispatch_key_included")
     try:
         key = key_of("VmapMode")
-    except (PmodError, RuntimeError):  # no such function, or no such key
+    except (PmodError, RuntimeError):
+        # no such function, or no such key
         return _Lacking("torch._C:_dispatch_key_parse")
     return partial(included, key)
 
@@ -196,7 +196,7 @@ is_in_older_vmap: Callable[[], bool] = _asks_for_older_vmap()
 backward_here: Callable[[], int] = _seen("torch._C:_current_graph_task_id")
 """The number of the backward pass that runs on this thread, or -1."""
 
-saving_hooks: Callable[[bool], Any] = _seen(
+saving_hooks: Callable[[bool], object] = _seen(
     "torch._C:_autograd._top_saved_tensors_default_hooks"
 )
 next_number: Callable[[], int] = _seen("torch._C:_autograd._get_sequence_nr")
@@ -205,7 +205,7 @@ next_number: Callable[[], int] = _seen("torch._C:_autograd._get_sequence_nr")
 at_end_of_backward: Callable[[Callable[[], None]], None] = _seen(
     "torch.autograd:Variable._execution_engine.queue_callback"
 )
-with_forward_mode: Callable[[bool], AbstractContextManager[Any]] = _seen(
+with_forward_mode: Callable[[bool], AbstractContextManager[object]] = _seen(
     "torch.autograd.forward_ad:_set_fwd_grad_enabled"
 )
 below_views: Callable[[], AbstractContextManager[None]] = _seen(
@@ -246,9 +246,7 @@ def swap_forward_nesting(levels: int) -> int:
 
 @_with("torch._C:_FunctionBase._sequence_nr")
 def number_of(node: Any) -> int:
-    """Return the place of a node of autograd's graph in the order of backward, which
-    takes the highest first.
-    """
+    """Return the place of a node in the order of backward, which takes the highest first."""
     return node._sequence_nr()
 
 
@@ -261,9 +259,8 @@ def set_number(node: Any, number: int) -> None:
 def _one_level() -> Any:
     base: Any = _seen("torch.autograd.function:_SingleLevelFunction")
     key: Any = _seen("torch.autograd:Function._compiled_autograd_key")
-    if isinstance(
-        base, _Lacking
-    ):  # a class needs a base, also where all that it can do is raise
+    # a class needs a base, also where all that it can do is raise
+    if isinstance(base, _Lacking):
         base = type("Lacking", (), {"apply": staticmethod(base)})
 
     class OneLevel(base):
@@ -377,7 +374,7 @@ def note_ranks(group: Any, ranks: Sequence[int]) -> None:
 def _method(name: str) -> Callable[..., Any]:
     """A method of process groups, and of what stands in for one."""
 
-    def call(group: Any, *args: Any) -> Any:
+    def call(group: object, *args: object) -> Any:
         return getattr(group, name)(*args)
 
     return _with(f"torch.distributed:ProcessGroup.{name}")(call)
@@ -417,7 +414,8 @@ def keep_calls(name: str) -> Callable[[], None]:
     """
     try:
         _register_ordered(name)
-    except (AttributeError, TypeError):  # it takes them in another way
+    except (AttributeError, TypeError):
+        # it takes them in another way
         return _Lacking("torch._library.simple_registry:singleton")
     except PmodError:
         stand_in: Any = _register_ordered
@@ -441,8 +439,9 @@ def constant_in_graphs(f: T) -> T:
 
 
 def untraced(f: Callable[..., T]) -> Callable[..., T]:
-    """Return f such that the compiler does not look into it, where the compiler was
-    imported, which takes 2 s.
+    """Return f such that the compiler, if it was imported, does not look into it.
+
+    To import it takes 2 s.
     """
     if "torch._dynamo" not in sys.modules:
         return f

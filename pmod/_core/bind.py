@@ -64,7 +64,7 @@ from pmod._wire.sent import Sent
 
 
 class _Linear(OneLevel):
-    """Any row, on tensors of one dtype.
+    """A row that autograd sees, on tensors of one dtype.
 
     `below`, if given, computes the value in place of running the call (transforms;
     messages sent by `start`).
@@ -230,7 +230,7 @@ def _operator_autograd(keyset: object, xs: list[Tensor], call: str) -> list[Tens
 
 
 def _operator_vmap(
-    info: Any, in_dims: Any, xs: list[Tensor], call: str
+    info: Any, in_dims: tuple[Any, ...], xs: list[Tensor], call: str
 ) -> tuple[list[Tensor], list[int]]:
     moved: list[Tensor] = []
     for x, dim in zip(xs, in_dims[0], strict=True):

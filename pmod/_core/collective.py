@@ -1,5 +1,4 @@
-"""What the public collectives are, as data: the kinds that each takes and gives, its
-value and its derivative.
+"""What the public collectives are, as data: kinds, values, derivatives.
 
 `@collective` stands on the public function and returns it as it is, so that a call
 costs nothing more. Whoever shows or checks collectives reads `COLLECTIVES`: pictures,
@@ -11,25 +10,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import attrs
 
 from pmod._core.row import Kind
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 @attrs.frozen
 class Collective:
     """A public function that moves tensors along an axis."""
 
-    function: Callable[..., Any]
+    function: Callable[..., object]
     takes: Kind
     gives: Kind
-    transpose: str  # "" where it is not linear
-    derivative: str  # in words: the transpose, where there is one
-    value: str  # what each rank gets, in words
+    # "" if it is not linear
+    transpose: str
+    # in words; the transpose, if there is one
+    derivative: str
+    # in words: what each rank gets
+    value: str
 
     @property
     def name(self) -> str:
@@ -37,7 +39,7 @@ class Collective:
 
     @property
     def kinds(self) -> str:
-        """As pictures and messages write them.
+        """Return the kinds as pictures and messages write them.
 
         >>> from pmod._core.collective import COLLECTIVES
         >>> COLLECTIVES["shard"].kinds
@@ -47,22 +49,21 @@ class Collective:
 
     @property
     def arguments(self) -> list[str]:
-        """The names of its arguments after x and the axis."""
+        """Return the names of its arguments after x and the axis."""
         return [*inspect.signature(self.function).parameters][2:]
 
     @property
     def required(self) -> list[str]:
-        """Those of them that have no default."""
-        given = inspect.signature(self.function).parameters
-        return [
-            name
-            for name in self.arguments
-            if given[name].default is inspect.Parameter.empty
-        ]
+        """Return those of them that have no default."""
+        given, none = (
+            inspect.signature(self.function).parameters,
+            inspect.Parameter.empty,
+        )
+        return [name for name in self.arguments if given[name].default is none]
 
     @property
     def signature(self) -> str:
-        """As a user calls it, without types.
+        """Return how a user calls it, without types.
 
         >>> from pmod._core.collective import COLLECTIVES
         >>> COLLECTIVES["pick"].signature
@@ -70,9 +71,8 @@ class Collective:
         """
         plain = inspect.signature(self.function)
         shown = [p.replace(annotation=p.empty) for p in plain.parameters.values()]
-        return self.name + str(
-            plain.replace(parameters=shown, return_annotation=plain.empty)
-        )
+        untyped = plain.replace(parameters=shown, return_annotation=plain.empty)
+        return f"{self.name}{untyped}"
 
 
 COLLECTIVES: dict[str, Collective] = {}

@@ -10,8 +10,6 @@ tells when it is no longer needed.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pmod._torch import (
     box_made,
     graph_lowered,
@@ -23,28 +21,28 @@ from pmod._torch import (
     ordered_effect,
 )
 
-_told: set[Any] = set()
+_told: set[object] = set()
 
 
-def keep_order(operator: Any) -> None:
-    """Register the lowering once Inductor is there: it takes seconds to import, so pmod
-    does not import it.
+def keep_order(operator: object) -> None:
+    """Register the lowering of an operator once Inductor is there.
+
+    It takes seconds to import, so pmod does not import it.
     """
     if operator in _told or not is_inductor_loaded():
         return
     _told.add(operator)
     graph_of, made, node, box = graph_lowered(), kernel_made(), node_class(), box_made()
 
-    def lower(*args: Any, **kwargs: Any) -> Any:
+    def lower(*args: object, **kwargs: object) -> object:
         graph = graph_of.graph
         first = len(graph.operations)
         result = made(operator, *args, **kwargs)
         before = graph.effectful_ops.get(ordered_effect())
         if before is not None:
             for operation in graph.operations[first:]:
-                graph.additional_star_deps[operation.get_operation_name()].add(
-                    before.get_name()
-                )
+                name = operation.get_operation_name()
+                graph.additional_star_deps[name].add(before.get_name())
         return map_only(node, box, result)
 
     lowering_registered()(operator, type_promotion_kind=None)(lower)

@@ -13,11 +13,12 @@ import gc
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from pmod._core.row import Call
 from pmod._mesh.axis import Axis
@@ -26,108 +27,118 @@ from pmod._site import HERE, Origin
 
 @attrs.frozen(eq=False)
 class Found:
-    """What a walk came to, and the line where that was used; the leaves in the order in
-    which they were met.
+    """What a walk came to, and the line where that was used.
+
+    The leaves stand in the order in which they were met.
     """
 
     leaves: list[tuple[Tensor, str]]
     invariant: list[tuple[Origin, str]]
-    varying: bool  # a V of this axis is among what the tensor was made from
+    # a V of this axis is among what the tensor was made from
+    varying: bool
 
 
-UNKNOWN: Origin = (
-    "a collective",
-    "an unknown line",
-)  # of a call that was made before debug was on
+# of a call that was made before debug was on
+UNKNOWN: Origin = ("a collective", "an unknown line")
 
 
 def calls_in(x: Tensor) -> list[tuple[Call, Origin]]:
-    """The calls of collectives in a tensor's graph, and where they were made; the first
-    made comes first.
+    """Return the calls of collectives in a tensor's graph, and where they were made.
+
+    The first made comes first.
     """
-    return [
-        (node.call, node.origin or UNKNOWN)
-        for node, _ in reversed(_nodes(x))
-        if _is_call(node)
-    ]
+    calls: list[tuple[Call, Origin]] = []
+    for node, _ in reversed(_nodes(x)):
+        call = _call_of(node)
+        if call is not None:
+            calls.append((call, _origin_of(node)))
+    return calls
 
 
 def lineage(x: Tensor, axis: Axis) -> Found:
-    """What x was made from, as far back as the last collectives over this axis."""
+    """Return what x was made from, back to the last collectives over this axis."""
     leaves: dict[int, tuple[Tensor, str]] = {}
-    invariant: dict[int, tuple[Origin, str]] = {}
+    invariant: list[tuple[Origin, str]] = []
     varying = False
     if x.grad_fn is None and x.requires_grad:
         leaves[id(x)] = (x, "")
     for node, line in _nodes(x, axis):
-        if _is_call(node):
-            if node.call.row.gives == "I":
-                invariant.setdefault(id(node), (node.origin or UNKNOWN, line))
-            else:
-                varying = True
-        elif hasattr(node, "variable"):
-            leaves.setdefault(id(node.variable), (node.variable, line))
-    return Found(list(leaves.values()), list(invariant.values()), varying)
+        call, leaf = _call_of(node), _leaf_of(node)
+        if leaf is not None:
+            leaves.setdefault(id(leaf), (leaf, line))
+        elif call is not None and call.row.gives == "I":
+            invariant.append((_origin_of(node), line))
+        elif call is not None:
+            varying = True
+    return Found(list(leaves.values()), invariant, varying)
 
 
 def leaves_of(x: Tensor) -> list[Tensor]:
-    """The leaves that backward from x comes to."""
-    return [node.variable for node, _ in _nodes(x) if hasattr(node, "variable")]
+    """Return the leaves that backward from x comes to."""
+    leaves = [_leaf_of(node) for node, _ in _nodes(x)]
+    return [leaf for leaf in leaves if leaf is not None]
 
 
-def _is_call(node: Any) -> bool:
-    return isinstance(getattr(node, "call", None), Call)
+def _call_of(node: Node) -> Call | None:
+    call = getattr(node, "call", None)
+    # an autograd.Function of the user's may have an attribute of this name
+    return call if isinstance(call, Call) else None
 
 
-def _nodes(x: Tensor, axis: Axis | None = None) -> list[tuple[Any, str]]:
-    """The nodes behind x with the line that used each, ended by the collectives over
-    the axis.
+def _origin_of(node: Node) -> Origin:
+    return getattr(node, "origin", None) or UNKNOWN
+
+
+def _leaf_of(node: Node) -> Tensor | None:
+    return getattr(node, "variable", None)
+
+
+def _nodes(x: Tensor, axis: Axis | None = None) -> list[tuple[Node, str]]:
+    """Return the nodes behind x with the line that used each.
+
+    The walk ends at the collectives over the axis.
     """
-    found: dict[Any, str] = {}
-    left: list[tuple[Any, int, str]] = (
-        [] if x.grad_fn is None else [(x.grad_fn, x.output_nr, "")]
-    )
-    seen: set[tuple[Any, int]] = set()
+    found: dict[Node, str] = {}
+    left: list[tuple[Node | None, int, str]] = [(x.grad_fn, x.output_nr, "")]
+    seen: set[tuple[Node, int]] = set()
+    key = None if axis is None else axis.group_key
     while left:
         node, result, line = left.pop()
+        # an input that requires no gradient has no node
+        if node is None:
+            continue
+        call = None if axis is None else _call_of(node)
+        place, before = (node, 0), node.next_functions
         # of leaves that one call took together (a tree of parameters), each result was
         # made from its own leaf only
-        one = axis is not None and _is_call(node)
-        if (node, one and result) in seen:
+        if call is not None:
+            place, before = (node, result), before[result : result + 1]
+        if place in seen:
             continue
-        seen.add((node, one and result))
-        found.setdefault(node, line)
-        if axis is not None and _is_call(node) and _overlap(node.call.axis, axis):
+        seen.add(place)
+        # a call along other ranks says nothing certain, also where these overlap
+        if call is None or call.axis.group_key == key:
+            found.setdefault(node, line)
+        if call is not None and _overlap(call.axis, axis):
             continue
         here = _line(node) or line
-        before = (
-            node.next_functions[result : result + 1] if one else node.next_functions
-        )
-        left += [
-            (earlier, which, here)
-            for earlier, which in reversed(before)
-            if earlier is not None
-        ]
-    if axis is None:
-        return list(found.items())
-    # one that overlaps without being the same says nothing certain
-    return [
-        (n, line)
-        for n, line in found.items()
-        if not _is_call(n) or n.call.axis.group_key == axis.group_key
-    ]
+        left += [(earlier, which, here) for earlier, which in reversed(before)]
+    return list(found.items())
 
 
-def _overlap(a: Axis, b: Axis) -> bool:
+def _overlap(a: Axis, b: Axis | None) -> bool:
+    if b is None:
+        return False
     return a.group_key == b.group_key or len(set(a.ranks) & set(b.ranks)) > 1
 
 
 _INSIDE = (HERE, os.path.dirname(torch.__file__) + os.sep)
 
 
-def _line(node: Any) -> str:
-    """The user's line that made a node, which torch's anomaly mode notes."""
-    for entry in reversed(node.metadata.get("traceback_") or []):
+def _line(node: Node) -> str:
+    """Return the user's line that made a node, which torch's anomaly mode notes."""
+    notes = cast(dict[str, list[str]], node.metadata)
+    for entry in reversed(notes.get("traceback_") or []):
         match = re.match(r'\s*File "(.*)", line (\d+), in .*\n\s*(.*)', entry)
         if match is not None and not match[1].startswith(_INSIDE):
             return f"{match[1]}:{match[2]}: {match[3]}"
@@ -135,8 +146,9 @@ def _line(node: Any) -> str:
 
 
 def name_of(leaf: Tensor) -> str:
-    """How the user calls a leaf: its path in the largest module that holds it, else its
-    shape.
+    """Return what the user calls a leaf.
+
+    That is its path in the largest module that holds it, else its shape.
     """
     paths: list[tuple[int, str]] = []
     for module in _modules():

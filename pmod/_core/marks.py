@@ -15,27 +15,23 @@ from pmod._mesh.mesh import AxisLike
 
 T = TypeVar("T")
 
-marked: Any = WeakIdKeyDictionary()  # leaf -> the ranks along which it is marked as V
+# leaf -> the ranks along which it is marked as V
+marked: Any = WeakIdKeyDictionary()
 
 
 def mark_varying(leaf: T, axis: AxisLike) -> T:
-    """Mark a leaf of autograd as varying along an axis: for `debug`, which else takes
-    equal values for one value.
+    """Mark a leaf of autograd as varying along an axis, for `debug`.
 
-    Shards of a parameter that start equal on all ranks (zeros, or the same seed) are V
-    and look like I. Returns the leaf. Raises: ArgumentError for what is no tensor.
+    `debug` takes equal values for one value. Shards of a parameter that start equal on
+    all ranks (zeros, or the same seed) are V and look like I. Returns the leaf.
+    Raises: ArgumentError if the leaf is not a tensor.
 
     >>> bias = pmod.mark_varying(torch.nn.Parameter(torch.zeros(4)), mesh["model"])
     """
     bound = resolve(axis, "mark_varying")
     if not isinstance(leaf, Tensor):
-        raise wrong(
-            ArgumentError,
-            "mark_varying",
-            bound,
-            f"leaf is a {type(leaf).__name__}",
-            "Pass a tensor.",
-        )
+        given = f"leaf is a {type(leaf).__name__}"
+        raise wrong(ArgumentError, "mark_varying", bound, given, "Pass a tensor.")
     marked.setdefault(leaf, set()).add(bound.group_key)
     return leaf
 

@@ -184,13 +184,10 @@ def _used_unseen() -> PmodError:
 
 def _settle_all(tree: object) -> None:
     """Wait for the tensors that are under way in what a torch function was given."""
-    if isinstance(tree, _Later):
-        tree.settle()
-    elif isinstance(tree, dict):
-        _settle_all(list(tree.values()))
-    elif isinstance(tree, list | tuple):
-        for branch in cast(Sequence[object], tree):
-            _settle_all(branch)
+    for x in tensors_in(tree):
+        # one that comes twice has become a tensor when its turn comes again
+        if isinstance(x, _Later):
+            x.settle()
 
 
 class _Once(Starter):

@@ -1,15 +1,14 @@
-"""Maps over the leaves of nested dicts, lists, tuples and namedtuples; leaves of one
-dtype and device sent together.
+"""Maps over the leaves of nested dicts, lists, tuples and namedtuples.
 
-Our own forty lines, because the order of the leaves decides which message is sent
-first: it must be the same on every rank, so dicts are walked by sorted key (torch's
-pytree walks them by insertion), and so are other mappings that can be filled, such as a
-TensorDict. None is a leaf that stays None.
+Leaves of one dtype and device are sent together. The order of the leaves decides which
+message is sent first, so it must be the same on every rank: dicts are walked by sorted
+key (torch's pytree, which is not used here, walks them by insertion), and so are other
+mappings that can be filled, such as a TensorDict. None is a leaf that stays None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,12 +24,13 @@ from pmod._mesh.axis import Axis
 from pmod._site import of_tree
 
 Tree = TypeVar("Tree")
-"""A tensor, or a dict, list, tuple or namedtuple of trees; what goes in comes out with
-the same structure.
+"""A tensor, or a dict, list, tuple or namedtuple of trees.
+
+What goes in comes out with the same structure.
 """
 
 
-def flatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
+def flatten(tree: object, function: str, axis: Axis, leaves: list[Any]) -> None:
     """Append the leaves in order; None is skipped."""
     try:
         _walk(tree, function, axis, leaves)
@@ -38,36 +38,46 @@ def flatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
         raise endless(function) from None
 
 
-def _walk(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> None:
+def _walk(tree: object, function: str, axis: Axis, leaves: list[object]) -> None:
     if tree is None:
         return
-    if is_mapping(tree):
-        for key in sorted_keys(tree, function, axis):
-            _walk(tree[key], function, axis, leaves)
-    elif isinstance(tree, list | tuple):
-        for branch in cast(Sequence[Any], tree):
-            _walk(branch, function, axis, leaves)
-    else:
+    branches = _branches(tree, function, axis)
+    if branches is None:
         leaves.append(tree)
+        return
+    for branch in branches:
+        _walk(branch, function, axis, leaves)
 
 
-def unflatten(tree: Any, function: str, axis: Axis, leaves: list[Any]) -> Any:
-    """`tree` with its leaves replaced by those in `leaves`, which are used up from the
-    front.
+def _branches(tree: object, function: str, axis: Axis) -> Sequence[object] | None:
+    """Return the trees that a tree holds, in the order of all ranks; None for a leaf."""
+    if is_mapping(tree):
+        return [tree[key] for key in sorted_keys(tree, function, axis)]
+    if isinstance(tree, list | tuple):
+        return cast(Sequence[object], tree)
+    return None
+
+
+def unflatten(tree: object, function: str, axis: Axis, leaves: list[Any]) -> Any:
+    """Return `tree` with its leaves replaced by those in `leaves`.
+
+    These are used up from the front.
     """
     if tree is None:
         return None
+    branches = _branches(tree, function, axis)
+    if branches is None:
+        return leaves.pop(0)
+    filled = [unflatten(branch, function, axis, leaves) for branch in branches]
     if is_mapping(tree):
         keys = sorted_keys(tree, function, axis)
-        return refilled(
-            tree, {key: unflatten(tree[key], function, axis, leaves) for key in keys}
-        )
-    if isinstance(tree, list | tuple):
-        branches = [unflatten(branch, function, axis, leaves) for branch in tree]
-        if isinstance(tree, list):
-            return branches
-        return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)
-    return leaves.pop(0)
+        return refilled(tree, dict(zip(keys, filled, strict=True)))
+    if isinstance(tree, list):
+        return filled
+    # a namedtuple takes its items one by one
+    if hasattr(tree, "_fields"):
+        return cast(Callable[..., object], type(tree))(*filled)
+    return tuple(filled)
 
 
 def map_leaves(
@@ -84,36 +94,38 @@ def map_leaves(
         return unflatten(tree, function, axis, list(f(leaves)))
 
 
-def outline(tree: Any, function: str, axis: Axis) -> str:
-    """The structure of a tree, in which a leaf is *: the same text on all ranks, where
-    their trees are alike.
+def outline(tree: object, function: str, axis: Axis) -> str:
+    """Return the structure of a tree, in which a leaf is *.
+
+    If the trees of all ranks are alike, it is the same text on all of them.
     """
+    if tree is None:
+        return "None"
+    branches = _branches(tree, function, axis)
+    if branches is None:
+        return "*"
+    inside = [outline(branch, function, axis) for branch in branches]
     if is_mapping(tree):
-        keys = sorted_keys(tree, function, axis)
-        return (
-            "{"
-            + ", ".join(
-                [f"{_shown(key)}: {outline(tree[key], function, axis)}" for key in keys]
-            )
-            + "}"
-        )
-    if isinstance(tree, list | tuple):
-        inside = ", ".join([outline(branch, function, axis) for branch in tree])
-        if isinstance(tree, list):
-            return f"[{inside}]"
-        return f"{type(tree).__name__ if hasattr(tree, '_fields') else ''}({inside})"
-    return "None" if tree is None else "*"
+        keys = map(_shown, sorted_keys(tree, function, axis))
+        return "{" + ", ".join(map(": ".join, zip(keys, inside, strict=True))) + "}"
+    if isinstance(tree, list):
+        return f"[{', '.join(inside)}]"
+    name = type(tree).__name__ if hasattr(tree, "_fields") else ""
+    return f"{name}({', '.join(inside)})"
 
 
-def _shown(key: Any) -> str:
-    """A key as text, without an address, which no two processes share."""
+def _shown(key: object) -> str:
     text = repr(key)
-    return type(key).__name__ if " at 0x" in text else text
+    # no two processes share an address
+    if " at 0x" in text:
+        return type(key).__name__
+    return text
 
 
-def sorted_keys(tree: Any, function: str, axis: Axis) -> list[Any]:
-    """The order in which a dict is walked."""
-    keys = list(tree.keys())  # a TensorDict iterates over its first dim
+def sorted_keys(tree: MutableMapping[Any, Any], function: str, axis: Axis) -> list[Any]:
+    """Return the keys in the order in which a dict is walked."""
+    # a TensorDict iterates over its first dim
+    keys = list(tree.keys())
     try:
         return sorted(keys)
     except TypeError:
@@ -130,31 +142,28 @@ def each(
     function: str,
     prepare: Callable[[Tensor], tuple[Tensor, Params]],
 ) -> Tree:
-    """Bind a row to every leaf by itself; `prepare` checks a leaf and gives what to
-    bind. First all are checked.
-    """
+    """Bind a row to every leaf by itself.
 
-    if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
+    `prepare` checks a leaf and gives what to bind. All are checked before one is bound.
+    """
+    # the usual case, without the machinery of trees
+    if isinstance(tree, Tensor):
         check_tensor(tree, function, axis)
         x, params = prepare(tree)
         return cast(Tree, bind(Call(row, axis, params), [x])[0])
 
-    def run(leaves: list[Any]) -> list[Any]:
+    def run(leaves: list[Tensor]) -> list[Tensor]:
         for x in leaves:
             check_tensor(x, function, axis)
         prepared = [prepare(x) for x in leaves]
-        return [
-            ys[0]
-            for ys in bind_all(
-                [(Call(row, axis, params), [x]) for x, params in prepared]
-            )
-        ]
+        calls = [(Call(row, axis, params), [x]) for x, params in prepared]
+        return [ys[0] for ys in bind_all(calls)]
 
     return map_leaves(run, tree, function, axis)
 
 
 def alike(xs: Sequence[Tensor]) -> list[list[int]]:
-    """The places of those that one message can carry: of one dtype and device."""
+    """Return the places of those that one message can carry: of one dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, x in enumerate(xs):
         groups.setdefault((x.dtype, x.device), []).append(i)
@@ -162,16 +171,15 @@ def alike(xs: Sequence[Tensor]) -> list[list[int]]:
 
 
 def together(
-    row: Row[Params], leaves: list[Any], axis: Axis, params: Params
-) -> list[Any]:
+    row: Row[Params], leaves: list[Tensor], axis: Axis, params: Params
+) -> list[Tensor]:
     """Bind an elementwise row to many leaves: one message per dtype and device."""
     if len(leaves) == 1:
         return list(bind(Call(row, axis, params), leaves))
+    call = Call(row, axis, params)
     groups = alike(leaves)
-    results = bind_all(
-        [(Call(row, axis, params), [leaves[i] for i in group]) for group in groups]
-    )
-    out: list[Any] = [None] * len(leaves)
+    results = bind_all([(call, [leaves[i] for i in group]) for group in groups])
+    out = list(leaves)
     for group, ys in zip(groups, results, strict=True):
         for i, y in zip(group, ys, strict=True):
             out[i] = y

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,10 +77,8 @@ class Watcher:
 
     def __enter__(self) -> Self:
         if any(watcher is self for watcher in watchers()):
-            given, right = (
-                f"this {type(self).__name__} is on already",
-                "Put it on once, or make another one.",
-            )
+            given = f"this {type(self).__name__} is on already"
+            right = "Put it on once, or make another one."
             raise PmodError(phrase("Watcher", given, right))
         watchers().append(self)
         return self
@@ -95,13 +93,14 @@ class Watcher:
 
 
 def watchers() -> list[Watcher]:
-    """Those of this process; in a simulation those of this rank."""
+    """Return those of this process; in a simulation those of this rank."""
     return world.now.here.watchers
 
 
-def called_as(function: str, f: Callable[..., T], *args: Any) -> T:
-    """f(*args), called in a hook: who watches sees what it sends as this function's, at
-    the user's line.
+def called_as(function: str, f: Callable[..., T], *args: object) -> T:
+    """Return f(*args), called in a hook.
+
+    Watchers see what it sends as this function's, at the user's line.
     """
     if torch.compiler.is_compiling() or not watchers():
         return f(*args)
@@ -116,8 +115,8 @@ class _Telling(threading.local):
 _telling = _Telling()
 
 
-def _hears(hear: Callable[..., None], *args: Any) -> None:
-    """Call a method of a watcher; of what it sends itself nobody hears."""
+def _hears(hear: Callable[..., None], *args: object) -> None:
+    """Call a method of a watcher; nobody hears of what it sends itself."""
     _telling.now = True
     try:
         hear(*args)
@@ -134,7 +133,8 @@ def tell(hear: Callable[[Watcher], None]) -> None:
 
 @contextmanager
 def told(call: Call, xs: list[Tensor], of: Origin) -> Generator[None]:
-    """The watchers hear this call begin and end."""
+    """Let the watchers hear this call begin and end."""
+    # what a watcher sends itself would have it watch itself, without end
     if _telling.now:
         yield
         return
