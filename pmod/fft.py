@@ -1,5 +1,4 @@
-"""Fourier transforms of a tensor that is cut along a dim over the ranks of an axis:
-torch.fft on shards.
+"""Fourier transforms of a tensor that is cut over ranks: torch.fft on shards.
 
     modes = pmod.fft.rfft2(x, axis="model")  # in: rows on each rank; out: columns of the spectrum
     x = pmod.fft.irfft2(modes, s=(height, width), axis="model")  # and back
@@ -15,18 +14,18 @@ Names, arguments and defaults are torch.fft's, but for `out`. These follow, by k
 
 - axis: the mesh axis.
 - in_dim, out_dim: the dim that is cut on the way in, and on the way out. A forward
-transform goes from the first of
-  `dim` to the last, an inverse from the last to the first, so that a pair of them exchanges twice. Where in_dim is none
-  of `dim`, out_dim is in_dim and nothing is sent. Where both are the same dim of `dim` (as in one dimension, by
-  default) it goes there and back through the longest other dim, in two exchanges; without one of length 2 all ranks
-  gather the whole.
+  transform goes from the first of `dim` to the last, an inverse from the last to the
+  first, so that a pair of them exchanges twice. Where in_dim is none of `dim`, out_dim
+  is in_dim and nothing is sent. Where both are the same dim of `dim` (as in one
+  dimension, by default) it goes there and back through the longest other dim, in two
+  exchanges; without one of length 2 all ranks gather the whole.
 - sizes: the lengths of the shards along in_dim, one per rank. Without them the ranks
-exchange them: one small message
-  more, and on cuda a wait for it; under torch.compile they must be given.
+  exchange them: one small message more, and on cuda a wait for it; under torch.compile
+  they must be given.
 - modes: how many modes of each dim of `dim` are kept, the lowest, in torch's order: 0
-to k - 1 of the half spectrum of
-  a real transform, those of fftfreq(k) of a whole one. A forward transform leaves the others out before they are sent.
-  An inverse is given such a spectrum, and the length `s` (or `n`) of the signal that it belongs to.
+  to k - 1 of the half spectrum of a real transform, those of fftfreq(k) of a whole one.
+  A forward transform leaves the others out before they are sent. An inverse is given
+  such a spectrum, and the length `s` (or `n`) of the signal that it belongs to.
 
 Over several mesh axes (pencils): a tuple of axes with tuples for in_dim and out_dim, a
 dim for each axis; by default the first dims of `dim` and the last. Each axis makes its
@@ -45,7 +44,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmod._collectives.spectrum import Cut, Ints, Some, lowest, transform
+from pmod._collectives.spectrum import (
+    Cut,
+    Ints,
+    Lengths,
+    Some,
+    lowest,
+    modes_of,
+    transform,
+)
 from pmod._core.arguments import LONGEST, check_adds_up, check_sizes, shares
 from pmod._errors import ArgumentError, ShapeError, phrase, quoted
 from pmod._mesh.ambient import resolve
@@ -67,8 +74,7 @@ def fft(
     sizes: Sequence[int] | None = None,
     modes: int | None = None,
 ) -> Tensor:
-    """The Fourier transform over a dim that is cut over the ranks of an axis:
-    torch.fft.fft on shards.
+    """Transform over a dim that is cut over an axis: torch.fft.fft on shards.
 
     V -> V. Shapes: x (..., k, ...), the whole (..., m, ...) -> the shard of (..., n,
     ...), n being m by default; it is `dim` that is cut, on the way in and out, unless
@@ -121,8 +127,7 @@ def rfft(
     sizes: Sequence[int] | None = None,
     modes: int | None = None,
 ) -> Tensor:
-    """The half spectrum of a real signal over a dim that is cut over the ranks of an
-    axis: torch.fft.rfft on shards.
+    """Return the half spectrum over a dim that is cut: torch.fft.rfft on shards.
 
     V -> V. Shapes: x (..., k, ...) real, the whole (..., m, ...) -> the shard of (...,
     n // 2 + 1, ...).
@@ -175,11 +180,10 @@ def fft2(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
-    """The Fourier transform over two dims, one of them cut over the ranks of an axis:
-    torch.fft.fft2 on shards.
+    """Transform over two dims, one of them cut: torch.fft.fft2 on shards.
 
     V -> V. Shapes: x (..., h/ranks, w), cut along the first of `dim` -> (..., h,
     w/ranks), cut along the last.
@@ -203,7 +207,7 @@ def ifft2(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
     """The inverse of `fft2`: torch.fft.ifft2 on shards.
@@ -228,11 +232,10 @@ def rfft2(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
-    """The half spectrum of a real field whose rows are cut over the ranks of an axis:
-    torch.fft.rfft2 on shards.
+    """Return the half spectrum of a field, cut by rows: torch.fft.rfft2 on shards.
 
     V -> V. Shapes: x (..., h/ranks, w) real, cut along the first of `dim` -> (..., h,
     (w//2 + 1)/ranks), cut along the last. With modes=(i, j) (..., i, j/ranks).
@@ -261,7 +264,7 @@ def irfft2(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
     """The inverse of `rfft2`: torch.fft.irfft2 on shards.
@@ -293,11 +296,10 @@ def fftn(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
-    """The Fourier transform over several dims, some cut over the ranks of axes:
-    torch.fft.fftn on shards.
+    """Transform over several dims, some of them cut: torch.fft.fftn on shards.
 
     V -> V. Shapes: x cut along the first of `dim`, all dims by default ->
     torch.fft.fftn's, cut along the last.
@@ -321,7 +323,7 @@ def ifftn(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
     """The inverse of `fftn`: torch.fft.ifftn on shards.
@@ -345,11 +347,10 @@ def rfftn(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
-    """The half spectrum of a real field over several dims, some cut over the ranks of
-    axes: torch.fft.rfftn on shards.
+    """Return the half spectrum over several dims: torch.fft.rfftn on shards.
 
     V -> V. Shapes: x real, cut along the first of `dim`, all dims by default ->
     torch.fft.rfftn's, cut along the last.
@@ -372,7 +373,7 @@ def irfftn(
     axis: AxisLike,
     in_dim: Ints | None = None,
     out_dim: Ints | None = None,
-    sizes: Sequence[Any] | None = None,
+    sizes: Lengths | None = None,
     modes: Some | None = None,
 ) -> Tensor:
     """The inverse of `rfftn`: torch.fft.irfftn on shards.
@@ -401,24 +402,22 @@ class _Wanted(NamedTuple):
     n: object
     d: object
     axis: AxisLike | None
-    sizes: Any
+    sizes: Sequence[int] | None
     modes: object
     dtype: object
     device: object
 
 
-def _device(device: Any, function: str) -> torch.device | None:
-    """A device that this process has."""
+def _device(device: object, function: str) -> torch.device | None:
+    """Return a device that this process has."""
     if device is None:
         return None
+    asked: Any = device
     try:
-        return torch.empty(0, device=device).device
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AssertionError,
-    ):  # torch raises any of them
+        # an allocation: torch.device() takes devices that are not here
+        return torch.empty(0, device=asked).device
+    # torch raises any of them
+    except (RuntimeError, TypeError, ValueError, AssertionError):
         right = "Pass a torch.device that is here, or its name: 'cpu', 'cuda:0'."
         raise ArgumentError(
             phrase(function, f"device is {quoted(device)}", right)
@@ -426,49 +425,48 @@ def _device(device: Any, function: str) -> torch.device | None:
 
 
 def _frequencies(name: str, wanted: _Wanted) -> Tensor:
-    """This rank's share of the frequencies that are kept."""
-    function, n, d, few = (
-        f"fft.{name}",
-        as_int(wanted.n),
-        as_real(wanted.d),
-        as_int(wanted.modes),
-    )
+    """Return this rank's share of the frequencies that are kept."""
+    function = f"fft.{name}"
+    n, d, few = as_int(wanted.n), as_real(wanted.d), as_int(wanted.modes)
     if n is None or not 1 <= n <= LONGEST:
         raise ShapeError(
             phrase(function, f"n is {quoted(wanted.n)}", "Pass a length of 1 or more.")
         )
-    if d is None or d == 0 or not abs(d) < inf:
+    # written so that NaN is refused, too
+    if d is None or not 0 < abs(d) < inf:
         raise ArgumentError(
             phrase(
                 function, f"d is {quoted(wanted.d)}", "Pass the distance of two points."
             )
         )
-    if wanted.dtype is not None and not (
-        isinstance(wanted.dtype, torch.dtype) and wanted.dtype.is_floating_point
-    ):
+    dtype = wanted.dtype
+    is_floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if dtype is not None and not is_floating:
         raise ArgumentError(
             phrase(
                 function, f"dtype is {quoted(wanted.dtype)}", "Pass a floating dtype."
             )
         )
-    whole = n // 2 + 1 if name == "rfftfreq" else n
+    half = name == "rfftfreq"
+    whole = modes_of(n, half)
     if wanted.modes is not None and (few is None or not 1 <= few <= whole):
         given = f"modes is {quoted(wanted.modes)} and there are {whole}"
         raise ShapeError(phrase(function, given, f"Pass from 1 to {whole}."))
     bound = None if wanted.axis is None else resolve(wanted.axis, function)
-    cut = (
-        None
-        if bound is None or wanted.sizes is None
-        else check_sizes(wanted.sizes, function, bound)
-    )
+    # what is wrong with the sizes is said before anything is made
+    cut = None
+    if bound is not None and wanted.sizes is not None:
+        cut = check_sizes(wanted.sizes, function, bound)
     device = _device(wanted.device, function)
     kept: Tensor = getattr(torch.fft, name)(
         n, float(d), dtype=wanted.dtype, device=device
     )
+    # the lowest of a whole spectrum are not its first: negative ones stand at its end
     if few is not None:
-        kept = lowest(kept, -1, few, name == "rfftfreq")
+        kept = lowest(kept, -1, few, half)
     if bound is None:
         return kept
+    # as `transform` cuts what it returns
     if cut is None:
         cut = shares(int(kept.shape[0]), bound)
     check_adds_up(kept, -1, cut, function, bound)
@@ -485,8 +483,7 @@ def fftfreq(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The frequencies of a spectrum of n modes, this rank's share of them:
-    torch.fft.fftfreq on shards.
+    """Return this rank's share of torch.fft.fftfreq's frequencies of n modes.
 
     axis, sizes: how the spectrum is cut; without an axis all of it. modes: of the
     lowest only.
@@ -511,8 +508,7 @@ def rfftfreq(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The frequencies of the half spectrum of n points, this rank's share of them:
-    torch.fft.rfftfreq on shards.
+    """Return this rank's share of torch.fft.rfftfreq's frequencies of n points.
 
     axis, sizes: how the spectrum is cut; without an axis all of it. modes: of the
     lowest only.

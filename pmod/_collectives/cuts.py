@@ -1,6 +1,4 @@
-"""The dims that a halo is taken along: their axes, lengths, widths and boundaries,
-checked.
-"""
+"""The dims that a halo is taken along, checked: axes, lengths, widths, boundaries."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ def _parsed(
 
 
 def too_wide(width: tuple[int, int], total: int, boundary: str) -> int | None:
-    """The widest that torch.nn.functional.pad would pad the whole, where that is less;
-    None where it is not.
-    """
+    """Return the widest that torch.nn.functional.pad allows; None if `width` fits."""
     widest = max(width)
     limits = {
         "zeros": widest,
@@ -72,7 +68,7 @@ def too_wide(width: tuple[int, int], total: int, boundary: str) -> int | None:
 
 
 def _check_width(cut: Cut, total: int, function: str) -> None:
-    """The whole has enough rows to be padded so."""
+    """Check that the whole has enough rows to be padded so."""
     limit = too_wide(cut.width, total, cut.boundary)
     if limit is not None:
         given = f"width is {cut.width} with boundary={cut.boundary!r}, but all shards together have {total} rows"
@@ -88,11 +84,10 @@ def _check_width(cut: Cut, total: int, function: str) -> None:
 def axes_by_dim(
     function: str, axis: Any, dim: int | None, default: int
 ) -> list[tuple[Any, Axis]]:
-    """The dims that are cut, each with its axis, in an order that is the same on all
-    ranks.
-    """
+    """Return the dims that are cut, each with its axis, in one order on all ranks."""
     if not isinstance(axis, Mapping):
-        return [(default if dim is None else dim, resolve(axis, function))]
+        at = default if dim is None else dim
+        return [(at, resolve(axis, function))]
     if not axis:
         raise ArgumentError(
             phrase(
@@ -120,16 +115,18 @@ def axes_by_dim(
 def by_dim(
     function: str, given: Any, name: str, axis: Any, bound: list[tuple[Any, Axis]]
 ) -> list[Any]:
-    """What was given for each dim that is cut: one value for all, or where axis is a
-    mapping another one.
+    """Return what was given for each dim that is cut.
+
+    One value is for all dims; if axis is a mapping, a mapping gives one to each.
     """
     first = bound[0][1]
     if not isinstance(axis, Mapping):
         return [given]
-    if name == "sizes" and given is not None and not isinstance(given, Mapping):
-        right = "Pass {dim: sizes}, as axis is {dim: axis}; None for a dim whose sizes are to be exchanged."
-        raise wrong(ShapeError, function, first, f"sizes is {quoted(given)}", right)
     if not isinstance(given, Mapping):
+        # sizes of one dim are never those of another by accident
+        if name == "sizes" and given is not None:
+            right = "Pass {dim: sizes}, as axis is {dim: axis}; None for a dim whose sizes are to be exchanged."
+            raise wrong(ShapeError, function, first, f"sizes is {quoted(given)}", right)
         return [given] * len(bound)
     if set(given) != {key for key, _ in bound}:
         right = f"Name the same dims as axis does, {[key for key, _ in bound]}."
@@ -144,26 +141,32 @@ def by_dim(
 
 
 def cuts_of(
-    function: str, axis: Any, dim: int | None, width: Any, boundary: Any, sizes: Any
+    function: str,
+    axis: object,
+    dim: int | None,
+    width: object,
+    boundary: object,
+    sizes: object,
 ) -> list[Cut]:
     bound = axes_by_dim(function, axis, dim, 0)
     told = by_dim(function, sizes, "sizes", axis, bound)
     widths = by_dim(function, width, "width", axis, bound)
     boundaries = by_dim(function, boundary, "boundary", axis, bound)
-    each = zip(bound, widths, boundaries, told, strict=True)
-    return [
-        _parsed(function, of, key, wide, end, held)
-        for (key, of), wide, end, held in each
-    ]
+    cuts: list[Cut] = []
+    for (key, of), *rest in zip(bound, widths, boundaries, told, strict=True):
+        cuts.append(_parsed(function, of, key, *rest))
+    return cuts
 
 
 def places_of(function: str, cuts: list[Cut], xs: list[Any]) -> list[list[int]]:
-    """The dims of every leaf, for each cut, from the end."""
+    """Return the dims of every leaf, for each cut, from the end."""
     for x in xs:
         check_tensor(x, function, cuts[0].axis)
         if function == "halo_reduce":
             check_sum(x, function, cuts[0].axis)
-    dims = [[dim_from_end(cut.dim, x, function, cut.axis) for x in xs] for cut in cuts]
+    dims: list[list[int]] = []
+    for cut in cuts:
+        dims.append([dim_from_end(cut.dim, x, function, cut.axis) for x in xs])
     for x, ats in zip(xs, zip(*dims, strict=True), strict=True):
         if len(set(ats)) != len(ats):
             given = f"two of the dims {[cut.dim for cut in cuts]} are the same dim of x, which has {x.dim()}"
@@ -176,10 +179,13 @@ def places_of(function: str, cuts: list[Cut], xs: list[Any]) -> list[list[int]]:
 def _own_length(
     function: str, cut: Cut, xs: list[Tensor], dims: list[int], spare: int
 ) -> int:
-    """The length of this rank's shard, without `spare` rows of halo."""
-    lengths = [int(x.shape[at]) - spare for x, at in zip(xs, dims, strict=True)]
-    if len(set(lengths)) > 1:
-        given = f"the leaves of x have {', '.join(str(length + spare) for length in lengths)} rows along dim {cut.dim}"
+    """Return the length of this rank's shard, without `spare` rows of halo."""
+    with_halos = [int(x.shape[at]) for x, at in zip(xs, dims, strict=True)]
+    length = with_halos[0] - spare
+    # one message tells the sizes of all leaves
+    if len(set(with_halos)) > 1:
+        rows = ", ".join(map(str, with_halos))
+        given = f"the leaves of x have {rows} rows along dim {cut.dim}"
         raise wrong(
             ShapeError,
             function,
@@ -187,8 +193,8 @@ def _own_length(
             given,
             "Pass shards of one length, or call it for each.",
         )
-    if lengths[0] < 0:
-        given = f"x.shape[{xs[0].dim() + dims[0]}] is {lengths[0] + spare} but the halos have {spare} rows"
+    if length < 0:
+        given = f"x.shape[{xs[0].dim() + dims[0]}] is {with_halos[0]} but the halos have {spare} rows"
         raise wrong(
             ShapeError,
             function,
@@ -196,13 +202,13 @@ def _own_length(
             given,
             "Pass a shard with its halos, as halo_exchange gives it.",
         )
-    return lengths[0]
+    return length
 
 
 def _check_told(
     function: str, cut: Cut, x: Tensor, at: int, own: int, spare: int
 ) -> None:
-    """The sizes that were given fit this rank's shard."""
+    """Check that the sizes that were given fit this rank's shard."""
     index, told = cut.axis.index, cut.sizes
     if told is None or told[index] == own:
         return
@@ -216,24 +222,25 @@ def _check_told(
 def settled(
     function: str, cuts: list[Cut], xs: list[Tensor], dims: list[list[int]], back: bool
 ) -> list[Cut]:
-    """The cuts with the sizes of all shards, those that were given checked before any
-    is exchanged.
+    """Return the cuts with the sizes of all shards.
+
+    Those that were given are checked before any are exchanged.
     """
+    # what halo_reduce is given has its halos
     spares = [sum(cut.width) if back else 0 for cut in cuts]
-    owns = [
-        _own_length(function, cut, xs, ats, spare)
-        for cut, ats, spare in zip(cuts, dims, spares, strict=True)
-    ]
+    owns: list[int] = []
+    for cut, ats, spare in zip(cuts, dims, spares, strict=True):
+        owns.append(_own_length(function, cut, xs, ats, spare))
     for cut, ats, own, spare in zip(cuts, dims, owns, spares, strict=True):
         _check_told(function, cut, xs[0], ats[0], own, spare)
     out: list[Cut] = []
     for cut, ats, own in zip(cuts, dims, owns, strict=True):
         if cut.sizes is None:
-            fits = ", ".join(others(x, at) for x, at in zip(xs, ats, strict=True))
-            told = swapped_alike(
-                [[own]] * cut.axis.size, fits, xs[0].device, function, cut.axis
-            )
-            cut = cut._replace(sizes=tuple(size for (size,) in told))
-            _check_width(cut, sum(size for (size,) in told), function)
+            fits = ", ".join(map(others, xs, ats))
+            mine = [[own]] * cut.axis.size
+            told = swapped_alike(mine, fits, xs[0].device, function, cut.axis)
+            sizes = tuple([size for (size,) in told])
+            cut = cut._replace(sizes=sizes)
+            _check_width(cut, sum(sizes), function)
         out.append(cut)
     return out

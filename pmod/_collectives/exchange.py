@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -27,9 +28,8 @@ from pmod._site import origin
 from pmod._torch import no_function_modes, no_transforms
 from pmod._wire.along import wire_of
 
-HEAD = (
-    8  # numbers in the message that tells sizes; trees of more leaves send a second one
-)
+HEAD = 8
+"""How many numbers tell sizes; trees of more leaves send a second message."""
 
 
 def check_eager(function: str, axis: Axis) -> None:
@@ -47,10 +47,11 @@ def check_eager(function: str, axis: Axis) -> None:
 def swapped(
     numbers: Sequence[Sequence[int]], device: torch.device, axis: Axis
 ) -> list[list[int]]:
-    """numbers[j] goes to rank j; what arrives, by rank. As many numbers for each."""
+    """Send numbers[j] to rank j, as many to each, and return what arrives, by rank."""
     if axis.size == 1:
         return [list(row) for row in numbers]
     width = len(numbers[0])
+    # sizes are real where tensors are not: other calls depend on them
     if device.type == "meta":
         device = world.number_device()
 
@@ -73,12 +74,9 @@ def swapped(
 
 
 def others(x: Tensor, at: int) -> str:
-    """The shape and dtype of x, without the length along the dim: they must be the same
-    on all ranks.
-    """
-    shape = [
-        "..." if i == x.dim() + at else str(size) for i, size in enumerate(x.shape)
-    ]
+    """Return what must be the same on all ranks: all but the length along the dim."""
+    shape = list(map(str, x.shape))
+    shape[at] = "..."
     return f"({', '.join(shape)}) {str(x.dtype).removeprefix('torch.')}"
 
 
@@ -89,16 +87,17 @@ def swapped_alike(
     function: str,
     axis: Axis,
 ) -> list[list[int]]:
-    """`_swapped`, where all ranks must hold what `fits` says."""
+    """Do as `swapped`, and raise unless all ranks hold what `fits` says."""
     check_eager(function, axis)
     mine = zlib.crc32(fits.encode())
     rows = [[mine, *row] for row in numbers]
-    # as long on every rank, so that one with another number of leaves is seen too, not
-    # waited for or aborted by gloo
+    # as long on every rank: one with another number of leaves is seen like the others,
+    # and neither waited for nor aborted by gloo
     arrived = swapped([(row + [0] * HEAD)[:HEAD] for row in rows], device, axis)
     strangers = [rank for rank, row in enumerate(arrived) if row[0] != mine]
     if strangers:
-        given = f"x is {fits} here, and of another shape or dtype at index {', '.join(map(str, strangers))} of the axis"
+        places = ", ".join(map(str, strangers))
+        given = f"x is {fits} here, and of another shape or dtype at index {places} of the axis"
         right = "Shards differ in length along dim only."
         raise wrong(MismatchError, function, axis, given, right)
     if len(rows[0]) > HEAD:
@@ -108,9 +107,9 @@ def swapped_alike(
 
 
 def leaves_of(
-    tree: Any, dim: int, function: str, axis: Axis
+    tree: object, dim: int, function: str, axis: Axis
 ) -> list[tuple[Tensor, int]]:
-    """The leaves with their dim counted from the end."""
+    """Return the leaves, each with its dim counted from the end."""
     leaves: list[Any] = []
     flatten(tree, function, axis, leaves)
     for x in leaves:
@@ -119,28 +118,25 @@ def leaves_of(
 
 
 def sizes_of_leaves(
-    tree: Any, dim: int, sizes: Sequence[int] | None, function: str, axis: Axis
+    tree: object, dim: int, sizes: Sequence[int] | None, function: str, axis: Axis
 ) -> Iterator[tuple[int, Sizes]]:
-    """The dim and the sizes of every leaf: those given, or what the ranks hold."""
+    """Return the dim and the sizes of each leaf: those given, or what the ranks hold."""
     leaves = leaves_of(tree, dim, function, axis)
-    if sizes is not None:
-        given = check_sizes(sizes, function, axis)
-        for x, at in leaves:
-            fitting = (*given[: axis.index], int(x.shape[at]), *given[axis.index + 1 :])
-            right = f"Pass sizes={fitting}, or leave sizes out to exchange them."
-            check_own_size(x, at, given, function, axis, right)
-        return iter([(at, given) for _, at in leaves])
-    return zip(
-        [at for _, at in leaves], held_lengths(leaves, function, axis), strict=True
-    )
+    ats = [at for _, at in leaves]
+    if sizes is None:
+        return zip(ats, held_lengths(leaves, function, axis), strict=True)
+    given = check_sizes(sizes, function, axis)
+    for x, at in leaves:
+        fitting = (*given[: axis.index], int(x.shape[at]), *given[axis.index + 1 :])
+        right = f"Pass sizes={fitting}, or leave sizes out to exchange them."
+        check_own_size(x, at, given, function, axis, right)
+    return zip(ats, repeat(given), strict=False)
 
 
 def held_lengths(
     leaves: Sequence[tuple[Tensor, int]], function: str, axis: Axis
 ) -> list[Sizes]:
-    """For each (tensor, dim from the end) what the ranks hold: told by all to all, in
-    one message.
-    """
+    """Return what the ranks hold of each (tensor, dim from the end), in one message."""
     if not leaves:
         return []
     lengths = [int(x.shape[at]) for x, at in leaves]

@@ -1,6 +1,4 @@
-"""Which pieces of the neighbours' shards a rank's windows reach, who sends them, and
-where they are put.
-"""
+"""Which rows of other shards a rank's window reaches, who sends them, and where to."""
 
 from __future__ import annotations
 
@@ -20,10 +18,16 @@ class Run(NamedTuple):
     start: int
     rows: int
 
+    @property
+    def end(self) -> int:
+        """The row after the last."""
+        return self.start + self.rows
+
 
 class Copy(NamedTuple):
-    """Rows brought from one run to another; one row to many is repeated, many to one
-    are summed.
+    """Rows brought from one run to another.
+
+    One row to many is repeated; many to one are summed.
     """
 
     of: Run
@@ -37,8 +41,10 @@ class Copy(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One rank's part; buffer 0 is the shard, buffer g message g. `permutes`: targets
-    and rows of each message.
+    """One rank's part in an exchange.
+
+    Buffer 0 is the shard, and buffer g is message g. `permutes` holds the targets and
+    the rows of each message.
     """
 
     takes: tuple[Copy, ...]
@@ -51,9 +57,8 @@ class Plan(NamedTuple):
     def T(self) -> Plan:
         """The transpose: that of each step, in reverse order."""
         back = tuple((inverse_of(targets), rows) for targets, rows in self.permutes)
-        takes, places = (
-            tuple(copy.T for copy in copies) for copies in (self.places, self.takes)
-        )
+        takes = tuple(copy.T for copy in self.places)
+        places = tuple(copy.T for copy in self.takes)
         return Plan(takes, back, places, self.held, self.held)
 
     @property
@@ -71,7 +76,7 @@ below 0.
 
 
 def _around(sizes: tuple[int, ...], width: tuple[int, int]) -> Windows:
-    """Every shard with rows around it."""
+    """Return the windows of shards with rows around them."""
     return tuple(
         (start - width[0], end + width[1])
         for start, end in pairwise(accumulate(sizes, initial=0))
@@ -81,28 +86,27 @@ def _around(sizes: tuple[int, ...], width: tuple[int, int]) -> Windows:
 def _window(
     low: int, high: int, total: int, boundary: str
 ) -> list[tuple[int, Run, int, bool]]:
-    """The rows low to high - 1 of the padded whole: where in the window, which of its
-    rows, how often, reversed.
+    """Return the runs that make up the rows low to high - 1 of the padded whole.
+
+    Of each run: where it is in the window, which rows of the whole, how often, and
+    whether reversed.
     """
     out = [(max(low, 0), max(low, 0), min(high, total), False)]
     below, above = (low, min(high, 0)), (max(low, total), high)
     if boundary == "periodic":
-        out += [
-            (a, a + by, b + by, False)
-            for (a, b), by in ((below, total), (above, -total))
-        ]
-    elif boundary == "reflect":  # row a stands for row about - a
-        out += [
-            (a, about - b + 1, about - a + 1, True)
-            for (a, b), about in ((below, 0), (above, 2 * total - 2))
-        ]
-    runs = [
-        (at - low, Run(0, start, end - start), end - start, reverse)
-        for at, start, end, reverse in out
-    ]
+        for (a, b), by in ((below, total), (above, -total)):
+            out.append((a, a + by, b + by, False))
+    elif boundary == "reflect":
+        # row a stands for row about - a
+        for (a, b), about in ((below, 0), (above, 2 * total - 2)):
+            out.append((a, about - b + 1, about - a + 1, True))
+    runs: list[tuple[int, Run, int, bool]] = []
+    for at, start, end, reverse in out:
+        runs.append((at - low, Run(0, start, end - start), end - start, reverse))
     if boundary == "replicate":
-        edges = ((below, 0), (above, total - 1))
-        runs += [(a - low, Run(0, edge, 1), b - a, False) for (a, b), edge in edges]
+        # one row is repeated
+        for (a, b), edge in ((below, 0), (above, total - 1)):
+            runs.append((a - low, Run(0, edge, 1), b - a, False))
     return [run for run in runs if run[2] > 0]
 
 
@@ -118,36 +122,28 @@ class Need(NamedTuple):
 
 
 def _needs(low: int, high: int, sizes: tuple[int, ...], boundary: str) -> list[Need]:
-    """All that a window is made of, whoever holds it; what is not listed is zeros."""
+    """Return all that a window is made of, whoever holds it; the rest of it is zeros."""
     starts = [0, *accumulate(sizes)]
     out: list[Need] = []
-    for at, (_, start, count), length, reverse in _window(
-        low, high, starts[-1], boundary
-    ):
+    window = _window(low, high, starts[-1], boundary)
+    for at, (_, start, count), length, reverse in window:
         first, end = start, start + count
         while first < end:
-            owner = (
-                bisect_right(starts, first, hi=len(sizes)) - 1
-            )  # of shards that start here, the last is not empty
+            # of the shards that start here, the last is not empty
+            owner = bisect_right(starts, first, hi=len(sizes)) - 1
             last = min(end, starts[owner + 1])
             place = at + (end - last if reverse else first - start)
             rows = last - first
-            out.append(
-                Need(
-                    owner,
-                    first - starts[owner],
-                    rows,
-                    place,
-                    rows if count > 1 else length,
-                    reverse,
-                )
-            )
+            # one row may be repeated; of several, each is needed once
+            wide = rows if count > 1 else length
+            own = first - starts[owner]
+            out.append(Need(owner, own, rows, place, wide, reverse))
             first = last
     return out
 
 
 def _merged(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Intervals without overlap that cover the same rows."""
+    """Return intervals without overlap that cover the same rows."""
     out: list[tuple[int, int]] = []
     for start, end in sorted(runs):
         if out and start <= out[-1][1]:
@@ -159,17 +155,19 @@ def _merged(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 class _Exchange(NamedTuple):
     needs: list[list[Need]]
-    sent: dict[
-        tuple[int, int], list[tuple[int, int]]
-    ]  # (owner, rank) -> intervals of the owner's rows, each once
-    message: dict[tuple[int, int], int]  # (owner, rank) -> which permute carries them
+    # (owner, rank) -> intervals of the owner's rows, each once
+    sent: dict[tuple[int, int], list[tuple[int, int]]]
+    # (owner, rank) -> which permute carries them
+    message: dict[tuple[int, int], int]
     permutes: tuple[tuple[tuple[int, ...], int], ...]
 
 
 @lru_cache(maxsize=256)
 def _exchange(sizes: tuple[int, ...], windows: Windows, boundary: str) -> _Exchange:
-    """What goes from whom to whom. A permute joins the pairs as far apart with as many
-    rows: none is sent in vain.
+    """Return what goes from whom to whom.
+
+    A permute joins the pairs as far apart with as many rows, so that none is sent in
+    vain.
     """
     n = len(sizes)
     needs = [_needs(low, high, sizes, boundary) for low, high in windows]
@@ -177,63 +175,66 @@ def _exchange(sizes: tuple[int, ...], windows: Windows, boundary: str) -> _Excha
     for rank, of in enumerate(needs):
         for need in of:
             if need.owner != rank:
-                wanted.setdefault((need.owner, rank), []).append(
-                    (need.start, need.start + need.rows)
-                )
+                rows = (need.start, need.start + need.rows)
+                wanted.setdefault((need.owner, rank), []).append(rows)
+    # a row that a window has twice is sent once
     sent = {pair: _merged(runs) for pair, runs in wanted.items()}
     alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for pair, runs in sent.items():
-        rows = sum(end - start for start, end in runs)
-        alike.setdefault(((pair[1] - pair[0]) % n, rows), []).append(pair)
+        count = sum(end - start for start, end in runs)
+        alike.setdefault(((pair[1] - pair[0]) % n, count), []).append(pair)
     message: dict[tuple[int, int], int] = {}
     permutes: list[tuple[tuple[int, ...], int]] = []
-    for (_, rows), pairs in sorted(alike.items()):
+    # in one order on all ranks
+    for (_, count), pairs in sorted(alike.items()):
         targets = [-1] * n
         for owner, rank in pairs:
             targets[owner] = rank
             message[owner, rank] = len(permutes) + 1
-        permutes.append((tuple(targets), rows))
+        permutes.append((tuple(targets), count))
     return _Exchange(needs, sent, message, tuple(permutes))
 
 
 def window_plan(
     index: int, sizes: tuple[int, ...], windows: Windows, boundary: str
 ) -> Plan:
-    """The part of the rank at this index."""
+    """Return the part of the rank at this index."""
     exchange = _exchange(sizes, windows, boundary)
     own = sizes[index]
-    takes = [Copy(Run(0, 0, own), Run(0, 0, own), False)] if own else []
-    for (owner, rank), runs in exchange.sent.items():
-        at = 0
-        for start, end in runs if owner == index else ():
-            takes.append(
-                Copy(
-                    Run(0, start, end - start),
-                    Run(exchange.message[owner, rank], at, end - start),
-                    False,
-                )
-            )
-            at += end - start
+    takes: list[Copy] = []
+    if own:
+        takes.append(Copy(Run(0, 0, own), Run(0, 0, own), False))
+    for pair, runs in exchange.sent.items():
+        if pair[0] == index:
+            takes += _message(runs, exchange.message[pair])
     places: list[Copy] = []
     for need in exchange.needs[index]:
         buffer, start = 0, need.start
         if need.owner != index:
             pair = (need.owner, index)
             buffer = exchange.message[pair]
-            start = sum(
-                min(end, need.start) - first
-                for first, end in exchange.sent[pair]
-                if first <= need.start
-            )
-        places.append(
-            Copy(
-                Run(buffer, start, need.rows),
-                Run(0, need.at, need.length),
-                need.reverse,
-            )
-        )
+            start = _place_in(exchange.sent[pair], need.start)
+        of = Run(buffer, start, need.rows)
+        places.append(Copy(of, Run(0, need.at, need.length), need.reverse))
     low, high = windows[index]
     return Plan(tuple(takes), exchange.permutes, tuple(places), own, high - low)
+
+
+def _message(runs: list[tuple[int, int]], buffer: int) -> list[Copy]:
+    """Return the copies that put runs of the shard one after another in a message."""
+    out: list[Copy] = []
+    at = 0
+    for start, end in runs:
+        rows = end - start
+        out.append(Copy(Run(0, start, rows), Run(buffer, at, rows), False))
+        at += rows
+    return out
+
+
+def _place_in(runs: list[tuple[int, int]], row: int) -> int:
+    """Return where a row of the owner's is in a message of these runs."""
+    before = [(first, end) for first, end in runs if first <= row]
+    return sum(min(end, row) - first for first, end in before)
 
 
 @lru_cache(maxsize=256)
@@ -255,8 +256,6 @@ def plan_back(
     return _around_plan(index, sizes, width, boundary).T
 
 
-for _constant in (
-    exchange_of,
-    plan_back,
-):  # numbers in, numbers out: compiled code need not see how
+# numbers in, numbers out: compiled code need not see how
+for _constant in (exchange_of, plan_back):
     constant_in_graphs(_constant)

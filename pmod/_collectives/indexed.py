@@ -26,11 +26,10 @@ from pmod._wire.sums import accumulator
 
 @attrs.frozen(eq=False)
 class ExchangePlan:
-    """Which rows go to which rank, made by `exchange_plan` and used every step in place
-    of the indices.
+    """Which rows go to which rank, used every step in place of the indices.
 
-    `send_sizes` and `recv_sizes` count the rows per rank; `rows`, `bounds` and `place`
-    are what is checked and sent.
+    `exchange_plan` makes it. `send_sizes` and `recv_sizes` count the rows per rank;
+    `rows`, `bounds` and `place` are what is checked and sent.
 
     >>> def lengths():
     ...     first, none = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
@@ -51,8 +50,7 @@ class ExchangePlan:
 
 
 def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
-    """Which rows go where, prepared once: how many rows arrive is exchanged now, in one
-    small message.
+    """Prepare which rows go where, and exchange how many arrive, in one small message.
 
     indices: int64 tensors of one dim, one per rank of the axis; indices[j] are the rows
     for rank j, on the device of the tensors to be sent. The plan is a value: immutable,
@@ -102,8 +100,7 @@ def indexed_all_to_all_v(
     dim: int = 0,
     reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
-    """Send to each rank the rows of x that its indices name; join what arrives in the
-    order of the ranks.
+    """Send to each rank the rows of x that its indices name, and join what arrives.
 
     V -> V. Transpose: sends back and adds into the rows the indices name; repeats add
     up, 16-bit ones in float32 unless reduce_dtype says otherwise.
@@ -134,6 +131,7 @@ def indexed_all_to_all_v(
         rows, sent, bounds = indices.rows, indices.send_sizes, indices.bounds
     else:
         rows, sent = _rows(indices, function, bound, leaves[0][0] if leaves else None)
+        # compiled code reads no tensor: there torch finds a wrong index
         bounds = (0, -1) if torch.compiler.is_compiling() else _bounds(rows)
     for leaf, at in leaves:
         _check_rows(leaf, at, rows, bounds, function, bound)
@@ -160,11 +158,9 @@ def _rows(
     """The indices of all ranks one after another, and how many each has."""
     right = f"Pass {axis.size} int64 tensors of one dim, one per rank of the axis."
     if not isinstance(indices, list | tuple) or len(indices) != axis.size:
-        held = (
-            f"{len(indices)} of them"
-            if isinstance(indices, list | tuple)
-            else f"a {type(indices).__name__}"
-        )
+        held = f"a {type(indices).__name__}"
+        if isinstance(indices, list | tuple):
+            held = f"{len(indices)} of them"
         raise wrong(ShapeError, function, axis, f"indices are {held}", right)
     for rank, rows in enumerate(indices):
         if not isinstance(rows, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -215,19 +211,20 @@ def _check_rows(
         )
     low, high = bounds
     if low < 0 or high >= x.shape[at]:
-        given = f"indices hold {low if low < 0 else high} but x.shape[{x.dim() + at}] is {x.shape[at]}"
-        raise wrong(
-            ShapeError,
-            function,
-            axis,
-            given,
-            f"Rows are 0 to {x.shape[at] - 1}." if x.shape[at] else "",
-        )
+        outside = low if low < 0 else high
+        given = f"indices hold {outside} but x.shape[{x.dim() + at}] is {x.shape[at]}"
+        right = ""
+        # no index is right where x has no row
+        if x.shape[at]:
+            right = f"Rows are 0 to {x.shape[at] - 1}."
+        raise wrong(ShapeError, function, axis, given, right)
 
 
 def _place(axis: Axis) -> tuple[str, int]:
-    ranks = _ranks_of(axis.key) if torch.compiler.is_compiling() else axis.group_key
-    return ranks, axis.index
+    # compiled code cannot compute it, and takes it for a constant
+    if torch.compiler.is_compiling():
+        return _ranks_of(axis.key), axis.index
+    return axis.group_key, axis.index
 
 
 @constant_in_graphs

@@ -13,8 +13,9 @@ from pmod._ranks import world
 
 
 def gather_json(value: object, mesh: Mesh) -> list[Any]:
-    """What each rank of the mesh hands in, in mesh order, on all of them; as JSON, so
-    nothing that arrives is run.
+    """Return what each rank of the mesh hands in, in mesh order, on all of them.
+
+    It travels as JSON, so nothing that arrives is run.
     """
     text = json.dumps(value).encode()
     mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(

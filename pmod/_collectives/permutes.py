@@ -1,13 +1,11 @@
-"""`ppermute`, `pshift` and `pshuffle`: each rank sends to one rank at most, and
-receives from one at most.
-"""
+"""`ppermute`, `pshift` and `pshuffle`: a rank sends to one and receives from one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -70,8 +68,9 @@ def inverse_of(targets: tuple[int, ...]) -> tuple[int, ...]:
 def _send_permute(x: Tensor, wire: Wire, params: Permutation) -> Sent[Tensor]:
     targets = params.targets
     source = targets.index(wire.index) if wire.index in targets else None
-    target = targets[wire.index] if targets[wire.index] >= 0 else None
-    return wire.permute(x, target, source, params.arriving)
+    target = targets[wire.index]
+    to = target if target >= 0 else None
+    return wire.permute(x, to, source, params.arriving)
 
 
 def _inverse(params: Permutation) -> Permutation:
@@ -138,10 +137,8 @@ def _permuted(
         return _permuted_uneven(
             function, x, axis, targets, check_sizes(sizes, function, axis), dim
         )
-    if targets == tuple(range(axis.size)):  # nothing moves
-        if isinstance(x, Tensor):
-            check_tensor(x, function, axis)
-            return cast(Tree, unmoved([x])[0])
+    # nothing moves
+    if targets == tuple(range(axis.size)):
         return map_leaves(partial(_stay, function, axis), x, function, axis)
     return fused(function, PERMUTE, x, axis, Permutation(targets), anything)
 
@@ -154,41 +151,34 @@ def _permuted_uneven(
     sizes: tuple[int, ...],
     dim: int,
 ) -> Tree:
-    """Each rank gets the length of the rank that sends to it, or zeros of its own
-    length.
-    """
-    given = tuple(
-        [
-            sizes[targets.index(rank) if rank in targets else rank]
-            for rank in range(axis.size)
-        ]
-    )
+    """Give each rank the length of the rank that sends to it, or its own in zeros."""
+    sources = inverse_of(targets)
+    given = list(sizes)
+    for rank, source in enumerate(sources):
+        if source >= 0:
+            given[rank] = sizes[source]
 
     def run(leaves: list[Any]) -> list[Any]:
         at: list[int] = []
         for x in leaves:
             check_tensor(x, function, axis)
             at.append(dim_from_end(dim, x, function, axis))
-            check_own_size(
-                x,
-                at[-1],
-                sizes,
-                function,
-                axis,
-                "Pass the length that each rank holds along dim.",
-            )
-        if targets == tuple(range(axis.size)):  # nothing moves
+            right = "Pass the length that each rank holds along dim."
+            check_own_size(x, at[-1], sizes, function, axis, right)
+        # nothing moves
+        if targets == tuple(range(axis.size)):
             return _stay(function, axis, leaves)
         if len(set(sizes)) == 1:
             return together(PERMUTE, leaves, axis, Permutation(targets))
         # one message per dtype and device, where the dim is as far from the end
-        out: dict[int, Any] = {}
+        out = list(leaves)
         for end in sorted(set(at)):
             some = [i for i, one in enumerate(at) if one == end]
-            params = Permutation(targets, end, sizes, given)
+            params = Permutation(targets, end, sizes, tuple(given))
             ys = together(PERMUTE, [leaves[i] for i in some], axis, params)
-            out.update(zip(some, ys, strict=True))
-        return [out[i] for i in range(len(leaves))]
+            for i, y in zip(some, ys, strict=True):
+                out[i] = y
+        return out
 
     return map_leaves(as_piece(run, function), tree, function, axis)
 
@@ -260,12 +250,7 @@ def pshuffle(
     """
     bound = resolve(axis, "pshuffle")
     sources = check_permutation(perm, "pshuffle", bound)
-    targets = (
-        sources
-        if bound.size == 1
-        else tuple([sources.index(rank) for rank in range(bound.size)])
-    )
-    return _permuted("pshuffle", x, bound, targets, sizes, dim)
+    return _permuted("pshuffle", x, bound, inverse_of(sources), sizes, dim)
 
 
 @collective(
@@ -280,10 +265,9 @@ def pshift(
     sizes: Sequence[int] | None = None,
     dim: int = 0,
 ) -> Tree:
-    """The value of the rank `offset` before: a step of a ring. Without wrap, zeros
-    where nothing arrives.
+    """Return the value of the rank `offset` before: a step of a ring.
 
-    V -> V. Transpose: the shift back.
+    V -> V. Transpose: the shift back. Without wrap, zeros where nothing arrives.
     Shapes: x (...) -> (...), the same shape on all ranks. With sizes, the lengths that
     the ranks hold along `dim`: x (..., sizes[i], ...) on rank i -> (..., sizes[i -
     offset], ...); where nothing arrives zeros like x. A ring's next step has these
@@ -305,10 +289,9 @@ def pshift(
             AxisError, "pshift", bound, f"offset is {quoted(offset)}", "Pass an int."
         )
     n = bound.size
-    targets = tuple(
-        [
-            (rank + steps) % n if wrap or 0 <= rank + steps < n else -1
-            for rank in range(n)
-        ]
-    )
-    return _permuted("pshift", x, bound, targets, sizes, dim)
+    targets = [rank + steps for rank in range(n)]
+    for rank, target in enumerate(targets):
+        # past the ends, without wrap, nobody gets it
+        is_inside = wrap or 0 <= target < n
+        targets[rank] = target % n if is_inside else -1
+    return _permuted("pshift", x, bound, tuple(targets), sizes, dim)

@@ -18,12 +18,12 @@ from pmod._wire.board import Said, code_of
 
 
 def axis_index(axis: AxisLike) -> int:
-    """This rank's index along the axis; of a tuple, in the flattened group (first name
-    slowest).
+    """Return this rank's index along the axis; of a tuple, in the flattened group.
 
-    A Python int, also in compiled code. JAX: lax.axis_index, which is traced.
-    Raises: AxisError for an axis that the mesh lacks; NoMeshError where a name is given
-    and no mesh is set.
+    The first name of a tuple is the slowest. The index is a Python int, also in compiled
+    code. JAX: lax.axis_index, which is traced.
+    Raises: AxisError for an axis that the mesh lacks; NoMeshError if a name is given and
+    no mesh is set.
 
     >>> pmod.simulate(lambda: pmod.axis_index(("data", "model")), data=2, model=2)
     [0, 1, 2, 3]

@@ -1,9 +1,8 @@
-"""The `_v` forms: the rows of `_collectives/slices.py` with a length per rank, and the
-exchange of those lengths.
+"""The `_v` forms: the rows of `slices.py` with a length per rank.
 
-Sizes are lengths along `dim`, one per rank of the axis; 0 is a size like any other.
-Where they are left out the ranks tell each other, in one small message of int64
-numbers, and at once see whether their tensors fit together.
+Sizes are lengths along `dim`, one per rank of the
+axis; 0 is a size like any other. Where they are left out the ranks tell each other, in
+one small message of int64 numbers, and at once see whether their tensors fit together.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def all_gather_v(
     dim: int = 0,
     reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
-    """Shards of any lengths joined along `dim`, on every rank, which goes on with them
-    in its own way.
+    """Join shards of any lengths along `dim`, on every rank.
 
     V -> V. Transpose: psum_scatter_v. `unshard` is the V -> I form, for a whole that
     all ranks use alike.
@@ -136,8 +134,7 @@ def gather_v(
     dim: int = 0,
     dst: int = 0,
 ) -> Tree:
-    """Shards of any lengths joined along `dim` on dst; elsewhere a tensor of length 0
-    along `dim`.
+    """Join shards of any lengths along `dim` on dst.
 
     V -> V. Transpose: scatter_v.
     Shapes: x (..., sizes[i], ...) on rank i -> (..., sum(sizes), ...) on dst, (..., 0,
@@ -207,8 +204,7 @@ def all_to_all_v(
     recv_sizes: Sequence[int] | None = None,
     dim: int = 0,
 ) -> Tree:
-    """Cut x along `dim` into parts of these lengths, part j to rank j; join what
-    arrives in the order of the ranks.
+    """Send part j of x along `dim` to rank j, and join what arrives in rank order.
 
     V -> V. Transpose: itself, the sizes swapped.
     Shapes: x (..., sum(send_sizes), ...) -> (..., sum(recv_sizes), ...); recv_sizes[j]
@@ -249,7 +245,8 @@ def rows_received(
     if recv_sizes is None:
         if not leaves:
             return sent
-        fits = ", ".join(others(x, at) for x, at in leaves)
+        # one message serves all leaves
+        fits = ", ".join([others(x, at) for x, at in leaves])
         answers = swapped_alike(
             [[size] for size in sent], fits, leaves[0][0].device, function, axis
         )

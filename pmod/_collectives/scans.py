@@ -22,13 +22,14 @@ from pmod._wire.sums import accumulator, is_eight_bits, real_sum
 
 
 def _added(total: Tensor, part: Tensor) -> Tensor:
-    return total + (part.to(total.dtype) if is_eight_bits(part) else part)
+    # torch adds no tensor of 8 bits to one of another dtype
+    if is_eight_bits(part):
+        part = part.to(total.dtype)
+    return total + part
 
 
 def _totals(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The running sums of parts that are given in the order of the scan, each in
-    `dtype`.
-    """
+    """Return the running sums, in `dtype`, of parts in the order of the scan."""
     return accumulate(parts[1:], _added, initial=parts[0].to(dtype))
 
 
@@ -47,10 +48,10 @@ def _send_scan(x: Tensor, wire: Wire, params: Scan) -> Sent[Tensor]:
 
     def send(y: Tensor, _: int) -> Sent[Tensor]:
         dtype = accumulator(y.dtype, asked)
-        by_parts = wire.size > 2 and y.nbytes > SMALL
-        return (_scan_by_parts if by_parts else _scan_whole)(
-            y, wire, order, exclusive, dtype
-        )
+        # two messages cost more than they save, for what is small or goes to one rank
+        if wire.size > 2 and y.nbytes > SMALL:
+            return _scan_by_parts(y, wire, order, exclusive, dtype)
+        return _scan_whole(y, wire, order, exclusive, dtype)
 
     return real_sum(x, send)
 
@@ -58,23 +59,26 @@ def _send_scan(x: Tensor, wire: Wire, params: Scan) -> Sent[Tensor]:
 def _scan_whole(
     x: Tensor, wire: Wire, order: range, exclusive: bool, dtype: torch.dtype
 ) -> Sent[Tensor]:
-    """Each rank sends x to those after it, in one round trip, and adds up what comes
-    from those before it.
+    """Send x to the ranks after this one, and add up what comes from those before it.
+
+    It takes one round trip.
     """
-    here, n = order.index(wire.index), x.numel()
-    # its own part is not sent; it stands where an estimate, which has no other, finds
-    # it
-    send = [n if order.index(rank) >= here else 0 for rank in range(wire.size)]
-    recv = [n if order.index(rank) <= here else 0 for rank in range(wire.size)]
+    here = order.index(wire.index)
+    # its own part is not sent, but stands in both: an estimate has no other part
+    send, recv = [0] * wire.size, [0] * wire.size
+    for rank in order[here:]:
+        send[rank] = x.numel()
+    for rank in order[: here + 1]:
+        recv[rank] = x.numel()
 
     def add_up(y: Tensor) -> Tensor:
         parts = y.split(recv)
-        before = [parts[rank] for rank in order[: here + (not exclusive)]]
-        return (
-            list(_totals(before, dtype))[-1].to(x.dtype, copy=True)
-            if before
-            else torch.zeros_like(x)
-        )
+        last = here if exclusive else here + 1
+        before = [parts[rank] for rank in order[:last]]
+        if not before:
+            return torch.zeros_like(x)
+        # a copy: one part alone would be a view of the message
+        return list(_totals(before, dtype))[-1].to(x.dtype, copy=True)
 
     return wire.all_to_all(x.repeat(wire.size - here), send, recv).then(add_up)
 
@@ -82,25 +86,22 @@ def _scan_whole(
 def _scan_by_parts(
     x: Tensor, wire: Wire, order: range, exclusive: bool, dtype: torch.dtype
 ) -> Sent[Tensor]:
-    """Each rank scans its part of every rank's x, and gives each its own: 2 (n-1)/n of
-    x sent, in x's dtype.
+    """Scan this rank's part of every rank's x, and give each rank its own.
+
+    2 (n-1)/n of x is sent, in x's dtype.
     """
     counts = even_counts(x.numel(), wire.size)
     mine = [counts[wire.index]] * wire.size
 
     def give_back(y: Tensor) -> Sent[Tensor]:
         parts = y.split(mine)
-        totals = [
-            total.to(x.dtype)
-            for total in _totals([parts[rank] for rank in order], dtype)
-        ]
+        in_order = [parts[rank] for rank in order]
+        totals = [total.to(x.dtype) for total in _totals(in_order, dtype)]
         if exclusive:
             totals = [torch.zeros_like(totals[0]), *totals[:-1]]
-        return wire.all_to_all(
-            torch.cat([totals[order.index(rank)] for rank in range(wire.size)]),
-            mine,
-            counts,
-        )
+        # a message is in the order of the ranks, which is that of the scan or its reverse
+        by_rank = totals[:: order.step]
+        return wire.all_to_all(torch.cat(by_rank), mine, counts)
 
     return wire.all_to_all(x, counts, mine).then(give_back)
 
@@ -139,10 +140,9 @@ def pscan(
     reverse: bool = False,
     reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
-    """The running sum over the axis: on each rank the sum over the ranks up to it,
-    itself among them.
+    """Return the running sum over the axis: on each rank the sum over the ranks up to it.
 
-    exclusive: without itself, so zeros on the first rank; reverse: over the ranks from
+    It includes the rank itself. exclusive: without it, so zeros on the first rank; reverse: over the ranks from
     this one on.
     V -> V. Transpose: the scan in the other direction.
     Shapes: x (...) -> (...), the same shape on all ranks.

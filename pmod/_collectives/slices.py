@@ -1,8 +1,8 @@
-"""The rows of the derivative table that cut and join along a dim, each pair right above
-its public functions.
+"""The rows of the derivative table that cut and join along a dim.
 
-Dims are counted from the end inside, so that a leading vmap dim changes nothing. Sizes
-are lengths along the dim, one per rank; None stands for equal parts.
+Each pair stands right above its public functions. Inside, dims are counted from the
+end, so that a leading vmap dim changes nothing. Sizes are lengths along the dim, one
+per rank; None stands for equal parts.
 """
 
 from __future__ import annotations
@@ -79,29 +79,40 @@ class Exchange(NamedTuple):
 
 
 def _unit(x: Tensor, dim: int) -> int:
-    """The number of elements per step of `dim`."""
-    return math.prod(size for i, size in enumerate(x.shape) if i != x.dim() + dim)
+    """Return the number of elements per step of `dim`."""
+    # not a quotient of numel: the dim may be empty
+    return math.prod(_with_length(x.shape, dim, 1))
 
 
 def _lengths(sizes: Sizes | None, each_one: int, wire: Wire) -> Sizes:
-    return (each_one,) * wire.size if sizes is None else sizes
+    if sizes is None:
+        return (each_one,) * wire.size
+    return sizes
 
 
 def _blocks(x: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
-    """x cut along `dim`, the parts one after another in a flat tensor."""
+    """Return x cut along `dim`, the parts one after another in a flat tensor."""
+    # along the first dim the parts lie in memory like that, and nothing is copied
     if dim == -x.dim():
         return x.reshape(-1)
     return torch.cat([part.reshape(-1) for part in x.split(list(lengths), dim)])
 
 
 def _join(flat: Tensor, shapes: Sequence[Sequence[int]], dim: int) -> Tensor:
-    """The parts of a flat tensor, in their shapes, joined along `dim`."""
+    """Return the parts of a flat tensor, in their shapes, joined along `dim`."""
+    # the opposite of `_blocks`, without a copy along the first dim
     if dim == -len(shapes[0]):
         return flat.view(sum(shape[dim] for shape in shapes), *shapes[0][1:])
     parts = flat.split([math.prod(shape) for shape in shapes])
-    return torch.cat(
-        [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim
-    )
+    return torch.cat(list(map(Tensor.view, parts, shapes)), dim)
+
+
+def _joined_later(
+    sent: Sent, shape: Sequence[int], dim: int, lengths: Sequence[int]
+) -> Sent[Tensor]:
+    """Join what arrives: parts of this shape but for their lengths along `dim`."""
+    shapes = [_with_length(shape, dim, length) for length in lengths]
+    return sent.then(lambda y: _join(y, shapes, dim))
 
 
 def _with_length(shape: Sequence[int], dim: int, length: int) -> list[int]:
@@ -130,11 +141,7 @@ def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent[Tensor
     lengths = _lengths(sizes, x.shape[dim], wire)
     unit = _unit(x, dim)
     sent = wire.all_gather(x.reshape(-1), [unit * length for length in lengths])
-    return sent.then(
-        lambda y: _join(
-            y, [_with_length(x.shape, dim, length) for length in lengths], dim
-        )
-    )
+    return _joined_later(sent, x.shape, dim, lengths)
 
 
 def _send_psum_scatter(x: Tensor, wire: Wire, params: Parts) -> Sent[Tensor]:
@@ -143,12 +150,10 @@ def _send_psum_scatter(x: Tensor, wire: Wire, params: Parts) -> Sent[Tensor]:
     unit = _unit(x, dim)
     shape = _with_length(x.shape, dim, lengths[wire.index])
 
+    # scale: the numbers that an element of x is sent as, two for a complex one
     def send(y: Tensor, scale: int) -> Sent[Tensor]:
-        return wire.reduce_scatter(
-            y,
-            [scale * unit * length for length in lengths],
-            accumulator(y.dtype, asked),
-        )
+        counts = [scale * unit * length for length in lengths]
+        return wire.reduce_scatter(y, counts, accumulator(y.dtype, asked))
 
     return real_sum(_blocks(x, dim, lengths), send).then(lambda y: y.view(shape))
 
@@ -188,8 +193,7 @@ def all_gather(
     tiled: bool = True,
     reduce_dtype: torch.dtype | None = None,
 ) -> Tree:
-    """The shards of all ranks joined along `dim`, on every rank, which goes on with
-    them in its own way.
+    """Join the shards of all ranks along `dim`, on every rank.
 
     V -> V. Transpose: psum_scatter. `unshard` is the V -> I form, for a whole that all
     ranks use alike.
@@ -207,13 +211,15 @@ def all_gather(
     check_flag(tiled, "all_gather", "tiled")
     asked = accumulate_in(reduce_dtype, "all_gather", bound)
 
+    # stacking makes a dim, which `dim` may name
+    extra = 0 if tiled else 1
+    no_dims = "Pass tiled=False, or a tensor with a dim."
+
     def prepare(x: Tensor) -> tuple[Tensor, Parts]:
-        extra, no_dims = (
-            (0 if tiled else 1),
-            "Pass tiled=False, or a tensor with a dim.",
-        )
         at = dim_from_end(dim, x, "all_gather", bound, extra=extra, no_dims=no_dims)
-        return (x if tiled else x.unsqueeze(at)), Parts(at, None, asked)
+        if not tiled:
+            x = x.unsqueeze(at)
+        return x, Parts(at, None, asked)
 
     return each(ALL_GATHER, x, bound, "all_gather", prepare)
 
@@ -247,19 +253,17 @@ def psum_scatter(
     def prepare(x: Tensor) -> tuple[Tensor, Parts]:
         check_sum(x, "psum_scatter", bound)
         at = dim_from_end(dim, x, "psum_scatter", bound)
-        _check_divides(x, at, "psum_scatter", bound) if tiled else _check_one_each(
-            x, at, "psum_scatter", bound
-        )
+        if tiled:
+            _check_divides(x, at, "psum_scatter", bound)
+        else:
+            _check_one_each(x, at, "psum_scatter", bound)
         return x, Parts(at, None, asked)
 
     y = each(PSUM_SCATTER, x, bound, "psum_scatter", prepare)
-    return (
-        y
-        if tiled
-        else map_leaves(
-            lambda ys: [y.squeeze(dim) for y in ys], y, "psum_scatter", bound
-        )
-    )
+    if tiled:
+        return y
+    # a slice of one row: the dim is removed
+    return map_leaves(lambda ys: [y.squeeze(dim) for y in ys], y, "psum_scatter", bound)
 
 
 def _check_divides(
@@ -351,10 +355,11 @@ def shard(
 
 
 def _uneven(length: int, axis: Axis) -> tuple[int, ...] | None:
-    """The sizes of an even split, None where all are equal."""
-    return (
-        None if axis.size == 1 or length % axis.size == 0 else shares(int(length), axis)
-    )
+    """Return the sizes of `split_sizes`; None if all are equal."""
+    # one rank first: a length may be a symbol of the compiler's, which is not asked
+    if axis.size == 1 or length % axis.size == 0:
+        return None
+    return shares(int(length), axis)
 
 
 @collective(V, I, transpose="shard", value="the slices joined, as one value")
@@ -366,8 +371,7 @@ def unshard(
     sizes: Sequence[int] | None = None,
     length: int | None = None,
 ) -> Tree:
-    """The slices of all ranks joined along `dim` into one whole, which all ranks hold
-    and use alike.
+    """Join the slices of all ranks along `dim` into one whole that all use alike.
 
     V -> I. Transpose: shard. `all_gather` is the V -> V form, for shards that each rank
     then uses in its own way.
@@ -408,29 +412,37 @@ def unshard(
     return each(UNSHARD, x, bound, "unshard", prepare)
 
 
+def _on_root(params: RootParts, wire: Wire) -> Sizes:
+    """Return the lengths of the whole's parts: on other ranks all are 0."""
+    if wire.index == params.root:
+        return params.sizes
+    return (0,) * wire.size
+
+
+def _only_root(count: int, params: RootParts, wire: Wire) -> list[int]:
+    """Return the number of elements by rank, where the root alone has any."""
+    counts = [0] * wire.size
+    counts[params.root] = count
+    return counts
+
+
 def _send_gather(x: Tensor, wire: Wire, params: RootParts) -> Sent[Tensor]:
-    dim, sizes, root = params
-    unit = _unit(x, dim)
-    send = [x.numel() if rank == root else 0 for rank in range(wire.size)]
-    lengths = sizes if wire.index == root else (0,) * wire.size
+    unit = _unit(x, params.dim)
+    lengths = _on_root(params, wire)
+    send = _only_root(x.numel(), params, wire)
     sent = wire.all_to_all(x.reshape(-1), send, [unit * length for length in lengths])
-    return sent.then(
-        lambda y: _join(
-            y, [_with_length(x.shape, dim, length) for length in lengths], dim
-        )
-    )
+    return _joined_later(sent, x.shape, params.dim, lengths)
 
 
 def _send_scatter(x: Tensor, wire: Wire, params: RootParts) -> Sent[Tensor]:
-    dim, sizes, root = params
+    dim = params.dim
     unit = _unit(x, dim)
-    lengths = sizes if wire.index == root else (0,) * wire.size
-    mine = sizes[wire.index]
-    recv = [unit * mine if rank == root else 0 for rank in range(wire.size)]
-    sent = wire.all_to_all(
-        _blocks(x, dim, lengths), [unit * length for length in lengths], recv
-    )
-    return sent.then(lambda y: y.view(_with_length(x.shape, dim, mine)))
+    lengths = _on_root(params, wire)
+    shape = _with_length(x.shape, dim, params.sizes[wire.index])
+    recv = _only_root(math.prod(shape), params, wire)
+    blocks = _blocks(x, dim, lengths)
+    sent = wire.all_to_all(blocks, [unit * length for length in lengths], recv)
+    return sent.then(lambda y: y.view(shape))
 
 
 GATHER, SCATTER = pair(
@@ -459,8 +471,7 @@ GATHER, SCATTER = pair(
     V, V, transpose="scatter", value="the shards joined on dst, nothing elsewhere"
 )
 def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
-    """The shards of all ranks joined along `dim` on dst; elsewhere a tensor of length 0
-    along `dim`.
+    """Join the shards of all ranks along `dim` on dst.
 
     V -> V. Transpose: scatter. Shapes: x (..., k, ...) -> (..., n*k, ...) on dst, (...,
     0, ...) elsewhere.
@@ -513,6 +524,7 @@ def scatter(
         elif bound.index == root:
             check_adds_up(x, at, given, "scatter", bound)
         parts = given or (int(x.shape[at]) // bound.size,) * bound.size
+        # what another rank than the root passes is a placeholder, and is not sent
         params = RootParts(at, parts, root)
         if bound.index == root or bound.size == 1:
             return x, params
@@ -526,13 +538,10 @@ def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent[Tensor]:
     out = _lengths(split_sizes_, x.shape[split_dim] // wire.size, wire)
     mine = out[wire.index]
     sending = [_unit(x, split_dim) * length for length in out]
-    if split_dim == concat_dim:
-        into = _lengths(concat_sizes, mine, wire)
-        shapes = [_with_length(x.shape, split_dim, length) for length in into]
-    else:
-        into = _lengths(concat_sizes, x.shape[concat_dim], wire)
-        shape = _with_length(x.shape, split_dim, mine)
-        shapes = [_with_length(shape, concat_dim, length) for length in into]
+    # what arrives is as long along split_dim as this rank's part
+    shape = _with_length(x.shape, split_dim, mine)
+    into = _lengths(concat_sizes, shape[concat_dim], wire)
+    shapes = [_with_length(shape, concat_dim, length) for length in into]
     sent = wire.all_to_all(
         _blocks(x, split_dim, out), sending, [math.prod(shape) for shape in shapes]
     )
@@ -547,8 +556,9 @@ def _swap(params: Exchange) -> Exchange:
 def _but_for_sizes(
     params: Exchange, shape: tuple[int, ...]
 ) -> tuple[Exchange | tuple[int, int, bool, bool], tuple[int, ...]]:
-    """Along one dim each rank has sizes of its own; from dim to dim all ranks have the
-    same.
+    """Return what ranks agree on: the sizes too, unless both dims are one.
+
+    Along one dim each rank has sizes of its own; from dim to dim all have the same.
     """
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     if concat_sizes is not None:
@@ -563,8 +573,9 @@ def _but_for_sizes(
 def lengths_exchanged(
     params: Exchange, length: int, axis: Axis
 ) -> tuple[Sequence[int], Sequence[int]] | None:
-    """What a rank sends to each and expects of each along one dim; None where all ranks
-    have the same sizes.
+    """Return what a rank sends to each and expects of each along one dim.
+
+    The result is None if all ranks have the same sizes.
     """
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     if split_dim != concat_dim or (split_sizes_ is None and concat_sizes is None):
@@ -599,8 +610,7 @@ def all_to_all(
     split_sizes: Sequence[int] | None = None,
     concat_sizes: Sequence[int] | None = None,
 ) -> Tree:
-    """Cut x along split_dim, part j to rank j; join what arrives along concat_dim: a
-    transpose across ranks.
+    """Send part j of split_dim to rank j, and join what arrives along concat_dim.
 
     V -> V. Transpose: itself, dims and sizes swapped.
     Shapes, n the axis size: tiled, split_dim n*k -> k and concat_dim m -> n*m.
@@ -629,16 +639,11 @@ def all_to_all(
                 "Sizes need tiled=True.",
             )
         return _untiled_all_to_all(x, bound, split_dim, concat_dim)
-    sent = (
-        None
-        if split_sizes is None
-        else check_sizes(split_sizes, "all_to_all", bound, name="split_sizes")
-    )
-    held = (
-        None
-        if concat_sizes is None
-        else check_sizes(concat_sizes, "all_to_all", bound, name="concat_sizes")
-    )
+    sent = held = None
+    if split_sizes is not None:
+        sent = check_sizes(split_sizes, "all_to_all", bound, name="split_sizes")
+    if concat_sizes is not None:
+        held = check_sizes(concat_sizes, "all_to_all", bound, name="concat_sizes")
 
     def prepare(x: Tensor) -> tuple[Tensor, Exchange]:
         cut = dim_from_end(split_dim, x, "all_to_all", bound, name="split_dim")
@@ -650,8 +655,11 @@ def all_to_all(
         else:
             check_adds_up(x, cut, sent, "all_to_all", bound, "split_sizes")
         if held is not None:
-            own = sent[bound.index] if sent is not None else x.shape[cut] // bound.size
-            _check_held(held, own if cut == joined else x.shape[joined], bound)
+            own = x.shape[joined]
+            # along one dim a rank holds the part that it sends itself
+            if cut == joined:
+                own = own // bound.size if sent is None else sent[bound.index]
+            _check_held(held, own, bound)
         return x, Exchange(cut, joined, sent, held)
 
     return each(ALL_TO_ALL, x, bound, "all_to_all", prepare)
@@ -670,8 +678,8 @@ def _check_held(held: tuple[int, ...], own: int, axis: Axis) -> None:
 
 
 def _untiled_all_to_all(x: Tree, axis: Axis, split_dim: int, concat_dim: int) -> Tree:
-    # with the dim of length n in front, blocks of one row are exchanged; the dim then
-    # moves where it was asked for
+    # with the dim of length n in front, blocks of one row are exchanged; then the dim
+    # moves to where it was asked for
     def prepare(x: Tensor) -> tuple[Tensor, Exchange]:
         cut = dim_from_end(split_dim, x, "all_to_all", axis, name="split_dim")
         dim_from_end(concat_dim, x, "all_to_all", axis, name="concat_dim")

@@ -1,9 +1,8 @@
-"""How `pmod.fft` goes about it: arguments, the plan of stages and exchanges, and one
-stage.
+"""How `pmod.fft` works: its arguments, the plan of stages and exchanges, and one stage.
 
-A plan is a list of moves, each one exchange, by which every dim to transform is whole
-at some time, and between two moves a stage: the dims that are whole by then,
-transformed by one call of torch.fft.
+A plan is a list of moves. Each move is one exchange, and every dim to transform is whole
+at some time. Between two moves is a stage, which transforms the dims that are whole by
+then, in one call of torch.fft.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from pmod._numbers import as_int, as_list
 
 Ints = int | Sequence[int]
 Some = int | Sequence[int | None]
+Lengths = Sequence[int] | Sequence[Sequence[int] | None]
+"""The lengths of the shards; with several axes, those along each."""
 Sizes = tuple[int, ...]
 
 
@@ -56,42 +57,57 @@ class _Dim(NamedTuple):
     """A transformed dim of the whole tensor."""
 
     at: int
-    n: int  # the length of the signal
-    modes: (
-        int | None
-    )  # how many of its modes are kept (held, of an inverse); None: torch.fft's own number
-    half: bool  # the one dim of a real transform whose spectrum is half
+    n: int
+    """The length of the signal."""
+    modes: int | None
+    """How many modes are kept, or held by an inverse; None for torch.fft's number."""
+    half: bool
+    """Whether this is the one dim of a real transform whose spectrum is half."""
+
+    @property
+    def whole(self) -> int:
+        """The number of modes when none is left out."""
+        return modes_of(self.n, self.half)
+
+
+def modes_of(n: int, half: bool) -> int:
+    """Return the number of modes of n points."""
+    return n // 2 + 1 if half else n
 
 
 def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
-    """One axis, names in a tuple flattened as everywhere; with a dim for each of them,
-    each by itself.
+    """Return the axes: one, or, with a dim for each of them, each by itself.
+
+    As everywhere, one axis may be a tuple of names, which is flattened.
     """
-    if not many or (isinstance(axis, tuple) and not axis):
+    if not many:
         return (resolve(axis, name),)
     if isinstance(axis, Mesh):
         return resolve_each(axis, name)
-    return tuple(
-        resolve(one, name) for one in (axis if isinstance(axis, tuple) else (axis,))
-    )
+    # `resolve` refuses an empty tuple, and says why
+    if not isinstance(axis, tuple) or not axis:
+        return (resolve(axis, name),)
+    return tuple(resolve(one, name) for one in axis)
 
 
-def _list(given: Any, what: str, kind: _Kind) -> list[int | None]:
-    """An int, or several; None stays."""
+def _list(given: object, what: str, kind: _Kind) -> list[int | None]:
+    """Return an int, or several, as a list; None stays."""
     listed = as_list(given)
     if listed is None:
         listed = [given]
-    parsed = [None if one is None else as_int(one) for one in listed]
-    for one, number in zip(listed, parsed, strict=True):
+    parsed: list[int | None] = []
+    for one in listed:
+        number = as_int(one)
         if one is not None and number is None:
             raise kind.wrong(
                 f"{what} holds {quoted(one)}, a {type(one).__name__}", "Pass ints."
             )
+        parsed.append(number)
     return parsed
 
 
 def _check_input(x: Tensor, kind: _Kind) -> Tensor:
-    """x as torch.fft would take it: floating or complex."""
+    """Return x as torch.fft would take it: floating or complex."""
     norm: object = kind.norm
     is_known = isinstance(norm, str) and norm in ("backward", "ortho", "forward")
     if norm is not None and not is_known:
@@ -116,15 +132,18 @@ def _check_input(x: Tensor, kind: _Kind) -> Tensor:
 
 
 def _parse_dims(
-    x: Tensor, s: Any, dim: Any, kind: _Kind
+    x: Tensor, s: object, dim: object, kind: _Kind
 ) -> tuple[list[int], list[int | None]]:
-    """The dims counted from the end, and the length asked for along each, None where
-    x's own.
+    """Return the dims, counted from the end, and the length asked for along each.
+
+    None stands for x's own length.
     """
     asked = None if s is None else _list(s, kind.lengths, kind)
     if dim is None:
-        dim = range(-(x.dim() if asked is None else len(asked)), 0)
-    listed = list(dim) if isinstance(dim, Sequence) else [dim]
+        # as torch.fft: the last dims, as many as there are lengths
+        count = x.dim() if asked is None else len(asked)
+        dim = range(-count, 0)
+    listed = _listed(dim)
     ats = [dim_from_end(one, x, kind.name, kind.axes[0]) for one in listed]
     if not ats or len(set(ats)) < len(ats):
         raise kind.wrong(f"dim is {tuple(listed)}", "Pass one dim or more, each once.")
@@ -133,33 +152,50 @@ def _parse_dims(
             f"dim is {tuple(listed)}", f"Pass one dim, or use {kind.function}n."
         )
     if asked is None:
-        asked = [None] * len(ats)
+        return ats, [None] * len(ats)
     if len(asked) != len(ats):
         given = f"{kind.lengths} is {quoted(s)} and dim has {len(ats)} dims"
         raise kind.wrong(given, "Pass a length for each dim.")
-    return ats, [None if n == -1 and kind.lengths == "s" else n for n in asked]
+    if kind.lengths == "s":
+        # torch.fft's own rule, for several dims only
+        asked = [None if n == -1 else n for n in asked]
+    return ats, asked
+
+
+def _listed(given: object) -> list[object]:
+    """Return one or several as a list."""
+    if isinstance(given, Sequence):
+        # the compiler does not know `cast` of a range
+        several: Any = given
+        return list(several)
+    return [given]
 
 
 def _parse_cuts(
-    x: Tensor, ats: list[int], in_dim: Any, out_dim: Any, kind: _Kind
+    x: Tensor, ats: list[int], in_dim: object, out_dim: object, kind: _Kind
 ) -> tuple[list[int], list[int]]:
-    """The dims that the axes cut on the way in, and on the way out."""
+    """Return the dims that the axes cut on the way in, and on the way out."""
     count = len(kind.axes)
+    # what the caller named is checked first, both of it
     ins = None if in_dim is None else _cut(x, in_dim, "in_dim", kind)
     outs = None if out_dim is None else _cut(x, out_dim, "out_dim", kind)
     first, last = ats[:count], ats[-count:]
+    if kind.inverse:
+        # an inverse goes the way of its forward transform back, so that the pair of
+        # them exchanges twice and no more
+        first, last = last, first
     if ins is None:
-        ins = last if kind.inverse else first
+        ins = first
     if outs is None:
-        outs = (first if kind.inverse else last) if set(ins) & set(ats) else ins
+        outs = last if set(ins) & set(ats) else ins
     if len(ins) < count or len(outs) < count:
         given = f"there are {count} axes and dim has {len(ats)} dims"
         raise kind.wrong(given, "Pass in_dim and out_dim, a dim per axis.")
     return ins, outs
 
 
-def _cut(x: Tensor, given: Any, name: str, kind: _Kind) -> list[int]:
-    listed = list(given) if isinstance(given, Sequence) else [given]
+def _cut(x: Tensor, given: object, name: str, kind: _Kind) -> list[int]:
+    listed = _listed(given)
     ats = [
         dim_from_end(one, x, kind.name, axis, name=name)
         for one, axis in zip(listed, kind.axes, strict=False)
@@ -173,34 +209,41 @@ def _cut(x: Tensor, given: Any, name: str, kind: _Kind) -> list[int]:
 
 
 def _held(
-    x: Tensor, ins: list[int], sizes: Any, many: bool, kind: _Kind
+    x: Tensor, ins: list[int], sizes: Sequence[Any] | None, many: bool, kind: _Kind
 ) -> list[Sizes]:
-    """How long the shards are along the dim that each axis cuts: as given, or as the
-    ranks say.
+    """Return the lengths of the shards along the dim that each axis cuts.
+
+    They are those given, or what the ranks say.
     """
+    given: Sequence[Any] | None = [sizes]
     if sizes is None:
         check_eager(kind.name, kind.axes[0])
-    given = [None] * len(ins) if sizes is None else as_list(sizes) if many else [sizes]
+        given = [None] * len(ins)
+    elif many:
+        given = as_list(sizes)
     if given is None or len(given) != len(ins):
         raise kind.wrong(
             f"sizes is {quoted(sizes)}",
             f"Pass {len(ins)} tuples of sizes, one per axis.",
         )
-    cuts = zip(kind.axes, ins, given, strict=True)
-    return [
-        next(sizes_of_leaves(x, at, one, kind.name, axis))[1] for axis, at, one in cuts
-    ]
+    held: list[Sizes] = []
+    for axis, at, one in zip(kind.axes, ins, given, strict=True):
+        # x is one leaf
+        ((_, lengths),) = sizes_of_leaves(x, at, one, kind.name, axis)
+        held.append(lengths)
+    return held
 
 
 def _measure(
     lengths: dict[int, int | None],
     ats: list[int],
     asked: list[int | None],
-    modes: Any,
+    modes: object,
     kind: _Kind,
 ) -> list[_Dim]:
-    """The transformed dims with all their lengths, which fit together; those that are
-    not known yet are left out.
+    """Return the transformed dims with all their lengths, which fit together.
+
+    Dims whose length is not known yet are left out.
     """
     kept = [None] * len(ats) if modes is None else _list(modes, "modes", kind)
     if len(kept) != len(ats):
@@ -210,35 +253,49 @@ def _measure(
         )
     dims: list[_Dim] = []
     for at, n, few in zip(ats, asked, kept, strict=True):
+        # torch.fft halves the spectrum of the last dim of a real transform
         half, length = kind.real and at == ats[-1], lengths[at]
-        if few is not None and kind.inverse and n is None:
-            given = f"modes is {quoted(modes)} without the length of the signal"
-            raise kind.wrong(given, f"Pass {kind.lengths} as well.")
-        if few is not None and kind.inverse and length is not None and few != length:
-            given = f"modes is {quoted(modes)} and x has {length} along dim {at}"
-            raise kind.wrong(given, "Pass the number that x has.")
-        if n is None and length is not None:
-            n = 2 * (length - 1) if half and kind.inverse else length
+        if few is not None and kind.inverse:
+            _check_held_modes(at, n, few, length, modes, kind)
         if n is None:
-            continue
-        if n > LONGEST:
-            raise kind.wrong(
-                f"the signal has {n} points along dim {at}",
-                "No machine addresses so much memory.",
-            )
-        if n < 1:
-            raise kind.wrong(
-                f"the signal has {n} points along dim {at}",
-                f"Pass {kind.lengths} of 1 or more.",
-            )
-        whole = n // 2 + 1 if half else n
-        if few is not None and not 1 <= few <= whole:
-            raise kind.wrong(
-                f"modes is {quoted(modes)} and dim {at} has {whole}",
-                f"Pass from 1 to {whole}.",
-            )
-        dims.append(_Dim(at, n, few, half))
+            if length is None:
+                continue
+            # of a half spectrum, what torch.fft takes for the length of the signal
+            n = 2 * (length - 1) if half and kind.inverse else length
+        dim = _Dim(at, n, few, half)
+        _check_length(dim, modes, kind)
+        dims.append(dim)
     return dims
+
+
+def _check_held_modes(
+    at: int,
+    n: int | None,
+    few: int,
+    length: int | None,
+    modes: object,
+    kind: _Kind,
+) -> None:
+    """Check that an inverse that is given a part of a spectrum knows the whole."""
+    if n is None:
+        given = f"modes is {quoted(modes)} without the length of the signal"
+        raise kind.wrong(given, f"Pass {kind.lengths} as well.")
+    if length is not None and few != length:
+        given = f"modes is {quoted(modes)} and x has {length} along dim {at}"
+        raise kind.wrong(given, "Pass the number that x has.")
+
+
+def _check_length(dim: _Dim, modes: object, kind: _Kind) -> None:
+    given = f"the signal has {dim.n} points along dim {dim.at}"
+    if dim.n > LONGEST:
+        raise kind.wrong(given, "No machine addresses so much memory.")
+    if dim.n < 1:
+        raise kind.wrong(given, f"Pass {kind.lengths} of 1 or more.")
+    if dim.modes is not None and not 1 <= dim.modes <= dim.whole:
+        raise kind.wrong(
+            f"modes is {quoted(modes)} and dim {dim.at} has {dim.whole}",
+            f"Pass from 1 to {dim.whole}.",
+        )
 
 
 class _Move(NamedTuple):
@@ -253,9 +310,7 @@ class _Move(NamedTuple):
 
 
 def _moves(x: Tensor, ats: list[int], ins: list[int], outs: list[int]) -> list[_Move]:
-    """The exchanges that bring every dim of `ats` together at some time, and the cuts
-    where they are wanted.
-    """
+    """Return exchanges after which each dim of `ats` was whole, and `outs` are cut."""
     held: list[int | None] = list(ins)
     moves: list[_Move] = []
     waiting = [
@@ -265,40 +320,56 @@ def _moves(x: Tensor, ats: list[int], ins: list[int], outs: list[int]) -> list[_
     ]
     while waiting:
         ready = [number for number in waiting if outs[number] not in held]
-        number = ready[0] if ready else waiting[0]
         if ready:
+            number = ready[0]
             after = outs[number]
             waiting.remove(number)
-        else:  # aside, there and back: its own dim is to be transformed, or another axis waits for it
-            after, length = None, 1
-            for at in range(-x.dim(), 0):
-                if at not in held and x.shape[at] > length:
-                    after, length = at, int(x.shape[at])
+        else:
+            # aside, there and back: its own dim is to be transformed, or another axis
+            # waits for it
+            number = waiting[0]
+            after = _aside(x, held)
         moves.append(_Move(number, held[number], after))
         held[number] = after
     return moves
 
 
+def _aside(x: Tensor, held: list[int | None]) -> int | None:
+    """Return the longest dim that no axis cuts; None if none is longer than 1."""
+    longest, length = None, 1
+    for at in range(-x.dim(), 0):
+        if at not in held and x.shape[at] > length:
+            longest, length = at, int(x.shape[at])
+    return longest
+
+
 def _stages(
     dims: list[_Dim], holds: list[set[int | None]], kind: _Kind, *, in_order: bool
 ) -> list[list[_Dim]] | None:
-    """Which dims are transformed under each hold: as soon as they are whole.
+    """Return which dims are transformed under each hold: as soon as they are whole.
 
-    A real transform has its half spectrum first, an inverse one last; None where that
-    order leaves a dim behind.
+    A real transform has its half spectrum first, and an inverse one last. The result is
+    None if that order leaves a dim behind.
     """
     left = dims
     stages: list[list[_Dim]] = []
     for held in holds:
         ready = [dim for dim in left if dim.at not in held]
-        if in_order and left and left[-1].half:
-            if kind.inverse and len(ready) < len(left):
-                ready = [dim for dim in ready if not dim.half]
-            elif not kind.inverse and left[-1] not in ready:
-                ready = []
+        is_real_left = bool(left) and left[-1].half
+        if in_order and is_real_left:
+            ready = _in_order(ready, left, kind)
         left = [dim for dim in left if dim not in ready]
         stages.append(ready)
     return None if left else stages
+
+
+def _in_order(ready: list[_Dim], left: list[_Dim], kind: _Kind) -> list[_Dim]:
+    """Return those of the ready dims whose turn it is; the half one is last in `left`."""
+    if kind.inverse and len(ready) < len(left):
+        return [dim for dim in ready if not dim.half]
+    if not kind.inverse and left[-1] not in ready:
+        return []
+    return ready
 
 
 def _exchange(x: Tensor, axis: Axis, move: _Move, sizes: Sizes) -> tuple[Tensor, Sizes]:
@@ -317,93 +388,93 @@ def _exchange(x: Tensor, axis: Axis, move: _Move, sizes: Sizes) -> tuple[Tensor,
 
 
 def _padded(x: Tensor, at: int, n: int, start: int = 0) -> Tensor:
-    """n entries of x from `start` on, zeros where x ends.
+    """Return n entries of x from `start` on, zeros where x ends.
 
-    No view: under a compiled jvp torch refuses one of an input whose tangent has
+    The result is no view: under a compiled jvp torch refuses one of an input whose tangent has
     another layout.
     """
     return F.pad(x, [0, 0] * (-at - 1) + [-start, n + start - int(x.shape[at])])
 
 
 def _torch(name: str, x: Tensor, dims: list[_Dim], norm: str | None) -> Tensor:
-    """torch.fft's function over these dims; of nothing too, which MKL refuses."""
-    if x.numel() and len(dims) == 1:
+    """Call torch.fft's function over these dims."""
+    if not x.numel():
+        return _torch_of_nothing(name, x, dims)
+    if len(dims) == 1:
         return getattr(torch.fft, name)(x, dims[0].n, dims[0].at, norm)
-    if x.numel():
-        return getattr(torch.fft, f"{name}n")(
-            x, [dim.n for dim in dims], [dim.at for dim in dims], norm
-        )
+    lengths = [dim.n for dim in dims]
+    ats = [dim.at for dim in dims]
+    return getattr(torch.fft, f"{name}n")(x, lengths, ats, norm)
+
+
+def _torch_of_nothing(name: str, x: Tensor, dims: list[_Dim]) -> Tensor:
+    """Return a result without elements, in the shape and dtype of torch.fft's."""
+    # MKL refuses an empty tensor; the padding keeps the derivative
     for dim in dims:
-        n = dim.n // 2 + 1 if dim.half and name == "rfft" else dim.n
-        x = _padded(x, dim.at, n)
-    if name == "irfft":
-        return x.real if x.is_complex() else x
-    return x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
+        x = _padded(x, dim.at, dim.whole if name == "rfft" else dim.n)
+    if x.is_complex() == (name != "irfft"):
+        return x
+    return x.real if x.is_complex() else torch.complex(x, torch.zeros_like(x))
 
 
 def lowest(x: Tensor, at: int, few: int, half: bool) -> Tensor:
-    """The lowest modes of a spectrum, in the order of fftfreq(few)."""
+    """Return the lowest modes of a spectrum, in the order of fftfreq(few)."""
     whole = int(x.shape[at])
     if few == whole:
         return x
     if half:
         return x.narrow(at, 0, few)
-    return torch.cat(
-        [x.narrow(at, 0, few - few // 2), x.narrow(at, whole - few // 2, few // 2)], at
-    )
+    negative = few // 2
+    positive = x.narrow(at, 0, few - negative)
+    return torch.cat([positive, x.narrow(at, whole - negative, negative)], at)
 
 
 def _spread(x: Tensor, at: int, n: int) -> Tensor:
-    """The spectrum of n modes whose lowest are x, the others zero."""
+    """Return the spectrum of n modes whose lowest are x, and whose others are zero."""
     few = int(x.shape[at])
     if few == n:
         return x
-    positive = _padded(x, at, few - few // 2)
-    return torch.cat(
-        [_padded(positive, at, n - few // 2), _padded(x, at, few // 2, few - few // 2)],
-        at,
-    )
+    negative = few // 2
+    positive = _padded(x, at, few - negative)
+    wide = _padded(positive, at, n - negative)
+    return torch.cat([wide, _padded(x, at, negative, few - negative)], at)
 
 
 def _one_by_one(dims: list[_Dim]) -> list[list[_Dim]]:
-    """Together; where modes are cut, a dim at a time, so that others have to do with
-    the few that are kept.
-    """
-    return [dims] if all(dim.modes is None for dim in dims) else [[dim] for dim in dims]
+    """Return the dims to transform in each call: all, or each, if modes are dropped."""
+    if all(dim.modes is None for dim in dims):
+        return [dims]
+    # later transforms then see only the modes that are kept
+    return [[dim] for dim in dims]
 
 
 def _forward(x: Tensor, dims: list[_Dim], kind: _Kind) -> Tensor:
     for some in reversed(_one_by_one(dims)):
-        x = _torch(
-            "rfft" if some[-1].half and not x.is_complex() else "fft",
-            x,
-            some,
-            kind.norm,
-        )
+        # x is complex already if a real dim could not be transformed first
+        is_half = some[-1].half and not x.is_complex()
+        x = _torch("rfft" if is_half else "fft", x, some, kind.norm)
         for dim in some:
-            whole = dim.n // 2 + 1 if dim.half else dim.n
-            x = lowest(x, dim.at, whole if dim.modes is None else dim.modes, dim.half)
+            kept = dim.whole if dim.modes is None else dim.modes
+            x = lowest(x, dim.at, kept, dim.half)
     return x
 
 
 def _inverse(x: Tensor, dims: list[_Dim], kind: _Kind, in_order: bool) -> Tensor:
     for some in _one_by_one(dims):
         for dim in some:
-            if dim.modes is not None and not dim.half:
-                x = _spread(x, dim.at, dim.n)
             if dim.half and not in_order:
                 x = _one_sided(x, dim.at, dim.n)
-        x = _torch(
-            "irfft" if some[-1].half and in_order else "ifft", x, some, kind.norm
-        )
+            elif dim.modes is not None and not dim.half:
+                x = _spread(x, dim.at, dim.n)
+        is_half = some[-1].half and in_order
+        x = _torch("irfft" if is_half else "ifft", x, some, kind.norm)
     return x
 
 
 def _one_sided(x: Tensor, at: int, n: int) -> Tensor:
-    """A half spectrum such that the real part of its ifft is its irfft: interior modes
-    count for two.
-    """
-    count = min(int(x.shape[at]), n // 2 + 1)
+    """Return a half spectrum such that the real part of its ifft is its irfft."""
+    count = min(int(x.shape[at]), modes_of(n, half=True))
+    # a mode counts for two, itself and its conjugate, but for those that are their own
     weight = torch.full((count,), 2.0, dtype=x.dtype.to_real(), device=x.device)
     weight[0] = 1.0
     if 2 * (count - 1) == n:
@@ -412,22 +483,21 @@ def _one_sided(x: Tensor, at: int, n: int) -> Tensor:
 
 
 class Cut(NamedTuple):
-    """How the tensor is spread, and which modes: what follows torch.fft's own
-    arguments.
-    """
+    """How the tensor is spread, and which modes: what follows torch.fft's arguments."""
 
     axis: AxisLike
     in_dim: Ints | None
     out_dim: Ints | None
-    sizes: Sequence[Any] | None
+    sizes: Lengths | None
     modes: Some | None
 
 
 def transform(
-    function: str, x: Tensor, s: Any, dim: Any, norm: str | None, cut: Cut
+    function: str, x: Tensor, s: object, dim: object, norm: str | None, cut: Cut
 ) -> Tensor:
-    """torch.fft's function of the whole tensor whose shard is x. Raises: before
-    anything is sent.
+    """Return this rank's shard of torch.fft's function of the whole tensor.
+
+    What is wrong raises before anything is sent.
     """
     many = isinstance(cut.in_dim, Sequence) or isinstance(cut.out_dim, Sequence)
     axes = _axes(cut.axis, many, f"fft.{function}")
@@ -436,35 +506,35 @@ def transform(
     x = _check_input(x, kind)
     ats, asked = _parse_dims(x, s, dim, kind)
     ins, outs = _parse_cuts(x, ats, cut.in_dim, cut.out_dim, kind)
-    moving = ins != outs or any(at in ats for at in ins)
     lengths = {at: None if at in ins else int(x.shape[at]) for at in ats}
+    # what can be checked without the whole length is, before the ranks ask for it
     dims = _measure(lengths, ats, asked, cut.modes, kind)
     sizes: list[Sizes] = [()] * len(ins)
-    if moving or cut.sizes is not None:
+    is_cut = any(at in ats for at in ins)
+    if is_cut or ins != outs or cut.sizes is not None:
         sizes = _held(x, ins, cut.sizes, many, kind)
-        lengths |= {
-            at: sum(held) for at, held in zip(ins, sizes, strict=True) if at in ats
-        }
+        for at, held in zip(ins, sizes, strict=True):
+            if at in ats:
+                lengths[at] = sum(held)
         dims = _measure(lengths, ats, asked, cut.modes, kind)
+    # an axis of one rank exchanges nothing
     spread = [number for number, axis in enumerate(axes) if axis.size > 1]
     if not spread and cut.modes is None and x.numel():
-        told = [dim.n for dim in dims] if s is not None else None
-        if kind.lengths == "n":
-            return getattr(torch.fft, function)(
-                x, told[0] if told else None, ats[0], norm
-            )
-        return getattr(torch.fft, function)(x, told, ats, norm)
-    moves = _moves(
-        x, ats, [ins[number] for number in spread], [outs[number] for number in spread]
-    )
-    return _run(
-        x,
-        dims,
-        [ins[number] for number in spread],
-        moves,
-        [sizes[number] for number in spread],
-        kind,
-    )
+        return _torch_alone(function, x, dims, ats, kind, asks=s is not None)
+    starts = [ins[number] for number in spread]
+    moves = _moves(x, ats, starts, [outs[number] for number in spread])
+    return _run(x, dims, starts, moves, [sizes[number] for number in spread], kind)
+
+
+def _torch_alone(
+    function: str, x: Tensor, dims: list[_Dim], ats: list[int], kind: _Kind, asks: bool
+) -> Tensor:
+    """Call torch.fft's own function, as a rank that holds the whole does."""
+    transformed = getattr(torch.fft, function)
+    lengths = [dim.n for dim in dims] if asks else None
+    if kind.lengths == "s":
+        return transformed(x, lengths, ats, kind.norm)
+    return transformed(x, None if lengths is None else lengths[0], ats[0], kind.norm)
 
 
 def _run(
@@ -475,7 +545,7 @@ def _run(
     sizes: list[Sizes],
     kind: _Kind,
 ) -> Tensor:
-    """The stages, with an exchange between one and the next."""
+    """Run the stages, with an exchange between one and the next."""
     axes = [axis for axis in kind.axes if axis.size > 1]
     now: list[int | None] = list(held)
     holds = [set(now)]
@@ -484,20 +554,18 @@ def _run(
         holds.append(set(now))
     stages = _stages(dims, holds, kind, in_order=True)
     in_order = stages is not None
-    if (
-        stages is None
-    ):  # the real dim is treated as a complex one: all of its spectrum travels
+    if stages is None:
+        # the real dim is treated as a complex one: all of its spectrum travels
         stages = _stages(dims, holds, kind, in_order=False)
     assert stages is not None, "every dim to transform is whole at some time"
     for move, ready in zip([None, *moves], stages, strict=True):
         if move is not None:
-            x, sizes[move.number] = _exchange(
-                x, axes[move.number], move, sizes[move.number]
-            )
-        if ready:
-            x = (
-                _inverse(x, ready, kind, in_order)
-                if kind.inverse
-                else _forward(x, ready, kind)
-            )
-    return x if in_order or not kind.inverse else x.real
+            number = move.number
+            x, sizes[number] = _exchange(x, axes[number], move, sizes[number])
+        if ready and kind.inverse:
+            x = _inverse(x, ready, kind, in_order)
+        elif ready:
+            x = _forward(x, ready, kind)
+    if kind.inverse and not in_order:
+        return x.real
+    return x

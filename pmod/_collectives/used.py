@@ -1,5 +1,6 @@
-"""`pvary` of many tensors at once, in whose backward every rank takes part, and which
-knows what no rank used.
+"""`pvary` of many tensors at once, which knows in backward what no rank used.
+
+Every rank takes part in that backward, whatever it used itself.
 """
 
 from __future__ import annotations
@@ -21,32 +22,33 @@ from pmod._torch import are_transforms_active, is_wrapped, older_vmap_level
 
 
 class Idle:
-    """What no rank used in the last backward pass: the next one sends nothing of it,
-    unless a rank uses it again.
+    """What no rank used in the last backward pass.
 
-    The ranks agree on it: each learns it from a sum over all of them.
+    The next pass sends nothing of it, unless a rank uses it again. The ranks agree on
+    it, because each learns it from a sum over all of them.
     """
 
     def __init__(self) -> None:
-        self._places: dict[Any, frozenset[int]] = {}  # by what is sent together
+        # by what is sent together
+        self._places: dict[object, frozenset[int]] = {}
 
-    def among(self, key: Any) -> frozenset[int]:
-        """The places of what nobody used."""
+    def among(self, key: object) -> frozenset[int]:
+        """Return the places of what nobody used."""
         return self._places.get(key, frozenset())
 
-    def note(self, key: Any, places: frozenset[int]) -> None:
-        """Keep them for the next pass."""
+    def note(self, key: object, places: frozenset[int]) -> None:
+        """Keep the places for the next pass."""
         self._places[key] = places
 
 
 def pvary_used(
     xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Copies, and empty tensors from which backward comes to the nodes of the copies:
-    one for each dtype and device.
+    """Return copies, and the empty tensors that lead backward to their nodes.
 
-    A vector travels along, which says in backward which copies a rank used. What no
-    rank used gets no gradient, and from the next pass on is not sent.
+    There is one node, and one such tensor, for each dtype and device. A vector travels
+    along, which says in backward which copies a rank used. What no rank used gets no
+    gradient, and from the next pass on is not sent.
     """
     copies, links = list(xs), list[Tensor]()
     for places in alike(xs):
@@ -67,29 +69,24 @@ def _of_one_kind(
     *copies, counts = called_as(function, together, PVARY, [*xs, flags], axis, SUM)
     node: Any = counts.grad_fn
     if node is not None and not are_transforms_active():
-        node.set_materialize_grads(False)  # None stands for what is unused here
+        # None stands for what is unused here; zeros would count as used
+        node.set_materialize_grads(False)
         node.instead = _Sums(xs, call, function, idle)
     return list(copies), counts[:0]
 
 
 class _Sums:
-    """What backward of one node does: the sums over the ranks, but for what no rank
-    used.
-    """
+    """What backward of one node does: the sums over the ranks of what any rank used."""
 
     def __init__(
         self, xs: Sequence[Tensor], call: Call, function: str, idle: Idle
     ) -> None:
-        self._shapes = [
-            *[x.shape for x in xs],
-            torch.Size([len(xs)]),
-        ]  # and of the flags
+        # the last shape is that of the flags
+        self._shapes = [*[x.shape for x in xs], torch.Size([len(xs)])]
         self._dtype, self._device = xs[0].dtype, xs[0].device
         self._call, self._function = call, function
-        self._idle, self._key = (
-            idle,
-            (call.axis.key, self._dtype, self._device, *self._shapes),
-        )
+        self._idle = idle
+        self._key = (call.axis.key, self._dtype, self._device, *self._shapes)
 
     def __call__(
         self,
@@ -98,34 +95,41 @@ class _Sums:
         forward: Origin,
     ) -> list[Tensor | None]:
         flags = len(self._shapes) - 1
-        asked = gradients[flags] is not None and not _is_batched(gradients)
-        if not asked:
-            return self._summed(dict(enumerate(gradients)), needed, forward)
         sent = dict(enumerate(gradients))
-        sent[flags] = self._new(
-            [float(gradient is not None) for gradient in gradients[:flags]]
-        )
-        idle = self._idle.among(self._key)
-        kept_back = {i: sent.pop(i) for i in sorted(idle)}
+        # many gradients at once have no flags that could be read
+        if gradients[flags] is None or _is_batched(gradients):
+            return self._summed(sent, needed, forward)
+        used = [float(gradient is not None) for gradient in gradients[:flags]]
+        sent[flags] = self._new(used)
+        kept_back: dict[int, Tensor | None] = {}
+        for i in sorted(self._idle.among(self._key)):
+            kept_back[i] = sent.pop(i)
         sums = self._summed(sent, needed, forward)
-        counts = sums[flags]
-        if (
-            counts is None
-        ):  # nobody asked for the flags: of what was kept back, all is used
-            idle = frozenset[int]()
-        elif kept_back or any(gradient is None for gradient in gradients):
-            users: list[float] = (
-                counts.detach().real.tolist()
-            )  # waits for the device, only where it must
-            idle = frozenset([i for i in range(flags) if users[i] == 0])
-            self._idle.note(self._key, idle)
-        else:  # what is used here is idle nowhere, as the other ranks hear
-            self._idle.note(self._key, frozenset())
+        all_used = all(used) and not kept_back
+        idle = self._now_idle(sums[flags], all_used)
+        # what a rank uses again is sent after all, by all ranks
         late = {i: gradient for i, gradient in kept_back.items() if i not in idle}
         if late:
             after_all = self._summed(late, needed, forward)
-            sums = [after_all[i] if i in late else y for i, y in enumerate(sums)]
-        return [None if i in idle else y for i, y in enumerate(sums)]
+            for i in late:
+                sums[i] = after_all[i]
+        for i in idle:
+            sums[i] = None
+        return sums
+
+    def _now_idle(self, counts: Tensor | None, all_used: bool) -> frozenset[int]:
+        """Return what no rank used, from how many ranks used each, and remember it."""
+        # nobody asked for the flags: of what was kept back, all is used
+        if counts is None:
+            return frozenset()
+        idle: set[int] = set()
+        # what is used here is idle nowhere, as the other ranks hear; to read the counts
+        # is to wait for the device
+        if not all_used:
+            users: list[float] = counts.detach().real.tolist()
+            idle = {i for i, ranks in enumerate(users) if ranks == 0}
+        self._idle.note(self._key, frozenset(idle))
+        return frozenset(idle)
 
     def _summed(
         self,
@@ -133,35 +137,35 @@ class _Sums:
         needed: Sequence[bool],
         forward: Origin,
     ) -> list[Tensor | None]:
-        """The sums of these gradients, by their places."""
+        """Return the sums of these gradients, at their places."""
+        sums: list[Tensor | None] = [None] * len(self._shapes)
         places = [i for i in gradients if needed[i]]
-        own = (
-            transposed(
-                self._call, [self._zeros_for(i, gradients[i]) for i in places], forward
-            )
-            if places
-            else []
-        )
-        sums = dict(zip(places, own, strict=True))
-        return [sums.get(i) for i in range(len(self._shapes))]
+        if not places:
+            return sums
+        # a rank that did not use it adds zeros: the others wait for all
+        own = [self._zeros_for(i, gradients[i]) for i in places]
+        for i, y in zip(places, transposed(self._call, own, forward), strict=True):
+            sums[i] = y
+        return sums
 
     def _new(self, numbers: list[float]) -> Tensor:
         return torch.tensor(numbers, dtype=self._dtype, device=self._device)
 
     def _zeros_for(self, i: int, gradient: Tensor | None) -> Tensor:
-        """The gradient, or the zeros that None stands for."""
+        """Return the gradient, or the zeros that None stands for."""
         if gradient is not None:
             return gradient
         return torch.zeros(self._shapes[i], dtype=self._dtype, device=self._device)
 
 
 def _is_batched(xs: Sequence[Tensor | None]) -> bool:
-    """Whether a vmap runs: what is read would be of many gradients at once."""
-    return older_vmap_level() > 0 or any(x is not None and is_wrapped(x) for x in xs)
+    """Return whether a vmap runs: what is read would be of many gradients at once."""
+    if older_vmap_level() > 0:
+        return True
+    return any(x is not None and is_wrapped(x) for x in xs)
 
 
 def linked(y: Tensor, links: Sequence[Tensor]) -> Tensor:
-    """y, from which backward comes to the links: the difference keeps the sign of a
-    zero.
-    """
+    """Return y such that backward comes from it to the links."""
+    # a difference, because a sum with 0.0 loses the sign of -0.0
     return y - torch.stack([x.to(y.device, y.dtype) for x in links]).sum()

@@ -1,9 +1,9 @@
-"""The rows of the derivative table that keep a tensor's shape, each pair right above
-its public functions.
+"""The rows of the derivative table that keep a tensor's shape.
 
-A public function resolves its axis, checks its arguments, and binds a row. The kinds, V
-(varying) and I (invariant), are explained in `_core/row.py`. The rows that cut and join
-along a dim are in `_collectives/slices.py`.
+Each pair stands right above its public functions. A public function resolves its axis,
+checks its arguments, and binds a row. The kinds, V (varying) and I (invariant), are
+explained in `_core/row.py`. The rows that cut and join along a dim are in
+`_collectives/slices.py`.
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ def send_pvary(x: Tensor, wire: Wire, params: Mean) -> Tensor:
     return (_computable(x) / params.divisor).to(x.dtype)
 
 
-# a divisor belongs to the row, so that a mean of 16-bit numbers is divided before it is
-# rounded
+# a divisor belongs to the row: a mean of 16-bit numbers is divided before it is rounded
 PSUM, PVARY = pair(
     Row(
         "psum",
@@ -111,32 +110,35 @@ def fused(
     check: Check,
     number: type | None = None,
 ) -> Tree:
-    """Bind an elementwise row to a tree; with `number`, Python numbers are leaves too
-    (metrics).
-    """
-
-    if isinstance(tree, Tensor):  # the usual case, without the machinery of trees
+    """Bind an elementwise row to a tree; with `number`, Python numbers are leaves too."""
+    # the usual case, without the machinery of trees
+    if isinstance(tree, Tensor):
         check_tensor(tree, function, axis)
         check(tree, function, axis)
         return cast(Tree, bind(Call(row, axis, params), [tree])[0])
 
     def run(leaves: list[Any]) -> list[Any]:
-        tensors = [
-            x
-            if isinstance(x, Tensor) or number is None
-            else summand(x, number, function, axis)
-            for x in leaves
-        ]
+        tensors = list(leaves)
+        if number is not None:
+            of = partial(summand, least=number, function=function, axis=axis)
+            _replace_numbers(tensors, of)
         for x in tensors:
             check_tensor(x, function, axis)
             check(x, function, axis)
         ys = together(row, tensors, axis, params)
-        return [
-            y if isinstance(x, Tensor) else total_of(y)
-            for x, y in zip(leaves, ys, strict=True)
-        ]
+        for i, x in enumerate(leaves):
+            # who passed a number gets one
+            if not isinstance(x, Tensor):
+                ys[i] = total_of(ys[i])
+        return ys
 
     return map_leaves(run, tree, function, axis)
+
+
+def _replace_numbers(leaves: list[Any], tensor_of: Callable[[Any], Any]) -> None:
+    for i, x in enumerate(leaves):
+        if not isinstance(x, Tensor):
+            leaves[i] = tensor_of(x)
 
 
 def anything(x: Tensor, function: str, axis: Axis) -> None:
@@ -219,36 +221,35 @@ def pmean(
 def _weighted(
     weight: Tensor | float, axis: Axis, asked: str | None, leaves: list[Any]
 ) -> list[Any]:
-    xs = [
-        x if isinstance(x, Tensor) else from_number(x, float, "pmean", axis)
-        for x in leaves
-    ]
+    xs = list(leaves)
+    _replace_numbers(xs, lambda x: from_number(x, float, "pmean", axis))
     for x in xs:
         check_tensor(x, "pmean", axis)
         check_mean(x, "pmean", axis)
-    wide = [x.to(accumulator(x.dtype, asked)) for x in xs]
+    # the weights add up once for each dtype and device, in the dtype of the sums
     weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-    for x in wide:
-        if (x.dtype, x.device) not in weights:
-            weights[x.dtype, x.device] = _weight_like(weight, x, axis)
-        _check_broadcasts(weights[x.dtype, x.device], x, axis)
-    parts = [_counted(x, weights[x.dtype, x.device]) for x in wide]
+    parts: list[Tensor] = []
+    for x in xs:
+        wide = x.to(accumulator(x.dtype, asked))
+        kind = (wide.dtype, wide.device)
+        if kind not in weights:
+            weights[kind] = _weight_like(weight, wide, axis)
+        _check_broadcasts(weights[kind], wide, axis)
+        parts.append(_counted(wide, weights[kind]))
+    # one message carries both sums
     sums = together(PSUM, parts + list(weights.values()), axis, Mean(1, asked))
-    totals = dict(zip(weights, sums[len(wide) :], strict=True))
-    ys = [
-        (y / totals[y.dtype, y.device]).to(x.dtype)
-        for x, y in zip(xs, sums, strict=False)
-    ]
-    return [
-        y if isinstance(x, Tensor) else y.item()
-        for x, y in zip(leaves, ys, strict=True)
-    ]
+    totals = dict(zip(weights, sums[len(parts) :], strict=True))
+    means: list[Any] = []
+    for given, x, y in zip(leaves, xs, sums[: len(parts)], strict=True):
+        mean = (y / totals[y.dtype, y.device]).to(x.dtype)
+        means.append(mean if isinstance(given, Tensor) else mean.item())
+    return means
 
 
 def _counted(x: Tensor, weight: Tensor) -> Tensor:
-    """x times its weight; of weight 0 also where x is not finite: torch's mean of no
-    samples is NaN.
-    """
+    """Return x times its weight."""
+    # torch's mean of no samples is NaN, and NaN times a weight of 0 is NaN: what counts
+    # for nothing must not spoil the sum
     return torch.where((weight == 0) & ~x.isfinite(), 0, x) * weight
 
 
@@ -287,10 +288,10 @@ def _weight_like(weight: Tensor | float, x: Tensor, axis: Axis) -> Tensor:
 
 def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
     shape, wanted = weight.shape, x.shape
-    fits = len(shape) <= len(wanted) and all(
-        w in (1, k) for w, k in zip(reversed(shape), reversed(wanted), strict=False)
-    )
-    if not fits:
+    # torch's rule, from the last dim on; torch.broadcast_shapes would also widen x
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    fits = all(w in (1, k) for w, k in pairs)
+    if len(shape) > len(wanted) or not fits:
         given = f"weight has shape {tuple(shape)} and x has shape {tuple(wanted)}"
         raise wrong(
             ShapeError,
@@ -303,8 +304,7 @@ def _check_broadcasts(weight: Tensor, x: Tensor, axis: Axis) -> None:
 
 @collective(I, V, transpose="psum", value="x itself, to be used in varying computation")
 def pvary(x: Tree, axis: AxisLike, *, reduce_dtype: torch.dtype | None = None) -> Tree:
-    """Use an invariant value in varying computation: x itself, whose gradient is summed
-    over the axis.
+    """Return x itself, to be used in varying computation: its gradient is summed.
 
     I -> V. Transpose: psum; one message per dtype and device for a whole tree.
     Shapes: x (...) -> (...); the result may share storage with x. Cost: nothing
@@ -334,20 +334,18 @@ class Extremum(NamedTuple):
 
 def _send_extremum(x: Tensor, wire: Wire, params: Extremum) -> Sent[Tensor]:
     how = params.how
-    if (
-        x.dtype in SIGNED
-    ):  # with the first bit turned over, signed numbers are in the order of the unsigned ones
+    # with the first bit turned over, signed numbers are in the order of the unsigned ones
+    if x.dtype in SIGNED:
         signed = SIGNED[x.dtype]
         first = torch.iinfo(signed).min
         sent = wire.all_reduce(x.view(signed) ^ first, how, signed, 1)
         return sent.then(lambda y: (y ^ first).view(x.dtype))
-    carried = (
-        x.to(torch.uint8)
-        if x.dtype == torch.bool
-        else x.to(torch.bfloat16)
-        if is_eight_bits(x)
-        else x
-    )
+    carried = x
+    # neither is compared on the wire; both fit into what they are sent as
+    if x.dtype == torch.bool:
+        carried = x.to(torch.uint8)
+    elif is_eight_bits(x):
+        carried = x.to(torch.bfloat16)
     return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
 
 
@@ -399,83 +397,86 @@ def pmin(x: Tree, axis: AxisLike) -> Tree:
 
 def _extremum(function: str, how: Reduction, tree: Tree, axis: AxisLike) -> Tree:
     bound = resolve(axis, function)
-
-    def run(leaves: list[Any]) -> list[Any]:
-        xs = [
-            x if isinstance(x, Tensor) else from_number(x, int, function, bound)
-            for x in leaves
-        ]
-        for x in xs:
-            check_tensor(x, function, bound)
-            check_order(x, function, bound)
-        if bound.size == 1:
-            return [
-                unmoved([x])[0] if isinstance(x, Tensor) else as_number(x)
-                for x in leaves
-            ]
-        values = together(EXTREMUM, [x.detach() for x in xs], bound, Extremum(how))
-        smooth = [
-            i for i, x in enumerate(xs) if x.is_floating_point() and differentiated(x)
-        ]
-        derived = _attach(
-            [_computable(xs[i]) for i in smooth],
-            [_computable(values[i]) for i in smooth],
-            bound,
-        )
-        for i, y in zip(smooth, derived, strict=True):
-            values[i] = y.to(xs[i].dtype)
-        kinds: list[Any] = [
-            None if isinstance(x, Tensor) else type(as_number(x)) for x in leaves
-        ]
-        return [
-            y if kind is None else kind(y.item())
-            for kind, y in zip(kinds, values, strict=True)
-        ]
-
+    run = partial(_extrema, function, how, bound)
     return map_leaves(as_piece(run, function), tree, function, bound)
+
+
+def _extrema(function: str, how: Reduction, axis: Axis, leaves: list[Any]) -> list[Any]:
+    xs = list(leaves)
+    _replace_numbers(xs, lambda x: from_number(x, int, function, axis))
+    for x in xs:
+        check_tensor(x, function, axis)
+        check_order(x, function, axis)
+    if axis.size == 1:
+        return [_of_one_rank(x) for x in leaves]
+    # it is not linear, so no row has its derivative, and `_attach` brings it
+    values = together(EXTREMUM, [x.detach() for x in xs], axis, Extremum(how))
+    _attach_to(values, xs, axis)
+    for i, x in enumerate(leaves):
+        if not isinstance(x, Tensor):
+            # of the caller's type: a bool travels as an integer
+            kind: Any = type(as_number(x))
+            values[i] = kind(values[i].item())
+    return values
+
+
+def _of_one_rank(x: object) -> object:
+    """Return the extremum of one value; a number needs no tensor then."""
+    if isinstance(x, Tensor):
+        return unmoved([x])[0]
+    return as_number(x)
 
 
 def differentiated(x: Tensor) -> bool:
     """Whether somebody may ask for a derivative with respect to x."""
-    return (
-        (torch.is_grad_enabled() and x.requires_grad)
-        or torch.compiler.is_compiling()
-        or are_transforms_active()
-        or forward_level() >= 0
-    )
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    # of these no tensor says whether it takes part
+    if torch.compiler.is_compiling() or are_transforms_active():
+        return True
+    return forward_level() >= 0
 
 
 def _computable(x: Tensor) -> Tensor:
-    """x in a dtype that torch computes in."""
+    """Return x in a dtype that torch computes in."""
     return x.to(computed_in(x.dtype))
 
 
-def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
-    """The values with the derivative of an extremum: the mean over the ranks that
-    attain it.
+def _attach_to(values: list[Tensor], xs: list[Tensor], axis: Axis) -> None:
+    """Give the values of a list their derivatives, where anybody may ask for them."""
+    smooth: list[int] = []
+    for i, x in enumerate(xs):
+        # all ranks must agree on this, for it sends a message
+        if x.is_floating_point() and differentiated(x):
+            smooth.append(i)
+    if not smooth:
+        return
+    ys = [_computable(values[i]) for i in smooth]
+    derived = _attach([_computable(xs[i]) for i in smooth], ys, axis)
+    for i, y in zip(smooth, derived, strict=True):
+        values[i] = y.to(xs[i].dtype)
 
-    s below is that mean up to a constant factor, and is linear in x; s - s.detach() is
-    exactly 0 with the derivative of s. The factor 1 / (2n) keeps the sum finite for the
-    largest finite x. Where the value is infinite the difference would be NaN, and s
-    itself is the value.
+
+def _attach(xs: list[Tensor], values: list[Tensor], axis: Axis) -> list[Tensor]:
+    """Return the values with the derivative of an extremum.
+
+    It is the mean over the ranks that attain the value. s below is that mean up to a
+    constant factor, and is linear in x; s - s.detach() is exactly 0 with the derivative
+    of s. The factor 1 / (2n) keeps the sum finite for the largest finite x. If the value
+    is infinite the difference would be NaN, and s itself is the value.
     """
-    if not xs:
-        return []
     n = axis.size
-    attained = [
-        (x.detach() == y) | (x.detach().isnan() & y.isnan())
-        for x, y in zip(xs, values, strict=True)
-    ]
-    parts = [
-        torch.where(hit, x / (2 * n), 0) for hit, x in zip(attained, xs, strict=True)
-    ]
-    hits = [hit.to(x.dtype) for hit, x in zip(attained, xs, strict=True)]
+    parts: list[Tensor] = []
+    hits: list[Tensor] = []
+    for x, y in zip(xs, values, strict=True):
+        hit = (x.detach() == y) | (x.detach().isnan() & y.isnan())
+        parts.append(torch.where(hit, x / (2 * n), 0))
+        hits.append(hit.to(x.dtype))
     sums = together(PSUM, parts + hits, axis, SUM)
     out: list[Tensor] = []
     for y, s, count in zip(values, sums[: len(xs)], sums[len(xs) :], strict=True):
-        scale = (
-            2 * n / count.detach()
-        )  # a constant: a tangent of 0 times an infinite s would be NaN
+        # a constant: a tangent of 0 times an infinite s would be NaN
+        scale = 2 * n / count.detach()
         # subtracted: -0.0 stays what it is
         out.append(torch.where(y.isfinite(), y - (s.detach() - s) * scale, s * scale))
     return out
@@ -600,8 +601,7 @@ BROADCAST, REDUCE = pair(
 def broadcast(
     x: Tree, axis: AxisLike, *, src: int = 0, reduce_dtype: torch.dtype | None = None
 ) -> Tree:
-    """src's value on every rank, each of which goes on in its own way: the gradients
-    add up on src.
+    """Return src's value on every rank, each of which uses it in its own way.
 
     V -> V. Transpose: reduce. `pick` is the V -> I form, for a value that all ranks use
     alike.

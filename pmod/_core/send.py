@@ -45,7 +45,9 @@ def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent[list[Tensor]]:
     return sent.then(lambda y: _cut(y, xs, shapes))
 
 
-def _begin_one(row: Row[Params], x: Tensor, wire: Wire, params: Params) -> Sent[list[Tensor]]:
+def _begin_one(
+    row: Row[Params], x: Tensor, wire: Wire, params: Params
+) -> Sent[list[Tensor]]:
     sent = row.send(_laid_out(x), wire, params)
     assert isinstance(sent, Sent)
     return sent.then(lambda y: [_laid_out_as(x, y)])

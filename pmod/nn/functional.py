@@ -1,11 +1,10 @@
-"""Convolutions of a tensor whose spatial dims are cut over the ranks of axes:
-torch.nn.functional on shards.
+"""Convolutions of a tensor that is cut over ranks: torch.nn.functional on shards.
 
     y = pmod.nn.functional.conv2d(x, weight, bias, padding="same", axis="space")  # rows cut over "space"
     y = pmod.nn.functional.conv2d(x, weight, bias, padding=1, axis={-2: "y", -1: "x"})  # rows and columns
 
 x is this rank's shard of a whole tensor, in the order of the ranks, each as long as it
-likes, empty ones included; the result is this rank's shard of what torch.nn.functional
+likes, empty ones included. The result is this rank's shard of what torch.nn.functional
 gives on the whole. A rank fetches the rows around its own that its windows reach into,
 as `halo_exchange` does, and convolves: values, gradients and higher derivatives are
 torch's. So is the memory format: of a channels_last x, and of a slice of one, the
@@ -15,17 +14,17 @@ Names, arguments and defaults are torch's. These follow, by keyword:
 
 - axis: the mesh axis; or, for several dims, {dim: axis}.
 - dim: the dim of x that is cut where axis is one axis, by default the first spatial
-one.
+  one.
 - padding_mode: what the whole is padded with, "zeros", "circular", "reflect" or
-"replicate", as of torch.nn.Conv2d.
+  "replicate", as of torch.nn.Conv2d.
 - sizes: the length of each rank's shard along dim; {dim: sizes} where axis is a
-mapping. Without them the ranks
-  exchange them: one small message more per dim, and on cuda a wait for it; under torch.compile they must be given.
+  mapping. Without them the ranks exchange them: one small message more per dim, and on
+  cuda a wait for it; under torch.compile they must be given.
 
 Which rank has which row of the result: row j is where row j * stride of x is; rows past
-the end of x are on the last rank. So without a stride shards keep their lengths, but
-that the last ones are shorter where the result is, and longer where it is longer; a
-stride divides where they start, rounded up. A rank has as much of the result as of x,
+the end of x are on the last rank. With stride 1, shards keep their lengths; only the
+last ones shrink or grow when the result is shorter or longer than x. With a larger
+stride, each shard starts at ceil(start / stride). A rank has as much of the result as of x,
 neighbours alone talk where shards are as long as a window with its padding, and patches
 (a stride as long as the window, that divides the shards) need no message. `conv_sizes`
 says what the lengths are, for the next layer's `sizes`: nothing is sent for that.
@@ -42,9 +41,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +70,13 @@ from pmod._torch import constant_in_graphs
 Ints = int | Sequence[int]
 Sizes = Sequence[int] | Mapping[int, Sequence[int] | None]
 
+# torch's name, and that of a halo
 BOUNDARIES = {
     "zeros": "zeros",
     "circular": "periodic",
     "reflect": "reflect",
     "replicate": "replicate",
-}  # as of a halo
+}
 
 # --- one dim --------------------------------------------------------------------------
 
@@ -90,51 +90,50 @@ class _Dim(NamedTuple):
     dilation: int
 
     @property
+    def numbers(self) -> _Numbers:
+        return self.kernel, self.stride, self.padding, self.dilation
+
+    @property
     def extent(self) -> int:
         """The rows from the first to the last of a window."""
         return self.dilation * (self.kernel - 1) + 1
 
     def length(self, rows: int) -> int:
-        """Of the result."""
+        """Return the length of the result."""
         return (rows + sum(self.padding) - self.extent) // self.stride + 1
 
     def starts(self, sizes: tuple[int, ...]) -> list[int]:
-        """Where each rank's rows of the result begin, and its length."""
+        """Return where each rank's rows of the result begin, and its length."""
         length = self.length(sum(sizes))
-        return [
-            *[
-                min(-(-start // self.stride), length)
-                for start in accumulate(sizes[:-1], initial=0)
-            ],
-            length,
-        ]
+        starts = [0, *accumulate(sizes[:-1])]
+        # rounded up: a row of the result is where its row of x is
+        return [*[min(-(-start // self.stride), length) for start in starts], length]
 
     def windows(self, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-        """The rows that each rank's rows of the result are made of."""
-        before = self.padding[0]
-        return tuple(
-            (
-                first * self.stride - before,
-                (end - 1) * self.stride - before + self.extent,
-            )
-            if first < end
-            else (0, 0)
-            for first, end in pairwise(self.starts(sizes))
-        )
+        """Return the rows that each rank's rows of the result are made of."""
+        out: list[tuple[int, int]] = []
+        for first, end in pairwise(self.starts(sizes)):
+            # a rank without a row of the result needs no row
+            low = high = 0
+            if first < end:
+                low = first * self.stride - self.padding[0]
+                high = (end - 1) * self.stride - self.padding[0] + self.extent
+            out.append((low, high))
+        return tuple(out)
+
+
+_Numbers: TypeAlias = tuple[int, int, tuple[int, int], int]
+"""A `_Dim` as a plain tuple: compiled code takes it for a constant."""
 
 
 @lru_cache(maxsize=256)
-def _plan_of(
-    index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str
-) -> Plan:
+def _plan_of(index: int, sizes: tuple[int, ...], of: _Numbers, boundary: str) -> Plan:
     return window_plan(index, sizes, _Dim(*of).windows(sizes), boundary)
 
 
 @constant_in_graphs
-def _plan(
-    index: int, sizes: tuple[int, ...], of: tuple[Any, ...], boundary: str
-) -> Plan:
-    """How a rank comes by its window; of: a `_Dim` as a plain tuple, for compiled code."""
+def _plan(index: int, sizes: tuple[int, ...], of: _Numbers, boundary: str) -> Plan:
+    """Return how a rank comes by its window."""
     return _plan_of(index, sizes, of, boundary)
 
 
@@ -143,66 +142,67 @@ Wrong = Callable[[str, str], PmodError]
 
 
 def _ints(given: Any, name: str, count: int, least: int, error: Wrong) -> list[int]:
-    """One number for each spatial dim."""
+    """Return one number for each spatial dim."""
     listed = list(given) if isinstance(given, tuple | list) else [given]
-    parsed = [
-        number
-        for number in map(as_int, listed)
-        if number is not None and least <= number <= LONGEST
-    ]
+    parsed: list[int] = []
+    for one in listed:
+        number = as_int(one)
+        if number is not None and least <= number <= LONGEST:
+            # a constant in compiled code too: plans are made of it
+            parsed.append(operator.index(number))
     if len(parsed) != len(listed) or len(parsed) not in (1, count):
-        of = f"an int of {least} or more" + (
-            f", or {count} of them" if count > 1 else ""
-        )
+        of = f"an int of {least} or more"
+        if count > 1:
+            of += f", or {count} of them"
         raise error(f"{name} is {quoted(given)}", f"Pass {of}.")
-    constants = [
-        operator.index(number) for number in parsed
-    ]  # also in compiled code: plans are made of them
-    return constants * count if len(parsed) == 1 else constants
+    if len(parsed) == 1:
+        return parsed * count
+    return parsed
 
 
 def _dims(
-    kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, error: Wrong
+    kernel: Sequence[int],
+    stride: object,
+    padding: object,
+    dilation: object,
+    error: Wrong,
 ) -> list[_Dim]:
+    """Return the spatial dims; all numbers are checked."""
     count = len(kernel)
     strides = _ints(stride, "stride", count, 1, error)
     dilations = _ints(dilation, "dilation", count, 1, error)
-    if isinstance(padding, str) and padding == "same":
+    if not isinstance(padding, str):
+        paddings = [(p, p) for p in _ints(padding, "padding", count, 0, error)]
+    elif padding == "valid":
+        paddings = [(0, 0)] * count
+    elif padding == "same":
         if set(strides) != {1}:
             raise error(
                 f"padding is 'same' and stride {quoted(stride)}",
                 "Pass padding as numbers, as torch has it.",
             )
+        # an odd row of padding is at the end, as in torch
         totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
         paddings = [(total // 2, total - total // 2) for total in totals]
-    elif isinstance(padding, str) and padding != "valid":
-        right = "Pass 'same' or 'valid', an int, or one for each spatial dim."
+    else:
         raise error(
             f"padding is {quoted(padding)}{near_miss(padding, ('same', 'valid'))}",
-            right,
+            "Pass 'same' or 'valid', an int, or one for each spatial dim.",
         )
-    else:
-        paddings = [
-            (p, p)
-            for p in _ints(
-                0 if isinstance(padding, str) else padding, "padding", count, 0, error
-            )
-        ]
-    return [
-        _Dim(*each) for each in zip(kernel, strides, paddings, dilations, strict=True)
-    ]
+    return list(map(_Dim, kernel, strides, paddings, dilations))
 
 
 def _check_length(of: _Dim, rows: int, where: str, error: Wrong) -> None:
-    """There is a window."""
-    if rows < 1 or of.length(rows) < 1:
-        given = f"the whole has {rows} rows{where}, {rows + sum(of.padding)} with padding, and a window {of.extent}"
-        raise error(
-            given,
-            "Pass an input that is as long, or more padding."
-            if rows
-            else "Pass an input with rows.",
-        )
+    """Check that the whole has a window."""
+    if rows >= 1 and of.length(rows) >= 1:
+        return
+    padded = rows + sum(of.padding)
+    given = f"the whole has {rows} rows{where}, {padded} with padding, and a window {of.extent}"
+    right = "Pass an input that is as long, or more padding."
+    # torch refuses it, whatever the padding
+    if not rows:
+        right = "Pass an input with rows."
+    raise error(given, right)
 
 
 def conv_sizes(
@@ -212,11 +212,11 @@ def conv_sizes(
     padding: int | str = 0,
     dilation: int = 1,
 ) -> tuple[int, ...]:
-    """How long the shards of a convolution's result are along a dim, where those of its
-    input are `sizes`.
+    """Return how long the shards of a convolution's result are along a dim.
 
-    The numbers are those of that dim. Nothing is sent: it is the rule that row j is
-    where row j * stride of the input is, and rows past its end on the last rank.
+    `sizes` are the lengths of its input's shards. The numbers are those of that dim.
+    Nothing is sent: it is the rule that row j is where row j * stride of the input is,
+    and rows past its end on the last rank.
 
     Raises: ShapeError for sizes or numbers that do not fit.
 
@@ -229,9 +229,8 @@ def conv_sizes(
         return ShapeError(phrase("nn.functional.conv_sizes", given, right))
 
     listed = list(sizes) if isinstance(sizes, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
-    held = tuple(
-        [size for size in map(as_int, listed) if size is not None and size >= 0]
-    )
+    ints = map(as_int, listed)
+    held = tuple([size for size in ints if size is not None and size >= 0])
     if not held or len(held) != len(listed):
         raise error(
             f"sizes is {quoted(sizes)}",
@@ -257,14 +256,13 @@ class _Spread(NamedTuple):
 
 
 def _check_tensors(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: Any, count: int, of: Axis
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: object, count: int, of: Axis
 ) -> None:
-    """torch would take them, and raise before anything is sent if not."""
+    """Raise, before anything is sent, if torch would not take the tensors."""
     function = f"nn.functional.conv{count}d"
 
-    def shapes(
-        more: str = "",
-    ) -> str:  # not made in compiled code, where lengths may be symbols
+    # a function: compiled code, where lengths may be symbols, must not make the text
+    def shapes(more: str = "") -> str:
         return f"input is {tuple(x.shape)} and weight {tuple(weight.shape)}{more}"
 
     if x.dim() not in (count + 1, count + 2) or weight.dim() != count + 2:
@@ -280,12 +278,9 @@ def _check_tensors(
             "Pass an int of 1 or more.",
         )
     made, taken, *kernel = weight.shape
-    if (
-        x.shape[-count - 1] != taken * number
-        or made < 1
-        or made % number
-        or min(kernel) < 1
-    ):
+    is_empty = min(made, *kernel) < 1
+    divides = x.shape[-count - 1] == taken * number and made % number == 0
+    if is_empty or not divides:
         right = "A weight is (out, in / groups, ...), out a multiple of groups, and its windows are not empty."
         raise wrong(ShapeError, function, of, shapes(f", groups {number}"), right)
     if bias is not None and tuple(bias.shape) != (made,):
@@ -297,7 +292,9 @@ def _check_tensors(
             f"Pass a bias of ({made},).",
         )
     for name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and other.device != x.device:
+        if other is None:
+            continue
+        if other.device != x.device:
             right = f"Pass {name}.to({str(x.device)!r})."
             raise wrong(
                 ArgumentError,
@@ -306,11 +303,9 @@ def _check_tensors(
                 f"{name} is on {other.device} and input on {x.device}",
                 right,
             )
-        if (
-            other is not None
-            and other.dtype != x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        # autocast brings all of them to one dtype; torch knows none on meta
+        is_alike = other.dtype == x.dtype
+        if not is_alike and not torch.is_autocast_enabled(x.device.type):
             raise wrong(
                 ArgumentError,
                 function,
@@ -321,15 +316,21 @@ def _check_tensors(
 
 
 def _parse(
-    spread: _Spread, count: int, x: Any, weight: Any, bias: Any, groups: Any
+    spread: _Spread,
+    count: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: object,
 ) -> list[Cut]:
-    """The cuts as they were given, the tensors checked."""
+    """Return the cuts as they were given, and check the tensors."""
     function = f"nn.functional.conv{count}d"
     bound = axes_by_dim(function, spread.axis, spread.dim, -count)
     first = bound[0][1]
-    for name, tensor in (("input", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None or name != "bias":
-            check_tensor(tensor, function, first, name=name)
+    check_tensor(x, function, first, name="input")
+    check_tensor(weight, function, first, name="weight")
+    if bias is not None:
+        check_tensor(bias, function, first, name="bias")
     _check_tensors(x, weight, bias, groups, count, first)
     mode = cast(object, spread.padding_mode)
     if not isinstance(mode, str) or mode not in BOUNDARIES:
@@ -342,33 +343,26 @@ def _parse(
             "Pass 'zeros', 'circular', 'reflect' or 'replicate'.",
         )
     told = by_dim(function, spread.sizes, "sizes", spread.axis, bound)
-    return [
-        Cut(
-            of,
-            key,
-            (0, 0),
-            "zeros",
-            None if sizes is None else check_sizes(sizes, function, of),
-        )
-        for (key, of), sizes in zip(bound, told, strict=True)
-    ]
+    cuts: list[Cut] = []
+    for (key, of), sizes in zip(bound, told, strict=True):
+        held = None if sizes is None else check_sizes(sizes, function, of)
+        # without a width: what a rank needs follows from the windows
+        cuts.append(Cut(of, key, (0, 0), "zeros", held))
+    return cuts
 
 
 def _held(
     function: str, dims: dict[int, _Dim], cuts: list[Cut], x: Tensor, mode: str
 ) -> dict[int, Cut]:
-    """The cuts by their dims, with the sizes of all shards; what can be checked before
-    these are exchanged is.
+    """Return the cuts by their dims, with the sizes of all shards.
+
+    What can be checked before these are exchanged is.
     """
 
     def check(at: int, rows: int, of: Axis) -> None:
         where, padding = f" along dim {at}", dims[at].padding
-        _check_length(
-            dims[at],
-            rows,
-            where,
-            lambda given, right: wrong(ShapeError, function, of, given, right),
-        )
+        error = partial(wrong, ShapeError, function, of)
+        _check_length(dims[at], rows, where, error)
         limit = too_wide(padding, rows, BOUNDARIES[mode])
         if limit is not None:
             given = f"padding is {padding} with padding_mode={mode!r}, but the whole has {rows} rows{where}"
@@ -380,10 +374,9 @@ def _held(
                 f"Pass padding of at most {limit}, or padding_mode='zeros'.",
             )
 
-    placed = zip(
-        [places[0] for places in places_of(function, cuts, [x])], cuts, strict=True
-    )
-    held = dict(sorted(placed, key=lambda one: one[0]))
+    placed = [places[0] for places in places_of(function, cuts, [x])]
+    # ranks may have named the dims in different orders, and must exchange in one
+    held = dict(sorted(zip(placed, cuts, strict=True), key=lambda one: one[0]))
     for at, cut in held.items():
         if at not in dims:
             right = f"Pass a dim from {min(dims)} to -1; shards of a batch are convolved by torch alone."
@@ -409,22 +402,20 @@ def _held(
 def _window(
     x: Tensor, dims: dict[int, _Dim], held: dict[int, Cut], boundary: str, axis: Axis
 ) -> tuple[Tensor, list[int]]:
-    """What this rank's part of the result is made of, and the padding that is left to
-    torch.
-    """
+    """Return what this rank convolves, and the padding that is left to torch."""
     left = dict.fromkeys(dims, 0)
-    for at in sorted(
-        dims, key=lambda at: at not in held
-    ):  # what is padded here need not travel
+    # dims that are cut come first: what is padded here need not travel
+    for at in sorted(dims, key=lambda at: at not in held):
         of, cut = dims[at], held.get(at)
         if cut is not None and cut.axis.size > 1:
             assert cut.sizes is not None
-            plan = _plan(cut.axis.index, cut.sizes, (*of,), boundary)
+            plan = _plan(cut.axis.index, cut.sizes, of.numbers, boundary)
         elif boundary == "zeros" and of.padding[0] == of.padding[1]:
+            # torch pads so itself, without a copy
             left[at] = of.padding[0]
             continue
         else:
-            plan = _plan(0, (operator.index(x.shape[at]),), (*of,), boundary)
+            plan = _plan(0, (operator.index(x.shape[at]),), of.numbers, boundary)
         if plan.moves:
             (x,) = carry_out(plan, [x], [at], axis if cut is None else cut.axis)
     return x, list(left.values())
@@ -434,14 +425,14 @@ def _conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
+    stride: object,
+    padding: object,
+    dilation: object,
+    groups: int,
     spread: _Spread,
     count: int,
 ) -> Tensor:
-    """torch's convolution of the whole tensor whose shard is x."""
+    """Return this rank's shard of torch's convolution of the whole."""
     function = f"nn.functional.conv{count}d"
     cuts = _parse(spread, count, x, weight, bias, groups)
     axis = cuts[0].axis
@@ -456,9 +447,11 @@ def _conv(
     held = _held(function, dims, cuts, x, spread.padding_mode)
     x, left = _window(x, dims, held, BOUNDARIES[spread.padding_mode], axis)
     empty, kept = [at for at in held if x.shape[at] == 0], memory_format(x)
-    for at in empty:  # torch gives no empty result: a window of zeros is convolved, and the row dropped
+    # torch gives no empty result: a window of zeros is convolved, and the row dropped
+    for at in empty:
         x = laid_out_as(F.pad(x, [0, 0] * (-at - 1) + [0, dims[at].extent]), kept)
-    strides, dilations = [of.stride for of in parsed], [of.dilation for of in parsed]
+    strides = [of.stride for of in parsed]
+    dilations = [of.dilation for of in parsed]
     y = getattr(F, f"conv{count}d")(
         x, weight, bias, strides, left, dilations, operator.index(groups)
     )
@@ -481,8 +474,7 @@ def conv1d(
     padding_mode: str = "zeros",
     sizes: Sizes | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv1d of a whole signal that is cut over the ranks of an
-    axis.
+    """Return this rank's shard of torch.nn.functional.conv1d of a whole signal.
 
     V -> V. Shapes: input (..., channels, k), weight (out, channels / groups, kernel) ->
     (..., out, k'), k' being `conv_sizes` of the k of all ranks at this one.
@@ -516,8 +508,7 @@ def conv2d(
     padding_mode: str = "zeros",
     sizes: Sizes | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv2d of a whole image whose rows, columns or both are cut
-    over the ranks of axes.
+    """Return this rank's shard of torch.nn.functional.conv2d of a whole image.
 
     V -> V. Shapes: input (..., channels, h/ranks, w), weight (out, channels / groups,
     kernel, kernel) -> (..., out, h'/ranks, w'); the shards along a dim that is cut are
@@ -557,8 +548,7 @@ def conv3d(
     padding_mode: str = "zeros",
     sizes: Sizes | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv3d of a whole volume that is cut along any of its dims
-    over the ranks of axes.
+    """Return this rank's shard of torch.nn.functional.conv3d of a whole volume.
 
     V -> V. Shapes: input (..., channels, d/ranks, h, w), weight (out, channels /
     groups, kernel, kernel, kernel) -> (..., out, d'/ranks, h', w'); the shards along a
