@@ -60,7 +60,7 @@ UNCHANGING = (
     type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType,
     types.ModuleType, types.GenericAlias, types.UnionType, re.Pattern, logging.Logger, timedelta, Path,
     torch.dtype, torch.device, torch.Size, torch._C.DispatchKey, type(torch.ops.aten.sin),
-    type(torch.ops.aten.sin.default), functools.partial, typing.TypeVar,
+    type(torch.ops.aten.sin.default), functools.partial, typing.TypeVar, typing.ParamSpec,
     type(typing.Any), type(list[int] | None), type(typing.Callable), type(typing.Literal["a"]),
 )  # fmt: skip
 CHANGES = {
