@@ -554,6 +554,7 @@ def unlike_on_ranks(names: Sequence[str], debug: bool) -> list[tuple[str, str]]:
             patch.setattr(module, "LOOK", 0.2)  # nothing but this is waited for
         for name in names:
             program = UNLIKE[name]
+            pmod.barrier("x")  # connected: a short deadline may be too short for that
             pmod.set_mesh(pmod.make_mesh(x=-1, timeout=DEADLINE if program.absent else NEVER))
             pmod.barrier("x")
             found.append(outcome(program.run, debug, "ignore"))
