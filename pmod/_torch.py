@@ -137,7 +137,7 @@ no_transforms: Callable[[], AbstractContextManager[None]] = _seen(
 no_interpreters: Callable[[], AbstractContextManager[None]] = _seen(
     "torch._functorch.pyfunctorch:temporarily_clear_interpreter_stack"
 )
-interpreters: Callable[[], Sequence[object] | None] = _seen(
+interpreters: Callable[[], Sequence[Any] | None] = _seen(
     "torch._C:_functorch.get_interpreter_stack"
 )
 transform_level: Callable[[], int | None] = _seen(

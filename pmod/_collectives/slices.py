@@ -108,7 +108,7 @@ def _join(flat: Tensor, shapes: Sequence[Sequence[int]], dim: int) -> Tensor:
 
 
 def _joined_later(
-    sent: Sent, shape: Sequence[int], dim: int, lengths: Sequence[int]
+    sent: Sent[Tensor], shape: Sequence[int], dim: int, lengths: Sequence[int]
 ) -> Sent[Tensor]:
     """Join what arrives: parts of this shape but for their lengths along `dim`."""
     shapes = [_with_length(shape, dim, length) for length in lengths]

@@ -125,7 +125,7 @@ def fused(
         for x in tensors:
             check_tensor(x, function, axis)
             check(x, function, axis)
-        ys = together(row, tensors, axis, params)
+        ys: list[Any] = [*together(row, tensors, axis, params)]
         for i, x in enumerate(leaves):
             # who passed a number gets one
             if not isinstance(x, Tensor):

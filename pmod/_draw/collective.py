@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from attrs import frozen
@@ -241,7 +241,7 @@ def _run(
         first = names.index(units[index][0])
         x = vectors[first : first + len(units[index])]
         chosen = {**example.arguments(index, size), **arguments}
-        return x, function(x, _AXIS, **chosen)
+        return x, cast(Tensor, function(x, _AXIS, **chosen))
 
     before: _Blocks = []
     after: _Blocks = []

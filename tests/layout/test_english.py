@@ -14,9 +14,7 @@ SOURCE = Path(__file__).parents[2] / "pmod"
 # pattern -> what to write in its place
 STUMBLES = {
     r"\bcomes? no more\b": "will not arrive",
-    r"\b(what|which|that|who|whoever) (is|are|takes|has) no (tensor|module|number|function|int|list|dict|size|mesh)s?\b":
-        "that is not a ...",
-    r"\bis no (tensor|module|number|function|int|list|dict|size|dim|index|axis|name)\b": "is not a ...",
+    r"\b(is|are) no (tensor|module|number|function|int|list|dict|size|dim|index|axis|name)\b": "is not a ...",
     r"\bbe it\b": "whether it is",
     r"\b(has|have|had) not (a|an|the|this|that|any)\b": "does not have",
     r", say\b(?! so)": "for example",

@@ -46,7 +46,8 @@ def _begin(inherited: tuple[Any, ...], target: Callable[..., Any], args: tuple[A
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environ)
-    warnings.filters[:] = filters
+    known: Any = warnings.filters
+    known[:] = filters
     target(*args)
 
 
@@ -54,7 +55,7 @@ def _run(module: str, arguments: list[str], out: Path, err: Path) -> None:
     sys.argv = [module, *arguments]
     warnings.simplefilter("error")
     context = _Inheriting(out, err)
-    with mock.patch.object(launch, "get_context", lambda method: context):
+    with mock.patch.object(launch, "get_context", mock.Mock(return_value=context)):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -424,9 +424,9 @@ def assignments_in_a_graph() -> None:
 @needs("torch.testing._internal.distributed.fake_pg:FakeStore")
 def the_benchmark() -> None:
     """The benchmark cannot measure the host without other ranks."""
-    from pmod import bench
+    from pmod.bench import sections
 
-    with bench._fake_ranks(2):
+    with sections._fake_ranks(2):
         pass
 
 
