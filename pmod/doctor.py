@@ -28,9 +28,9 @@ import torch
 
 import pmod
 from pmod._collectives.objects import gather_json
+from pmod._console import paint
 from pmod._errors import coordinates
 from pmod._ranks.launchers import shown_variables
-from pmod.demo.console import paint
 
 # how often a psum is timed, after a first one that connects, and how long its x is
 TIMES = 11
@@ -269,10 +269,8 @@ def problems(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.problem:
             found.append(f"rank {row.rank} on {row.host}: {row.problem}")
-    versions = {
-        "pmod": [row.pmod for row in rows],
-        "torch": [row.torch for row in rows],
-    }
+    versions = {"pmod": [row.pmod for row in rows]}
+    versions["torch"] = [row.torch for row in rows]
     for name, held in versions.items():
         unlike: list[str] = []
         for version in dict.fromkeys(held):
@@ -496,7 +494,7 @@ def _axis_sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if not name or name in sizes or not size.removeprefix("-").isdecimal():
-            given = f"{part!r} is no axis: write data=2,model=2, each name once"
+            given = f"{part!r} is not an axis: write data=2,model=2, each name once"
             raise argparse.ArgumentTypeError(given)
         sizes[name] = int(size)
     return sizes

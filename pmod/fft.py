@@ -53,11 +53,17 @@ from pmod._collectives.spectrum import (
     modes_of,
     transform,
 )
-from pmod._core.arguments import LONGEST, check_adds_up, check_sizes, shares
+from pmod._core.arguments import (
+    LONGEST,
+    as_int,
+    as_real,
+    check_adds_up,
+    check_sizes,
+    shares,
+)
 from pmod._errors import ArgumentError, ShapeError, phrase, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.mesh import AxisLike
-from pmod._numbers import as_int, as_real
 
 # --- one dim --------------------------------------------------------------------------
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from pmod._collectives.objects import gather_json
 from pmod._collectives.values import psum
-from pmod._core.arguments import check_function, check_tolerance
+from pmod._core.arguments import as_int, as_list, check_function, check_tolerance
 from pmod._core.marks import mark_varying
 from pmod._core.tree import unflatten
 from pmod._errors import ArgumentError, coordinates, phrase, quoted
 from pmod._mesh.ambient import current_mesh, resolve
 from pmod._mesh.axis import Axis, named
 from pmod._mesh.mesh import Mesh
-from pmod._numbers import as_int, as_list
 from pmod._run.simulate import simulate
 from pmod._shard.spec import P, Specs, check_spec
 from pmod._shard.specs import local_slice, whole_shapes, with_specs

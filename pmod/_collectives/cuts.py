@@ -227,7 +227,9 @@ def settled(
     Those that were given are checked before any are exchanged.
     """
     # what halo_reduce is given has its halos
-    spares = [sum(cut.width) if back else 0 for cut in cuts]
+    spares = [0] * len(cuts)
+    if back:
+        spares = [sum(cut.width) for cut in cuts]
     owns: list[int] = []
     for cut, ats, spare in zip(cuts, dims, spares, strict=True):
         owns.append(_own_length(function, cut, xs, ats, spare))

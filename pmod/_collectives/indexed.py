@@ -58,7 +58,7 @@ def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
     `indexed_all_to_all_v` sends the rows and nothing else, and does not wait for the
     device.
 
-    Raises: ArgumentError for what is no int64 tensor; ShapeError for another number of
+    Raises: ArgumentError if one is not an int64 tensor; ShapeError for another number of
     them.
 
     >>> def plan():
@@ -79,9 +79,8 @@ def exchange_plan(indices: Sequence[Tensor], axis: AxisLike) -> ExchangePlan:
             f"indices hold {bounds[0]}",
             "Rows count from 0.",
         )
-    received = tuple(
-        size for (size,) in swapped([[size] for size in sent], rows.device, bound)
-    )
+    told = [[size] for size in sent]
+    received = tuple(size for (size,) in swapped(told, rows.device, bound))
     return ExchangePlan(sent, received, rows.detach().clone(), bounds, _place(bound))
 
 

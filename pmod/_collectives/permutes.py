@@ -12,6 +12,7 @@ from torch import Tensor
 from pmod._collectives.slices import Sizes
 from pmod._collectives.values import anything, fused
 from pmod._core.arguments import (
+    as_int,
     check_flag,
     check_own_size,
     check_permutation,
@@ -30,7 +31,6 @@ from pmod._errors import AxisError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod._numbers import as_int
 from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 
@@ -61,8 +61,11 @@ class Permutation(NamedTuple):
 
 def inverse_of(targets: tuple[int, ...]) -> tuple[int, ...]:
     """Return where each value came from."""
-    ranks = range(len(targets))
-    return tuple(targets.index(rank) if rank in targets else -1 for rank in ranks)
+    sources = [-1] * len(targets)
+    for source, target in enumerate(targets):
+        if target >= 0:
+            sources[target] = source
+    return tuple(sources)
 
 
 def _send_permute(x: Tensor, wire: Wire, params: Permutation) -> Sent[Tensor]:
@@ -273,7 +276,7 @@ def pshift(
     offset], ...); where nothing arrives zeros like x. A ring's next step has these
     lengths: `sizes` shifted as the shards were.
     Cost: x sent once.
-    Raises: AxisError where offset is no int; ShapeError where sizes[i] is not this
+    Raises: AxisError where offset is not an int; ShapeError where sizes[i] is not this
     rank's length.
 
     >>> pmod.simulate(lambda: pmod.pshift(torch.tensor(pmod.axis_index("x")), "x"), x=3)

@@ -142,7 +142,7 @@ def gather_v(
     on cuda a wait for it. All ranks go on alike, also with what is empty: what dst
     alone makes of it has no second derivative elsewhere.
     Cost: x sent to dst. Raises: ShapeError where sizes[i] is not this rank's length;
-    MismatchError where exchanged shapes do not fit; AxisError where dst is no index
+    MismatchError where exchanged shapes do not fit; AxisError where dst is not an index
     along the axis.
 
     >>> pmod.simulate(lambda: pmod.gather_v(torch.arange(pmod.axis_index("model")), "model", dst=1), model=2)
@@ -174,7 +174,7 @@ def scatter_v(
     of its own shape.
     Shapes: x (..., sum(sizes), ...) on src -> (..., sizes[i], ...) on rank i.
     Cost: src sends every other rank its slice. Raises: ShapeError where sizes do not
-    add up to src's length; AxisError where src is no index along the axis.
+    add up to src's length; AxisError where src is not an index along the axis.
 
     >>> pmod.simulate(lambda: pmod.scatter_v(torch.arange(3), "model", sizes=(1, 2)), model=2)
     [tensor([0]), tensor([1, 2])]

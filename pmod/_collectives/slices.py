@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pmod._core.arguments import (
     accumulate_in,
+    as_int,
     check_adds_up,
     check_flag,
     check_own_size,
@@ -33,7 +34,6 @@ from pmod._errors import ShapeError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod._numbers import as_int
 from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import accumulator, real_sum
@@ -377,7 +377,7 @@ def unshard(
     then uses in its own way.
     Shapes: x (..., sizes[i], ...) on rank i -> (..., sum(sizes), ...); with length,
     sizes are `split_sizes(length, n)`; with neither, all slices are equally long.
-    Cost: x sent to every other rank. Raises: ShapeError where x has not this rank's
+    Cost: x sent to every other rank. Raises: ShapeError where x is not of this rank's
     size.
 
     >>> pmod.simulate(lambda: pmod.unshard(pmod.shard(torch.arange(3), "model"), "model", length=3), model=2)
@@ -476,7 +476,7 @@ def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
     V -> V. Transpose: scatter. Shapes: x (..., k, ...) -> (..., n*k, ...) on dst, (...,
     0, ...) elsewhere.
     Cost: x sent to dst. Raises: ShapeError where x has no such dim; AxisError where dst
-    is no index along the axis.
+    is not an index along the axis.
 
     >>> pmod.simulate(lambda: pmod.gather(torch.tensor([pmod.axis_index("model")]), "model"), model=2)
     [tensor([0, 1]), tensor([], dtype=torch.int64)]
@@ -508,7 +508,7 @@ def scatter(
     Shapes: x (..., m, ...) -> (..., sizes[i], ...) on rank i; without sizes, equal
     parts.
     Cost: src sends (n-1)/n of x. Raises: ShapeError where dim does not divide by n or
-    sizes do not add up to src's length; AxisError where src is no index along the axis.
+    sizes do not add up to src's length; AxisError where src is not an index along the axis.
 
     >>> pmod.simulate(lambda: pmod.scatter(torch.arange(4) * (1 - pmod.axis_index("model")), "model"), model=2)
     [tensor([0, 1]), tensor([2, 3])]

@@ -16,13 +16,20 @@ from torch import Tensor
 
 from pmod._collectives.exchange import check_eager, sizes_of_leaves
 from pmod._collectives.slices import ALL_TO_ALL, SHARD, UNSHARD, Exchange, Slices
-from pmod._core.arguments import LONGEST, check_tensor, dim_from_end, shares, wrong
+from pmod._core.arguments import (
+    LONGEST,
+    as_int,
+    as_list,
+    check_tensor,
+    dim_from_end,
+    shares,
+    wrong,
+)
 from pmod._core.bind import bind
 from pmod._errors import ArgumentError, PmodError, ShapeError, quoted
 from pmod._mesh.ambient import resolve, resolve_each
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike, Mesh
-from pmod._numbers import as_int, as_list
 
 Ints = int | Sequence[int]
 Some = int | Sequence[int | None]
@@ -158,7 +165,9 @@ def _parse_dims(
         raise kind.wrong(given, "Pass a length for each dim.")
     if kind.lengths == "s":
         # torch.fft's own rule, for several dims only
-        asked = [None if n == -1 else n for n in asked]
+        for i, n in enumerate(asked):
+            if n == -1:
+                asked[i] = None
     return ats, asked
 
 
@@ -506,7 +515,10 @@ def transform(
     x = _check_input(x, kind)
     ats, asked = _parse_dims(x, s, dim, kind)
     ins, outs = _parse_cuts(x, ats, cut.in_dim, cut.out_dim, kind)
-    lengths = {at: None if at in ins else int(x.shape[at]) for at in ats}
+    lengths: dict[int, int | None] = dict.fromkeys(ats)
+    for at in ats:
+        if at not in ins:
+            lengths[at] = int(x.shape[at])
     # what can be checked without the whole length is, before the ranks ask for it
     dims = _measure(lengths, ats, asked, cut.modes, kind)
     sizes: list[Sizes] = [()] * len(ins)
@@ -531,10 +543,13 @@ def _torch_alone(
 ) -> Tensor:
     """Call torch.fft's own function, as a rank that holds the whole does."""
     transformed = getattr(torch.fft, function)
-    lengths = [dim.n for dim in dims] if asks else None
+    lengths: list[int] | None = None
+    if asks:
+        lengths = [dim.n for dim in dims]
     if kind.lengths == "s":
         return transformed(x, lengths, ats, kind.norm)
-    return transformed(x, None if lengths is None else lengths[0], ats[0], kind.norm)
+    length = None if lengths is None else lengths[0]
+    return transformed(x, length, ats[0], kind.norm)
 
 
 def _run(

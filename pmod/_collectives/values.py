@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pmod._core.arguments import (
     accumulate_in,
+    as_number,
     check_mean,
     check_order,
     check_root,
@@ -36,7 +37,6 @@ from pmod._errors import ArgumentError, ShapeError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod._numbers import as_number
 from pmod._torch import are_transforms_active, forward_level
 from pmod._wire.base import Wire
 from pmod._wire.sent import Sent
@@ -528,7 +528,7 @@ def pick(x: Tree, axis: AxisLike, *, src: int = 0) -> Tree:
     V -> I. Transpose: place. `broadcast` is the V -> V form, for a value that each rank
     then uses in its own way.
     Shapes: x (...) -> (...), the same shape on all ranks. Cost: one broadcast.
-    Raises: AxisError where src is no index along the axis.
+    Raises: AxisError where src is not an index along the axis.
 
     >>> pmod.simulate(lambda: pmod.pick(torch.tensor(10 + pmod.axis_index("model")), "model", src=1), model=2)
     [tensor(11), tensor(11)]
@@ -544,8 +544,8 @@ def place(x: Tree, axis: AxisLike, *, dst: int = 0) -> Tree:
 
     I -> V. Transpose: pick. Shapes: x (...) -> (...); on dst the result may share
     storage with x.
-    Cost: nothing forward, one broadcast backward. Raises: AxisError where dst is no
-    index along the axis.
+    Cost: nothing forward, one broadcast backward. Raises: AxisError where dst is not
+    an index along the axis.
 
     >>> pmod.simulate(lambda: pmod.place(torch.tensor(5), "model", dst=1), model=2)
     [tensor(0), tensor(5)]
@@ -607,7 +607,7 @@ def broadcast(
     alike.
     Shapes: x (...) -> (...), the same shape on all ranks. Cost: one broadcast.
     reduce_dtype: what 16-bit gradients add up in, float32 by default. Raises: AxisError
-    where src is no index along the axis.
+    where src is not an index along the axis.
 
     >>> pmod.simulate(lambda: pmod.broadcast(torch.tensor(10 + pmod.axis_index("model")), "model", src=1), model=2)
     [tensor(11), tensor(11)]
@@ -629,7 +629,7 @@ def reduce(
     V -> V. Transpose: broadcast. Shapes: x (...) -> (...).
     Cost: x sent to dst by every other rank. 16-bit floats add up in float32 unless
     reduce_dtype says otherwise.
-    Raises: AxisError where dst is no index along the axis; ArgumentError for bool.
+    Raises: AxisError where dst is not an index along the axis; ArgumentError for bool.
 
     >>> pmod.simulate(lambda: pmod.reduce(torch.tensor(1 + pmod.axis_index("model")), "model", dst=1), model=2)
     [tensor(0), tensor(3)]

@@ -46,7 +46,7 @@ _FLAGS: tuple[type, ...] = (bool, np.bool_)
 
 
 def check_flag(on: object, function: str, name: str) -> None:
-    """Raise for what is not True or False: a text such as "no" would count as true."""
+    """Raise if it is not True or False, since a text such as "no" counts as true."""
     if not isinstance(on, _FLAGS):
         given = f"{name} is {quoted(on)}"
         raise ArgumentError(phrase(function, given, "Pass True or False."))

@@ -251,7 +251,8 @@ def _operator_batched(xs: list[Tensor], call: str) -> list[Tensor]:
         # for: the length that stays the same, whatever is asked for, is that of the map
         one = [remove_batch_dim(x, level, 1, 0) for x in xs]
         two = [remove_batch_dim(x, level, 2, 0) for x in xs]
-        sizes = {x.shape[0] for x in one} & {x.shape[0] for x in two}
+        sizes = {x.shape[0] for x in one}
+        sizes &= {x.shape[0] for x in two}
         if sizes:
             size = sizes.pop()
             moved = [x.expand(size, *x.shape[1:]) for x in one]

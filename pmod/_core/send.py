@@ -115,7 +115,9 @@ def _cut(
 
     shapes: theirs, if they are not those of `like`.
     """
-    wanted = [x.shape for x in like] if shapes is None else shapes
+    wanted = shapes
+    if wanted is None:
+        wanted = [x.shape for x in like]
     parts = [flat]
     # no views in autograd's eyes, so that the user may change each of them
     if len(like) > 1:

@@ -178,7 +178,10 @@ def together(
         return list(bind(Call(row, axis, params), leaves))
     call = Call(row, axis, params)
     groups = alike(leaves)
-    results = bind_all([(call, [leaves[i] for i in group]) for group in groups])
+    messages: list[tuple[Call, list[Tensor]]] = []
+    for group in groups:
+        messages.append((call, [leaves[i] for i in group]))
+    results = bind_all(messages)
     out = list(leaves)
     for group, ys in zip(groups, results, strict=True):
         for i, y in zip(group, ys, strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pmod._core.row import Call
 from pmod._errors import PmodError, phrase
+from pmod._mesh.axis import Axis
 from pmod._ranks import world
 from pmod._site import Origin, call_site, on_behalf_of
 
@@ -71,6 +72,11 @@ class Watcher:
 
     def waited(self, call: Call, seconds: float) -> None:
         """A call that was started has its result, after so many seconds of waiting."""
+
+    def claimed(
+        self, leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str
+    ) -> None:
+        """Specs say of these leaves, with their names, that all ranks hold the same."""
 
     def compiled(self) -> None:
         """A collective goes into a compiled graph, where it is not seen."""

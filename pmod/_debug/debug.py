@@ -46,37 +46,32 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def compare_claimed(
-    leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str
-) -> None:
-    """Raise, under debug, where leaves are not the same on all ranks of the axis.
-
-    These are the leaves whose specs leave the axis out.
-    """
-    checker = _checker_in(watchers())
-    if checker is None or axis.size == 1:
-        return
-    site = call_site()[1]
-    origin, (xs, names) = (function, site), zip(*leaves, strict=True)
-    shapes = [tuple(x.shape) for x in xs]
-    words = Words.of_tensors(xs, origin, axis, ", ".join(names), shapes)
-    with outside_transforms():
-        same = compare_words(words, bits_of(xs), axis, origin)
-        found = difference(xs, names, axis, checker.rtol, same)
-    if found is not None:
-        ranks = f"ranks {few(axis.ranks)} should hold one value"
-        given = f"{found}, but its spec leaves {axis.label!r} out, so {ranks}"
-        ways = "pmod.replicate, pmod.pmean"
-        right = f"Make it one ({ways}), or name the axis in the spec."
-        raise differ(origin, axis, given, f"{right}\nCalled at {site}")
-
-
 class _Checker(Watcher):
     """The watcher that `debug` sets."""
 
     def __init__(self, rtol: float) -> None:
         self.rtol = rtol
         self.warned = False
+
+    def claimed(
+        self, leaves: Sequence[tuple[Tensor, str]], axis: Axis, function: str
+    ) -> None:
+        """Raise if leaves whose specs leave the axis out differ between its ranks."""
+        if axis.size == 1:
+            return
+        site = call_site()[1]
+        origin, (xs, names) = (function, site), zip(*leaves, strict=True)
+        shapes = [tuple(x.shape) for x in xs]
+        words = Words.of_tensors(xs, origin, axis, ", ".join(names), shapes)
+        with outside_transforms():
+            same = compare_words(words, bits_of(xs), axis, origin)
+            found = difference(xs, names, axis, self.rtol, same)
+        if found is not None:
+            ranks = f"ranks {few(axis.ranks)} should hold one value"
+            given = f"{found}, but its spec leaves {axis.label!r} out, so {ranks}"
+            ways = "pmod.replicate, pmod.pmean"
+            right = f"Make it one ({ways}), or name the axis in the spec."
+            raise differ(origin, axis, given, f"{right}\nCalled at {site}")
 
     def compiled(self) -> None:
         if not self.warned:

@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pmod._core.arguments import check_function
+from pmod._core.arguments import as_real, check_function
 from pmod._debug.events import Event
 from pmod._debug.trace import trace
 from pmod._errors import ArgumentError, AxisError, near_miss, phrase, quoted
 from pmod._mesh.mesh import Mesh
-from pmod._numbers import as_real
 from pmod._run.alone import alone_on
 
 Rate = float | Mapping[str | tuple[str, ...], float]

@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pmod._core.arguments import as_width, split_sizes
+from pmod._core.arguments import as_ints, as_list, as_width, split_sizes
 from pmod._draw.held import NO_DIM, Dim, Held, Shown, halo_note, part_of
 from pmod._draw.panels import drawn_panels
 from pmod._draw.svg import Picture, table
@@ -23,7 +23,6 @@ from pmod._errors import (
 )
 from pmod._mesh.ambient import given_mesh
 from pmod._mesh.mesh import Mesh
-from pmod._numbers import as_ints, as_list
 from pmod._shard.spec import Entry, P
 
 

@@ -43,7 +43,7 @@ def check_names(names: Iterable[object], function: str) -> None:
             raise AxisError(
                 phrase(
                     function,
-                    f"{quoted(name)} is no axis name",
+                    f"{quoted(name)} is not an axis name",
                     "Name axes with non-empty strings.",
                 )
             )
@@ -65,7 +65,9 @@ def as_size(name: str, given: object, function: str, right: str) -> int:
     """
     size = as_int(given)
     if size is None or size < 1:
-        raise AxisError(phrase(function, f"{name}={quoted(given)} is no size", right))
+        raise AxisError(
+            phrase(function, f"{name}={quoted(given)} is not a size", right)
+        )
     return size
 
 

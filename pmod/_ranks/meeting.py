@@ -210,7 +210,7 @@ class Meeting:
         for rank, word in dead.items():
             process = f"process {word.pid} on {word.host}"
             parts.append(f"rank {rank}, whose {process} is dead")
-        given = f"some ranks come no more; absent: {'; '.join(parts)}"
+        given = f"some ranks will not arrive; absent: {'; '.join(parts)}"
         right = "What it printed may say why. Start all ranks anew."
         raise CollectiveTimeout(phrase("make_mesh", given, right))
 

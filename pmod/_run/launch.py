@@ -36,7 +36,7 @@ import torch.distributed as dist
 from attrs import evolve
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from pmod._core.arguments import check_function
+from pmod._core.arguments import as_int, check_function
 from pmod._errors import (
     AxisError,
     CollectiveTimeout,
@@ -47,7 +47,6 @@ from pmod._errors import (
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.make import make_mesh
 from pmod._mesh.sizes import as_size, coords_at
-from pmod._numbers import as_int
 from pmod._ranks import connect, world
 from pmod._ranks.backends import use_device
 from pmod._ranks.topology import Topology

@@ -193,7 +193,7 @@ class _Mapped:
             check_spec(spec, x.shape, self.mesh, "shard_map", where)
         elif spec.axes:
             what = f"the spec cuts a {type(x).__name__}"
-            right = "Give what is no tensor the spec P()."
+            right = "Give what is not a tensor the spec P()."
             raise self._unfit(ArgumentError, where, what, spec, (), right)
 
     def _unfit(

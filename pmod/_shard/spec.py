@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
 
+from pmod._core.arguments import as_int, as_list
 from pmod._errors import AxisError, PmodError, ShapeError, near_miss, phrase, quoted
 from pmod._mesh.ambient import given_mesh
 from pmod._mesh.mesh import Mesh
-from pmod._numbers import as_int, as_list
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement

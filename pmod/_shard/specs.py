@@ -15,16 +15,14 @@ from torch import Tensor
 
 from pmod._collectives.exchange import held_lengths
 from pmod._collectives.values import psum, pvary
-from pmod._core.arguments import check_tensor, shares, wrong
+from pmod._core.arguments import as_ints, check_tensor, shares, wrong
 from pmod._core.leaves import is_mapping
 from pmod._core.tree import sorted_keys, unflatten
-from pmod._core.watch import watchers
-from pmod._debug.debug import compare_claimed
+from pmod._core.watch import tell, watchers
 from pmod._errors import ArgumentError, ShapeError, endless, phrase, quoted
 from pmod._mesh.ambient import given_mesh, resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import Mesh
-from pmod._numbers import as_ints
 from pmod._shard.spec import WHOLE, P, Specs, check_spec, unfit
 from pmod._wire.sums import accumulator
 
@@ -154,8 +152,8 @@ def compare_left_out(found: Sequence[Held], mesh: Mesh, function: str) -> None:
         if not names:
             continue
         leaves = [(found[i][0], found[i][2]) for i in members]
-        axis = names[0] if len(names) == 1 else names
-        compare_claimed(leaves, mesh.bind(axis, function), function)
+        axis = mesh.bind(names[0] if len(names) == 1 else names, function)
+        tell(operator.methodcaller("claimed", leaves, axis, function))
 
 
 def pvary_params(

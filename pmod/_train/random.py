@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from pmod._collectives.places import axis_index
-from pmod._core.arguments import wrong
+from pmod._core.arguments import as_int, wrong
 from pmod._errors import ArgumentError, PmodError, phrase
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis, named
 from pmod._mesh.mesh import AxisLike
-from pmod._numbers import as_int
 from pmod._ranks import world
 
 

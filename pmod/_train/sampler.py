@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from pmod._core.arguments import wrong
+from pmod._core.arguments import as_int, as_number, wrong
 from pmod._errors import ArgumentError, PmodError, ShapeError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod._numbers import as_int, as_number
 from pmod._train.random import check_seed, hashed
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pmod._console import check_extra, paint, say
 from pmod._errors import PmodError, near_miss, phrase
 from pmod.demo import parallel, picture, ranks, serial
 from pmod.demo.compare import compare, curve_bound, report
-from pmod.demo.console import check_extra, paint, say
 from pmod.demo.darcy import Fields, read
 from pmod.demo.graph import command as graph
 from pmod.demo.options import Options, check_fit, counts, local_sizes, parse

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import pmod
+from pmod._console import say
 from pmod._errors import PmodError, phrase
-from pmod.demo.console import say
 
 _STEP = "step-"
 _WRITING = "writing"
@@ -219,10 +219,11 @@ class Checkpoints:
         A DTensor says where its shard belongs.
         """
         optimizer = state["optimizer"]
-        moments = {
-            name: {kind: self._shard(name, value) for kind, value in kinds.items()}
-            for name, kinds in optimizer["state"].items()
-        }
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, kinds in optimizer["state"].items():
+            moments[name] = {
+                kind: self._shard(name, value) for kind, value in kinds.items()
+            }
         model = {
             name: self._shard(name, value) for name, value in state["model"].items()
         }
@@ -232,7 +233,7 @@ class Checkpoints:
         # a step count has no dims to cut, and is the same everywhere
         if name not in self.sharded or value.ndim == 0:
             return value
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
         mesh, dims = pmod.current_mesh(), self.sharded[name]
         shape = list(value.shape)
@@ -240,13 +241,13 @@ class Checkpoints:
             shape[dim] = int(
                 pmod.psum(torch.tensor(shape[dim], device=value.device), axis).item()
             )
+        placements: list[Placement] = [Replicate()] * len(mesh.axis_names)
+        for axis, dim in dims.items():
+            placements[mesh.axis_names.index(axis)] = Shard(dim)
         return DTensor.from_local(
             value,
             mesh.device_mesh,
-            [
-                Shard(dims[axis]) if axis in dims else Replicate()
-                for axis in mesh.axis_names
-            ],
+            placements,
             run_check=False,
             shape=torch.Size(shape),
             stride=torch.empty(shape, device="meta").stride(),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from pmod.demo.console import paint, say
+from pmod._console import paint, say
 from pmod.demo.options import Options
 from pmod.demo.training import Run
 
@@ -39,7 +39,8 @@ def report(checks: Sequence[Check]) -> int:
     """Print the checks; return the exit status, 1 if a bound is violated."""
     for check in checks:
         say(str(check))
-    return 0 if all(check.holds for check in checks) else 1
+    hold = all(check.holds for check in checks)
+    return 0 if hold else 1
 
 
 def curve_bound(options: Options) -> tuple[int, float]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import pmod
+from pmod._console import progress
 from pmod._errors import PmodError, phrase
-from pmod.demo.console import progress
 
 PERMEABLE, TIGHT = 12.0, 3.0
 TOLERANCE = 1e-10

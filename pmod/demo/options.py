@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import torch
@@ -32,6 +32,9 @@ examples:
 The exit status is 1 where the two trainings differ by more than the bounds that it prints, and 2 where the command
 line cannot be followed.
 """
+
+Arguments: TypeAlias = "argparse._ArgumentGroup"
+"""A group of options; argparse has no public name for it."""
 
 
 @attrs.frozen
@@ -113,7 +116,20 @@ def _parser() -> argparse.ArgumentParser:
         AXES,
         usual.output,
     )
-    data = parser.add_argument_group("data")
+    _add_data(parser.add_argument_group("data"), usual)
+    _add_training(parser.add_argument_group("model and training"), usual)
+    kept = parser.add_argument_group("checkpoints")
+    kept.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="go on from the last checkpoint there, if any, and keep new ones; all ranks must see the folder",
+    )
+    number(kept, "--every", f"steps from one to the next ({usual.every})")
+    return parser
+
+
+def _add_data(data: Arguments, usual: Options) -> None:
     data.add_argument(
         "--data",
         type=Path,
@@ -135,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     number(
         data, "--test", f"problems to test on ({_MADE['test']}, or all of --test-data)"
     )
-    model = parser.add_argument_group("model and training")
+
+
+def _add_training(model: Arguments, usual: Options) -> None:
     number(model, "--channels", f"channels of each field ({usual.channels})")
     number(
         model,
@@ -168,15 +186,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="do not train in one process to compare",
     )
-    kept = parser.add_argument_group("checkpoints")
-    kept.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FOLDER",
-        help="go on from the last checkpoint there, if any, and keep new ones; all ranks must see the folder",
-    )
-    number(kept, "--every", f"steps from one to the next ({usual.every})")
-    return parser
 
 
 _MADE = {"train": 1000, "test": 100}
@@ -245,7 +254,7 @@ def axis_sizes(axes: tuple[str, str]) -> Callable[[str], dict[str, int]]:
                 raise argparse.ArgumentTypeError(f"axis {name!r} is given twice")
             if size != "-1" and not (size.isdecimal() and int(size)):
                 raise argparse.ArgumentTypeError(
-                    f"{name}={size} is no size: write a whole number of 1 or more"
+                    f"{name}={size} is not a size: write a whole number of 1 or more"
                 )
             sizes[name] = int(size)
         if list(sizes.values()) == [-1, -1]:
@@ -306,7 +315,11 @@ def on_this_machine(sizes: Mapping[str, int]) -> dict[str, int]:
     # the other size is 1 or more: there are two axes, and one -1 at most
     known = max(sizes.values())
     rest = max(usual_ranks() // known, 1)
-    return {name: rest if size == -1 else size for name, size in sizes.items()}
+    filled = dict(sizes)
+    for name, size in sizes.items():
+        if size == -1:
+            filled[name] = rest
+    return filled
 
 
 def check_fit(

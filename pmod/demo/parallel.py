@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import pmod
+from pmod._console import say
 from pmod.demo import fno
 from pmod.demo.checkpoint import Checkpoints
-from pmod.demo.console import say
 from pmod.demo.darcy import TOLERANCE, Fields, random_fields, solve_together
 from pmod.demo.fno import FNO
 from pmod.demo.options import Options, counts, made_with

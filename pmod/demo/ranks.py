@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 import pmod
-from pmod.demo.console import say
+from pmod._console import say
 from pmod.demo.options import shown
 
 T = TypeVar("T")

@@ -59,10 +59,8 @@ def write(state: dict[str, object], folder: Path) -> dict[str, str]:
 
     def data() -> tuple[list[storage.WriteResult], dict[str, str]]:
         written = writer.write_data(plans.finish_plan(mine), plans).value()
-        return written, {
-            name: digest(folder / name)
-            for name in {part.storage_data.relative_path for part in written}
-        }
+        names = {part.storage_data.relative_path for part in written}
+        return written, {name: digest(folder / name) for name in names}
 
     def finish() -> dict[str, str]:
         if not first:

@@ -11,8 +11,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from pmod._console import progress, say
 from pmod.demo.checkpoint import Checkpoints
-from pmod.demo.console import progress, say
 from pmod.demo.darcy import Fields
 from pmod.demo.options import LEARNING_RATE
 

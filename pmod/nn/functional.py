@@ -59,12 +59,11 @@ from pmod._collectives.cuts import (
 )
 from pmod._collectives.halo import carry_out, laid_out_as
 from pmod._collectives.halo_plan import Plan, window_plan
-from pmod._core.arguments import LONGEST, check_sizes, check_tensor, wrong
+from pmod._core.arguments import LONGEST, as_int, check_sizes, check_tensor, wrong
 from pmod._core.send import memory_format
 from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase, quoted
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod._numbers import as_int
 from pmod._torch import constant_in_graphs
 
 Ints = int | Sequence[int]

@@ -11,7 +11,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
-from pmod._core.arguments import split_sizes
+import pmod
 from pmod._errors import ArgumentError, AxisError, PmodError, near_miss, phrase
 from pmod._mesh.ambient import ambient, current_mesh, set_mesh
 from pmod._mesh.make import make_mesh
@@ -19,7 +19,6 @@ from pmod._mesh.mesh import Mesh
 from pmod._mesh.picture import mesh_html, mesh_text
 from pmod._ranks import world
 from pmod._ranks.connect import shutdown
-from pmod._train.first import is_first
 from pmod._wire.board import Board
 from pmod.notebook import peers
 from pmod.notebook import rank as on_rank
@@ -163,7 +162,7 @@ def _sizes(line: str, function: str) -> dict[str, int]:
 
 
 def _axis_error(magic: str, given: str, right: str) -> AxisError:
-    """Return the error of a magic, which is no function of pmod's to be called."""
+    """Return the error of a magic, which is not a function of pmod's to be called."""
     return AxisError(phrase(magic, given, right).removeprefix("pmod."))
 
 
@@ -222,7 +221,7 @@ class PmodMagics(Magics):
         for name, size in sizes.items():
             if size < 1:
                 right = "Sizes are 1 or more; their product is the number of engines."
-                raise _axis_error("%mesh", f"{name}={size} is no size", right)
+                raise _axis_error("%mesh", f"{name}={size} is not a size", right)
         if _session is None:
             shell: Any = self.shell
             _session = Session(shell)
@@ -339,7 +338,7 @@ def push(
     places = _places()
     if _session is None:
         mesh = _own_mesh()
-        own = dict(values) if is_first(mesh) else {}
+        own = dict(values) if pmod.is_first(mesh) else {}
         sent = peers.gathered(own, mesh, "push")[0]
         (rank,) = places.select(mesh.coords or {})
         on_rank.keep(_parts(sent, axes, places, rank))
@@ -376,7 +375,7 @@ def _part(
     for dim, names in axes.items():
         inner = Places({name: places.sizes[name] for name in names})
         (index,) = inner.select({name: coords[name] for name in names})
-        sizes = split_sizes(value.shape[dim], tuple(inner.sizes.values()))
+        sizes = pmod.split_sizes(value.shape[dim], tuple(inner.sizes.values()))
         value = value.split(sizes, dim)[index]
     return value
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pmod._collectives.ragged import all_gather_v
-from pmod._collectives.slices import all_gather
+import pmod
 from pmod._errors import ArgumentError, phrase
 from pmod._mesh.mesh import Mesh
 from pmod._ranks import world
@@ -43,8 +42,8 @@ def gathered(value: object, mesh: Mesh, function: str) -> list[Any]:
     device = world.number_device()
     packed = torch.frombuffer(bytearray(_packed(value)), dtype=torch.uint8).to(device)
     size = packed.new_tensor([packed.numel()], dtype=torch.int64)
-    sizes = all_gather(size, mesh).tolist()
-    parts = all_gather_v(packed, mesh, sizes=sizes).cpu().split(sizes)
+    sizes = pmod.all_gather(size, mesh).tolist()
+    parts = pmod.all_gather_v(packed, mesh, sizes=sizes).cpu().split(sizes)
     values: list[object] = []
     for rank, part in zip(mesh.ranks.reshape(-1), parts, strict=True):
         value, refused = _unpacked(part.numpy().tobytes())

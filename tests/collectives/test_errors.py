@@ -532,7 +532,7 @@ def test_start_raises_at_once_and_sends_nothing(what, messages):
 # --- found by trying: each must be refused by pmod, not by torch or by luck -----------------------------------------
 
 REFUSED: dict[str, tuple[type[pmod.PmodError], Callable[[], Any]]] = {
-    "a length that is no int": (pmod.ShapeError, lambda: pmod.unshard(X, "model", length=8.0)),
+    "a length that is not an int": (pmod.ShapeError, lambda: pmod.unshard(X, "model", length=8.0)),
     "a length that is text": (pmod.ShapeError, lambda: pmod.unshard(X, "model", length="8")),
     "pairs of floats": (pmod.AxisError, lambda: pmod.ppermute(X, "model", [(0.7, 1)])),
     "pairs of text": (pmod.AxisError, lambda: pmod.ppermute(X, "model", ["01"])),

@@ -244,7 +244,7 @@ def test_debug_has_nobody_to_compare_with() -> None:
     [
         (dict(mesh=3), "mesh is a int"),
         (dict(mesh={}), "no axis size is given"),
-        (dict(mesh={"a": -1}), "a=-1 is no size"),
+        (dict(mesh={"a": -1}), "a=-1 is not a size"),
         (dict(mesh={"a": 2}, bandwidth={"aa": 1.0}), "no axis 'aa' to be for; did you mean 'a'?"),
         (dict(mesh={"a": 2}, bandwidth=0), "bandwidth is 0"),
         (dict(mesh={"a": 2}, latency={"a": -1.0}), "latency is -1.0"),

@@ -168,9 +168,9 @@ def test_a_wait_that_is_too_long_ends_the_process(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--mesh data", "'data' is no axis: write data=2,model=2, each name once"),
-        ("--mesh =2", "'=2' is no axis"),
-        ("--mesh data=1,data=1", "'data=1' is no axis"),
+        ("--mesh data", "'data' is not an axis: write data=2,model=2, each name once"),
+        ("--mesh =2", "'=2' is not an axis"),
+        ("--mesh data=1,data=1", "'data=1' is not an axis"),
         ("--timeout 0", "0 is no time to wait"),
         ("--timeout soon", "invalid _seconds value: 'soon'"),
     ],

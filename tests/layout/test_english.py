@@ -18,7 +18,7 @@ STUMBLES = {
     r"\bbe it\b": "whether it is",
     r"\b(has|have|had) not (a|an|the|this|that|any)\b": "does not have",
     r", say\b(?! so)": "for example",
-    r"\bfor what (is|are)\b": "if ... is",
+    r"\bfor what (is|are) (no|not)\b": "if ... is not",
 }  # fmt: skip
 
 

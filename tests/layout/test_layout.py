@@ -25,15 +25,14 @@ TESTS = Path(__file__).parents[1]
 FLOORS = """
     _version _numbers _site
     _errors
-    _torch
+    _torch _console
     _ranks
     _mesh
     _wire
     _core
     _collectives
     fft nn _run _train
-    _debug
-    _shard
+    _debug _shard
     _draw
     testing
     __init__

@@ -440,7 +440,7 @@ def a_checkpoint_opened() -> None:
 
 @needs("torch.distributed.checkpoint._traverse:set_element")
 def a_number_of_a_checkpoint() -> None:
-    """The demo cannot put what is no tensor in its place."""
+    """The demo cannot put what is not a tensor in its place."""
     import io
     from types import SimpleNamespace as Names
 

@@ -41,7 +41,8 @@ def launch(fn: Callable[..., Any], /, *args: Any, timeout: float = LONG, **axis_
     if pool is None:
         pool = _pools[size] = Ranks(size)
     try:
-        returned: list[Any] = pool.run(Task.of(_as_test, (fn, args, timeout, list(warnings.filters)), axis_sizes), timeout)
+        task = Task.of(_as_test, (fn, args, timeout, list(warnings.filters)), axis_sizes)
+        returned: list[Any] = pool.run(task, timeout)
     except BaseException:
         del _pools[size]
         pool.close(patience=0)

@@ -708,7 +708,8 @@ class Pair:
         while len(out) < len(seeds):
             left = seeds[len(out) :]
             try:
-                told: list[Any] = self._ranks.run(Task.of(in_a_bounded_rank, (left, DEADLINE / 6), {"x": 2}), DEADLINE + len(left))
+                task = Task.of(in_a_bounded_rank, (left, DEADLINE / 6), {"x": 2})
+                told: list[Any] = self._ranks.run(task, DEADLINE + len(left))
             except Exception as error:
                 if len(left) > 1:
                     self._anew()

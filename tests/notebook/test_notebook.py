@@ -409,7 +409,7 @@ def test_another_mesh_keeps_the_engines(two: InteractiveShell) -> None:
     assert Cell(two, "%%spmd\npmod.psum(x, 'b')").results == ["tensor([1., 1.])"]
     assert repr(Cell(two, "%mesh").value).startswith("Mesh(a=1, b=2): 2 ranks\n")
     refused = Cell(two, "%mesh data=-1")
-    assert "%mesh: data=-1 is no size" in str(refused.error)
+    assert "%mesh: data=-1 is not a size" in str(refused.error)
 
 
 def test_an_engine_that_is_killed_is_replaced(two: InteractiveShell) -> None:

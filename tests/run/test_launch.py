@@ -144,13 +144,13 @@ def test_everything_listens_on_loopback_only():
     [
         ({}, "pmod.launch: no axis size is given, so it cannot say how many ranks to start.\n"
              "Name the axes, as in pmod.launch(fn, x, data=2, model=2) for 4 ranks."),
-        ({"data": 0}, "pmod.launch: data=0 is no size.\n"
+        ({"data": 0}, "pmod.launch: data=0 is not a size.\n"
                       "Sizes are ints of 1 or more; their product is the number of processes."),
-        ({"data": 2, "model": -1}, "pmod.launch: model=-1 is no size.\n"
+        ({"data": 2, "model": -1}, "pmod.launch: model=-1 is not a size.\n"
          "Nothing here says how many ranks there are, so -1 cannot be worked out: give the size."),
-        ({"data": 2.0}, "pmod.launch: data=2.0 is no size.\n"
+        ({"data": 2.0}, "pmod.launch: data=2.0 is not a size.\n"
                         "Sizes are ints of 1 or more; their product is the number of processes."),
-        ({"data": True}, "pmod.launch: data=True is no size.\n"
+        ({"data": True}, "pmod.launch: data=True is not a size.\n"
                          "Sizes are ints of 1 or more; their product is the number of processes."),
     ],
 )  # fmt: skip

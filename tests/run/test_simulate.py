@@ -515,11 +515,11 @@ def test_a_mesh_from_outside_is_refused():
     ("sizes", "text"),
     [
         ({}, "no axis size is given.\nName the axes: simulate(fn, data=2, model=2)."),
-        ({"r": 0}, "r=0 is no size.\nSizes are ints of 1 or more."),
-        ({"a": 2, "r": -1}, "r=-1 is no size.\nSizes are ints of 1 or more."),
-        ({"r": 2.0}, "r=2.0 is no size.\nSizes are ints of 1 or more."),
-        ({"r": True}, "r=True is no size.\nSizes are ints of 1 or more."),
-        ({"r": None}, "r=None is no size.\nSizes are ints of 1 or more."),
+        ({"r": 0}, "r=0 is not a size.\nSizes are ints of 1 or more."),
+        ({"a": 2, "r": -1}, "r=-1 is not a size.\nSizes are ints of 1 or more."),
+        ({"r": 2.0}, "r=2.0 is not a size.\nSizes are ints of 1 or more."),
+        ({"r": True}, "r=True is not a size.\nSizes are ints of 1 or more."),
+        ({"r": None}, "r=None is not a size.\nSizes are ints of 1 or more."),
     ],
 )
 def test_sizes_that_make_no_mesh_are_refused(sizes, text):

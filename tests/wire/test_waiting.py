@@ -634,7 +634,7 @@ def test_one_that_dies_while_the_others_come_is_named() -> None:
     with pytest.raises(pmod.CollectiveTimeout) as caught:
         Meeting(store, where, world.processes().met).come(60.0)
     assert str(caught.value).split("\n")[0] == (
-        f"pmod.make_mesh: some ranks come no more; absent: rank 1, whose process {process.pid} on "
+        f"pmod.make_mesh: some ranks will not arrive; absent: rank 1, whose process {process.pid} on "
         f"{socket.gethostname()} is dead."
     )
     # one of an earlier meeting may have been started anew, and is waited for

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pmod._console import check_extra, paint, say
 from pmod._errors import PmodError
 from pmod.demo import ranks
 from pmod.demo.compare import Check, report
-from pmod.demo.console import check_extra, paint, say
 from pmod.demo.graph import files, parallel, picture, whole
 from pmod.demo.graph.options import Options, check_fit, local_sizes, parse
 from pmod.demo.graph.parallel import Outcome, Step

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from pmod._console import check_extra
 from pmod._errors import PmodError, phrase
-from pmod.demo.console import check_extra
 from pmod.demo.graph.surface import Numbers, Reals, Surface, clean
 
 # the points, and cells of each kind

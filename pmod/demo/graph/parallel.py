@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import pmod
-from pmod.demo.console import say
+from pmod._console import say
 from pmod.demo.graph import net
 from pmod.demo.graph.net import GraphNet
 from pmod.demo.graph.options import AXES, Options
@@ -94,14 +94,12 @@ def _agreed(surface: Surface) -> tuple[Surface, Tensor]:
         torch.tensor([len(v) for v in held], device=device), AXES
     ).tolist()
     same = [len(v) for v in held] == lengths
-    fitting = (
-        held
-        if same
-        else [v.new_zeros(n, *v.shape[1:]) for v, n in zip(held, lengths, strict=True)]
-    )
-    points, triangles, owner = (
-        v.cpu() for v in pmod.pick([v.to(device) for v in fitting], AXES)
-    )
+    fitting = held
+    if not same:
+        pairs = zip(held, lengths, strict=True)
+        fitting = [v.new_zeros(n, *v.shape[1:]) for v, n in pairs]
+    sent = [v.to(device) for v in fitting]
+    points, triangles, owner = map(Tensor.cpu, pmod.pick(sent, AXES))
     return Surface(points, triangles), owner
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import pmod
+from pmod._console import progress
 from pmod._errors import PmodError, phrase
-from pmod.demo.console import progress
 from pmod.demo.graph.surface import Numbers, Reals, Surface
 
 TOLERANCE = 1e-10

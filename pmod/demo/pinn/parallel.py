@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.convert_parameters import parameters_to_vector, vector_to_parameters
 
 import pmod
-from pmod.demo.console import progress, say
+from pmod._console import progress, say
 from pmod.demo.pinn import net
 from pmod.demo.pinn.burgers import collocation_points, grid, solution
 from pmod.demo.pinn.descent import descend

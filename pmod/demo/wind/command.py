@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import attrs
 from torch import Tensor
 
+from pmod._console import check_extra, paint, say
 from pmod._errors import PmodError, phrase
 from pmod.demo import ranks
 from pmod.demo.compare import Check, report
-from pmod.demo.console import check_extra, paint, say
 from pmod.demo.picture import check_output
 from pmod.demo.wind import compare, files, parallel, picture
 from pmod.demo.wind.options import Options, local_sizes, parse

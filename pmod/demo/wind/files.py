@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmod._console import check_extra
 from pmod._errors import PmodError, phrase
-from pmod.demo.console import check_extra
 from pmod.demo.wind.winds import Winds
 
 Array: TypeAlias = np.ndarray[Any, Any]
