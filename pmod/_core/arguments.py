@@ -403,12 +403,10 @@ def split_sizes(n: int, parts: int | tuple[int, ...] | list[int]) -> tuple[int, 
     """
     count, length = as_int(parts), as_int(n)
     counts = as_ints(parts) if count is None else (count,)
-    given = f"n is {quoted(n)} and parts is {quoted(parts)}"
-    right = "Pass a length of 0 or more and 1 or more parts."
     if length is None or length < 0:
-        raise ShapeError(phrase("split_sizes", given, right))
+        raise _unfit_split(n, parts)
     if counts is None or min(counts, default=1) < 1:
-        raise ShapeError(phrase("split_sizes", given, right))
+        raise _unfit_split(n, parts)
     if math.prod(counts) > MOST_RANKS:
         right = f"There are at most {MOST_RANKS} ranks."
         raise ShapeError(phrase("split_sizes", f"parts is {quoted(parts)}", right))
@@ -418,6 +416,12 @@ def split_sizes(n: int, parts: int | tuple[int, ...] | list[int]) -> tuple[int, 
         cuts = [_cut(whole, each) for whole in lengths]
         lengths = sum(cuts, ())
     return lengths
+
+
+def _unfit_split(n: object, parts: object) -> ShapeError:
+    given = f"n is {quoted(n)} and parts is {quoted(parts)}"
+    right = "Pass a length of 0 or more and 1 or more parts."
+    return ShapeError(phrase("split_sizes", given, right))
 
 
 def _cut(length: int, count: int) -> tuple[int, ...]:

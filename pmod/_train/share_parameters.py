@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from pmod._collectives.used import Idle, pvary_used
-from pmod._collectives.values import PVARY, differentiated, pick
+from pmod._collectives.values import PVARY, SUM, differentiated, pick
 from pmod._core.arguments import check_root, check_tensor, wrong
 from pmod._core.leaves import map_tensors
 from pmod._core.tree import flatten, map_leaves, together
@@ -286,9 +286,8 @@ class SharedParameters(Reduces):
     def _pvary(
         self, parameters: Sequence[Tensor], *, scale: bool = True
     ) -> list[Tensor]:
-        params = (1, None)
         varying = called_as(
-            "share_parameters", together, PVARY, list(parameters), self._axis, params
+            "share_parameters", together, PVARY, list(parameters), self._axis, SUM
         )
         if self._reduce == "sum" or not scale:
             return varying
