@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from pmod._collectives.places import axis_index
 from pmod._collectives.used import Idle
+from pmod._collectives.values import SUM
 from pmod._core.arguments import wrong
 from pmod._core.bind import bind
 from pmod._core.leaves import map_tensors, tensors_in
