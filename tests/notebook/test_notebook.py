@@ -418,7 +418,7 @@ def test_an_engine_that_is_killed_is_replaced(two: InteractiveShell) -> None:
     assert not run.ok
     first, second, third = run.text.splitlines()
     assert first.startswith(f"at (data=1): its engine, process {before[1]}, was killed by SIGKILL")
-    assert second.startswith("at (data=0): CollectiveTimeout: pmod.psum(axis='data') at (data=0): some ranks come no ")
+    assert second.startswith("at (data=0): CollectiveTimeout: pmod.psum(axis='data') at (data=0): some ranks will ")
     assert third == "The next cell starts a new engine there, without variables: run the cells that set them again."
     run = Cell(two, "%mesh data=3")  # one in its place, and one more
     assert run.ok and run.text.startswith("(data=1) gets a new engine, without variables: its engine, process ")

@@ -218,7 +218,7 @@ _IPYTHON = "called by IPython at %load_ext"
 _ENGINES = "shows what it gives in a notebook with engines, which tests/notebook/test_notebook.py starts"
 # what is public and shows nothing, and why
 WITHOUT = {
-    **{f"Watcher.{name}": _TOLD for name in ("before", "after", "waited", "compiled")},
+    **{f"Watcher.{name}": _TOLD for name in ("before", "after", "waited", "claimed", "compiled")},
     "Mesh.bind": _OURS, "Mesh.label": _OURS,
     "trace.before": _TOLD, "trace.after": _TOLD, "trace.waited": _TOLD, "trace.compiled": _TOLD,
     "trace.retime": "called by estimate",
