@@ -18,8 +18,9 @@ import scipy.sparse.linalg
 import torch
 
 import pmod
+from pmod import _console as console
 from pmod._wire import base
-from pmod.demo import compare, console, darcy, fno, parallel, picture, serial
+from pmod.demo import compare, darcy, fno, parallel, picture, serial
 from pmod.demo.__main__ import main
 from pmod.demo.darcy import (
     Fields,
