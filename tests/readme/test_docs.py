@@ -218,9 +218,9 @@ _IPYTHON = "called by IPython at %load_ext"
 _ENGINES = "shows what it gives in a notebook with engines, which tests/notebook/test_notebook.py starts"
 # what is public and shows nothing, and why
 WITHOUT = {
-    **{f"Watcher.{name}": _TOLD for name in ("before", "after", "waited", "claimed", "compiled")},
+    **{f"{watcher}.{name}": _TOLD for watcher in ("Watcher", "trace")
+       for name in ("before", "after", "waited", "claimed", "compiled")},
     "Mesh.bind": _OURS, "Mesh.label": _OURS,
-    "trace.before": _TOLD, "trace.after": _TOLD, "trace.waited": _TOLD, "trace.compiled": _TOLD,
     "trace.retime": "called by estimate",
     "load_ipython_extension": _IPYTHON, "unload_ipython_extension": _IPYTHON, "pull": _ENGINES, "push": _ENGINES,
 }  # fmt: skip
