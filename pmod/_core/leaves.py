@@ -107,6 +107,9 @@ def map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def _mapped(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return f(tree)
+    # the compiler of torch 2.11 cannot ask whether None is a dataclass
+    if tree is None:
+        return None
     if is_mapping(tree):
         return refilled(tree, {key: _mapped(f, value) for key, value in tree.items()})
     if isinstance(tree, list | tuple):

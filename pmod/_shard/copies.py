@@ -202,7 +202,9 @@ class Copies:
     def _parameters(self) -> list[Tensor]:
         found: list[Tensor] = []
         for module in self._known.modules:
-            found += module.parameters()
+            # one by one, because the compiler of torch 2.11 extends no list by a generator
+            for parameter in module.parameters():
+                found.append(parameter)
         return found
 
     def _ask_in_graph(self, new: Axes) -> None:
