@@ -12,6 +12,7 @@ from attrs import frozen
 from pmod._errors import coordinates
 from pmod._mesh.mesh import Mesh
 from pmod._mesh.picture import shown_of
+from pmod._mesh.sizes import named_coords_at
 
 # how many panels, rows and columns of shards are drawn of a large mesh
 _MOST = (8, 14, 12)
@@ -84,8 +85,8 @@ class Held:
         fixed: dict[str, int] = {}
         for dim, index in zip(self.dims, part, strict=True):
             # the first name of an entry is the slowest
-            for name in reversed(dim.names):
-                index, fixed[name] = divmod(index, self.mesh.shape[name])
+            sizes = {name: self.mesh.shape[name] for name in dim.names}
+            fixed.update(named_coords_at(index, sizes))
         ranges: list[Sequence[int]] = []
         for name, size in self.mesh.shape.items():
             ranges.append([fixed[name]] if name in fixed else range(size))

@@ -13,6 +13,8 @@ from html import escape
 
 from attrs import frozen
 
+from pmod._mesh.picture import hue_of
+
 # pixels: the height of the letters, and from one line of text to the next
 FONT = 12
 LINE = 18
@@ -41,9 +43,7 @@ def letters(text: str) -> float:
 
 def colour(number: int, second: int = 0) -> str:
     """Return a background for dark letters: a hue by number, paler by `second`."""
-    # the golden angle spreads the hues of however many numbers there are
-    hue = (210 + 137.508 * number) % 360
-    return f"hsl({hue:.0f}, 65%, {76 + 4 * (second % 4)}%)"
+    return f"hsl({hue_of(number):.0f}, 65%, {76 + 4 * (second % 4)}%)"
 
 
 class Svg:

@@ -315,10 +315,15 @@ def _head(axis: int, text: str) -> str:
     return f'<th style="{style}">{text}</th>'
 
 
+def hue_of(number: int) -> float:
+    """Return a hue for a number, far from those of the numbers beside it."""
+    # the golden angle spreads the hues of however many numbers there are
+    return (210 + 137.508 * number) % 360
+
+
 def _colours(node: int | None) -> str:
     # Text and background are set together, so that either theme leaves them readable.
-    # The golden angle spreads hues.
-    hue = 210 if node is None else (210 + 137.508 * node) % 360
+    hue = hue_of(0 if node is None else node)
     return f"color: #111; background: hsl({hue:.0f}, 65%, 84%)"
 
 

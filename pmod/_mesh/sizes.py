@@ -35,6 +35,11 @@ def coords_at(number: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(coords))
 
 
+def named_coords_at(number: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the same, by the names of the axes."""
+    return dict(zip(sizes, coords_at(number, list(sizes.values())), strict=True))
+
+
 def check_names(names: Iterable[object], function: str) -> None:
     """Raise unless the names of axes are non-empty strings, each its own."""
     seen: set[object] = set()

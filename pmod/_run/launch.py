@@ -46,7 +46,7 @@ from pmod._errors import (
 )
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.make import make_mesh
-from pmod._mesh.sizes import as_size, coords_at
+from pmod._mesh.sizes import as_size, named_coords_at
 from pmod._ranks import connect, world
 from pmod._ranks.backends import use_device
 from pmod._ranks.topology import Topology
@@ -421,7 +421,8 @@ class Ranks:
     def _error_of(
         self, rank: int, outcome: Raised | Died, axis_sizes: Mapping[str, int]
     ) -> Exception:
-        coords = _coords(rank, axis_sizes)
+        # the mesh of the rank is not here to be asked
+        coords = named_coords_at(rank, axis_sizes)
         who = f"rank {rank} of {self.size}"
         if isinstance(outcome, Died):
             given, right = f"{who} {outcome}", outcome.advice
@@ -481,14 +482,8 @@ class Ranks:
         self.close() if kind is None else self.close(patience=0)
 
 
-def _coords(rank: int, axis_sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the coords of a rank, whose mesh is not here to be asked."""
-    coords = coords_at(rank, list(axis_sizes.values()))
-    return dict(zip(axis_sizes, coords, strict=True))
-
-
 def _named(rank: int, axis_sizes: Mapping[str, int]) -> str:
-    return f"rank {rank} {coordinates(_coords(rank, axis_sizes))}"
+    return f"rank {rank} {coordinates(named_coords_at(rank, axis_sizes))}"
 
 
 @contextlib.contextmanager

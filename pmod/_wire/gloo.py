@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pmod._ranks.backends import Backend
 from pmod._ranks.blocking import InThread
-from pmod._wire.process_group import GroupWire, scaled_counts
+from pmod._wire.process_group import CARRIED, GroupWire, as_bytes, scaled_counts
 from pmod._wire.sent import Sent, arrived
 from pmod._wire.sums import bytes_of
 from pmod._wire.traffic import count_bytes
@@ -39,9 +39,7 @@ class GlooWire(GroupWire):
         out = x.new_empty(sum(recv))
         carried_out, carried_x = out, x
         if x.dtype not in self._backend.carries:
-            scale = x.element_size()
-            carried_out, carried_x = bytes_of(out), bytes_of(x)
-            send, recv = scaled_counts(scale, send), scaled_counts(scale, recv)
+            carried_out, carried_x, send, recv = as_bytes(out, x, send, recv)
         ins, outs = carried_x.split(list(send)), carried_out.split(list(recv))
         if self._wait is not None:
             # Ranks that expect other lengths wait for ever, because the length is part
@@ -188,16 +186,5 @@ GLOO = Backend(
     blocks=True,
     tags=True,
     cut_off=_cut_off,
-    carries=frozenset(
-        {
-            torch.float32,
-            torch.float64,
-            torch.float16,
-            torch.bfloat16,
-            torch.int8,
-            torch.uint8,
-            torch.int32,
-            torch.int64,
-        }
-    ),
+    carries=CARRIED,
 )

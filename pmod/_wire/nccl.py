@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from pmod._ranks.backends import Backend
-from pmod._wire.process_group import GroupWire
+from pmod._wire.process_group import CARRIED, GroupWire
 
 NCCL = Backend(
     "nccl",
@@ -16,17 +16,6 @@ NCCL = Backend(
     GroupWire,
     blocks=False,
     set_device=torch.cuda.set_device,
-    carries=frozenset(
-        {
-            torch.float32,
-            torch.float64,
-            torch.float16,
-            torch.bfloat16,
-            torch.int8,
-            torch.uint8,
-            torch.int32,
-            torch.int64,
-        }
-    ),
+    carries=CARRIED,
     sums=frozenset({torch.float32, torch.float64, torch.int32, torch.int64}),
 )

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CARRIED = frozenset(
+    {
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+    }
+)
+"""What gloo and NCCL carry as it is."""
+
 
 class _Patient:
     """A work whose wait is `Wait.until_done`."""
@@ -69,9 +83,7 @@ class GroupWire(Wire):
         out = x.new_empty(sum(recv))
         carried_out, carried_x = out, x
         if x.dtype not in self._backend.carries:
-            scale = x.element_size()
-            carried_out, carried_x = bytes_of(out), bytes_of(x)
-            send, recv = scaled_counts(scale, send), scaled_counts(scale, recv)
+            carried_out, carried_x, send, recv = as_bytes(out, x, send, recv)
         work = self.group.alltoall_base(carried_out, carried_x, list(recv), list(send))
         return self._on_its_way(work, lambda: out)
 
@@ -130,6 +142,15 @@ class GroupWire(Wire):
 
     def barrier(self) -> None:
         self._on_its_way(self.group.barrier(), lambda: None).wait()
+
+
+def as_bytes(
+    out: Tensor, x: Tensor, send: Sequence[int], recv: Sequence[int]
+) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """Return the bytes of what arrives and of what is sent, and how many go where."""
+    scale = x.element_size()
+    counts = scaled_counts(scale, send), scaled_counts(scale, recv)
+    return bytes_of(out), bytes_of(x), *counts
 
 
 def scaled_counts(scale: int, counts: Sequence[int]) -> list[int]:

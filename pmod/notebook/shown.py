@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 from pmod._errors import coordinates
+from pmod._mesh.sizes import named_coords_at
 from pmod._site import HERE
 from pmod.notebook.cells import Cell, Display, Outcome, plain
 
@@ -30,10 +31,7 @@ class Places:
 
     def coords(self, rank: int) -> dict[str, int]:
         """Return the rank's index along each axis."""
-        found: dict[str, int] = {}
-        for name in reversed(self.sizes):
-            rank, found[name] = divmod(rank, self.sizes[name])
-        return {name: found[name] for name in self.sizes}
+        return named_coords_at(rank, self.sizes)
 
     def select(self, chosen: Mapping[str, int]) -> list[int]:
         """Return the ranks that have these indices."""

@@ -77,7 +77,6 @@ def _as_test(fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, filt
     faulthandler.dump_traceback_later(0.9 * timeout)
     try:
         with warnings.catch_warnings():
-            warnings.resetwarnings()
             list_of_all: Any = warnings.filters
             list_of_all[:] = filters
             return fn(*args), bool(world.processes().left_behind)

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import pmod
+from pmod._mesh.sizes import named_coords_at
 from pmod._ranks import world
 from pmod._run import launch, task
 from pmod._wire import waiting
@@ -247,9 +248,9 @@ def die(how: str) -> None:
 
 def test_messages_place_ranks_as_the_mesh_does():
     sizes = {"pod": 2, "data": 3, "model": 2}
-    assert launch._coords(0, sizes) == {"pod": 0, "data": 0, "model": 0}
-    assert launch._coords(7, sizes) == {"pod": 1, "data": 0, "model": 1}
-    assert list(launch._coords(10, sizes).items()) == [("pod", 1), ("data", 2), ("model", 0)]
+    assert named_coords_at(0, sizes) == {"pod": 0, "data": 0, "model": 0}
+    assert named_coords_at(7, sizes) == {"pod": 1, "data": 0, "model": 1}
+    assert list(named_coords_at(10, sizes).items()) == [("pod", 1), ("data", 2), ("model", 0)]
 
 
 class Unpicklable(Exception):
