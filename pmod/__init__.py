@@ -27,12 +27,12 @@ from pmod._collectives.ragged import all_to_all_v as all_to_all_v
 from pmod._collectives.ragged import gather_v as gather_v
 from pmod._collectives.ragged import psum_scatter_v as psum_scatter_v
 from pmod._collectives.ragged import scatter_v as scatter_v
+from pmod._collectives.rooted import gather as gather
+from pmod._collectives.rooted import scatter as scatter
 from pmod._collectives.scans import pscan as pscan
 from pmod._collectives.slices import all_gather as all_gather
 from pmod._collectives.slices import all_to_all as all_to_all
-from pmod._collectives.slices import gather as gather
 from pmod._collectives.slices import psum_scatter as psum_scatter
-from pmod._collectives.slices import scatter as scatter
 from pmod._collectives.slices import shard as shard
 from pmod._collectives.slices import unshard as unshard
 from pmod._collectives.values import broadcast as broadcast

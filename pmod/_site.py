@@ -20,6 +20,8 @@ HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _JOBS = (f"{HERE}demo{os.sep}", f"{HERE}bench{os.sep}", f"{HERE}doctor.py")
 # they run what a user starts
 _STARTS = (f"{HERE}_core{os.sep}start.py", f"{HERE}_core{os.sep}ahead.py")
+# the code of what stands for a public function, which is its `f` (_core/ready.py)
+_STANDS_IN = "at_once_or"
 # by shard_map, and within its body; in hooks
 _CALLED = {
     "mapped": "shard_map",
@@ -49,6 +51,8 @@ def _outside() -> tuple[str, FrameType]:
             # a class that reads as a function: its name is what the user wrote
             if function in ("__enter__", "__exit__") or owner in _CALLED:
                 function = owner
+            elif function == _STANDS_IN:
+                function = frame.f_locals["f"].__name__
         frame = frame.f_back
     return _CALLED.get(function, function), frame
 

@@ -383,6 +383,19 @@ def _method(name: str) -> Callable[..., Any]:
 all_gather_flat: Callable[..., Any] = _method("_allgather_base")
 reduce_scatter_flat: Callable[..., Any] = _method("_reduce_scatter_base")
 
+
+@_with("torch.distributed:ProcessGroup._get_backend")
+def own_backend(group: Any, device: torch.device) -> Any:
+    """Return what sends for a group, whose own methods go through torch's dispatcher first.
+
+    It is the group where it has no backend of torch's, as one in Python.
+    """
+    try:
+        return group._get_backend(device)
+    except (AttributeError, RuntimeError):
+        return group
+
+
 # --- operators ------------------------------------------------------------------------
 
 Operator: Any = _seen("torch._ops:OpOverload")

@@ -31,7 +31,7 @@ from pmod._errors import AxisError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod._wire.base import Wire
+from pmod._wire.base import AtOnce, Wire, counts_at
 from pmod._wire.sent import Sent
 
 
@@ -76,6 +76,16 @@ def _send_permute(x: Tensor, wire: Wire, params: Permutation) -> Sent[Tensor]:
     return wire.permute(x, to, source, params.arriving)
 
 
+def _permute_at_once(x: Tensor, wire: Wire, params: Permutation) -> AtOnce | None:
+    targets, me = params.targets, wire.index
+    # the whole goes to one rank, and another's whole comes
+    if params.held or x.dim() == 0 or targets[me] < 0 or me not in targets:
+        return None
+    send = counts_at(targets[me], x.shape[0], wire.size)
+    recv = counts_at(targets.index(me), x.shape[0], wire.size)
+    return wire.ready_exchange(x, (send, recv))
+
+
 def _inverse(params: Permutation) -> Permutation:
     return Permutation(
         inverse_of(params.targets), params.dim, params.given, params.held
@@ -113,6 +123,7 @@ PERMUTE = Row(
     Permutation,
     _send_permute,
     flip=_inverse,
+    at_once=_permute_at_once,
     fused=True,
     alone=False,
     agreed=_but_for_length,

@@ -19,15 +19,13 @@ from pmod._collectives.exchange import (
     sizes_of_leaves,
     swapped_alike,
 )
+from pmod._collectives.rooted import GATHER, SCATTER, RootParts
 from pmod._collectives.slices import (
     ALL_GATHER,
     ALL_TO_ALL,
-    GATHER,
     PSUM_SCATTER,
-    SCATTER,
     Exchange,
     Parts,
-    RootParts,
 )
 from pmod._core.arguments import (
     accumulate_in,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from pmod._core.arguments import (
     check_adds_up,
     check_flag,
     check_own_size,
-    check_root,
     check_sizes,
     check_sum,
     dim_from_end,
@@ -34,7 +33,7 @@ from pmod._errors import ShapeError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod._wire.base import Wire
+from pmod._wire.base import AtOnce, Wire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import accumulator, real_sum
 
@@ -56,15 +55,6 @@ class Slices(NamedTuple):
 
     dim: int
     sizes: Sizes | None
-
-
-class RootParts(NamedTuple):
-    """The parameters of `gather` and `scatter`."""
-
-    dim: int
-    sizes: Sizes
-    root: int
-    """The index of the rank that has the whole."""
 
 
 class Exchange(NamedTuple):
@@ -121,7 +111,16 @@ def _with_length(shape: Sequence[int], dim: int, length: int) -> list[int]:
     return out
 
 
-SomeParts = TypeVar("SomeParts", Parts, Slices, RootParts)
+class _Cut(Protocol):
+    """Parameters that cut or join along a dim."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def sizes(self) -> Sizes | None: ...
+
+
+SomeParts = TypeVar("SomeParts", bound=_Cut)
 
 
 def _but_for_dim(
@@ -142,6 +141,19 @@ def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent[Tensor
     unit = _unit(x, dim)
     sent = wire.all_gather(x.reshape(-1), [unit * length for length in lengths])
     return _joined_later(sent, x.shape, dim, lengths)
+
+
+def _joined_at_once(x: Tensor, wire: Wire, params: Parts | Slices) -> AtOnce | None:
+    if params.sizes is not None or params.dim != -x.dim():
+        return None
+    return wire.ready_gather(x, (wire.size * x.shape[0], *x.shape[1:]))
+
+
+def _summed_at_once(x: Tensor, wire: Wire, params: Parts) -> AtOnce | None:
+    dim, sizes, asked = params
+    if sizes is not None or dim != -x.dim():
+        return None
+    return wire.ready_scatter(x, accumulator(x.dtype, asked))
 
 
 def _send_psum_scatter(x: Tensor, wire: Wire, params: Parts) -> Sent[Tensor]:
@@ -166,6 +178,7 @@ ALL_GATHER, PSUM_SCATTER = pair(
         Parts,
         _send_all_gather,
         agreed=_but_for_dim,
+        at_once=_joined_at_once,
         why="each slice of the sum stands on one rank: its gradient goes to all that added to it",
     ),
     Row(
@@ -174,6 +187,7 @@ ALL_GATHER, PSUM_SCATTER = pair(
         V,
         Parts,
         _send_psum_scatter,
+        at_once=_summed_at_once,
         why="every rank used the slice of every other: what they send back of it adds up at its owner",
     ),
 )
@@ -320,6 +334,7 @@ SHARD, UNSHARD = pair(
         Slices,
         _send_unshard,
         agreed=_but_for_dim,
+        at_once=_joined_at_once,
         why="each rank has the gradient of its slice of one value, which all hold",
     ),
 )
@@ -412,127 +427,6 @@ def unshard(
     return each(UNSHARD, x, bound, "unshard", prepare)
 
 
-def _on_root(params: RootParts, wire: Wire) -> Sizes:
-    """Return the lengths of the whole's parts: on other ranks all are 0."""
-    if wire.index == params.root:
-        return params.sizes
-    return (0,) * wire.size
-
-
-def _only_root(count: int, params: RootParts, wire: Wire) -> list[int]:
-    """Return the number of elements by rank, where the root alone has any."""
-    counts = [0] * wire.size
-    counts[params.root] = count
-    return counts
-
-
-def _send_gather(x: Tensor, wire: Wire, params: RootParts) -> Sent[Tensor]:
-    unit = _unit(x, params.dim)
-    lengths = _on_root(params, wire)
-    send = _only_root(x.numel(), params, wire)
-    sent = wire.all_to_all(x.reshape(-1), send, [unit * length for length in lengths])
-    return _joined_later(sent, x.shape, params.dim, lengths)
-
-
-def _send_scatter(x: Tensor, wire: Wire, params: RootParts) -> Sent[Tensor]:
-    dim = params.dim
-    unit = _unit(x, dim)
-    lengths = _on_root(params, wire)
-    shape = _with_length(x.shape, dim, params.sizes[wire.index])
-    recv = _only_root(math.prod(shape), params, wire)
-    blocks = _blocks(x, dim, lengths)
-    sent = wire.all_to_all(blocks, [unit * length for length in lengths], recv)
-    return sent.then(lambda y: y.view(shape))
-
-
-GATHER, SCATTER = pair(
-    Row(
-        "gather",
-        V,
-        V,
-        RootParts,
-        _send_gather,
-        agreed=_but_for_dim,
-        why="each rank has the gradient of its slice, which came from one rank",
-    ),
-    Row(
-        "scatter",
-        V,
-        V,
-        RootParts,
-        _send_scatter,
-        agreed=_but_for_dim,
-        why="one rank has the gradient of the whole: each slice's goes back to its rank",
-    ),
-)
-
-
-@collective(
-    V, V, transpose="scatter", value="the shards joined on dst, nothing elsewhere"
-)
-def gather(x: Tree, axis: AxisLike, *, dim: int = 0, dst: int = 0) -> Tree:
-    """Join the shards of all ranks along `dim` on dst.
-
-    V -> V. Transpose: scatter. Shapes: x (..., k, ...) -> (..., n*k, ...) on dst, (...,
-    0, ...) elsewhere.
-    Cost: x sent to dst. Raises: ShapeError where x has no such dim; AxisError where dst
-    is not an index along the axis.
-
-    >>> pmod.simulate(lambda: pmod.gather(torch.tensor([pmod.axis_index("model")]), "model"), model=2)
-    [tensor([0, 1]), tensor([], dtype=torch.int64)]
-    """
-    bound = resolve(axis, "gather")
-    root = check_root(dst, "gather", bound, name="dst")
-
-    def prepare(x: Tensor) -> tuple[Tensor, RootParts]:
-        at = dim_from_end(dim, x, "gather", bound)
-        return x, RootParts(at, (int(x.size(at)),) * bound.size, root)
-
-    return each(GATHER, x, bound, "gather", prepare)
-
-
-@collective(V, V, transpose="gather", value="this rank's slice of src's tensor")
-def scatter(
-    x: Tree,
-    axis: AxisLike,
-    *,
-    dim: int = 0,
-    src: int = 0,
-    sizes: Sequence[int] | None = None,
-) -> Tree:
-    """This rank's slice of src's tensor.
-
-    V -> V. Transpose: gather. Off src, x is a placeholder of src's shape (with sizes,
-    of any length along `dim`): its values are not read, and its gradient is zeros of
-    its own shape.
-    Shapes: x (..., m, ...) -> (..., sizes[i], ...) on rank i; without sizes, equal
-    parts.
-    Cost: src sends (n-1)/n of x. Raises: ShapeError where dim does not divide by n or
-    sizes do not add up to src's length; AxisError where src is not an index along the axis.
-
-    >>> pmod.simulate(lambda: pmod.scatter(torch.arange(4) * (1 - pmod.axis_index("model")), "model"), model=2)
-    [tensor([0, 1]), tensor([2, 3])]
-    """
-    bound = resolve(axis, "scatter")
-    root = check_root(src, "scatter", bound, name="src")
-    given = None if sizes is None else check_sizes(sizes, "scatter", bound)
-
-    def prepare(x: Tensor) -> tuple[Tensor, RootParts]:
-        at = dim_from_end(dim, x, "scatter", bound)
-        if given is None:
-            _check_divides(x, at, "scatter", bound, right="Pass sizes={sizes}.")
-        elif bound.index == root:
-            check_adds_up(x, at, given, "scatter", bound)
-        parts = given or (int(x.shape[at]) // bound.size,) * bound.size
-        # what another rank than the root passes is a placeholder, and is not sent
-        params = RootParts(at, parts, root)
-        if bound.index == root or bound.size == 1:
-            return x, params
-        return x.narrow(at, 0, 0), params
-
-    return each(SCATTER, x, bound, "scatter", prepare)
-
-
 def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent[Tensor]:
     split_dim, concat_dim, split_sizes_, concat_sizes = params
     out = _lengths(split_sizes_, x.shape[split_dim] // wire.size, wire)
@@ -546,6 +440,14 @@ def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent[Tensor]:
         _blocks(x, split_dim, out), sending, [math.prod(shape) for shape in shapes]
     )
     return sent.then(lambda y: _join(y, shapes, concat_dim))
+
+
+def _exchange_at_once(x: Tensor, wire: Wire, params: Exchange) -> AtOnce | None:
+    first = -x.dim()
+    # along the first dim the parts lie one after another
+    if params != (first, first, None, None):
+        return None
+    return wire.ready_exchange(x)
 
 
 def _swap(params: Exchange) -> Exchange:
@@ -591,6 +493,7 @@ ALL_TO_ALL = Row(
     Exchange,
     _send_all_to_all,
     flip=_swap,
+    at_once=_exchange_at_once,
     agreed=_but_for_sizes,
     why="the gradient of each part goes back to the rank that it came from",
 )

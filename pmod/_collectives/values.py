@@ -38,13 +38,14 @@ from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 from pmod._torch import are_transforms_active, forward_level
-from pmod._wire.base import Wire
+from pmod._wire.base import SMALL, AtOnce, Wire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import (
     SIGNED,
     Reduction,
     accumulator,
     computed_in,
+    extreme,
     is_eight_bits,
     real_sum,
 )
@@ -72,6 +73,10 @@ def _send_psum(x: Tensor, wire: Wire, params: Mean) -> Sent[Tensor]:
     )
 
 
+def _psum_at_once(x: Tensor, wire: Wire, params: Mean) -> AtOnce | None:
+    return wire.ready_sum(x, accumulator(x.dtype, params.reduce_dtype), params.divisor)
+
+
 def send_pvary(x: Tensor, wire: Wire, params: Mean) -> Tensor:
     if params.divisor == 1:
         return x
@@ -87,6 +92,7 @@ PSUM, PVARY = pair(
         Mean,
         _send_psum,
         fused=True,
+        at_once=_psum_at_once,
         why="every rank used the one value in its own way: its gradient is the sum of theirs",
     ),
     Row(
@@ -349,8 +355,23 @@ def _send_extremum(x: Tensor, wire: Wire, params: Extremum) -> Sent[Tensor]:
     return wire.all_reduce(carried, how, carried.dtype, 1).then(lambda y: y.to(x.dtype))
 
 
+def _extremum_at_once(x: Tensor, wire: Wire, params: Extremum) -> AtOnce | None:
+    gather = wire.ready_gather(x, (wire.size, *x.shape))
+    if gather is None or x.nbytes > SMALL:
+        return None
+    return lambda x: extreme(gather(x), params.how)
+
+
 EXTREMUM = without_derivative(
-    Row("extremum", V, I, Extremum, _send_extremum, fused=True)
+    Row(
+        "extremum",
+        V,
+        I,
+        Extremum,
+        _send_extremum,
+        fused=True,
+        at_once=_extremum_at_once,
+    )
 )
 
 
@@ -410,7 +431,7 @@ def _extrema(function: str, how: Reduction, axis: Axis, leaves: list[Any]) -> li
     if axis.size == 1:
         return [_of_one_rank(x) for x in leaves]
     # it is not linear, so no row has its derivative, and `_attach` brings it
-    values = together(EXTREMUM, [x.detach() for x in xs], axis, Extremum(how))
+    values = together(EXTREMUM, list(map(_constant, xs)), axis, Extremum(how))
     _attach_to(values, xs, axis)
     for i, x in enumerate(leaves):
         if not isinstance(x, Tensor):
@@ -435,6 +456,11 @@ def differentiated(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or are_transforms_active():
         return True
     return forward_level() >= 0
+
+
+def _constant(x: Tensor) -> Tensor:
+    """Return x as what has no derivative: itself where nobody asks for one."""
+    return x.detach() if differentiated(x) else x
 
 
 def _computable(x: Tensor) -> Tensor:
@@ -497,6 +523,10 @@ def _send_place(x: Tensor, wire: Wire, params: Root) -> Tensor:
     return x if wire.index == params.root else torch.zeros_like(x)
 
 
+def _at_once_from_root(x: Tensor, wire: Wire, params: Root | RootSum) -> AtOnce | None:
+    return wire.ready_broadcast(x, params.root)
+
+
 PICK, PLACE = pair(
     Row(
         "pick",
@@ -505,6 +535,7 @@ PICK, PLACE = pair(
         Root,
         _send_pick,
         fused=True,
+        at_once=_at_once_from_root,
         why="one rank used the value: all others get the gradient from there",
     ),
     Row(
@@ -581,6 +612,7 @@ BROADCAST, REDUCE = pair(
         RootSum,
         _send_broadcast,
         fused=True,
+        at_once=_at_once_from_root,
         why="the sum stands on one rank: what flows back to it is every summand's gradient",
     ),
     Row(

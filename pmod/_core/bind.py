@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -67,7 +68,7 @@ class _Linear(OneLevel):
     """A row that autograd sees, on tensors of one dtype.
 
     `below`, if given, computes the value in place of running the call (transforms;
-    messages sent by `start`).
+    messages sent by `start`; calls that were made before).
 
     The base is what torch makes for each level of torch.func: a Function of one level.
     `torch.autograd.Function` adds the levels, and since torch 2.14 it does so even in
@@ -81,27 +82,27 @@ class _Linear(OneLevel):
         below: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
-        if below is None and call.row.local:
-            # the result may be a view of x, and autograd must see that it is one
-            return tuple(run(call, xs))
+        values = partial(run, call) if below is None else below
+        # the result may be a view of x, and autograd must see that it is one
+        if call.row.local:
+            return tuple(values(xs))
         # what arrives is private: where it is a view of a message, autograd need not
         # know, and the user may change it
         with below_views():
-            if below is not None:
-                return tuple(below(xs))
-            return tuple(run(call, xs))
+            return tuple(values(xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-        ctx.call = inputs[0]
+        ctx.call, below, *_ = inputs
         ctx.origin = watched.origin
+        # of a call that was made before
+        ctx.instead = getattr(below, "backward", None)
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        instead = getattr(ctx, "instead", None)
-        if instead is not None:
-            return (None, None, *instead(gs, needed, ctx.origin))
+        if ctx.instead is not None:
+            return (None, None, *ctx.instead(gs, needed, ctx.origin))
         places = [place for place, need in enumerate(needed) if need]
         own = transposed(ctx.call, [gs[place] for place in places], ctx.origin)
         return (None, None, *_placed(own, places, len(gs)))
@@ -123,7 +124,9 @@ def _placed(
     return out
 
 
-def transposed(call: Call, gs: Sequence[Tensor], forward: Origin) -> list[Tensor]:
+def transposed(
+    call: Call, gs: Sequence[Tensor], forward: Origin | None
+) -> list[Tensor]:
     """Bind the transpose of a call on gradients: its derivative, autograd's own."""
     ys = list(bind(call.T, [_dense(g) for g in gs], forward))
     for i, y in enumerate(ys):
@@ -142,7 +145,8 @@ def _dense(gradient: Tensor) -> Tensor:
 
 
 # the stubs of torch do not say what `apply` takes
-_apply: Callable[..., tuple[Tensor, ...]] = cast(Any, _Linear).apply
+attach: Callable[..., tuple[Tensor, ...]] = cast(Any, _Linear).apply
+"""Return the results of a call with its derivative: of (call, below, *xs)."""
 
 _library = torch.library.Library("pmod", "FRAGMENT")
 _library.define(
@@ -224,7 +228,7 @@ def _operator_autograd(keyset: object, xs: list[Tensor], call: str) -> list[Tens
     allowed = is_one_level_allowed()
     allow_one_level(True)
     try:
-        return list(_apply(decode(call), below, *xs))
+        return list(attach(decode(call), below, *xs))
     finally:
         allow_one_level(allowed)
 
@@ -279,7 +283,10 @@ def bind(
     forward: the origin of the call that this one is the transpose of.
     """
     if call.axis.size == 1 and call.row.alone:
-        return _bind_alone(call, xs)
+        ys = _bind_alone(call, xs)
+        if bound.calls is not None:
+            bound.calls.append((call, xs, ys))
+        return ys
     # a mode (shard_map's) sees this as one operation
     if count_function_modes() > 0:
         return handle_torch_function(bind, xs, call, xs, forward)
@@ -289,7 +296,10 @@ def bind(
         return _operator(xs, encode(call.row.name, call.axis.key, params))
     if watchers():
         return _bind_watched(call, xs, forward)
-    return _bind(call, xs)
+    ys = _bind(call, xs)
+    if bound.calls is not None:
+        bound.calls.append((call, xs, ys))
+    return ys
 
 
 def _bind_alone(call: Call, xs: list[Tensor]) -> Sequence[Tensor]:
@@ -357,7 +367,7 @@ def carry(
 ) -> Sequence[Tensor]:
     """Run a call on plain tensors, or let `below` do it, and attach the derivative."""
     if forward_level() >= 0 or _is_recorded(xs):
-        return _apply(call, below, *xs)
+        return attach(call, below, *xs)
     if below is not None:
         return below(xs)
     ys = run(call, xs)
@@ -400,6 +410,14 @@ started = _Started()
 """Who runs a started function on this thread."""
 
 
+class _Bound(threading.local):
+    calls: list[tuple[Call, list[Tensor], Sequence[Tensor]]] | None = None
+
+
+bound = _Bound()
+"""What this thread binds, where somebody asks."""
+
+
 def is_ahead(call: Call) -> bool:
     """Whether `start` runs on this thread, and sends this call ahead."""
     return started.by is not None and not call.row.local and call.axis.size > 1
@@ -412,8 +430,8 @@ def bind_all(calls: Sequence[tuple[Call, list[Tensor]]]) -> list[Sequence[Tensor
     return [bind(call, xs) for call, xs in calls]
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 def _are_plain(xs: list[Tensor]) -> bool:
-    return _PLAIN.issuperset(map(type, xs))
+    return PLAIN.issuperset(map(type, xs))

@@ -1,7 +1,7 @@
 """What the public collectives are, as data: kinds, values, derivatives.
 
-`@collective` stands on the public function and returns it as it is, so that a call
-costs nothing more. Whoever shows or checks collectives reads `COLLECTIVES`: pictures,
+`@collective` stands on the public function, and lets it remember its calls
+(`_core/ready.py`). Whoever shows or checks collectives reads `COLLECTIVES`: pictures,
 `explain`, the table that `python -m pmod.collectives` prints, tests. What moves is in
 the rows that a collective binds (`_core/row.py`).
 """
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import attrs
 
+from pmod._core.ready import remembering
 from pmod._core.row import Kind
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -81,16 +82,17 @@ COLLECTIVES: dict[str, Collective] = {}
 def collective(
     takes: Kind, gives: Kind, *, value: str, transpose: str = "", derivative: str = ""
 ) -> Callable[[F], F]:
-    """Declare a public collective, by a decorator that gives the function back.
+    """Declare a public collective, which sends at once what it has sent before.
 
     transpose: the name of a collective, or words such as "the shift back"; derivative:
     of what is not linear.
     """
 
     def declare(f: F) -> F:
+        remembered = remembering(f)
         COLLECTIVES[f.__name__] = Collective(
-            f, takes, gives, transpose, derivative or transpose, value
+            remembered, takes, gives, transpose, derivative or transpose, value
         )
-        return f
+        return remembered
 
     return declare

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pmod._mesh.axis import Axis
 from pmod._torch import constant_in_graphs
-from pmod._wire.base import Wire
+from pmod._wire.base import AtOnce, Wire
 from pmod._wire.sent import Sent
 
 Kind: TypeAlias = Literal["V", "I"]
@@ -56,6 +56,9 @@ class Row(Generic[Params]):
         Callable[[Params, tuple[int, ...]], tuple[tuple[Any, ...], tuple[int, ...]]]
         | None
     ) = None
+    # what is done per call on a contiguous tensor of this shape and dtype, where the
+    # wire has a way of its own for it: the same as by `send`
+    at_once: Callable[[Tensor, Wire, Params], AtOnce | None] | None = None
     # of a fused row whose results may have other shapes than its inputs: the parameters
     # with what `send` must know of them, and the shapes on the rank of this index
     resized: (
@@ -66,7 +69,7 @@ class Row(Generic[Params]):
     @property
     def T(self) -> Row[Params]:
         """The transpose."""
-        return ROWS[_TRANSPOSES[self.name]]
+        return ROWS[TRANSPOSES[self.name]]
 
     def along(self, axis: Axis, params: Params) -> Call:
         """Return the call of this row along an axis."""
@@ -74,7 +77,7 @@ class Row(Generic[Params]):
 
 
 ROWS: dict[str, Row[Any]] = {}
-_TRANSPOSES: dict[str, str] = {}
+TRANSPOSES: dict[str, str] = {}
 
 
 def pair(row: Row[Params], transpose: Row[Params]) -> tuple[Row[Params], Row[Params]]:
@@ -84,7 +87,7 @@ def pair(row: Row[Params], transpose: Row[Params]) -> tuple[Row[Params], Row[Par
     )
     for a, b in ((row, transpose), (transpose, row)):
         ROWS[a.name] = a
-        _TRANSPOSES[a.name] = b.name
+        TRANSPOSES[a.name] = b.name
     return row, transpose
 
 

@@ -144,14 +144,18 @@ def wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:
     # not counted: ranks may make a call that moves nothing unlike often
     if row.local:
         return Wire(axis.size, axis.index)
-    return wire_of(axis, xs[0].device, row.name, _said(row, params, xs))
+    said = said_of(row, params, xs, in_backward=backward_here() != -1)
+    return wire_of(axis, xs[0].device, row.name, said)
 
 
-def _said(row: Row[Params], params: Params, xs: Sequence[Tensor]) -> Said:
-    """Return what must be the same on all ranks, and what an error shows."""
+def said_of(
+    row: Row[Params], params: Params, xs: Sequence[Tensor], in_backward: bool
+) -> Said:
+    """Return what must be the same on all ranks, and what an error shows.
+
+    A sum of gradients and one of values may look alike, and must not meet.
+    """
     shapes, dtype = [x.shape for x in xs], xs[0].dtype
-    # a sum of gradients and one of values may look alike, and must not meet
-    in_backward = backward_here() != -1
     if row.agreed is None:
         code = code_of((row.name, params, dtype, in_backward, *shapes))
     else:

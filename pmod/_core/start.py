@@ -33,6 +33,7 @@ from pmod._core.ahead import (
 )
 from pmod._core.bind import Starter, is_transformed, started
 from pmod._core.leaves import tensors_in
+from pmod._core.ready import without_memory
 from pmod._core.row import Call
 from pmod._errors import ArgumentError, PmodError, phrase, quoted
 from pmod._site import Line, line_of
@@ -278,6 +279,7 @@ def _is_pure(f: object, args: Iterable[object], kwargs: dict[str, object]) -> bo
         return False
     if isinstance(f, MethodType):
         f = f.__func__
+    f = without_memory(f)
     if not isinstance(f, FunctionType) or f.__module__.partition(".")[0] != "pmod":
         return False
     # a decorator's inner function, and one that a function of pmod's makes, may call

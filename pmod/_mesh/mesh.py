@@ -40,7 +40,7 @@ from pmod._numbers import as_int
 from pmod._ranks import place as _place
 from pmod._ranks import world
 from pmod._ranks.topology import Topology, is_thread
-from pmod._ranks.world import DEFAULT_TIMEOUT
+from pmod._ranks.world import DEFAULT_TIMEOUT, Made
 from pmod._torch import constant_in_graphs, count_function_modes
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class Mesh:
     # What was looked up once. It is a memo and no state, because it changes no answer;
     # pickles leave it out.
     _bound: dict[object, Axis] = attrs.field(init=False, factory=dict)
+    # The calls that were made along its axes: a memo, too, of one connection.
+    _made: Made = attrs.field(init=False, factory=Made)
 
     def __attrs_post_init__(self) -> None:
         check_fields(

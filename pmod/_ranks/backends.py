@@ -66,10 +66,12 @@ def supported() -> list[str]:
 
 def backend_for(device_type: str, function: str) -> Backend:
     """Return the backend that is chosen for tensors of this type of device."""
+    first: dict[str, str] = {}
     for backend in _BACKENDS.values():
         if backend.device_type == device_type:
             return backend
-    listed = [f"{one.device_type} (by {one.name})" for one in _BACKENDS.values()]
+        first.setdefault(backend.device_type, backend.name)
+    listed = [f"{kind} (by {name})" for kind, name in first.items()]
     given = f"pmod has no backend for tensors on {device_type}"
     raise TopologyError(phrase(function, given, f"It has one for {', '.join(listed)}."))
 

@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,13 @@ DEFAULT_TIMEOUT = 600.0
 LONGEST = 1e9
 
 
+class Made(dict[object, Any]):
+    """The calls that were made along the axes of a mesh (`_core/ready.py`).
+
+    They hold process groups, so they go with the connection.
+    """
+
+
 class Connection:
     """What this process has connected; `shutdown` begins a new one.
 
@@ -86,6 +94,7 @@ class Connection:
         self.places: dict[int, tuple[str, int]] = {}
         self.runs = 0
         self.farewells: list[Callable[[], None]] = []
+        self._made: WeakValueDictionary[int, Made] = WeakValueDictionary()
 
     def forget_groups(self) -> None:
         self.groups: dict[str, dist.ProcessGroup] = {}
@@ -94,6 +103,14 @@ class Connection:
         self.made_here: set[str] = set()
         # Of these groups, for each device.
         self.backends: dict[tuple[str, torch.device], Backend] = {}
+
+    def keep(self, made: Made) -> None:
+        """Let these calls be forgotten when the connection is."""
+        self._made[id(made)] = made
+
+    def forget_calls(self) -> None:
+        for made in self._made.values():
+            made.clear()
 
     def next_meeting(self, key: str) -> int:
         """Return the number of a message along these ranks, the same on all of them."""
@@ -218,6 +235,7 @@ class Processes(World):
         """Forget what was connected."""
         if self.connection.witness is not None:
             self.connection.witness.stop()
+        self.connection.forget_calls()
         self.connection = Connection()
 
 

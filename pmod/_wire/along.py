@@ -6,6 +6,8 @@ the tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -14,12 +16,13 @@ from pmod._ranks import world
 from pmod._ranks.backends import Backend, backend_in, register
 from pmod._wire.base import Alone, Wire
 from pmod._wire.board import Said, code_of, come_back
+from pmod._wire.fake import FAKE
 from pmod._wire.gloo import GLOO
 from pmod._wire.nccl import NCCL
-from pmod._wire.rolling import note
+from pmod._wire.rolling import note, noting
 from pmod._wire.waiting import Wait
 
-for built_in in (GLOO, NCCL):
+for built_in in (GLOO, NCCL, FAKE):
     register(built_in)
 
 
@@ -33,6 +36,21 @@ def wire_of(
     if axis.size == 1:
         return Alone(1, 0)
     return world.now.here.wire(axis, said or Said(row, code_of(row)), device)
+
+
+def ready_wire(
+    axis: Axis, device: torch.device
+) -> tuple[Wire, Callable[[Said], None]] | None:
+    """Return a wire for all messages to come, and what notes each of them.
+
+    None where a wire is for one message: where it has a tag, or blocks this process.
+    """
+    backend = backend_along(axis, device)
+    others_by = backend_along(axis, axis.topology.device)
+    if backend.tags or backend.blocks or others_by.tags:
+        return None
+    wire = backend.wire(axis.size, axis.index, axis.group, backend, None)
+    return wire, noting(axis)
 
 
 def backend_along(axis: Axis, device: torch.device) -> Backend:

@@ -12,13 +12,17 @@ in 16 bits where that halves the bytes of a large message.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pmod._wire.sent import Sent, arrived
 from pmod._wire.sums import Reduction, reduce_parts
+
+AtOnce: TypeAlias = Callable[[Tensor], Tensor]
+"""Sends a tensor, waits, and returns what arrives."""
 
 # Messages below this size are latency: one round trip beats fewer bytes. Measured with
 # pmod.bench on gloo, 4 ranks.
@@ -59,7 +63,7 @@ class Wire:
         mine = counts[self.index]
         arriving = self.all_to_all(x, counts, [mine] * self.size)
         return arriving.then(
-            lambda y: reduce_parts(y.view(self.size, mine).unbind(), "sum", dtype, 1)
+            lambda y: reduce_parts(y.view(self.size, mine), "sum", dtype, 1)
         )
 
     def all_reduce(
@@ -74,7 +78,7 @@ class Wire:
             return self._reduce_by_parts(x, how, dtype, divisor)
         arriving = self.all_gather(x, [x.numel()] * self.size)
         return arriving.then(
-            lambda y: reduce_parts(y.view(self.size, -1).unbind(), how, dtype, divisor)
+            lambda y: reduce_parts(y.view(self.size, -1), how, dtype, divisor)
         )
 
     def _reduce_by_parts(
@@ -89,7 +93,7 @@ class Wire:
         arriving = self.all_to_all(x, counts, [mine] * self.size)
 
         def gather(y: Tensor) -> Sent[Tensor]:
-            parts = y.view(self.size, mine).unbind()
+            parts = y.view(self.size, mine)
             return self.all_gather(reduce_parts(parts, how, dtype, divisor), counts)
 
         return arriving.then(gather)
@@ -109,7 +113,7 @@ class Wire:
             return arriving.then(lambda _: torch.zeros_like(x))
         arriving = self.all_to_all(x, send, [x.numel()] * self.size)
         return arriving.then(
-            lambda y: reduce_parts(y.view(self.size, -1).unbind(), "sum", dtype, 1)
+            lambda y: reduce_parts(y.view(self.size, -1), "sum", dtype, 1)
         )
 
     def permute(
@@ -132,6 +136,40 @@ class Wire:
         if source is None:
             return arriving.then(lambda _: x.new_zeros(count))
         return arriving
+
+    def ready_sum(
+        self, like: Tensor, dtype: torch.dtype, divisor: int
+    ) -> AtOnce | None:
+        """Return what adds up tensors like this one, and waits; as `all_reduce` does.
+
+        None where the wire has no shorter way.
+        """
+        return None
+
+    def ready_broadcast(self, like: Tensor, root: int) -> AtOnce | None:
+        """Return what brings the root's tensor, and waits; as `broadcast` does."""
+        return None
+
+    def ready_gather(self, like: Tensor, shape: Sequence[int]) -> AtOnce | None:
+        """Return what joins all ranks' x, and waits; as `all_gather` does.
+
+        shape: in which it comes.
+        """
+        return None
+
+    def ready_scatter(self, like: Tensor, dtype: torch.dtype) -> AtOnce | None:
+        """Return what adds up equal parts of the first dim; as `reduce_scatter` does."""
+        return None
+
+    def ready_exchange(
+        self, like: Tensor, rows: tuple[list[int], list[int]] | None = None
+    ) -> AtOnce | None:
+        """Return what sends parts of the first dim, and waits; as `all_to_all` does.
+
+        rows: how many go to each rank and come from each, as many in all; by default
+        the parts are equal.
+        """
+        return None
 
 
 def even_counts(total: int, parts: int) -> list[int]:

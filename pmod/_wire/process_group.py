@@ -6,21 +6,22 @@ The backends are in files of their own, such as `nccl.py` and `gloo.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pmod._ranks.backends import Backend
-from pmod._torch import all_gather_flat, reduce_scatter_flat
-from pmod._wire.base import SMALL, Wire
+from pmod._torch import all_gather_flat, own_backend, reduce_scatter_flat
+from pmod._wire.base import SMALL, AtOnce, Wire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import Reduction, bytes_of, scaled
 from pmod._wire.traffic import Metered, meters
 from pmod._wire.waiting import Wait, Work
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import BroadcastOptions, ProcessGroup
 
 T = TypeVar("T")
 
@@ -134,14 +135,86 @@ class GroupWire(Wire):
     def broadcast(self, x: Tensor, root: int) -> Sent[Tensor]:
         out = x.clone() if self.index == root else torch.empty_like(x)
         carried = self._carried(out)
-        options = torch.distributed.BroadcastOptions()
-        options.rootRank = root
-        options.rootTensor = 0
-        work = self.group.broadcast([carried], options)
+        work = self.group.broadcast([carried], _from_root(root))
         return self._on_its_way(work, lambda: out)
+
+    def ready_sum(
+        self, like: Tensor, dtype: torch.dtype, divisor: int
+    ) -> AtOnce | None:
+        if dtype != like.dtype or dtype not in self._backend.sums:
+            return None
+        allreduce = own_backend(self.group, like.device).allreduce
+
+        def add_up(x: Tensor) -> Tensor:
+            y = x.clone()
+            allreduce([y]).wait()
+            return y if divisor == 1 else y.div_(divisor)
+
+        return add_up
+
+    def ready_broadcast(self, like: Tensor, root: int) -> AtOnce | None:
+        if like.dtype not in self._backend.carries:
+            return None
+        broadcast = own_backend(self.group, like.device).broadcast
+        options, here = _from_root(root), self.index == root
+
+        def bring(x: Tensor) -> Tensor:
+            y = x.clone() if here else torch.empty_like(x)
+            broadcast([y], options).wait()
+            return y
+
+        return bring
+
+    def ready_gather(self, like: Tensor, shape: Sequence[int]) -> AtOnce | None:
+        if like.dtype not in self._backend.carries:
+            return None
+        gather = partial(all_gather_flat, own_backend(self.group, like.device))
+
+        def join(x: Tensor) -> Tensor:
+            y = x.new_empty(shape)
+            gather(y, x).wait()
+            return y
+
+        return join
+
+    def ready_scatter(self, like: Tensor, dtype: torch.dtype) -> AtOnce | None:
+        if dtype != like.dtype or dtype not in self._backend.sums:
+            return None
+        scatter = partial(reduce_scatter_flat, own_backend(self.group, like.device))
+        shape = (like.shape[0] // self.size, *like.shape[1:])
+
+        def add_up(x: Tensor) -> Tensor:
+            y = x.new_empty(shape)
+            scatter(y, x).wait()
+            return y
+
+        return add_up
+
+    def ready_exchange(
+        self, like: Tensor, rows: tuple[list[int], list[int]] | None = None
+    ) -> AtOnce | None:
+        if like.dtype not in self._backend.carries:
+            return None
+        exchange = own_backend(self.group, like.device).alltoall_base
+        # no lists stand for equal parts
+        send, recv = rows or ([], [])
+
+        def swap(x: Tensor) -> Tensor:
+            y = torch.empty_like(x)
+            exchange(y, x, recv, send).wait()
+            return y
+
+        return swap
 
     def barrier(self) -> None:
         self._on_its_way(self.group.barrier(), lambda: None).wait()
+
+
+def _from_root(root: int) -> BroadcastOptions:
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = root
+    options.rootTensor = 0
+    return options
 
 
 def as_bytes(

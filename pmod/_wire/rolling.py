@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pmod._errors import MismatchError, coordinates, phrase
@@ -99,7 +100,8 @@ class Witness:
 
     def __init__(self) -> None:
         self._calls: dict[str, Calls] = {}
-        self._found: dict[str, str] = {}
+        # What is wrong, by axis.
+        self.found: dict[str, str] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(
             target=self._look_on, name="pmod compares calls", daemon=True
@@ -129,14 +131,15 @@ class Witness:
 
     def note(self, axis: Axis, number: int, said: Said) -> None:
         """Note a call that is about to be made."""
-        key = axis.group_key
-        if key not in self._calls:
-            self._calls[key] = Calls(axis)
-        self._calls[key].add(number, said)
+        self.calls_along(axis).add(number, said)
+
+    def calls_along(self, axis: Axis) -> Calls:
+        """Return the calls of this rank along an axis."""
+        return self._calls.setdefault(axis.group_key, Calls(axis))
 
     def check(self, axis: Axis, said: Said) -> None:
         """Raise MismatchError where an earlier call of this axis was found unlike."""
-        given = self._found.get(axis.group_key)
+        given = self.found.get(axis.group_key)
         if given is None:
             return
         # What the group carries from now on would be void, too.
@@ -157,7 +160,7 @@ class Witness:
     def _look_on(self) -> None:
         while not self._over.wait(self._pause):
             for key, calls in list(self._calls.items()):
-                if key in self._found:
+                if key in self.found:
                     continue
                 try:
                     given = self._compare(key, calls)
@@ -169,7 +172,7 @@ class Witness:
 
     def _tell(self, key: str, axis: Axis, given: str) -> None:
         """Log what is wrong, and keep it for the next call."""
-        self._found[key] = given
+        self.found[key] = given
         place = coordinates(dict(axis.coords))
         world.log.error("pmod along %r %s: %s", axis.label, place, given)
 
@@ -197,6 +200,22 @@ class Witness:
         )
         self._board.found(key, given)
         return given
+
+
+def noting(axis: Axis) -> Callable[[Said], None]:
+    """Return what numbers and notes the calls along an axis, as `note` does, one by one."""
+    witness: Witness = world.witness(Witness)
+    connection, key = world.processes().connection, axis.group_key
+    add, found = witness.calls_along(axis).add, witness.found
+    meetings = connection.meetings
+
+    def note_next(said: Said) -> None:
+        meetings[key] = number = meetings[key] + 1
+        add(number, said)
+        if found:
+            witness.check(axis, said)
+
+    return note_next
 
 
 def note(axis: Axis, number: int, said: Said) -> None:

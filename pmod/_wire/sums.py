@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import torch
@@ -36,43 +36,38 @@ def accumulator(dtype: torch.dtype, asked: str | None) -> torch.dtype:
 
 
 def reduce_parts(
-    parts: Sequence[Tensor], how: Reduction, dtype: torch.dtype, divisor: int
+    parts: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
 ) -> Tensor:
-    """Combine equal-shaped parts in rank order, adding up in `dtype`."""
+    """Combine the rows of a tensor in their order, adding up in `dtype`."""
     if how != "sum":
-        return _extreme_of_all(parts, how)
-    out_dtype = parts[0].dtype
-    total = parts[0].to(dtype, copy=True)
-    for part in parts[1:]:
+        return extreme(parts, how)
+    first, *others = parts.unbind()
+    total = first.to(dtype, copy=True)
+    for part in others:
         # torch casts the others itself, without a copy; it adds no 8-bit floats.
         total += part.to(dtype) if is_eight_bits(part) else part
-    return scaled(total, divisor).to(out_dtype)
+    return scaled(total, divisor).to(parts.dtype)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FIRST = {ints: torch.iinfo(ints).min for ints in _BITS.values()}
 
 
-def _extreme_of_all(parts: Sequence[Tensor], how: Reduction) -> Tensor:
-    if len(parts) == 1:
-        return parts[0].clone()
-    total = _extreme(parts[0], parts[1], how)
-    for part in parts[2:]:
-        total = _extreme(total, part, how)
-    return total
-
-
-def _extreme(a: Tensor, b: Tensor, how: Reduction) -> Tensor:
-    """Return the elementwise extremum; a NaN stays, and +0.0 is larger than -0.0."""
-    if how == "max":
-        y, both = torch.maximum(a, b), torch.bitwise_and
-    else:
-        y, both = torch.minimum(a, b), torch.bitwise_or
-    if not a.is_floating_point():
+def extreme(parts: Tensor, how: Reduction) -> Tensor:
+    """Return the extremum of the rows; a NaN stays, and +0.0 is larger than -0.0."""
+    largest = torch.amax if how == "max" else torch.amin
+    y = largest(parts, 0)
+    if not parts.is_floating_point():
         return y
-    # torch takes either of two zeros, by where they lie in memory. What is equal has
-    # equal bits, but for the sign of a zero.
-    ints = _BITS[a.element_size()]
-    return torch.where(a == b, both(a.view(ints), b.view(ints)).view(a.dtype), y)
+    # torch takes either of two zeros, by where they lie in memory. Where the extremum
+    # is zero, the bits of all rows, taken as numbers, have an extremum whose first bit
+    # is the sign of the right one. A zero of that sign changes no other number.
+    ints = _BITS[parts.element_size()]
+    zero = (largest(parts.view(ints), 0) & _FIRST[ints]).view(parts.dtype)
+    # of two zeros a sum is the larger one
+    if how == "max":
+        return y.add_(zero)
+    return y.neg_().sub_(zero).neg_()
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import pmod
-from pmod._collectives import permutes, slices, values
+from pmod._collectives import permutes, rooted, slices, values
 from pmod._core import bind as _bind
 from pmod._core import send as _send
 from pmod._core.bind import bind
-from pmod._core.row import _TRANSPOSES, ROWS, Call, I, Row, V, _read, pair
+from pmod._core.row import ROWS, TRANSPOSES, Call, I, Row, V, _read, pair
 from pmod._wire import base
 from tests.lib import oracle, properties
 from tests.lib.listening import on_threads
@@ -89,7 +89,7 @@ def change(patch: Patch, row: str, **changes: Any) -> None:
     """Another row under the same name, for the public functions and for who looks it up."""
     old, new = ROWS[row], attrs.evolve(ROWS[row], **changes)
     patch.setitem(ROWS, row, new)
-    for module in (permutes, slices, values):
+    for module in (permutes, rooted, slices, values):
         for name, value in list(vars(module).items()):
             if value is old:
                 patch.setattr(module, name, new)
@@ -98,7 +98,7 @@ def change(patch: Patch, row: str, **changes: Any) -> None:
 def transpose(row: str, to: str, flip: Callable[[Any], Any] = lambda params: params) -> Callable[[Patch], None]:
     def broken(patch: Patch) -> None:
         change(patch, row, flip=flip)
-        patch.setitem(_TRANSPOSES, row, to)
+        patch.setitem(TRANSPOSES, row, to)
 
     return broken
 
@@ -283,7 +283,7 @@ BROKEN_OTHERWISE: dict[str, tuple[Callable[[Patch], Any], Callable[[], Any]]] = 
         partial(on_threads, properties.sixteen_on_rank, 3, x=4),
     ),
     "a NaN is passed over": (
-        lambda patch: patch.setattr(torch, "maximum", torch.fmax),
+        lambda patch: patch.setattr(torch, "amax", lambda x, dim, amax=torch.amax: amax(x.nan_to_num(), dim)),
         partial(pmod.simulate, properties.extremum_on_rank, "pmax", torch.float64, x=3),
     ),
     "channels_last is lost": (

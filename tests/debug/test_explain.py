@@ -11,7 +11,7 @@ from torch import nn
 import pmod
 from pmod._core import watch
 from pmod._core.collective import COLLECTIVES
-from pmod._core.row import _TRANSPOSES, ROWS
+from pmod._core.row import ROWS, TRANSPOSES
 from tests.lib import spmd
 from tests.lib.table import CASES, Here
 
@@ -70,7 +70,7 @@ def case_on_rank(name: str) -> None:
     assert f"{CASES[name].takes} -> {CASES[name].gives}: {COLLECTIVES[name].value}." in text
     if CASES[name].linear:
         (row,) = step.backward
-        assert row in {ROWS[r].T.name for r in CASES[name].rows if r in _TRANSPOSES} and ROWS[row].why in text
+        assert row in {ROWS[r].T.name for r in CASES[name].rows if r in TRANSPOSES} and ROWS[row].why in text
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -78,7 +78,7 @@ def test_every_collective(name: str) -> None:
     spmd.launch(case_on_rank, name, x=2)
 
 
-@pytest.mark.parametrize("row", _TRANSPOSES)
+@pytest.mark.parametrize("row", TRANSPOSES)
 def test_every_row_says_why(row: str) -> None:
     assert ROWS[row].why and ROWS[row].why[-1] != "."
 

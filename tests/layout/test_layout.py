@@ -15,7 +15,7 @@ import pytest
 import pmod
 from pmod import _torch
 from pmod._core.collective import COLLECTIVES
-from pmod._core.row import _TRANSPOSES, ROWS, Row
+from pmod._core.row import ROWS, TRANSPOSES, Row
 from tests.lib.table import CASES, Here
 
 SOURCE = Path(pmod.__file__).parent
@@ -317,7 +317,7 @@ def test_every_row_is_in_a_case() -> None:
     assert set().union(*bound.values()) == set(ROWS)
 
 
-@pytest.mark.parametrize("row", [ROWS[name] for name in _TRANSPOSES], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [ROWS[name] for name in TRANSPOSES], ids=lambda row: row.name)
 def test_rows(row: Row) -> None:
     assert row.T.T is row
     assert (row.T.takes, row.T.gives) == (row.gives, row.takes)
@@ -333,7 +333,7 @@ def test_transpose_of_a_transpose(name: str) -> None:
 
 
 def test_only_extrema_have_no_transpose() -> None:
-    assert set(ROWS) - set(_TRANSPOSES) == {"extremum"}
+    assert set(ROWS) - set(TRANSPOSES) == {"extremum"}
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)

@@ -35,6 +35,7 @@ STATE = {
     "_shard.traced._counted": "a memo, by graphs of the tracer",
     # what threads are doing, undone where it was done
     "_core.bind.started": "who runs a started function on this thread",
+    "_core.bind.bound": "what this thread binds, where somebody asks",
     "_core.watch._telling": "whether this thread tells a watcher something, whose own calls nobody hears",
     "_site.watched": "the call that this thread binds, while somebody watches",
     # what torch is told, or was told, once a process
@@ -47,7 +48,7 @@ STATE = {
     "bench.cases.CASES": "what is measured",
     "_ranks.backends._BACKENDS": "the table of backends, to which a third one may be added",
     "_core.row.ROWS": "the table of rows, where each file of collectives registers its own",
-    "_core.row._TRANSPOSES": "of that table, which row is the transpose of which",
+    "_core.row.TRANSPOSES": "of that table, which row is the transpose of which",
     # of tensors and modules of the user's
     "_core.marks.marked": "the leaves that pmod.varying marks, each as long as it lives",
     "_train.share_parameters._numbers": "numbers the layers that it replaces, so that their hooks differ",

@@ -350,6 +350,16 @@ def reduced_by_nccl() -> None:
     Metered(Group(), 2, 0)._reduce_scatter_base(torch.ones(2), torch.ones(4))
 
 
+@needs("torch.distributed:ProcessGroup._get_backend")
+def sent_again() -> None:
+    """A call that was made before does not find what sends for its group."""
+    import pmod
+
+    with fake_ranks() as mesh:
+        for _ in range(3):
+            pmod.psum(torch.ones(2), mesh["x"])
+
+
 class Group:
     """In the place of a process group."""
 

@@ -19,6 +19,7 @@ from pmod._ranks import backends, world
 from pmod._ranks.backends import Backend, backend_in, register
 from pmod._wire.along import backend_along
 from pmod._wire.base import Wire
+from pmod._wire.fake import FAKE
 from pmod._wire.gloo import GLOO
 from pmod._wire.nccl import NCCL
 from pmod._wire.sent import Sent
@@ -140,7 +141,7 @@ def test_it_is_what_its_record_says(tmp_path: Path) -> None:
         ("cpu:gloo,cuda:nccl", "cpu", GLOO),
         ("cpu:gloo,cuda:nccl", "cuda", NCCL),
         ("cpu:gloo,cuda:gloo", "cuda", NCCL),  # gloo's record is for the CPU
-        ("cpu:fake,cuda:fake,hpu:fake,xpu:fake", "cpu", GLOO),  # which pmod does not know
+        ("cpu:fake,cuda:fake,hpu:fake,xpu:fake", "cpu", FAKE),
         ("mpi", "cpu", GLOO),
     ],
 )
