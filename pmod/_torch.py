@@ -371,17 +371,17 @@ def note_ranks(group: Any, ranks: Sequence[int]) -> None:
     torch.distributed.distributed_c10d._world.pg_group_ranks[group] = numbers
 
 
-def _method(name: str) -> Callable[..., Any]:
-    """A method of process groups, and of what stands in for one."""
+def _method(name: str) -> Callable[[object], Callable[..., Any]]:
+    """Return what finds a method of process groups, and of what stands in for one."""
 
-    def call(group: object, *args: object) -> Any:
-        return getattr(group, name)(*args)
+    def find(group: object) -> Any:
+        return getattr(group, name)
 
-    return _with(f"torch.distributed:ProcessGroup.{name}")(call)
+    return _with(f"torch.distributed:ProcessGroup.{name}")(find)
 
 
-all_gather_flat: Callable[..., Any] = _method("_allgather_base")
-reduce_scatter_flat: Callable[..., Any] = _method("_reduce_scatter_base")
+all_gather_of = _method("_allgather_base")
+reduce_scatter_of = _method("_reduce_scatter_base")
 
 
 @_with("torch.distributed:ProcessGroup._get_backend")

@@ -146,7 +146,7 @@ def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent[Tensor
 def _joined_at_once(x: Tensor, wire: Wire, params: Parts | Slices) -> AtOnce | None:
     if params.sizes is not None or params.dim != -x.dim():
         return None
-    return wire.ready_gather(x, (wire.size * x.shape[0], *x.shape[1:]))
+    return wire.ready_gather(x)
 
 
 def _summed_at_once(x: Tensor, wire: Wire, params: Parts) -> AtOnce | None:

@@ -356,10 +356,13 @@ def _send_extremum(x: Tensor, wire: Wire, params: Extremum) -> Sent[Tensor]:
 
 
 def _extremum_at_once(x: Tensor, wire: Wire, params: Extremum) -> AtOnce | None:
-    gather = wire.ready_gather(x, (wire.size, *x.shape))
-    if gather is None or x.nbytes > SMALL:
+    gather = None
+    if x.dim() > 0 and x.nbytes <= SMALL:
+        gather = wire.ready_gather(x)
+    if gather is None:
         return None
-    return lambda x: extreme(gather(x), params.how)
+    shape = (wire.size, *x.shape)
+    return lambda x: extreme(gather(x).view(shape), params.how)
 
 
 EXTREMUM = without_derivative(

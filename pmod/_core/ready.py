@@ -51,6 +51,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MOST = 4096
 # By now all ranks of an axis have connected, and know one another.
 CONNECTED = 2
+_LABELS = frozenset({str, type(None)})
 _SCALARS = frozenset({int, str, bool, float, torch.dtype, type(None)})
 
 
@@ -142,10 +143,14 @@ def remembering(f: F) -> F:
 
     @wraps(f)
     def at_once_or(x: Any, axis: Any, *rest: Any, **options: Any) -> Any:
+        # what follows is nothing for a compiler
+        if is_compiling():
+            return f(x, axis, *rest, **options)
         key = mesh = None
-        connection = world.now.processes.connection
-        if not is_compiling() and _may_be_known(x, connection):
-            mesh, label = world.now.here.mesh, axis
+        now = world.now
+        connection = now.processes.connection
+        if _may_be_known(x, connection):
+            mesh, label = now.here.mesh, axis
             if type(axis) is Mesh:
                 mesh, label = axis, None
             key = _key_of(f, label, x, rest, options)
@@ -182,15 +187,14 @@ def _key_of(
     options: dict[str, Any],
 ) -> tuple[object, ...] | None:
     """Return what a call is kept under; None where its arguments are no such thing."""
-    key = (f, label, x.shape, x.dtype, x.device)
-    if rest or options:
-        more = _frozen(rest, options)
-        key = None if more is None else (*key, *more)
-    try:
-        hash(key)
-    except TypeError:
+    # other axes are no keys, or wrong
+    if type(label) not in _LABELS:
         return None
-    return key
+    key = (f, label, x.shape, x.dtype, x.device)
+    if not (rest or options):
+        return key
+    more = _frozen(rest, options)
+    return None if more is None else (*key, *more)
 
 
 def _frozen(rest: tuple[Any, ...], options: dict[str, Any]) -> list[object] | None:

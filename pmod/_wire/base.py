@@ -150,11 +150,8 @@ class Wire:
         """Return what brings the root's tensor, and waits; as `broadcast` does."""
         return None
 
-    def ready_gather(self, like: Tensor, shape: Sequence[int]) -> AtOnce | None:
-        """Return what joins all ranks' x, and waits; as `all_gather` does.
-
-        shape: in which it comes.
-        """
+    def ready_gather(self, like: Tensor) -> AtOnce | None:
+        """Return what joins along the first dim, and waits; as `all_gather` does."""
         return None
 
     def ready_scatter(self, like: Tensor, dtype: torch.dtype) -> AtOnce | None:

@@ -6,14 +6,13 @@ The backends are in files of their own, such as `nccl.py` and `gloo.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pmod._ranks.backends import Backend
-from pmod._torch import all_gather_flat, own_backend, reduce_scatter_flat
+from pmod._torch import all_gather_of, own_backend, reduce_scatter_of
 from pmod._wire.base import SMALL, AtOnce, Wire
 from pmod._wire.sent import Sent
 from pmod._wire.sums import Reduction, bytes_of, scaled
@@ -93,7 +92,7 @@ class GroupWire(Wire):
             return self._gather_bytes(x, counts)
         out = x.new_empty(sum(counts))
         if len(set(counts)) == 1:
-            work = all_gather_flat(self.group, out, x)
+            work = all_gather_of(self.group)(out, x)
         else:
             work = self.group.allgather([list(out.split(list(counts)))], [x])
         return self._on_its_way(work, lambda: out)
@@ -115,7 +114,7 @@ class GroupWire(Wire):
         if not native or len(set(counts)) > 1:
             return super().reduce_scatter(x, counts, dtype)
         out = x.new_empty(counts[0])
-        work = reduce_scatter_flat(self.group, out, x)
+        work = reduce_scatter_of(self.group)(out, x)
         return self._on_its_way(work, lambda: out)
 
     def all_reduce(
@@ -165,10 +164,11 @@ class GroupWire(Wire):
 
         return bring
 
-    def ready_gather(self, like: Tensor, shape: Sequence[int]) -> AtOnce | None:
+    def ready_gather(self, like: Tensor) -> AtOnce | None:
         if like.dtype not in self._backend.carries:
             return None
-        gather = partial(all_gather_flat, own_backend(self.group, like.device))
+        gather = all_gather_of(own_backend(self.group, like.device))
+        shape = (self.size * like.shape[0], *like.shape[1:])
 
         def join(x: Tensor) -> Tensor:
             y = x.new_empty(shape)
@@ -180,7 +180,7 @@ class GroupWire(Wire):
     def ready_scatter(self, like: Tensor, dtype: torch.dtype) -> AtOnce | None:
         if dtype != like.dtype or dtype not in self._backend.sums:
             return None
-        scatter = partial(reduce_scatter_flat, own_backend(self.group, like.device))
+        scatter = reduce_scatter_of(own_backend(self.group, like.device))
         shape = (like.shape[0] // self.size, *like.shape[1:])
 
         def add_up(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import attrs
 from torch import Tensor
 
 from pmod._ranks import world
-from pmod._torch import all_gather_flat, reduce_scatter_flat
+from pmod._torch import all_gather_of, reduce_scatter_of
 
 if TYPE_CHECKING:
     from torch.distributed import BroadcastOptions, Work
@@ -93,7 +93,7 @@ class Metered:
 
     def _allgather_base(self, out: Tensor, x: Tensor) -> Work:
         count_bytes((self._size - 1) * x.nbytes, out.nbytes - x.nbytes, self._steps)
-        return all_gather_flat(self._group, out, x)
+        return all_gather_of(self._group)(out, x)
 
     def allgather(self, outs: list[list[Tensor]], xs: list[Tensor]) -> Work:
         received = sum(out.nbytes for out in outs[0]) - xs[0].nbytes
@@ -103,7 +103,7 @@ class Metered:
     def _reduce_scatter_base(self, out: Tensor, x: Tensor) -> Work:
         nbytes = (self._size - 1) * x.nbytes // self._size
         count_bytes(nbytes, nbytes, self._steps)
-        return reduce_scatter_flat(self._group, out, x)
+        return reduce_scatter_of(self._group)(out, x)
 
     def allreduce(self, xs: list[Tensor]) -> Work:
         nbytes = 2 * (self._size - 1) * xs[0].nbytes // self._size

@@ -67,7 +67,7 @@ def measure_host(rounds: int) -> list[Result]:
     the transpose.
     """
     runs: Runs = {}
-    with _fake_ranks(FAKE_RANKS):
+    with fake_ranks(FAKE_RANKS):
         for name, case in CASES.items():
             x = torch.ones(8, 8)
             parameter = torch.ones(8, 8, requires_grad=True)
@@ -96,7 +96,7 @@ def _raw_backward(
 
 
 @contextmanager
-def _fake_ranks(n: int) -> Generator[None]:
+def fake_ranks(n: int) -> Generator[None]:
     dist.init_process_group("fake", store=fake_store()(), rank=0, world_size=n)
     try:
         place = pmod.Topology(rank=0, world_size=n)

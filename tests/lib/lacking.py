@@ -436,7 +436,7 @@ def the_benchmark() -> None:
     """The benchmark cannot measure the host without other ranks."""
     from pmod.bench import sections
 
-    with sections._fake_ranks(2):
+    with sections.fake_ranks(2):
         pass
 
 
