@@ -43,7 +43,15 @@ class Block:
     `read(array)` gives what `halo_exchange` would give of the shard. `shape` is the
     shape of that, `slices` are for each dim the rows of the whole that it is made of,
     in the order of the block: one slice, two where a periodic window wraps, three where
-    it does so on both sides.
+    it does so on both sides. `whole` is the shape of the whole.
+
+    >>> def read():
+    ...     return pmod.local_slice((5,), pmod.P("data"), halo={0: 1}, boundary="periodic")
+    >>> block = pmod.simulate(read, data=2)[0]
+    >>> block.shape, block.slices
+    ((5,), ((slice(4, 5, None), slice(0, 4, None)),))
+    >>> block.read(torch.arange(5) * 10)
+    tensor([40,  0, 10, 20, 30])
     """
 
     whole: tuple[int, ...]
@@ -53,7 +61,10 @@ class Block:
     @property
     def slices(self) -> tuple[tuple[slice, ...], ...]:
         """For each dim, the rows of the whole that the block is made of."""
-        return tuple(tuple([run.rows for run in runs]) for runs in self._runs)
+        found: list[tuple[slice, ...]] = []
+        for runs in self._runs:
+            found.append(tuple([run.rows for run in runs]))
+        return tuple(found)
 
     def read(self, array: Any) -> Any:
         """Return the block: a tensor of a tensor, else a numpy array.

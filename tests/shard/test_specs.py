@@ -439,7 +439,8 @@ def test_slices_of_a_block() -> None:
     ]  # fmt: skip
     assert pmod.simulate(slices, "zeros", data=2) == [((slice(0, 4),), last), ((slice(2, 6),), last)]
     block = pmod.simulate(lambda: pmod.local_slice((6, 2), P("data"), halo={0: 1}, boundary="periodic"), data=2)[0]
-    assert block.read(np.arange(12).reshape(6, 2).view(Spied)).tolist() == [[10, 11], *np.arange(8).reshape(4, 2).tolist()]
+    whole = np.arange(12).reshape(6, 2)
+    assert block.read(whole.view(Spied)).tolist() == [[10, 11], *whole[:4].tolist()]
     assert sum(read) == 10
 
 
@@ -466,9 +467,9 @@ def test_a_block_of_a_tensor_is_differentiable() -> None:
         ({True: 1}, "zeros", pmod.ShapeError, "halo names the dim True and shape has 2 dims."),
         ({0: 1, -2: 1}, "zeros", pmod.ShapeError, "halo names the dim 0 twice, as -2 too."),
         ({0: -1}, "zeros", pmod.ShapeError, "halo[0] is -1.\nPass an int of 0 or more, or two"),
-        ({0: 1}, "periodc", pmod.ArgumentError, "boundary is 'periodc'; did you mean 'periodic'?\nPass one of 'zeros', "),
+        ({0: 1}, "periodc", pmod.ArgumentError, "boundary is 'periodc'; did you mean 'periodic'?\nPass one of "),
         ({0: 1}, {1: "zeros"}, pmod.ArgumentError, "boundary names the dims [1] and halo [0]."),
-        ({0: 5}, "periodic", pmod.ShapeError, "halo[0] is 5 with boundary='periodic', but the whole has 4 rows.\nPass a "),
+        ({0: 5}, "periodic", pmod.ShapeError, "halo[0] is 5 with boundary='periodic', but the whole has 4 rows."),
         ({0: (0, 4)}, "reflect", pmod.ShapeError, "the whole has 4 rows.\nPass a width of at most 3, or "),
     ],
 )  # fmt: skip
