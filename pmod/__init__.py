@@ -9,6 +9,7 @@ Start with the README, then `Mesh` and the table of collectives in `pmod/_collec
 """
 
 from pmod import fft as fft
+from pmod import graph as graph
 from pmod import nn as nn
 from pmod import testing as testing
 from pmod._collectives.halo import halo_exchange as halo_exchange
@@ -76,10 +77,12 @@ from pmod._run.launch import launch as launch
 from pmod._run.simulate import simulate as simulate
 from pmod._shard.dtensors import from_dtensors as from_dtensors
 from pmod._shard.dtensors import to_dtensors as to_dtensors
+from pmod._shard.reading import Block as Block
+from pmod._shard.reading import local_coords as local_coords
+from pmod._shard.reading import local_slice as local_slice
 from pmod._shard.shard_map import shard_map as shard_map
 from pmod._shard.spec import P as P
 from pmod._shard.specs import global_norm as global_norm
-from pmod._shard.specs import local_slice as local_slice
 from pmod._shard.specs import pvary_params as pvary_params
 from pmod._train.data_parallel import data_parallel as data_parallel
 from pmod._train.data_parallel import remove_data_parallel as remove_data_parallel

@@ -341,6 +341,12 @@ def forward_hooks(module: torch.nn.Module) -> dict[int, Any]:
     return module._forward_hooks
 
 
+@_with("torch.nn:Module._forward_pre_hooks")
+def forward_pre_hooks(module: torch.nn.Module) -> dict[int, Any]:
+    """Return the hooks that run before the module is called, by their number."""
+    return module._forward_pre_hooks
+
+
 # --- process groups -------------------------------------------------------------------
 
 is_agents_store: Callable[[], bool] = _seen(

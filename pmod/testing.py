@@ -19,8 +19,9 @@ from pmod._mesh.ambient import current_mesh, resolve
 from pmod._mesh.axis import Axis, named
 from pmod._mesh.mesh import Mesh
 from pmod._run.simulate import simulate
+from pmod._shard.reading import local_slice
 from pmod._shard.spec import P, Specs, check_spec
-from pmod._shard.specs import local_slice, whole_shapes, with_specs
+from pmod._shard.specs import whole_shapes, with_specs
 
 Leaf: TypeAlias = tuple[object, P, str]
 """A leaf of the arguments or of a result, with its spec and its path."""

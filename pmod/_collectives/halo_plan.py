@@ -83,7 +83,7 @@ def _around(sizes: tuple[int, ...], width: tuple[int, int]) -> Windows:
     )
 
 
-def _window(
+def window(
     low: int, high: int, total: int, boundary: str
 ) -> list[tuple[int, Run, int, bool]]:
     """Return the runs that make up the rows low to high - 1 of the padded whole.
@@ -125,8 +125,8 @@ def _needs(low: int, high: int, sizes: tuple[int, ...], boundary: str) -> list[N
     """Return all that a window is made of, whoever holds it; the rest of it is zeros."""
     starts = [0, *accumulate(sizes)]
     out: list[Need] = []
-    window = _window(low, high, starts[-1], boundary)
-    for at, (_, start, count), length, reverse in window:
+    found = window(low, high, starts[-1], boundary)
+    for at, (_, start, count), length, reverse in found:
         first, end = start, start + count
         while first < end:
             # of the shards that start here, the last is not empty

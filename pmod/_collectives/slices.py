@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from pmod._collectives.lengths import check_joined, shares_joined, shares_of
 from pmod._core.arguments import (
     accumulate_in,
-    as_int,
     check_adds_up,
     check_flag,
     check_own_size,
@@ -29,7 +29,7 @@ from pmod._core.arguments import (
 from pmod._core.collective import collective
 from pmod._core.row import I, Row, V, pair
 from pmod._core.tree import Tree, each, map_leaves
-from pmod._errors import ShapeError, quoted
+from pmod._errors import ShapeError
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
@@ -409,13 +409,7 @@ def unshard(
         )
     given = None if sizes is None else check_sizes(sizes, "unshard", bound)
     if length is not None:
-        whole = as_int(length)
-        if whole is None or whole < 0:
-            right = "Pass the whole length, 0 or more."
-            raise wrong(
-                ShapeError, "unshard", bound, f"length is {quoted(length)}", right
-            )
-        given = shares(whole, bound)
+        given = shares_of(length, "unshard", bound)
 
     def prepare(x: Tensor) -> tuple[Tensor, Slices]:
         at = dim_from_end(dim, x, "unshard", bound)
@@ -512,6 +506,7 @@ def all_to_all(
     tiled: bool = True,
     split_sizes: Sequence[int] | None = None,
     concat_sizes: Sequence[int] | None = None,
+    length: int | None = None,
 ) -> Tree:
     """Send part j of split_dim to rank j, and join what arrives along concat_dim.
 
@@ -521,7 +516,8 @@ def all_to_all(
     concat_dim of the result. With sizes (tiled only), parts are uneven: split_sizes are
     the lengths of the parts, part j to rank j; concat_sizes the lengths that the ranks
     hold along concat_dim. Where the two dims are the same, they are the lengths sent
-    and received.
+    and received. length, in place of both, is that of the whole along concat_dim: both
+    are then cut as `split_sizes` cuts.
     Cost: (n-1)/n of x sent per rank.
     Raises: ShapeError where split_dim does not divide by n or sizes do not fit.
     JAX: lax.all_to_all, where tiled defaults to False.
@@ -532,6 +528,10 @@ def all_to_all(
     """
     bound = resolve(axis, "all_to_all")
     check_flag(tiled, "all_to_all", "tiled")
+    joins = None
+    if length is not None:
+        told = {"split_sizes": split_sizes, "concat_sizes": concat_sizes}
+        joins = shares_joined(length, told, tiled, bound)
     if not tiled:
         if split_sizes is not None or concat_sizes is not None:
             raise wrong(
@@ -551,6 +551,9 @@ def all_to_all(
     def prepare(x: Tensor) -> tuple[Tensor, Exchange]:
         cut = dim_from_end(split_dim, x, "all_to_all", bound, name="split_dim")
         joined = dim_from_end(concat_dim, x, "all_to_all", bound, name="concat_dim")
+        if joins is not None:
+            check_joined(x, cut, joined, joins, bound)
+            return x, Exchange(cut, joined, _uneven(x.size(cut), bound), joins)
         if sent is None:
             _check_divides(
                 x, cut, "all_to_all", bound, right="Pass split_sizes for uneven parts."

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pmod._collectives.exchange import held_lengths
 from pmod._collectives.values import psum, pvary
-from pmod._core.arguments import as_ints, check_tensor, shares, wrong
+from pmod._core.arguments import check_tensor, shares, wrong
 from pmod._core.leaves import is_mapping
 from pmod._core.tree import sorted_keys, unflatten
 from pmod._core.watch import tell, watchers
-from pmod._errors import ArgumentError, ShapeError, endless, phrase, quoted
+from pmod._errors import ArgumentError, ShapeError, endless
 from pmod._mesh.ambient import given_mesh, resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import Mesh
@@ -268,43 +268,3 @@ def whole_shapes(
         for (i, dim), sizes in zip(places, held, strict=True):
             told[i][dim] = sizes
     return told
-
-
-def local_slice(
-    shape: Sequence[int], spec: P, *, mesh: Mesh | None = None
-) -> tuple[slice, ...]:
-    """Return where this rank's shard lies in the whole.
-
-    It is an index for a numpy memmap, an h5py or a zarr array. Reading
-    `array[pmod.local_slice(array.shape, spec)]` on every rank gives what `shard` of the
-    whole would, and no rank reads more than its part. Nothing is sent.
-    Raises: ShapeError if the spec has more entries than the shape; AxisError if it
-    names an axis that the mesh does not have.
-
-    >>> pmod.simulate(lambda: pmod.local_slice((5, 4), pmod.P("data")), data=2)
-    [(slice(0, 3, None), slice(0, 4, None)), (slice(3, 5, None), slice(0, 4, None))]
-    """
-    mesh = given_mesh(mesh, "local_slice")
-    if not isinstance(spec, P):  # pyright: ignore[reportUnnecessaryIsInstance]
-        given = f"spec is {quoted(spec)}, a {type(spec).__name__}"
-        raise ArgumentError(
-            phrase("local_slice", given, "Pass a pmod.P.", coords=mesh._shown_coords())
-        )
-    lengths = as_ints(shape)
-    if lengths is None or min(lengths, default=0) < 0:
-        right = "Pass a length of 0 or more per dim."
-        raise ShapeError(phrase("local_slice", f"shape is {quoted(shape)}", right))
-    shape = lengths
-    check_spec(spec, shape, mesh, "local_slice", "shape")
-    slices = [slice(0, length) for length in shape]
-    for dim, entry in enumerate(spec.entries):
-        if entry is None:
-            continue
-        axis = resolve(mesh[entry], "local_slice")
-        sizes = sizes_of(spec, dim, axis, shape, mesh, "local_slice", "shape")
-        # not axis.index: a rank that learns where its slice lies goes its own way in a
-        # shard_map, which follows who asks for an index
-        index = mesh.axis_index(entry)
-        start = sum(sizes[:index])
-        slices[dim] = slice(start, start + sizes[index])
-    return tuple(slices)

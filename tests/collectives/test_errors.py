@@ -370,6 +370,18 @@ def length_cases() -> Iterator[Wrong]:
             lambda n, sizes=sizes: CALLS["all_to_all"](X, "model", tiled=False, **sizes),
             "all_to_all", "tiled=False and sizes are given.\nSizes need tiled=True.",
         )  # fmt: skip
+    beside = [
+        ({"split_sizes": (2, 2), "concat_sizes": (2, 2)}, "split_sizes and concat_sizes"),
+        ({"concat_sizes": (2, 2)}, "concat_sizes"),
+        ({"tiled": False}, "tiled=False"),
+        ({"split_sizes": (2, 2), "tiled": False}, "split_sizes and tiled=False"),
+    ]
+    right = "Pass length alone, with tiled=True, or both lists of sizes."
+    for more, names in beside:
+        yield wrong(
+            lambda n, more=more: CALLS["all_to_all"](X, "model", length=4, **more),
+            "all_to_all", f"length and {names} are given.\n{right}",
+        )  # fmt: skip
 
 
 def size_cases() -> Iterator[Wrong]:
@@ -434,6 +446,19 @@ def size_cases() -> Iterator[Wrong]:
     right = "Pass the sizes that the ranks hold, or the whole length that shard cut."
     yield unshard(f"sizes[<i>] is 3 but x.shape[0] is 4.\n{right}", (2,), length=6)
     yield unshard(f"sizes[<i>] is 6 but x.shape[0] is 4.\n{right}", (1,), length=6)
+
+
+    def exchange(text: str, sizes: tuple[int, ...] = (1, 2), **kwargs: Any) -> Wrong:
+        return Wrong(lambda n: CALLS["all_to_all"](X, "model", **kwargs), pmod.ShapeError, "all_to_all", text, sizes)
+
+    for length in (-1, True, 2.0):
+        yield exchange(f"length is {length!r}.\nPass the whole length, 0 or more.", length=length)
+    right = "Pass two different dims, or the lengths sent and received as split_sizes and concat_sizes."
+    yield exchange(f"length is 4 and both dims are dim -2 of x.\n{right}", length=4, concat_dim=-2)
+    right = "Pass the whole length that shard cut, or the lengths that the ranks hold as concat_sizes."
+    yield exchange(
+        f"length is 6, so that this rank holds 3 along concat_dim, but x has 2.\n{right}", (2,), length=6
+    )
     yield Wrong(
         lambda n: pmod.all_to_all(X, "model", split_dim=0, concat_dim=0, split_sizes=(1, 3), concat_sizes=(2, 2)),
         pmod.ShapeError, "all_to_all", "concat_sizes[<i>] is 2 but this rank holds <own> along concat_dim.\n"

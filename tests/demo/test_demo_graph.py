@@ -23,7 +23,7 @@ from pmod._wire import memory
 from pmod.demo.__main__ import main
 from pmod.demo.graph import command, files, net, parallel, picture, whole
 from pmod.demo.graph.options import Options, check_fit, local_sizes, parse
-from pmod.demo.graph.partition import by_coordinates, owners, part_of, partitioner
+from pmod.demo.graph.partition import owners, part_of, partitioner
 from pmod.demo.graph.problems import Elements, conductivity, make_problems
 from pmod.demo.graph.surface import Surface, areas, clean, depth, plate
 from tests.lib import forked
@@ -281,7 +281,7 @@ def some(name: str, surface: Surface, ranks: int) -> torch.Tensor:
     if name == "none":  # all but the last rank have nothing
         return torch.full((len(surface),), ranks - 1)
     if name == "coordinates":
-        return torch.from_numpy(by_coordinates(surface.points.numpy(), ranks, np.ones(len(surface), dtype=np.int64)))
+        return pmod.graph.by_coordinates(surface.points, ranks)
     return owners(surface, ranks)
 
 
@@ -291,9 +291,13 @@ def some(name: str, surface: Surface, ranks: int) -> torch.Tensor:
 def test_the_parts_hold_what_they_should(make, ranks, how):
     surface = make()
     owner = some(how, surface, ranks)
-    parts = [part_of(surface, owner, ranks, rank) for rank in range(ranks)]
+    parts = pmod.simulate(part_of, surface, owner, torch.float64, graph=ranks)
     assert sorted(torch.cat([part.owned for part in parts]).tolist()) == list(range(len(surface)))
-    arriving = [[here.owned[rows].tolist() for rows in here.outgoing] for here in parts]
+    plans = [part.plan.exchange for part in parts]
+    arriving = [
+        [part.owned[rows].tolist() for rows in plan.rows.split(plan.send_sizes)]
+        for part, plan in zip(parts, plans, strict=True)
+    ]
     for rank, part in enumerate(parts):
         held = torch.cat([part.owned, part.ghosts])
         around = {node: neighbours(surface, node) for node in part.owned.tolist()}
@@ -376,9 +380,9 @@ def test_predictions_and_errors_are_those_of_the_whole_mesh(tests):
 
 
 def test_a_wrong_loss_or_gradient_is_found(monkeypatch):
-    right = pmod.indexed_all_to_all_v
+    right = pmod.graph.halo
     for thing, name, wrong, holds in [
-        (pmod, "indexed_all_to_all_v", lambda x, axis, **plan: 0.9 * right(x, axis, **plan), [False, False]),
+        (pmod.graph, "halo", lambda x, plan: torch.cat([x, 0.9 * right(x, plan)[len(x) :]]), [False, False]),
         (net, "varying", lambda model: dict(model.named_parameters()), [True, False]),  # not added up over the ranks
     ]:
         with monkeypatch.context() as patch:
@@ -507,7 +511,7 @@ def test_the_command_from_end_to_end(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     surface = plate(90, 0)
     owner = owners(surface, 2)
-    parts = [part_of(surface, owner, 2, rank) for rank in range(2)]
+    parts = pmod.simulate(part_of, surface, owner, torch.float32, graph=2)
     lines = done.stdout.splitlines()
     assert lines[0] == f"nodes   {len(surface)}, in {len(surface.triangles)} triangles: a plate with two holes"
     assert lines[1] == "mesh    data=1 x graph=2: 2 ranks, started here"

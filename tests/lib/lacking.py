@@ -247,6 +247,14 @@ def parameters_shared() -> None:
     on_two(f)
 
 
+@needs("torch.nn:Module._forward_pre_hooks")
+def layers_cut() -> None:
+    """tensor_parallel does not know whether a layer has hooks, which a layer in its place would lose."""
+    import pmod
+
+    on_two(lambda: pmod.nn.tensor_parallel(nn.Sequential(nn.Linear(2, 2)), {"0": "column"}, "x"))
+
+
 # --- tensors ------------------------------------------------------------------------------------------------------
 
 

@@ -188,7 +188,7 @@ def _scatter(c: Choices, n: int) -> Drawn:
 
 
 def _all_to_all(c: Choices, n: int) -> Drawn:
-    how = c.way("equal", "split", "concat", "split concat", "untiled",
+    how = c.way("equal", "split", "concat", "split concat", "length", "untiled",
                 "same equal", "same split", "same concat", "same split concat")  # fmt: skip
     if how == "untiled":
         shape = c.shape(1)
@@ -200,6 +200,8 @@ def _all_to_all(c: Choices, n: int) -> Drawn:
     if "same" in how:
         return _exchange_along(c, n, shape, split, "split" in how, "concat" in how)
     concat = c.of([dim for dim in range(-len(shape), len(shape)) if dim % len(shape) != split % len(shape)])
+    if how == "length":
+        return _all_to_all_of_length(c, n, shape, split, concat)
     shape = _along(shape, split, c.integer(0, 2 * n) if "split" in how else n * c.integer(1, 2))
     split_sizes = c.parts(shape[split], n) if "split" in how else None
     held = [shape[concat]] * n
@@ -209,6 +211,19 @@ def _all_to_all(c: Choices, n: int) -> Drawn:
     for own, length in zip(shapes, held, strict=True):
         own[concat] = length
     return _uneven_all_to_all(shapes, split, concat, [split_sizes] * n, [held if "concat" in how else None] * n)
+
+
+def _all_to_all_of_length(c: Choices, n: int, shape: list[int], split: int, concat: int) -> Drawn:
+    """Both dims are cut as `split_sizes` cuts them."""
+    shape = _along(shape, split, c.integer(0, 2 * n))
+    total = c.integer(0, 2 * n + 1) if shape[concat] else 0
+    parts, held = (oracle.split_sizes(length, *(c.axes or [n])) for length in (shape[split], total))
+    shapes = [[*shape] for _ in range(n)]
+    for own, length in zip(shapes, held, strict=True):
+        own[concat] = length
+    uneven = _uneven_all_to_all(shapes, split, concat, [parts] * n, [held] * n)
+    told = [{"split_dim": split, "concat_dim": concat, "length": total} for _ in range(n)]
+    return attrs.evolve(uneven, kwargs=told)
 
 
 def _exchange_along(c: Choices, n: int, shape: list[int], dim: int, give_split: bool, give_concat: bool) -> Drawn:
@@ -430,7 +445,7 @@ CASES = {
         Case("psum_scatter", "V", "V", ("psum_scatter",), _psum_scatter, NO_BOOL, ways=2),
         Case("shard", "I", "V", ("shard",), _shard, ways=2),
         Case("unshard", "V", "I", ("unshard",), _unshard, ways=3),
-        Case("all_to_all", "V", "V", ("all_to_all",), _all_to_all, ways=9),
+        Case("all_to_all", "V", "V", ("all_to_all",), _all_to_all, ways=10),
         Case("ppermute", "V", "V", ("permute",), _ppermute, ways=4),
         Case("pshuffle", "V", "V", ("permute",), _pshuffle, ways=3),
         Case("pshift", "V", "V", ("permute",), _pshift, ways=4),

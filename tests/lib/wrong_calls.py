@@ -180,6 +180,11 @@ RIGHT: dict[str, Right] = {
     "to_dtensors": (pmod.to_dtensors, {"tree": lambda: None, "specs": lambda: None}),
     "from_dtensors": (pmod.from_dtensors, {"tree": x}),
     "local_slice": (pmod.local_slice, {"shape": lambda: (4, 2), "spec": lambda: P("x")}),
+    "local_slice with halo": (
+        pmod.local_slice, {"shape": lambda: (4, 2), "spec": lambda: P("x"), "halo": lambda: {0: 1},
+                           "boundary": lambda: "zeros"},
+    ),
+    "local_coords": (pmod.local_coords, {"shape": lambda: (4, 2), "spec": lambda: P("x")}),
     "shard_map": (
         lambda f, arg, mesh=None, in_specs=None, out_specs=None:
         pmod.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(arg),

@@ -439,6 +439,8 @@ OWN: dict[str, Callable[[Tensor], Tensor]] = {
     "the mesh's coords": lambda x: torch.ones(1) * (pmod.current_mesh().coords or {})["data"],
     "is_first": lambda x: torch.ones(1) if pmod.is_first("data") else torch.zeros(1),
     "local_slice": lambda x: torch.arange(8)[pmod.local_slice((8,), DATA)],
+    "local_slice with halo": lambda x: pmod.local_slice((8,), DATA, halo={0: 1}).read(torch.arange(8))[1:-1],
+    "local_coords": lambda x: pmod.local_coords((8,), DATA)[0],
     "masked_select": lambda x: torch.zeros(x.masked_select(x > 0.3).size(0)),
 }
 

@@ -375,3 +375,122 @@ def load(folder: str) -> list[torch.Tensor]:
 def test_checkpoints_load_on_another_mesh(saved: tuple[int, int], loaded: tuple[int, int], tmp_path: Path) -> None:
     spmd.launch(save, str(tmp_path), SPECS, data=saved[0], model=saved[1])
     spmd.launch(load, str(tmp_path), data=loaded[0], model=loaded[1])
+
+
+# --- a shard with its surroundings --------------------------------------------------------------------------------
+
+WINDOWS: list[tuple[P, dict[int, Any], Any]] = [
+    (P("data"), {0: 1}, "zeros"),
+    (P("data"), {0: 1}, "periodic"),
+    (P("data"), {0: (0, 2), 1: 2}, "replicate"),
+    (P("data", "model"), {0: (2, 1), -1: (3, 0)}, {0: "reflect", -1: "periodic"}),
+    (P(None, "data"), {0: 2}, "periodic"),
+    (P("data", sizes={0: (0, 1, 4)}), {0: (5, 3)}, "periodic"),
+    (P("data", sizes={0: (0, 1, 4)}), {0: 4}, "reflect"),
+    (P("data", sizes={0: (0, 1, 4)}), {0: 7}, "zeros"),
+    (P("data", sizes={0: (5, 0, 0)}), {0: 0}, "zeros"),
+]  # fmt: skip
+
+
+def as_tensor(whole: np.ndarray[Any, Any], folder: Path) -> torch.Tensor:
+    return torch.from_numpy(whole)
+
+
+@pytest.mark.parametrize("stored", [as_tensor, as_memmap, as_h5py])
+@pytest.mark.parametrize(("spec", "halo", "boundary"), WINDOWS, ids=str)
+def test_a_block_is_what_halo_exchange_gives(spec: P, halo: Any, boundary: Any, stored: Any, tmp_path: Path) -> None:
+    whole = np.arange(5 * 7).reshape(5, 7) + 1
+    array = stored(whole, tmp_path)
+
+    def read() -> None:
+        block = pmod.local_slice(array.shape, spec, halo=halo, boundary=boundary)
+        expected = torch.from_numpy(whole)[pmod.local_slice(array.shape, spec)]
+        for dim, width in halo.items():
+            name = spec.entries[dim] if dim % 2 < len(spec.entries) else None
+            ends = boundary[dim] if isinstance(boundary, dict) else boundary
+            # a whole dim has surroundings too: those of the one shard that there is
+            axis = name or pmod.current_mesh().split("data", one=1, rest=-1)["one"]
+            expected = pmod.halo_exchange(expected, axis, dim=dim, width=width, boundary=ends)
+        found = block.read(array)
+        assert type(found) is (torch.Tensor if stored is as_tensor else np.ndarray)
+        assert block.shape == tuple(found.shape)
+        assert torch.equal(torch.as_tensor(found), expected)
+
+    sizes = {"data": 3, "model": 2} if "model" in spec.axes else {"data": 3}
+    pmod.simulate(read, **sizes)
+
+
+def test_slices_of_a_block() -> None:
+    """A periodic window that wraps is read in two slices, and no row of the file that is not in it is read."""
+    read: list[Any] = []
+
+    class Spied(np.ndarray[Any, Any]):
+        def __getitem__(self, index: Any) -> Any:
+            found = super().__getitem__(index)
+            read.append(found.size)
+            return np.asarray(found)
+
+    def slices(boundary: str) -> Any:
+        return pmod.local_slice((6, 2), P("data"), halo={0: 1}, boundary=boundary).slices
+
+    last = (slice(0, 2),)
+    assert pmod.simulate(slices, "periodic", data=2) == [
+        ((slice(5, 6), slice(0, 4)), last), ((slice(2, 6), slice(0, 1)), last)
+    ]  # fmt: skip
+    assert pmod.simulate(slices, "zeros", data=2) == [((slice(0, 4),), last), ((slice(2, 6),), last)]
+    block = pmod.simulate(lambda: pmod.local_slice((6, 2), P("data"), halo={0: 1}, boundary="periodic"), data=2)[0]
+    whole = np.arange(12).reshape(6, 2)
+    assert block.read(whole.view(Spied)).tolist() == [[10, 11], *whole[:4].tolist()]
+    assert sum(read) == 10
+
+
+def test_a_masked_array_keeps_its_mask() -> None:
+    whole = np.ma.masked_equal(np.arange(6), 5)
+    block = pmod.simulate(lambda: pmod.local_slice((6,), P("data"), halo={0: 1}, boundary="periodic"), data=2)[0]
+    assert block.read(whole).mask.tolist() == [True, False, False, False, False]
+    with pytest.raises(pmod.ShapeError, match=r"array has the shape \(5,\) and the whole \(6,\)"):
+        block.read(whole[:5])
+
+
+def test_a_block_of_a_tensor_is_differentiable() -> None:
+    x = torch.arange(4.0, requires_grad=True)
+    block = pmod.simulate(lambda: pmod.local_slice((4,), P("data"), halo={0: 1}, boundary="replicate"), data=2)[0]
+    block.read(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("halo", "boundary", "error", "text"),
+    [
+        (1, "zeros", pmod.ArgumentError, "at (data=0): halo is 1.\nPass a mapping, such as {0: 1}."),
+        ({2: 1}, "zeros", pmod.ShapeError, "halo names the dim 2 and shape has 2 dims."),
+        ({True: 1}, "zeros", pmod.ShapeError, "halo names the dim True and shape has 2 dims."),
+        ({0: 1, -2: 1}, "zeros", pmod.ShapeError, "halo names the dim 0 twice, as -2 too."),
+        ({0: -1}, "zeros", pmod.ShapeError, "halo[0] is -1.\nPass an int of 0 or more, or two"),
+        ({0: 1}, "periodc", pmod.ArgumentError, "boundary is 'periodc'; did you mean 'periodic'?\nPass one of "),
+        ({0: 1}, {1: "zeros"}, pmod.ArgumentError, "boundary names the dims [1] and halo [0]."),
+        ({0: 5}, "periodic", pmod.ShapeError, "halo[0] is 5 with boundary='periodic', but the whole has 4 rows."),
+        ({0: (0, 4)}, "reflect", pmod.ShapeError, "the whole has 4 rows.\nPass a width of at most 3, or "),
+    ],
+)  # fmt: skip
+def test_wrong_halos(halo: Any, boundary: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        pmod.simulate(lambda: pmod.local_slice((4, 2), P("data"), halo=halo, boundary=boundary), data=2)
+    assert text in str(raised.value) and "pmod.local_slice at (data=0): " in str(raised.value)
+
+
+def test_local_coords() -> None:
+    """They are where local_slice reads, so that what is computed from them is what is read."""
+    spec = P("data", None, ("data", "model")[1:], sizes={0: (3, 1)})
+
+    def positions() -> None:
+        own = pmod.local_slice((4, 2, 5), spec)
+        found = pmod.local_coords((4, 2, 5), spec)
+        whole = torch.arange(4 * 2 * 5).reshape(4, 2, 5)
+        i, j, k = torch.meshgrid(*found, indexing="ij")
+        assert torch.equal(whole[own], 10 * i + 5 * j + k)
+        assert {(x.dtype, x.device.type) for x in found} == {(torch.int64, "cpu")}
+
+    pmod.simulate(positions, data=2, model=2)
+    with pytest.raises(pmod.ArgumentError, match=r"pmod.local_coords at \(data=0\): spec is 'data', a str"):
+        pmod.simulate(lambda: pmod.local_coords((4,), "data"), data=2)

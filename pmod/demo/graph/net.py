@@ -2,7 +2,7 @@
 
 The problems of a batch are sharded over "data", the nodes over "graph". What acts on a
 node or an edge is local; what its neighbours on other ranks say is fetched in each
-round by `pmod.indexed_all_to_all_v`.
+round by `pmod.graph.halo`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,9 @@ class Round(nn.Module):
         self.update = nn.Linear(2 * channels, channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(
-        self, h: Tensor, edges: Tensor, part: Part, plan: pmod.ExchangePlan
-    ) -> Tensor:
+    def forward(self, h: Tensor, edges: Tensor, part: Part) -> Tensor:
         """V -> V. h (nodes of this rank, batch, channels) -> the same shape."""
-        sent = self.sender(h)
-        sent = torch.cat([sent, pmod.indexed_all_to_all_v(sent, "graph", indices=plan)])
+        sent = pmod.graph.halo(self.sender(h), part.plan)
         messages = F.gelu(
             sent[part.sender]
             + self.receiver(h)[part.receiver]
@@ -61,11 +58,11 @@ class GraphNet(nn.Module):
             nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, 1)
         )
 
-    def forward(self, x: Tensor, part: Part, plan: pmod.ExchangePlan) -> Tensor:
+    def forward(self, x: Tensor, part: Part) -> Tensor:
         """V -> V. x (nodes of this rank, batch, 2) -> (nodes of this rank, batch)."""
         h, edges = self.nodes(x), self.edges(part.shape)
         for processor in self.rounds:
-            h = processor(h, edges, part, plan)
+            h = processor(h, edges, part)
         return self.decode(h).squeeze(-1)
 
 
@@ -82,10 +79,9 @@ def predict(
     parameters: dict[str, Tensor],
     x: Tensor,
     part: Part,
-    plan: pmod.ExchangePlan,
 ) -> Tensor:
     """Return the model's output with these parameters. V -> V."""
-    return torch.func.functional_call(model, parameters, (x, part, plan))
+    return torch.func.functional_call(model, parameters, (x, part))
 
 
 def loss(prediction: Tensor, u: Tensor, count: int) -> Tensor:

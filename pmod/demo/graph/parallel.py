@@ -136,10 +136,7 @@ class _Trainer:
             len(surface),
             options,
         )
-        self.part = part_of(surface, owner, ranks, pmod.axis_index("graph")).to(
-            mesh.device, options.dtype
-        )
-        self.plan = pmod.exchange_plan(self.part.outgoing, "graph")
+        self.part = part_of(surface, owner, options.dtype)
         self.sizes = torch.bincount(owner, minlength=ranks).tolist()
         # unshard joins the nodes of all ranks, one rank after another
         self.order = owner.argsort(stable=True)
@@ -152,9 +149,7 @@ class _Trainer:
         """V -> I along "data": `batch` numbers the problems of all ranks."""
         parameters = net.varying(self.model)
         x, u = self._share(batch)
-        return self._mean_square(
-            net.predict(self.model, parameters, x, self.part, self.plan), u
-        )
+        return self._mean_square(net.predict(self.model, parameters, x, self.part), u)
 
     def _share(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         mine = self.train[pmod.shard(batch.to(self.train.u.device), "data")]
@@ -184,7 +179,7 @@ class _Trainer:
         held: dict[str, Tensor] = dict(self.model.named_parameters())
         parameters = net.varying(self.model)
         with pmod.trace() as fetched:
-            prediction = net.predict(self.model, parameters, x, self.part, self.plan)
+            prediction = net.predict(self.model, parameters, x, self.part)
         with pmod.trace() as added:
             value = self._mean_square(prediction, u)
         with pmod.trace() as returned:
@@ -206,7 +201,7 @@ class _Trainer:
         x = pmod.shard(self.test.x, "data", dim=1)
         held: dict[str, Tensor] = dict(self.model.named_parameters())
         parts = [
-            net.predict(self.model, held, part, self.part, self.plan)
+            net.predict(self.model, held, part, self.part)
             for part in x.split(self.options.batch, 1)
         ]
         return self.scale * torch.cat(parts, dim=1)
