@@ -151,6 +151,17 @@ unwrap: Callable[[Tensor], Tensor] = _seen("torch._C:_functorch.get_unwrapped")
 
 count_function_modes: Callable[[], int] = _seen("torch._C:_len_torch_function_stack")
 count_dispatch_modes: Callable[[], int] = _seen("torch._C:_len_torch_dispatch_stack")
+
+
+@_with("torch._C:_get_dispatch_mode", "torch._C:_TorchDispatchModeKey.FUNCTIONAL")
+def is_traced() -> bool:
+    """Whether a compiler writes down what is done, below all transforms."""
+    if are_transforms_active():
+        return False
+    functional: Any = torch._C._TorchDispatchModeKey.FUNCTIONAL
+    return torch._C._get_dispatch_mode(functional) is not None
+
+
 no_function_modes: Callable[[], AbstractContextManager[None]] = _seen(
     "torch._C:DisableTorchFunction"
 )
@@ -504,6 +515,21 @@ box_made = _later("torch._inductor.ir:TensorBox.create")
 lowering_registered = _later("torch._inductor.lowering:register_lowering")
 graph_lowered = _later("torch._inductor.virtualized:V")
 map_only: Callable[..., Any] = _seen("torch.utils._pytree:tree_map_only")
+
+
+_functional = _later("torch.ops:_c10d_functional")
+_shapes = _later("torch.distributed._functional_collectives:wait_tensor")
+
+
+def functional_collectives() -> Any:
+    """Return torch's functional collectives, with the shapes of their results."""
+    # the module tells torch the shapes; it takes a tenth of a second to import
+    _shapes()
+    return _functional()
+
+
+traced_graph = _later("torch.fx.experimental.proxy_tensor:make_fx")
+core_decompositions = _later("torch._inductor.decomposition:select_decomp_table")
 
 
 def ordered_effect() -> Any:

@@ -85,6 +85,10 @@ def _blocks(x: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
     # along the first dim the parts lie in memory like that, and nothing is copied
     if dim == -x.dim():
         return x.reshape(-1)
+    # one copy, which a compiler joins with what comes before
+    if len(set(lengths)) == 1:
+        at = x.dim() + dim
+        return x.unflatten(at, (len(lengths), lengths[0])).movedim(at, 0).reshape(-1)
     return torch.cat([part.reshape(-1) for part in x.split(list(lengths), dim)])
 
 
@@ -93,6 +97,10 @@ def _join(flat: Tensor, shapes: Sequence[Sequence[int]], dim: int) -> Tensor:
     # the opposite of `_blocks`, without a copy along the first dim
     if dim == -len(shapes[0]):
         return flat.view(sum(shape[dim] for shape in shapes), *shapes[0][1:])
+    if all(shape == shapes[0] for shape in shapes):
+        n, at = len(shapes), len(shapes[0]) + dim
+        joined = _with_length(shapes[0], dim, n * shapes[0][dim])
+        return flat.view(n, *shapes[0]).movedim(0, at).reshape(joined)
     parts = flat.split([math.prod(shape) for shape in shapes])
     return torch.cat(list(map(Tensor.view, parts, shapes)), dim)
 
@@ -423,6 +431,11 @@ def unshard(
 
 def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent[Tensor]:
     split_dim, concat_dim, split_sizes_, concat_sizes = params
+    # as pairs of reals from the start: compilers leave complex layouts alone
+    if x.is_complex():
+        of_pairs = params._replace(split_dim=split_dim - 1, concat_dim=concat_dim - 1)
+        sent = _send_all_to_all(torch.view_as_real(x), wire, of_pairs)
+        return sent.then(torch.view_as_complex)
     out = _lengths(split_sizes_, x.shape[split_dim] // wire.size, wire)
     mine = out[wire.index]
     sending = [_unit(x, split_dim) * length for length in out]

@@ -33,7 +33,7 @@ from torch.overrides import handle_torch_function
 
 from pmod._core.arguments import wrong
 from pmod._core.inductor import keep_order
-from pmod._core.row import Call, decode, encode
+from pmod._core.row import Call, decode, encode, encode_in_graph
 from pmod._core.send import begin, profiled_as, run, wire_for
 from pmod._core.watch import tell, told, watchers
 from pmod._errors import PmodError
@@ -52,6 +52,7 @@ from pmod._torch import (
     forward_level,
     is_in_older_vmap,
     is_one_level_allowed,
+    is_traced,
     is_view,
     keep_calls,
     lazy_clone,
@@ -219,16 +220,21 @@ def _operator_autograd(keyset: object, xs: list[Tensor], call: str) -> list[Tens
     if backward_here() != -1 and count_dispatch_modes() == 0:
         _refuse_second_derivative(decode(call))
 
+    here = decode(call)
+
     def below(xs: Sequence[Tensor]) -> list[Tensor]:
         # outer transforms differentiate what is done here, so autograd stays on for the
         # levels below this one
         with torch.enable_grad(), with_forward_mode(True), below_autograd():
+            # what moves nothing needs no operator in a graph, and need not stay in order
+            if here.row.local and is_traced():
+                return _fresh(run(here, xs), xs)
             return _operator.redispatch(after_autograd(keyset), list(xs), call)
 
     allowed = is_one_level_allowed()
     allow_one_level(True)
     try:
-        return list(attach(decode(call), below, *xs))
+        return list(attach(here, below, *xs))
     finally:
         allow_one_level(allowed)
 
@@ -293,7 +299,7 @@ def bind(
     if torch.compiler.is_compiling():
         # the compiler takes a tuple for a constant, and no class of ours
         params = tuple(call.params)
-        return _operator(xs, encode(call.row.name, call.axis.key, params))
+        return _operator(xs, encode_in_graph(call.row.name, call.axis.key, params))
     if watchers():
         return _bind_watched(call, xs, forward)
     ys = _bind(call, xs)

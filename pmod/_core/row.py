@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pmod._mesh.axis import Axis
 from pmod._torch import constant_in_graphs
+from pmod._version import __version__ as VERSION
+from pmod._wire.along import group_in_graphs
 from pmod._wire.base import AtOnce, Wire
 from pmod._wire.sent import Sent
 
@@ -110,10 +112,28 @@ class Call(NamedTuple):
         return Call(self.row.T, self.axis, self.row.flip(self.params))
 
 
+def encode(name: str, axis_key: str, params: tuple[Any, ...], version: str = "") -> str:
+    """Return the call as text: its parameters are a plain tuple there.
+
+    version: of what a compiler makes of the call. It keeps what it has made under this
+    text.
+    """
+    return f"{name}|{version}|{tuple(params)!r}|{axis_key}"
+
+
 @constant_in_graphs
-def encode(name: str, axis_key: str, params: tuple[Any, ...]) -> str:
-    """Return the call as text: its parameters are a plain tuple there."""
-    return f"{name}|{tuple(params)!r}|{axis_key}"
+def encode_in_graph(name: str, axis_key: str, params: tuple[Any, ...]) -> str:
+    """Return the call as text, with the group by which compiled code sends it."""
+    version = ""
+    if not ROWS[name].local:
+        group = group_in_graphs(Axis.parse(axis_key))
+        version = f"{VERSION} {group}" if group else ""
+    return encode(name, axis_key, params, version)
+
+
+def group_of(call: str) -> str:
+    """Return the name of the group by which compiled code sends a call; "" for none."""
+    return call.split("|", 2)[1].rpartition(" ")[2]
 
 
 def decode(call: str) -> Call:
@@ -128,6 +148,6 @@ def _read(call: str) -> tuple[Row[Any], tuple[Any, ...], str]:
 
     The axis is text, because a memo must not keep a mesh alive.
     """
-    name, params, axis_key = call.split("|", 2)
+    name, _, params, axis_key = call.split("|", 3)
     row = ROWS[name]
     return row, row.params(*ast.literal_eval(params)), axis_key

@@ -32,7 +32,8 @@ class Backend:
     messages have `tags`, those of unlike calls never meet; where they have none, calls
     are compared after the fact. `carries` lists the dtypes that travel as they are,
     others as bytes, and `sums` those that the backend adds up by itself; other sums are
-    taken here, in rank order. `set_device` makes a device the current one, before
+    taken here, in rank order. Where it is `in_graphs`, compiled code sends by itself, by
+    torch's functional collectives. `set_device` makes a device the current one, before
     anything is connected. `cut_off` closes the connections of a group, so that those
     who wait hear of a rank that has left.
     """
@@ -44,6 +45,7 @@ class Backend:
     tags: bool = False
     carries: frozenset[torch.dtype] = frozenset()
     sums: frozenset[torch.dtype] = frozenset()
+    in_graphs: bool = False
     set_device: Callable[[torch.device], None] = _nothing
     cut_off: Callable[[ProcessGroup], None] = _nothing
 

@@ -17,9 +17,10 @@ from pmod._ranks.backends import Backend, backend_in, register
 from pmod._wire.base import Alone, Wire
 from pmod._wire.board import Said, code_of, come_back
 from pmod._wire.fake import FAKE
+from pmod._wire.functional import Functional
 from pmod._wire.gloo import GLOO
 from pmod._wire.nccl import NCCL
-from pmod._wire.rolling import note, noting
+from pmod._wire.rolling import note, noting, stop_noting
 from pmod._wire.waiting import Wait
 
 for built_in in (GLOO, NCCL, FAKE):
@@ -51,6 +52,26 @@ def ready_wire(
         return None
     wire = backend.wire(axis.size, axis.index, axis.group, backend, None)
     return wire, noting(axis)
+
+
+def group_in_graphs(axis: Axis) -> str:
+    """Return the name of the group by which compiled code sends along an axis.
+
+    "" where pmod sends in its stead. What compiled code sends is not noted, so calls
+    along the axis are compared no more.
+    """
+    if axis.size == 1 or not world.current().by_processes:
+        return ""
+    if not backend_along(axis, axis.topology.device).in_graphs:
+        return ""
+    stop_noting(axis)
+    return axis.group.group_name
+
+
+def functional_wire(axis: Axis, group: str) -> Wire:
+    """Return the wire that writes messages into the graph of compiled code."""
+    sums = backend_along(axis, axis.topology.device).sums
+    return Functional(axis.size, axis.index, group, sums)
 
 
 def backend_along(axis: Axis, device: torch.device) -> Backend:

@@ -11,5 +11,11 @@ from pmod._wire.nccl import NCCL
 from pmod._wire.process_group import GroupWire
 
 FAKE = Backend(
-    "fake", "cpu", GroupWire, blocks=False, carries=NCCL.carries, sums=NCCL.sums
+    "fake",
+    "cpu",
+    GroupWire,
+    blocks=False,
+    in_graphs=True,
+    carries=NCCL.carries,
+    sums=NCCL.sums,
 )

@@ -15,6 +15,7 @@ NCCL = Backend(
     "cuda",
     GroupWire,
     blocks=False,
+    in_graphs=True,
     set_device=torch.cuda.set_device,
     carries=CARRIED,
     sums=frozenset({torch.float32, torch.float64, torch.int32, torch.int64}),

@@ -47,6 +47,7 @@ class Calls:
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
+        self.compared = True
         self._code = 0
         self._last: deque[tuple[int, int, Said]] = deque(maxlen=SHOWN)
         self._marks: deque[tuple[int, int, Said]] = deque(maxlen=MARKS)
@@ -60,6 +61,8 @@ class Calls:
 
     def told(self) -> list[Told]:
         """Return what is told of the calls, in the order of their numbers."""
+        if not self.compared:
+            return []
         # This is called in another thread, so the deques are copied first.
         calls = {call[0]: call for call in [*self._marks.copy(), *self._last.copy()]}
         told: list[Told] = []
@@ -216,6 +219,12 @@ def noting(axis: Axis) -> Callable[[Said], None]:
             witness.check(axis, said)
 
     return note_next
+
+
+def stop_noting(axis: Axis) -> None:
+    """Compare the calls along an axis no more, on any of its ranks."""
+    witness: Witness = world.witness(Witness)
+    witness.calls_along(axis).compared = False
 
 
 def note(axis: Axis, number: int, said: Said) -> None:

@@ -133,7 +133,8 @@ def test_graphs_hold_no_process() -> None:
     """A call in a graph is text, which another process reads as the same call."""
     of_ranks = spmd.launch(calls_on_rank, x=2)
     rows = {text.split("|")[0] for text in of_ranks[0]}
-    assert rows >= {"psum", "permute", "all_to_all", "unshard", "shard", "pvary"}
+    # what moves nothing, as pvary and shard, is torch's own operators there
+    assert rows == {"psum", "permute", "all_to_all", "unshard"}
     for index, texts in enumerate(of_ranks):
         for text in texts:
             call = decode(text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,47 +19,18 @@ import torch
 import pmod
 from pmod._core import ready
 from pmod._core.send import begin
-from pmod._ranks import backends, world
-from pmod._ranks.backends import Backend
+from pmod._ranks import world
 from pmod._wire import process_group
-from pmod._wire.base import Wire
-from pmod._wire.nccl import NCCL
-from pmod._wire.process_group import CARRIED, GroupWire
-from pmod._wire.sent import Sent
+from pmod._wire.process_group import GroupWire
 from pmod.bench import cases, sections
 from tests.lib import properties, spmd
 from tests.lib.recorder import Recorder
 from tests.lib.table import CASES
+from tests.lib.untagged import UNTAGGED, call_untagged, untagged
 
 Tensor = torch.Tensor
 
-class Even(GroupWire):
-    """What NCCL does with uneven shards, gloo cannot."""
-
-    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
-        if len(set(counts)) > 1:
-            return Wire.all_gather(self, x, counts)
-        return super().all_gather(x, counts)
-
-
 SOURCE = str(Path(pmod.__file__).parent)
-UNTAGGED = Backend("gloo", "cpu", Even, blocks=False, carries=CARRIED, sums=NCCL.sums)
-
-
-@contextmanager
-def as_by_nccl() -> Iterator[None]:
-    """In a rank: what goes by gloo goes without tags."""
-    known, connection = backends._BACKENDS["gloo"], world.processes().connection
-    backends.register(UNTAGGED)
-    connection.backends.clear()
-    connection.forget_calls()
-    try:
-        yield
-    finally:
-        backends.register(known)
-        connection.backends.clear()
-        connection.forget_calls()
-
 
 @contextmanager
 def told_apart() -> Iterator[list[str]]:
@@ -87,14 +58,13 @@ def told_apart() -> Iterator[list[str]]:
 OFTEN = ("value", "value", "gradient", "accumulated", "higher", "adjoint", "untouched", "transforms", "layouts")
 
 
-def often_on_rank(case: str, untagged: bool) -> list[str]:
+def often_on_rank(case: str) -> list[str]:
     with told_apart() as sent:
         for prop in OFTEN:
             properties.on_rank(case, prop, "x", "often", turn=0)
-        if untagged:
-            with as_by_nccl():
-                for prop in OFTEN:
-                    properties.on_rank(case, prop, "x", "often", turn=0)
+        with untagged():
+            for prop in OFTEN:
+                properties.on_rank(case, prop, "x", "often", turn=0)
     return sent
 
 
@@ -107,7 +77,7 @@ ALWAYS += " all_to_all pshift"
 def test_what_was_sent_before(ranks: int) -> None:
     """Every collective, again and again on tensors of one kind: with tags, and as by NCCL."""
     for case in CASES:
-        found = spmd.launch(often_on_rank, case, True, x=ranks)
+        found = spmd.launch(often_on_rank, case, x=ranks)
         kept = [case for sent in found if sent]
         assert kept or case not in ALWAYS.split(), case
 
@@ -115,7 +85,7 @@ def test_what_was_sent_before(ranks: int) -> None:
 def unlike_ways() -> int:
     """One rank forgets, in turns, what the other knows."""
     x = torch.arange(3.0, requires_grad=True)
-    with as_by_nccl(), told_apart() as sent:
+    with untagged(), told_apart() as sent:
         for turn in range(8):
             if turn % 2 == pmod.axis_index("x"):
                 world.processes().connection.forget_calls()
@@ -142,14 +112,9 @@ def lengths_change() -> None:
         assert y.tolist() == [1.0] * 2 + [2.0] * step
 
 
-@pytest.mark.parametrize("within", [lambda f: f(), lambda f: _untagged(f)], ids=["gloo", "as by NCCL"])
+@pytest.mark.parametrize("within", [lambda f: f(), call_untagged], ids=["gloo", "as by NCCL"])
 def test_lengths_that_are_asked_for_are_asked_for_each_time(within: Callable[..., None]) -> None:
     spmd.launch(within, lengths_change, x=2)
-
-
-def _untagged(f: Callable[[], None]) -> None:
-    with as_by_nccl():
-        f()
 
 
 def wrong_after_right() -> list[str]:
@@ -239,7 +204,7 @@ def everybody_takes_part() -> None:
     assert second.tolist() == [24.0] * 3
 
 
-@pytest.mark.parametrize("within", [lambda f: f(), lambda f: _untagged(f)], ids=["gloo", "as by NCCL"])
+@pytest.mark.parametrize("within", [lambda f: f(), call_untagged], ids=["gloo", "as by NCCL"])
 def test_who_takes_part_is_heard(within: Callable[..., None]) -> None:
     spmd.launch(within, everybody_takes_part, x=2)
 

@@ -402,7 +402,28 @@ def inductors_order() -> None:
     with fake_ranks() as mesh:
         import pmod
 
+        # of truth values, which torch's functional collectives do not carry
+        compiled_with("inductor", lambda x: pmod.pick(x, mesh["x"]), torch.ones(2) > 0)
+
+
+@needs("torch.ops:_c10d_functional", "torch.distributed._functional_collectives:wait_tensor",
+       "torch.fx.experimental.proxy_tensor:make_fx", "torch._inductor.decomposition:select_decomp_table",
+       compiled=True)  # fmt: skip
+def written_by_inductor() -> None:
+    """Compiled code cannot send by torch's functional collectives."""
+    with fake_ranks() as mesh:
+        import pmod
+
         compiled_with("inductor", lambda x: pmod.psum(x, mesh["x"]), torch.ones(2))
+
+
+@needs("torch._C:_get_dispatch_mode", "torch._C:_TorchDispatchModeKey.FUNCTIONAL", compiled=True)
+def moved_nowhere() -> None:
+    """What moves nothing cannot be told from what a compiler traces."""
+    with fake_ranks() as mesh:
+        import pmod
+
+        compiled_with("aot_eager", lambda x: pmod.pvary(x, mesh["x"]), torch.ones(2))
 
 
 def compiled_mapped() -> None:
