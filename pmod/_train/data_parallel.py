@@ -27,6 +27,7 @@ from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 from pmod._torch import (
+    accumulation_hooks,
     are_transforms_active,
     at_end_of_backward,
     backward_here,
@@ -233,8 +234,11 @@ class _Reducer(Reduces):
         self._registrations = _see_registrations(self)
 
     def _times_n(
-        self, parameter: int, gradients: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+        self, parameter: int, gradients: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        # share_parameters, over another axis, found that no rank there used it
+        if gradients[0] is None:
+            return gradients
         self._scaled.add(parameter)
         return tuple(gradient * self._axis.size for gradient in gradients)
 
@@ -274,8 +278,11 @@ class _Reducer(Reduces):
         at_end_of_backward(self._finish)
 
     def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
-        # a hook of the user's ran before this one
         if p.grad is None:
+            # share_parameters, over another axis, found that no rank there used it
+            if self._is_first(p):
+                return
+            # or a hook of the user's ran before this one
             given = "a hook took a gradient away before it was reduced"
             right = "Register the hook after data_parallel."
             raise wrong(PmodError, "data_parallel", self._axis, given, right)
@@ -292,6 +299,11 @@ class _Reducer(Reduces):
         bucket.ready.add(id(p))
         if len(bucket.ready) == len(bucket.parameters):
             self._send()
+
+    def _is_first(self, p: Tensor) -> bool:
+        """Return whether no other hook sees this parameter's gradient before."""
+        first = next(iter(accumulation_hooks(p).values()))
+        return getattr(getattr(first, "func", first), "__self__", None) is self
 
     def _check_known(self) -> None:
         """Raise if a parameter has a gradient that no call of the module has found.

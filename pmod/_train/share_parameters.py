@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from pmod._collectives.used import Idle, pvary_used
+from pmod._collectives.used import Idle, pvary_alone, pvary_used
 from pmod._collectives.values import PVARY, SUM, differentiated, pick
 from pmod._core.arguments import check_root, check_tensor, wrong
 from pmod._core.leaves import map_tensors
@@ -274,7 +274,7 @@ class SharedParameters(Reduces):
     def _together(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return copies that know what no rank used, and a link to each of their nodes."""
         if self._axis.size == 1:
-            return self._pvary(parameters, scale=False), []
+            return pvary_alone(parameters, self._axis, "share_parameters"), []
         return pvary_used(parameters, self._axis, "share_parameters", self._idle)
 
     def _divided(self, gradient: Tensor | None) -> Tensor | None:
@@ -283,13 +283,11 @@ class SharedParameters(Reduces):
             return None
         return gradient / self._axis.size
 
-    def _pvary(
-        self, parameters: Sequence[Tensor], *, scale: bool = True
-    ) -> list[Tensor]:
+    def _pvary(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         varying = called_as(
             "share_parameters", together, PVARY, list(parameters), self._axis, SUM
         )
-        if self._reduce == "sum" or not scale:
+        if self._reduce == "sum":
             return varying
         # the same value; of its derivative the n-th part
         n = self._axis.size
