@@ -353,17 +353,17 @@ def here_with(place: _place.Place | None) -> Topology:
     return here()
 
 
-def deadline(timeout: object) -> float:
+def deadline(timeout: object, function: str = "make_mesh") -> float:
     """Return the seconds until a collective gives up.
 
-    They are what was asked for, else PMOD_TIMEOUT, else 600.
+    They are what the function was asked for, else PMOD_TIMEOUT, else 600.
     """
     if timeout is not None:
         seconds = as_real(timeout)
         if seconds is None or not 0 < seconds < LONGEST:
             raise AxisError(
                 phrase(
-                    "make_mesh",
+                    function,
                     f"timeout is {quoted(timeout)}",
                     "Pass seconds, a number above 0.",
                 )
@@ -377,7 +377,7 @@ def deadline(timeout: object) -> float:
     if not 0 < seconds < LONGEST:
         raise TopologyError(
             phrase(
-                "make_mesh",
+                function,
                 f"PMOD_TIMEOUT is {text!r}",
                 "Set it to seconds, a number above 0.",
             )

@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 
 from pmod._core.arguments import check_function
 from pmod._core.watch import watchers
-from pmod._errors import PmodError, phrase
+from pmod._errors import AxisError, PmodError, phrase, quoted
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.make import make_mesh
 from pmod._mesh.sizes import check_axis_sizes
@@ -57,11 +57,12 @@ def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
 
     Raises: what a rank raises, with a note that says which; MismatchError where ranks
     wait for each other, or for a rank that left, with the line where each waits;
-    AxisError for sizes that make no mesh.
+    AxisError for sizes that make no mesh, and for a timeout, which only `launch` has.
 
     >>> pmod.simulate(lambda x: x * pmod.axis_index("model"), 10, model=3)
     [0, 10, 20]
     """
+    _refuse_timeout(axis_sizes)
     axis_sizes = check_axis_sizes(
         axis_sizes, "simulate", "simulate(fn, data=2, model=2)"
     )
@@ -95,6 +96,15 @@ def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
             )
         with _forward_mode_held_open():
             return _run(fn, args, axis_sizes, simulation, threads)
+
+
+def _refuse_timeout(axis_sizes: Mapping[str, object]) -> None:
+    """Raise if a deadline is given, as for `launch`: it would be taken for an axis."""
+    if "timeout" not in axis_sizes:
+        return
+    given = f"timeout={quoted(axis_sizes['timeout'])} is not an axis"
+    right = "A simulation needs no deadline: it sees at once when no rank can go on."
+    raise AxisError(phrase("simulate", given, right))
 
 
 def _run(

@@ -236,11 +236,12 @@ class _Reducer(Reduces):
     def _times_n(
         self, parameter: int, gradients: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
         # share_parameters, over another axis, found that no rank there used it
-        if gradients[0] is None:
+        if gradient is None:
             return gradients
         self._scaled.add(parameter)
-        return tuple(gradient * self._axis.size for gradient in gradients)
+        return (gradient * self._axis.size,)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> object:
         if not torch.is_grad_enabled():

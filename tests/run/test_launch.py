@@ -153,12 +153,33 @@ def test_everything_listens_on_loopback_only():
                         "Sizes are ints of 1 or more; their product is the number of processes."),
         ({"data": True}, "pmod.launch: data=True is not a size.\n"
                          "Sizes are ints of 1 or more; their product is the number of processes."),
+        ({"data": 1, "timeout": 0}, "pmod.launch: timeout is 0.\nPass seconds, a number above 0."),
+        ({"timeout": 40}, "pmod.launch: no axis size is given, so it cannot say how many ranks to start.\n"
+                          "Name the axes, as in pmod.launch(fn, x, data=2, model=2) for 4 ranks."),
     ],
 )  # fmt: skip
 def test_sizes_that_are_none_are_refused(sizes, message):
     with pytest.raises(pmod.AxisError) as caught:
         pmod.launch(rank, **sizes)
     assert str(caught.value) == message
+
+
+def waits_in_vain(over: Path) -> str:
+    pmod.barrier("data")
+    if rank() == 1:
+        while not over.exists():
+            time.sleep(0.01)
+        return ""
+    with pytest.raises(pmod.CollectiveTimeout) as caught:
+        pmod.barrier("data")
+    over.touch()
+    return str(caught.value)
+
+
+def test_a_timeout_is_that_of_the_mesh_and_starts_no_ranks(tmp_path):
+    """It was taken for an axis: 2 x 3 ranks."""
+    said = pmod.launch(waits_in_vain, tmp_path / "over", data=2, timeout=3)
+    assert len(said) == 2 and "within 3 s" in said[0], said
 
 
 def test_what_cannot_be_called_or_sent_is_refused():

@@ -520,6 +520,8 @@ def test_a_mesh_from_outside_is_refused():
         ({"r": 2.0}, "r=2.0 is not a size.\nSizes are ints of 1 or more."),
         ({"r": True}, "r=True is not a size.\nSizes are ints of 1 or more."),
         ({"r": None}, "r=None is not a size.\nSizes are ints of 1 or more."),
+        ({"r": 2, "timeout": 40}, "timeout=40 is not an axis.\n"
+         "A simulation needs no deadline: it sees at once when no rank can go on."),
     ],
 )
 def test_sizes_that_make_no_mesh_are_refused(sizes, text):
