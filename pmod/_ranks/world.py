@@ -160,6 +160,10 @@ class Processes(World):
         self.connection = Connection()
         self.lock = threading.RLock()
         self.standing_in = threading.Lock()
+        # What a child that is forked meanwhile does first, if it is none of the ranks'.
+        self.left_in_child: Callable[[], None] | None = None
+        # The rank of a simulation, or of an estimate, that has forked this process.
+        self.forked_by: Topology | None = None
         # The stores outlive a shutdown: the ranks that come back must not meet at a
         # server that is about to end.
         self.stores: dict[tuple[str, int], Store] = {}
@@ -239,15 +243,24 @@ def processes() -> Processes:
 
 
 @contextlib.contextmanager
-def instead_of_processes(world: World) -> Generator[None]:
-    """Let `world` stand for what this process has connected; one does at a time."""
+def instead_of_processes(
+    world: World, left_in_child: Callable[[], None] | None = None
+) -> Generator[None]:
+    """Let `world` stand for what this process has connected; one does at a time.
+
+    left_in_child: what a child does that another thread forks meanwhile; the ranks of
+    `world` stay behind.
+    """
     global now
-    with world.processes.standing_in:
-        now = world
+    ours = world.processes
+    if ours.forked_by is not None:
+        raise _place.refusal(ours.forked_by)
+    with ours.standing_in:
+        now, ours.left_in_child = world, left_in_child
         try:
             yield
         finally:
-            now = world.processes
+            now, ours.left_in_child = ours, None
 
 
 def here() -> Topology:
@@ -283,9 +296,11 @@ def _keep_apart() -> None:
 
     What it finds in memory is its parent's, whose connections it must not use or end.
     """
+    global now
     ours, rank = processes(), current()
-    # Another thread, which is not in the child, may have held it.
+    # Another thread, which is not in the child, may have held them.
     ours.lock = threading.RLock()
+    ours.standing_in = threading.Lock()
     ours.launched = None
     # Threads stay behind.
     ours.idle.clear()
@@ -293,8 +308,12 @@ def _keep_apart() -> None:
     ours.inherited.append(ours.connection)
     ours.connection = Connection()
     ours.inherited_world = _default_group()
-    if not rank.by_processes:
-        parent = rank.topology
+    if rank.by_processes:
+        now = ours
+        if ours.left_in_child is not None:
+            ours.left_in_child()
+    else:
+        ours.forked_by = parent = rank.topology
 
         def refuse(axis: object, said: object, device: torch.device) -> None:
             raise _place.refusal(parent)

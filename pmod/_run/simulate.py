@@ -45,6 +45,13 @@ def _forward_mode_held_open() -> Generator[None]:
             swap_forward_nesting(nesting)
 
 
+def _close_forward_mode() -> None:
+    """Close what the threads of a simulation hold open, which are not in a child."""
+    while forward_level() >= 0:
+        forward_ad.exit_dual_level()
+    swap_forward_nesting(0)
+
+
 def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
     """Run fn(*args) on every rank of a mesh in this process: the results in rank order.
 
@@ -83,7 +90,7 @@ def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
         )
     simulation = Simulation(math.prod(axis_sizes.values()))
     threads = Threads(world.processes(), simulation)
-    with world.instead_of_processes(threads):
+    with world.instead_of_processes(threads, _close_forward_mode):
         # Asked only here, because another simulation held a level open until now.
         if forward_level() >= 0 or are_transforms_active():
             raise PmodError(
