@@ -68,8 +68,7 @@ class Connection:
     world: the default group that `groups` were made under. topology: that of the world.
     histories: the last calls along each rank set. witness: what compares the calls
     whose messages have no tags. places: the host and the process of those that this one
-    has met. runs: how many functions `launch` has run here. farewells: what the waits
-    that failed say to the others at the end.
+    has met. farewells: what the waits that failed say to the others at the end.
     """
 
     def __init__(self) -> None:
@@ -84,7 +83,6 @@ class Connection:
         self.histories: dict[str, History] = {}
         self.witness: _Witness | None = None
         self.places: dict[int, tuple[str, int]] = {}
-        self.runs = 0
         self.farewells: list[Callable[[], None]] = []
 
     def forget_groups(self) -> None:
@@ -174,6 +172,9 @@ class Processes(World):
         self.met = time.time()
         # Where `launch` put this process, which no environment variable says.
         self.launched: Topology | None = None
+        # How many functions `launch` has run here: the number of the last one, the same
+        # on all ranks, whatever they have connected since.
+        self.runs = 0
         # The place that a mesh has brought to this process.
         self.brought: _place.Place | None = None
         self.left_behind: set[dist.ProcessGroup] = set()

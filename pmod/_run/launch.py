@@ -253,7 +253,7 @@ def _perform(task: Task, topology: Topology) -> Outcome:
         mesh = make_mesh(task.axis_sizes, topology=topology, timeout=task.timeout)
         with set_mesh(mesh):
             fn, args = unpack(task.packed)
-            world.processes().connection.runs += 1
+            world.processes().runs += 1
             result = fn(*args)
             # Others may wait for a rank that has returned without any call. For them it
             # comes to the world after all.

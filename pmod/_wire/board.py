@@ -248,7 +248,7 @@ class Board:
         """Return the posts of these ranks, where they have one."""
         posts: dict[int, Post] = {}
         # A rank that has returned from an earlier function makes the calls of this one.
-        this_run = str(world.processes().connection.runs)
+        this_run = str(world.processes().runs)
         for rank in ranks:
             text = self._get(_WAITS.format(rank))
             if text:

@@ -342,6 +342,24 @@ def test_a_rank_that_is_late_for_the_next_run_is_waited_for():
             assert ranks.run(task.Task.of(late_for_the_next, (), {"model": 2})) == [2, 2]
 
 
+def number_of_run(connects: bool) -> tuple[int, int]:
+    """As it is before and after the ranks connect."""
+    before = world.processes().runs
+    if connects:
+        pmod.psum(1, "model")
+    after = world.processes().runs
+    pmod.shutdown()
+    return before, after
+
+
+def test_each_run_has_a_number_of_its_own():
+    """What a rank said of its return from one run must not be taken for its return from another."""
+    with launch.Ranks(2) as ranks:
+        for number, connects in enumerate([True, True, False, True], 1):
+            told = ranks.run(task.Task.of(number_of_run, (connects,), {"model": 2}))
+            assert told == [(number, number)] * 2
+
+
 def pid() -> int:
     return os.getpid()
 
