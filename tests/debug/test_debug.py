@@ -792,6 +792,28 @@ def test_a_rank_that_has_stopped_calling() -> None:
     assert "test_debug.py:" in text and 'pmod.psum(torch.ones(1), "x")' in text
 
 
+def interrupted() -> float:
+    """One rank is interrupted while it waits alone, and takes back what it said."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pmod.debug():
+        pmod.psum(torch.ones(1), "x")
+        if me() == 1:
+            before = signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                pmod.psum(torch.ones(2), "x")
+            signal.signal(signal.SIGALRM, before)
+        spmd.meet(2)
+        return pmod.psum(torch.ones(3), "x").sum().item()
+
+
+def test_a_rank_that_is_interrupted_takes_back_what_it_said() -> None:
+    assert spmd.launch(interrupted, x=2) == [6, 6]
+
+
 def server_stands_still(folder: Path) -> str:
     """The first rank serves the store, and is stopped by the other one."""
     pmod.shutdown()
