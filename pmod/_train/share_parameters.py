@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from types import FrameType
 from typing import Any, Literal, TypeAlias, TypeVar, cast
@@ -268,7 +269,8 @@ class SharedParameters(Reduces):
         if self._reduce == "mean":
             # no division in the graph: the first backward would free what it keeps
             for y in copies:
-                y.register_hook(self._divided)
+                # it holds nothing of this object, which holds y
+                y.register_hook(partial(_divided, self._axis.size))
         return copies
 
     def _together(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -276,12 +278,6 @@ class SharedParameters(Reduces):
         if self._axis.size == 1:
             return pvary_alone(parameters, self._axis, "share_parameters"), []
         return pvary_used(parameters, self._axis, "share_parameters", self._idle)
-
-    def _divided(self, gradient: Tensor | None) -> Tensor | None:
-        # None: unused on this rank
-        if gradient is None:
-            return None
-        return gradient / self._axis.size
 
     def _pvary(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         varying = called_as(
@@ -311,6 +307,13 @@ class SharedParameters(Reduces):
         link = self._link
         self._calls, self._frame, self._held, self._link = [], None, [], []
         return link
+
+
+def _divided(n: int, gradient: Tensor | None) -> Tensor | None:
+    # None: unused on this rank
+    if gradient is None:
+        return None
+    return gradient / n
 
 
 def _sharing(module: nn.Module) -> list[SharedParameters]:
@@ -430,7 +433,7 @@ def check_not_reduced(
         for p in parameters_of(inner).values():
             hooks += accumulation_hooks(p).values()
         for hook in hooks:
-            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            owner = getattr(hook, "__self__", None)
             if owner is not but and isinstance(owner, Reduces):
                 _check_other(owner, type(inner).__name__, function, axis)
 
