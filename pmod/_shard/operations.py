@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -305,11 +305,11 @@ def _has_mask(index: object) -> bool:
     return any(isinstance(part, Tensor) and part.dtype in _MASKS for part in parts)
 
 
-def numbers_in(tree: Any) -> list[int]:
+def numbers_in(tree: object) -> list[int]:
     """Return the ints in dicts, lists, tuples and slices."""
     if isinstance(tree, int):
         return [tree]
-    branches: Any = ()
+    branches: Iterable[object] = ()
     if isinstance(tree, slice):
         branches = (tree.start, tree.stop)
     elif isinstance(tree, dict):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar, cast
 from weakref import WeakSet, finalize, ref
 
 import torch
@@ -250,12 +250,12 @@ class _Reducer(Reduces):
                     return True
         return False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Mapping[str, object]:
         left = ("_anchor", "_accumulators", "_handles", "_registrations")
         kept = {key: value for key, value in vars(self).items() if key not in left}
         return kept | {"_scaled": set(), "_inside": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Mapping[str, object]) -> None:
         vars(self).update(state)
         # a copy of a parameter has none of its hooks
         self._attach()

@@ -11,11 +11,11 @@ loops.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
 from types import FrameType
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,10 +168,10 @@ class SharedParameters(Reduces):
                 inner.register_forward_hook(self._leave, always_call=True),
             ]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Mapping[str, object]:
         return vars(self) | {"_kept": [], "_links": []}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Mapping[str, object]) -> None:
         vars(self).update(state)
         # the sums of a copy are not those of the original
         self._number = next(_numbers)
