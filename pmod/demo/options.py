@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import torch
@@ -222,7 +222,7 @@ def parser_of_job(
     return parser
 
 
-def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
+def number(group: Arguments, name: str, what: str, *, least: int = 1) -> None:
     """Add an option that is a whole number."""
 
     def parse_number(text: str) -> int:
