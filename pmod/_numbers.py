@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 Number = bool | int | float | complex
-_KINDS: tuple[Any, ...] = (bool, int, float, complex)
+_KINDS: tuple[type, ...] = (bool, int, float, complex)
 # a union would be made anew where torch.compile follows this
 _NUMPY = (np.number, np.bool_)
 

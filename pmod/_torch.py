@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -26,6 +26,12 @@ from torch import Tensor
 
 from pmod._errors import PmodError, phrase
 from pmod._site import call_site
+
+if TYPE_CHECKING:
+    from enum import Enum
+
+    from torch.distributed import ProcessGroup
+    from torch.fx import Graph
 
 T = TypeVar("T")
 
@@ -126,6 +132,12 @@ def _later(path: str, versions: tuple[str, ...] = ALL) -> Callable[[], Any]:
     return bring
 
 
+class Interpreter(Protocol):
+    """What runs one level of torch.func."""
+
+    def key(self) -> Enum: ...
+
+
 # --- transforms and modes: who takes part in an operation -----------------------------
 
 are_transforms_active: Callable[[], bool] = _seen(
@@ -137,7 +149,7 @@ no_transforms: Callable[[], AbstractContextManager[None]] = _seen(
 no_interpreters: Callable[[], AbstractContextManager[None]] = _seen(
     "torch._functorch.pyfunctorch:temporarily_clear_interpreter_stack"
 )
-interpreters: Callable[[], Sequence[Any] | None] = _seen(
+interpreters: Callable[[], Sequence[Interpreter] | None] = _seen(
     "torch._C:_functorch.get_interpreter_stack"
 )
 transform_level: Callable[[], int | None] = _seen(
@@ -190,8 +202,10 @@ def older_vmap_level() -> int:
 
 
 def _asks_for_older_vmap() -> Callable[[], bool]:
-    key_of: Any = _seen("torch._C:_dispatch_key_parse")
-    included: Any = _seen("torch._C:_dispatch_tls_is_dispatch_key_included")
+    key_of: Callable[[str], object] = _seen("torch._C:_dispatch_key_parse")
+    included: Callable[[object], bool] = _seen(
+        "torch._C:_dispatch_tls_is_dispatch_key_included"
+    )
     try:
         key = key_of("VmapMode")
     except (PmodError, RuntimeError):
@@ -329,7 +343,7 @@ def gets_base(getter: Any) -> bool:
 
 
 @_with("torch:Tensor._post_accumulate_grad_hooks")
-def accumulation_hooks(x: Tensor | None) -> dict[int, Any]:
+def accumulation_hooks(x: Tensor | None) -> dict[int, Callable[..., object]]:
     """Return the hooks that run when a gradient was added into x.grad, by their number."""
     return getattr(x, "_post_accumulate_grad_hooks", None) or {}
 
@@ -347,7 +361,7 @@ def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | Non
 
 
 @_with("torch.nn:Module._forward_hooks")
-def forward_hooks(module: torch.nn.Module) -> dict[int, Any]:
+def forward_hooks(module: torch.nn.Module) -> dict[int, Callable[..., object]]:
     """Return the hooks that run after the module was called, by their number."""
     return module._forward_hooks
 
@@ -368,19 +382,19 @@ is_agents_store: Callable[[], bool] = _seen(
 default_store: Callable[[], Any] = _seen(
     "torch.distributed.distributed_c10d:_get_default_store"
 )
-make_group: Callable[..., tuple[Any, Any]] = _seen(
+make_group: Callable[..., tuple[ProcessGroup, object]] = _seen(
     "torch.distributed.distributed_c10d:_new_process_group_helper"
 )
 
 
 @_with("torch.distributed.distributed_c10d:_world")
-def groups_known() -> list[Any]:
+def groups_known() -> list[ProcessGroup]:
     """Return the process groups that torch.distributed knows."""
     return list(torch.distributed.distributed_c10d._world.pg_map)
 
 
 @_with("torch.distributed.distributed_c10d:_world")
-def note_ranks(group: Any, ranks: Sequence[int]) -> None:
+def note_ranks(group: ProcessGroup, ranks: Sequence[int]) -> None:
     """Tell torch.distributed which ranks a group is of, in the order of the group: what
     new_group does at its end.
     """
@@ -486,7 +500,7 @@ _traced_modes = _later(
 )
 
 
-def graph_traced() -> Any:
+def graph_traced() -> Graph:
     """Return the graph that torch.compile writes, while it traces."""
     return _translator()().output.graph
 
@@ -532,7 +546,7 @@ traced_graph = _later("torch.fx.experimental.proxy_tensor:make_fx")
 core_decompositions = _later("torch._inductor.decomposition:select_decomp_table")
 
 
-def ordered_effect() -> Any:
+def ordered_effect() -> object:
     """Return the effect of an operator whose calls stay in order."""
     return _effects.ORDERED
 

@@ -30,6 +30,7 @@ import pmod
 from pmod._collectives.objects import gather_json
 from pmod._console import paint
 from pmod._errors import coordinates
+from pmod._mesh.sizes import parse_sizes
 from pmod._ranks.launchers import shown_variables
 
 # how often a psum is timed, after a first one that connects, and how long its x is
@@ -490,14 +491,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _axis_sizes(text: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if not name or name in sizes or not size.removeprefix("-").isdecimal():
-            given = f"{part!r} is not an axis: write data=2,model=2, each name once"
-            raise argparse.ArgumentTypeError(given)
-        sizes[name] = int(size)
-    return sizes
+    try:
+        return parse_sizes(text)
+    except ValueError as error:
+        given = f"{error}: write data=2,model=2, each name once"
+        raise argparse.ArgumentTypeError(given) from None
 
 
 def _seconds(text: str) -> float:

@@ -5,7 +5,8 @@ Every rank takes part in that backward, whatever it used itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,43 @@ def pvary_used(
     return copies, links
 
 
+def pvary_alone(xs: Sequence[Tensor], axis: Axis, function: str) -> list[Tensor]:
+    """Return copies along an axis of one rank; what is unused gets no gradient."""
+    call = PVARY.along(axis, SUM)
+    copies = called_as(function, together, PVARY, list(xs), axis, SUM)
+    for node in dict.fromkeys([y.grad_fn for y in copies]):
+        if node is not None:
+            _let_go_on(node, partial(_of_used, call))
+    return copies
+
+
+def _of_used(
+    call: Call,
+    gradients: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    forward: Origin,
+) -> list[Tensor | None]:
+    """Return the derivative of a call, None where a gradient is None."""
+    found: list[Tensor | None] = [None] * len(gradients)
+    used: list[Tensor] = []
+    places: list[int] = []
+    for i, gradient in enumerate(gradients):
+        if gradient is not None and needed[i]:
+            used.append(gradient)
+            places.append(i)
+    if used:
+        for i, y in zip(places, transposed(call, used, forward), strict=True):
+            found[i] = y
+    return found
+
+
+def _let_go_on(node: Any, instead: Callable[..., list[Tensor | None]]) -> None:
+    """Let backward of a node do this, with None for the gradients of what is unused."""
+    # zeros would count as used
+    node.set_materialize_grads(False)
+    node.instead = instead
+
+
 def _of_one_kind(
     xs: Sequence[Tensor], axis: Axis, function: str, idle: Idle
 ) -> tuple[list[Tensor], Tensor]:
@@ -67,11 +105,9 @@ def _of_one_kind(
     )
     call = PVARY.along(axis, SUM)
     *copies, counts = called_as(function, together, PVARY, [*xs, flags], axis, SUM)
-    node: Any = counts.grad_fn
+    node = counts.grad_fn
     if node is not None and not are_transforms_active():
-        # None stands for what is unused here; zeros would count as used
-        node.set_materialize_grads(False)
-        node.instead = _Sums(xs, call, function, idle)
+        _let_go_on(node, _Sums(xs, call, function, idle))
     return list(copies), counts[:0]
 
 

@@ -7,8 +7,10 @@ import hashlib
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from time import monotonic, sleep
 from typing import NamedTuple, Protocol, cast
 
@@ -21,6 +23,7 @@ from pmod._core.tree import outline
 from pmod._errors import CollectiveTimeout, MismatchError, phrase
 from pmod._mesh.axis import Axis
 from pmod._ranks import world
+from pmod._ranks.blocking import InThread
 from pmod._site import BACKWARD, Origin, Site, on_behalf_of, structure
 from pmod._torch import (
     are_transforms_active,
@@ -36,6 +39,7 @@ from pmod._wire.board import (
     WAITS,
     Board,
     Post,
+    Pulse,
     Said,
     awaited,
     board,
@@ -200,16 +204,28 @@ class _Exchanges:
         self.board = board
         self._met: Counter[str] = Counter()
         self._raised = False  # in a wait, and the board still has its words
+        self._pulse = Pulse()  # of the last one
 
-    def exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
+    def exchange(
+        self, axis: Axis, mine: str, origin: Origin, pulse: Pulse
+    ) -> list[str]:
         """Return what each rank of the axis says, in rank order."""
+        # The thread of an earlier one still waits for an answer, and holds the store.
+        if self._pulse.left and not self._pulse.ended:
+            raise _out_of_reach(axis, origin)
+        self._pulse = pulse
         try:
-            return self._exchange(axis, mine, origin)
+            return self._exchange(axis, mine, origin, pulse)
         except RuntimeError as error:
             # torch's: the connection to the store broke.
-            raise self._out_of_reach(axis, origin, error) from None
+            more = f"\ntorch says: {first_sentence(error)}"
+            raise _out_of_reach(axis, origin, more) from None
+        finally:
+            pulse.ended = True
 
-    def _exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]:
+    def _exchange(
+        self, axis: Axis, mine: str, origin: Origin, pulse: Pulse
+    ) -> list[str]:
         self._met[axis.group_key] += 1
         number, store = self._met[axis.group_key], self.board.store
         # The key of a group may name many ranks; that of the store stays short.
@@ -222,7 +238,8 @@ class _Exchanges:
         store.set(key(number, axis.index), mine)
         keys = [key(number, index) for index in range(axis.size)]
         try:
-            self._wait(keys, axis, f"{axis.group_key}#words {number}", origin)
+            meeting = f"{axis.group_key}#words {number}"
+            self._wait(keys, axis, meeting, origin, pulse)
         except BaseException:
             # The ranks did not meet, so what this one said is taken back.
             with contextlib.suppress(RuntimeError):
@@ -231,13 +248,15 @@ class _Exchanges:
             raise
         if number == 1:
             # All are here, and the store may be gone when it matters.
-            self.board.learn(neighbours(axis))
+            self.board.learn(_may_serve(axis))
         if number > 2:
             # All have come here, so all have read what was said before the last time.
             store.delete_key(key(number - 2, axis.index))
         return [text.decode() for text in store.multi_get(keys)]
 
-    def _wait(self, keys: list[str], axis: Axis, meeting: str, origin: Origin) -> None:
+    def _wait(
+        self, keys: list[str], axis: Axis, meeting: str, origin: Origin, pulse: Pulse
+    ) -> None:
         """Wait until all have spoken.
 
         A long wait is written on the board, for others to see; one without end raises.
@@ -251,6 +270,9 @@ class _Exchanges:
             while not self.board.store.check(keys):
                 sleep(pause)
                 pause = min(1.5 * pause, 0.01)
+                pulse.answered = monotonic()
+                if pulse.left:
+                    raise _Interrupted
                 look.when_due()
         except BaseException:
             # What is written stays, for the others to see, until this rank meets them
@@ -261,15 +283,71 @@ class _Exchanges:
             self._raised = False
             self.board.erase(axis.topology.rank)
 
-    def _out_of_reach(
-        self, axis: Axis, origin: Origin, error: RuntimeError
-    ) -> CollectiveTimeout:
-        dead = self.board.dead(_others(axis))
-        server = f"{place_of(0)} or the launcher"
-        given = f"the store of the world cannot be reached, which {server} serves"
-        if dead:
-            given = not_here(list(dead), {}, dead, axis.timeout)
-        return _timeout(given, axis, origin, f"\ntorch says: {first_sentence(error)}")
+
+class _Interrupted(Exception):
+    """Whoever waited for this exchange was interrupted."""
+
+
+def _may_serve(axis: Axis) -> list[int]:
+    """Return the ranks of this node along the axis, and the one that serves the store."""
+    me = axis.topology.rank
+    return [rank for rank in {0: 0, **dict.fromkeys(neighbours(axis))} if rank != me]
+
+
+def _out_of_reach(axis: Axis, origin: Origin, more: str = "") -> CollectiveTimeout:
+    told: Board | None = world.current().board
+    server = f"{place_of(0)} or the launcher"
+    given = f"the store of the world cannot be reached, which {server} serves"
+    if told is not None:
+        ranks = _may_serve(axis)
+        dead, stopped = told.dead(ranks), told.stopped(ranks)
+        known = [rank for rank in ranks if rank in {**stopped, **dead}]
+        if known:
+            given = not_here(known, {}, dead, axis.timeout, stopped=stopped)
+    return _timeout(given, axis, origin, more)
+
+
+def _in_time(
+    exchange: Callable[[Pulse], list[str]], axis: Axis, origin: Origin
+) -> list[str]:
+    """Return what the exchange returns, or raise if the store does not answer in time.
+
+    torch's store has no deadline for an answer, so it is asked in a thread.
+    """
+    pulse = Pulse()
+    said: list[str] = []
+    job = InThread(lambda: said.extend(exchange(pulse)))
+    started, pause = pulse.answered, min(LOOK, axis.timeout / 4)
+    late = False
+    try:
+        while not late and not _is_over(job, pause):
+            now = monotonic()
+            # Where the store answers, the thread itself sees when time is up.
+            late = now - pulse.answered > pause and now - started > axis.timeout
+    except BaseException:
+        pulse.left = True
+        # After Ctrl-C it takes back what it said.
+        with contextlib.suppress(BaseException):
+            _is_over(job, pause)
+        raise
+    if late:
+        pulse.left = True
+        told: Board | None = world.current().board
+        if told is not None:
+            told.reachable = False
+        raise _out_of_reach(axis, origin)
+    return said
+
+
+def _is_over(job: InThread, seconds: float) -> bool:
+    """Wait for it so long, and return whether it is over; raise what it raised."""
+    try:
+        job.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        if not job.is_completed():
+            return False
+        job.wait()
+    return True
 
 
 class _Look:
@@ -390,17 +468,21 @@ class _Speaking(Protocol):
 
 def _said(mine: str, axis: Axis, origin: Origin) -> list[str]:
     """Return what each rank of the axis says, in rank order; all come to say it."""
-    here: Board | None = None
-    if world.current().by_processes and axis.group:
-        # Asking for the group has connected the ranks, which is no meeting.
-        here = board()
-    if here is None:
-        with on_behalf_of(origin):
-            wire = wire_of(axis, torch.device("cpu"), said=_COMPARED)
-            return cast("_Speaking", wire).words(mine)
-    if here.exchanges is None:
-        here.exchanges = _Exchanges(here)
-    return here.exchanges.exchange(axis, mine, origin)
+    here = world.current()
+    # Asking for the group connects the ranks, which is no meeting.
+    if here.by_processes and axis.group and here.store is not None:
+        return _in_time(partial(_said_on_board, axis, mine, origin), axis, origin)
+    with on_behalf_of(origin):
+        wire = wire_of(axis, torch.device("cpu"), said=_COMPARED)
+        return cast("_Speaking", wire).words(mine)
+
+
+def _said_on_board(axis: Axis, mine: str, origin: Origin, pulse: Pulse) -> list[str]:
+    told = board()
+    assert told is not None
+    if told.exchanges is None:
+        told.exchanges = _Exchanges(told)
+    return told.exchanges.exchange(axis, mine, origin, pulse)
 
 
 def gathered(

@@ -134,8 +134,8 @@ class _Backward:
         # The ranks of a simulation share torch's entries, so the last one puts them
         # back.
         self._users = 0
-        self._backward: Callable[..., Any] = torch.autograd.backward
-        self._grad: Callable[..., Any] = torch.autograd.grad
+        self._backward: Callable[..., object] = torch.autograd.backward
+        self._grad: Callable[..., object] = torch.autograd.grad
         self._anomaly = (False, True)
 
     def watch(self) -> None:
@@ -168,7 +168,7 @@ class _Backward:
 
     def _watched_grad(
         self, outputs: Any, inputs: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> object:
         _look_at_roots(outputs, inputs)
         return self._grad(outputs, inputs, *args, **kwargs)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from pmod._core.arguments import as_real, check_function
 from pmod._debug.events import Event
@@ -23,8 +22,8 @@ Rate = float | Mapping[str | tuple[str, ...], float]
 
 
 def estimate(
-    fn: Callable[..., Any],
-    *args: Any,
+    fn: Callable[..., object],
+    *args: object,
     mesh: Mesh | Mapping[str, int],
     bandwidth: Rate = math.inf,
     latency: Rate = 0.0,

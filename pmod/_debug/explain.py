@@ -10,7 +10,6 @@ import html
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import attrs
 import torch
@@ -198,7 +197,9 @@ def _differentiate(result: object) -> bool:
     return bool(roots)
 
 
-def _run(f: Callable[..., Any], args: Sequence[Any]) -> tuple[trace, _Reader, bool]:
+def _run(
+    f: Callable[..., object], args: Sequence[object]
+) -> tuple[trace, _Reader, bool]:
     """Run f and its backward, watched; return whether there was one."""
     with trace() as found, _Reader() as reader:
         result = f(*args)
@@ -219,7 +220,9 @@ def _is_differentiable(x: Tensor) -> bool:
 
 
 def explain(
-    f: Callable[..., Any], *args: Any, mesh: Mesh | Mapping[str, int] | None = None
+    f: Callable[..., object],
+    *args: object,
+    mesh: Mesh | Mapping[str, int] | None = None,
 ) -> Explanation:
     """Return the collectives of f(*args) and of its backward, line by line.
 

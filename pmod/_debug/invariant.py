@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def assert_invariant(tree: object, axis: AxisLike, *, rtol: float = 0.0) -> None
     """
     bound = resolve(axis, "assert_invariant")
     rtol = check_tolerance(rtol, "assert_invariant")
-    flat: list[Any] = []
+    flat: list[Tensor] = []
     flatten(tree, "assert_invariant", bound, flat)
     leaves = [from_number(leaf, int, "assert_invariant", bound) for leaf in flat]
     for leaf in leaves:

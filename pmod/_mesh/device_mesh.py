@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -43,7 +43,7 @@ def device_mesh_of(mesh: Mesh) -> DeviceMesh:
 
 def mesh_of(device_mesh: DeviceMesh) -> Mesh:
     """Return the mesh of a ``DeviceMesh``, and use its groups from now on."""
-    ranks: Any = getattr(device_mesh, "mesh", None)
+    ranks: object = getattr(device_mesh, "mesh", None)
     if not isinstance(ranks, torch.Tensor):
         given = f"device_mesh is a {type(device_mesh).__name__}"
         raise ArgumentError(

@@ -18,6 +18,26 @@ def shown_sizes(sizes: Mapping[str, int]) -> str:
     return ", ".join([f"{name}={size}" for name, size in sizes.items()])
 
 
+def parse_sizes(text: str) -> dict[str, int]:
+    """Return ``data=2,model=2`` as a dict; spaces may stand in place of commas.
+
+    Raises: ValueError where a part is not an axis, or an axis is given twice. Whether a
+    number is a size, and which names there are, is for the caller to say.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.replace(",", " ").split() or [""]:
+        name, _, size = part.partition("=")
+        if not name or not size.removeprefix("-").isdecimal():
+            raise ValueError(f"{part!r} is not an axis")
+        # where axes are keywords, it is taken for the deadline
+        if name == "timeout":
+            raise ValueError(f"{part!r} is a deadline in seconds, not an axis")
+        if name in sizes:
+            raise ValueError(f"axis {name!r} is given twice")
+        sizes[name] = int(size)
+    return sizes
+
+
 def number_of(coords: Sequence[int], sizes: Sequence[int]) -> int:
     """Return the number of the place with these coords, the last axis fastest."""
     number = 0

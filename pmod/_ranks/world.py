@@ -76,8 +76,7 @@ class Connection:
     world: the default group that `groups` were made under. topology: that of the world.
     histories: the last calls along each rank set. witness: what compares the calls
     whose messages have no tags. places: the host and the process of those that this one
-    has met. runs: how many functions `launch` has run here. farewells: what the waits
-    that failed say to the others at the end.
+    has met. farewells: what the waits that failed say to the others at the end.
     """
 
     def __init__(self) -> None:
@@ -92,7 +91,6 @@ class Connection:
         self.histories: dict[str, History] = {}
         self.witness: _Witness | None = None
         self.places: dict[int, tuple[str, int]] = {}
-        self.runs = 0
         self.farewells: list[Callable[[], None]] = []
         self._made: WeakValueDictionary[int, Made] = WeakValueDictionary()
 
@@ -177,6 +175,10 @@ class Processes(World):
         self.connection = Connection()
         self.lock = threading.RLock()
         self.standing_in = threading.Lock()
+        # What a child that is forked meanwhile does first, if it is none of the ranks'.
+        self.left_in_child: Callable[[], None] | None = None
+        # The rank of a simulation, or of an estimate, that has forked this process.
+        self.forked_by: Topology | None = None
         # The stores outlive a shutdown: the ranks that come back must not meet at a
         # server that is about to end.
         self.stores: dict[tuple[str, int], Store] = {}
@@ -187,6 +189,9 @@ class Processes(World):
         self.met = time.time()
         # Where `launch` put this process, which no environment variable says.
         self.launched: Topology | None = None
+        # How many functions `launch` has run here: the number of the last one, the same
+        # on all ranks, whatever they have connected since.
+        self.runs = 0
         # The place that a mesh has brought to this process.
         self.brought: _place.Place | None = None
         self.left_behind: set[dist.ProcessGroup] = set()
@@ -257,15 +262,24 @@ def processes() -> Processes:
 
 
 @contextlib.contextmanager
-def instead_of_processes(world: World) -> Generator[None]:
-    """Let `world` stand for what this process has connected; one does at a time."""
+def instead_of_processes(
+    world: World, left_in_child: Callable[[], None] | None = None
+) -> Generator[None]:
+    """Let `world` stand for what this process has connected; one does at a time.
+
+    left_in_child: what a child does that another thread forks meanwhile; the ranks of
+    `world` stay behind.
+    """
     global now
-    with world.processes.standing_in:
-        now = world
+    ours = world.processes
+    if ours.forked_by is not None:
+        raise _place.refusal(ours.forked_by)
+    with ours.standing_in:
+        now, ours.left_in_child = world, left_in_child
         try:
             yield
         finally:
-            now = world.processes
+            now, ours.left_in_child = ours, None
 
 
 def here() -> Topology:
@@ -301,9 +315,11 @@ def _keep_apart() -> None:
 
     What it finds in memory is its parent's, whose connections it must not use or end.
     """
+    global now
     ours, rank = processes(), current()
-    # Another thread, which is not in the child, may have held it.
+    # Another thread, which is not in the child, may have held them.
     ours.lock = threading.RLock()
+    ours.standing_in = threading.Lock()
     ours.launched = None
     # Threads stay behind.
     ours.idle.clear()
@@ -311,8 +327,12 @@ def _keep_apart() -> None:
     ours.inherited.append(ours.connection)
     ours.connection = Connection()
     ours.inherited_world = _default_group()
-    if not rank.by_processes:
-        parent = rank.topology
+    if rank.by_processes:
+        now = ours
+        if ours.left_in_child is not None:
+            ours.left_in_child()
+    else:
+        ours.forked_by = parent = rank.topology
 
         def refuse(axis: object, said: object, device: torch.device) -> None:
             raise _place.refusal(parent)
@@ -371,17 +391,17 @@ def here_with(place: _place.Place | None) -> Topology:
     return here()
 
 
-def deadline(timeout: object) -> float:
+def deadline(timeout: object, function: str = "make_mesh") -> float:
     """Return the seconds until a collective gives up.
 
-    They are what was asked for, else PMOD_TIMEOUT, else 600.
+    They are what the function was asked for, else PMOD_TIMEOUT, else 600.
     """
     if timeout is not None:
         seconds = as_real(timeout)
         if seconds is None or not 0 < seconds < LONGEST:
             raise AxisError(
                 phrase(
-                    "make_mesh",
+                    function,
                     f"timeout is {quoted(timeout)}",
                     "Pass seconds, a number above 0.",
                 )
@@ -395,7 +415,7 @@ def deadline(timeout: object) -> float:
     if not 0 < seconds < LONGEST:
         raise TopologyError(
             phrase(
-                "make_mesh",
+                function,
                 f"PMOD_TIMEOUT is {text!r}",
                 "Set it to seconds, a number above 0.",
             )

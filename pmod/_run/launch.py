@@ -78,12 +78,20 @@ _STARTING = "pmod starting rank"
 _SERVING = "pmod rank"
 
 
-def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]:
+def launch(
+    fn: Callable[..., T],
+    /,
+    *args: object,
+    timeout: float | None = None,
+    **axis_sizes: int,
+) -> list[T]:
     """Run ``fn(*args)`` on local processes, one per rank, and return their results.
 
     They are in rank order. It is for a script or a notebook on one machine,
     where nothing else has started ranks. Each rank has the mesh of `axis_sizes` set, a
     GPU where there are any, and its share of the cores. Ranks talk over loopback only.
+    timeout: seconds until a collective gives up, as for `make_mesh`; by default
+    PMOD_TIMEOUT, else 600. How long `fn` computes has no limit.
 
     `fn`, `args` and results are pickled by value: tensors are copied, and leave their
     autograd history behind. What a script or a module defines at its top level is found
@@ -94,9 +102,10 @@ def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]
     A rank's exception is raised here with the rank's traceback as a note, and the other
     ranks are ended.
 
-    Raises: AxisError where no axis is given or a size is not an int of 1 or more;
-    ArgumentError where fn cannot be sent; PmodError under a launcher, inside a rank,
-    where the script has no guard, and where a rank dies.
+    Raises: AxisError where no axis is given, a size is not an int of 1 or more, or
+    timeout is not a number above 0; ArgumentError where fn cannot be sent; PmodError
+    under a launcher, inside a rank, where the script has no guard, and where a rank
+    dies.
 
     >>> pmod.launch(pmod.axis_index, "model", model=2)
     [0, 1]
@@ -104,8 +113,9 @@ def launch(fn: Callable[..., T], /, *args: object, **axis_sizes: int) -> list[T]
     _check_place()
     sizes = _checked_sizes(axis_sizes)
     check_function(fn, "launch")
+    seconds = None if timeout is None else world.deadline(timeout, "launch")
     # Before anything starts: what cannot be sent fails at once.
-    task = Task.of(fn, args, sizes, last=True)
+    task = Task.of(fn, args, sizes, last=True, timeout=seconds)
     with Ranks(math.prod(sizes.values())) as ranks:
         return cast(list[T], ranks.run(task))
 
@@ -240,14 +250,15 @@ def topology_of(rank: int, size: int, port: int) -> Topology:
 def _perform(task: Task, topology: Topology) -> Outcome:
     try:
         world.launch_as(topology)
-        with set_mesh(make_mesh(task.axis_sizes, topology=topology)):
+        mesh = make_mesh(task.axis_sizes, topology=topology, timeout=task.timeout)
+        with set_mesh(mesh):
             fn, args = unpack(task.packed)
-            world.processes().connection.runs += 1
+            world.processes().runs += 1
             result = fn(*args)
             # Others may wait for a rank that has returned without any call. For them it
             # comes to the world after all.
             if task.last and not dist.is_initialized():
-                connect.connect(topology, world.deadline(None))
+                connect.connect(topology, world.deadline(task.timeout))
             tell_return()
             return Returned(pack_result(result))
     except BaseException as error:

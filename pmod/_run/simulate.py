@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 
 from pmod._core.arguments import check_function
 from pmod._core.watch import watchers
-from pmod._errors import PmodError, phrase
+from pmod._errors import AxisError, PmodError, phrase, quoted
 from pmod._mesh.ambient import set_mesh
 from pmod._mesh.make import make_mesh
 from pmod._mesh.sizes import check_axis_sizes
@@ -45,6 +45,13 @@ def _forward_mode_held_open() -> Generator[None]:
             swap_forward_nesting(nesting)
 
 
+def _close_forward_mode() -> None:
+    """Close what the threads of a simulation hold open, which are not in a child."""
+    while forward_level() >= 0:
+        forward_ad.exit_dual_level()
+    swap_forward_nesting(0)
+
+
 def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
     """Run fn(*args) on every rank of a mesh in this process: the results in rank order.
 
@@ -57,11 +64,12 @@ def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
 
     Raises: what a rank raises, with a note that says which; MismatchError where ranks
     wait for each other, or for a rank that left, with the line where each waits;
-    AxisError for sizes that make no mesh.
+    AxisError for sizes that make no mesh, and for a timeout, which only `launch` has.
 
     >>> pmod.simulate(lambda x: x * pmod.axis_index("model"), 10, model=3)
     [0, 10, 20]
     """
+    _refuse_timeout(axis_sizes)
     axis_sizes = check_axis_sizes(
         axis_sizes, "simulate", "simulate(fn, data=2, model=2)"
     )
@@ -82,7 +90,7 @@ def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
         )
     simulation = Simulation(math.prod(axis_sizes.values()))
     threads = Threads(world.processes(), simulation)
-    with world.instead_of_processes(threads):
+    with world.instead_of_processes(threads, _close_forward_mode):
         # Asked only here, because another simulation held a level open until now.
         if forward_level() >= 0 or are_transforms_active():
             raise PmodError(
@@ -95,6 +103,15 @@ def simulate(fn: Callable[..., T], *args: object, **axis_sizes: int) -> list[T]:
             )
         with _forward_mode_held_open():
             return _run(fn, args, axis_sizes, simulation, threads)
+
+
+def _refuse_timeout(axis_sizes: Mapping[str, object]) -> None:
+    """Raise if a deadline is given, as for `launch`: it would be taken for an axis."""
+    if "timeout" not in axis_sizes:
+        return
+    given = f"timeout={quoted(axis_sizes['timeout'])} is not an axis"
+    right = "A simulation needs no deadline: it sees at once when no rank can go on."
+    raise AxisError(phrase("simulate", given, right))
 
 
 def _run(

@@ -23,12 +23,15 @@ from pmod._errors import ArgumentError, PmodError, phrase
 class Task:
     """What every rank runs, under which mesh, and whether the ranks end after it.
 
+    timeout: that of the mesh, None for the default.
+
     `packed` is opened under that mesh, so that meshes in it find their place.
     """
 
     axis_sizes: dict[str, int]
     packed: bytes = field(repr=False)
     last: bool = False
+    timeout: float | None = None
 
     @staticmethod
     def of(
@@ -37,14 +40,16 @@ class Task:
         axis_sizes: Mapping[str, int],
         *,
         last: bool = False,
+        timeout: float | None = None,
     ) -> Task:
         """Return the task of a call; ArgumentError where fn or args cannot be sent."""
         try:
-            return Task(dict(axis_sizes), _pack((fn, tuple(args))), last)
+            packed = _pack((fn, tuple(args)))
         except pickle.PicklingError as error:
             raise ArgumentError(
                 phrase("launch", f"fn or args cannot be sent to the ranks: {error}")
             ) from None
+        return Task(dict(axis_sizes), packed, last, timeout)
 
 
 @frozen

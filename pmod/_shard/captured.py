@@ -15,7 +15,6 @@ from types import (
     MethodType,
     ModuleType,
 )
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ def _is_memory_here(x: Tensor) -> bool:
     return is_strided and not is_dtensor and x.device.type != "meta"
 
 
-def _parts(thing: Any) -> Iterable[object]:
+def _parts(thing: object) -> Iterable[object]:
     """Return what it holds, without asking for attributes that it would make up."""
     if isinstance(thing, torch.nn.Module):
         return [*thing.parameters(), *_attributes(thing)]

@@ -57,7 +57,7 @@ def as_dtensor(
     )
 
 
-def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
+def to_dtensors(tree: object, specs: Specs, *, mesh: Mesh | None = None) -> Any:
     """Return local shards as DTensors: for torch's distributed checkpoints (DCP).
 
     The DTensors share the storage of the shards. What DCP loads into them is in the
@@ -87,7 +87,7 @@ def to_dtensors(tree: Any, specs: Specs, *, mesh: Mesh | None = None) -> Any:
     return unflatten(tree, "to_dtensors", everywhere, made)
 
 
-def from_dtensors(tree: Any) -> Any:
+def from_dtensors(tree: object) -> Any:
     """Return the local shards of the DTensors in a tree, and all else as it is.
 
     The shards share the storage of the DTensors. Nothing is sent.

@@ -42,7 +42,7 @@ from pmod._shard.operations import (
     plain,
 )
 from pmod._shard.writes import Writes, versions
-from pmod._site import call_site
+from pmod._site import Origin, call_site
 from pmod._torch import (
     are_transforms_active,
     count_function_modes,
@@ -67,7 +67,7 @@ class Kinds(TorchFunctionMode):
         types: object,
         args: Args = (),
         kwargs: Kwargs | None = None,
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             self.writes.check_shown()
@@ -125,7 +125,7 @@ class Kinds(TorchFunctionMode):
                 return None
         return kind
 
-    def _followed(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    def _followed(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         """Run what is called, each kind of function by rules of its own."""
         if func is bind:
             return self._bind(*args, **kwargs)
@@ -225,7 +225,7 @@ class Kinds(TorchFunctionMode):
 
     # --- derivatives ------------------------------------------------------------------
 
-    def _gradients(self, args: Args, kwargs: Kwargs) -> Any:
+    def _gradients(self, args: Args, kwargs: Kwargs) -> object:
         """Run torch.autograd.grad: a gradient varies where its input does."""
         names = ("outputs", "inputs", "grad_outputs")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -281,7 +281,7 @@ class Kinds(TorchFunctionMode):
     # --- collectives ------------------------------------------------------------------
 
     def _bind(
-        self, call: Call, xs: list[Tensor], forward: Any = None
+        self, call: Call, xs: list[Tensor], forward: Origin | None = None
     ) -> Sequence[Tensor]:
         """Run a collective: its row says what it takes and gives along its axis."""
         over = self.known.names(call.axis.label)
@@ -351,5 +351,5 @@ def all_cut() -> None:
     handle_torch_function(all_cut, ())
 
 
-def _listed(xs: Any) -> list[Tensor | None]:
+def _listed(xs: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
     return [xs] if isinstance(xs, Tensor) else list(xs)

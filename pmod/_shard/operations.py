@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -173,6 +173,26 @@ _SPECIAL = (
     | _OWN_RULES
 )
 
+# x[i] = y, x += y and the like. Others begin with __i, too: __int__, __iter__.
+_ASSIGNMENTS = {
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__imatmul__",
+    "__itruediv__",
+    "__ifloordiv__",
+    "__imod__",
+    "__ipow__",
+    "__ilshift__",
+    "__irshift__",
+    "__iand__",
+    "__ixor__",
+    "__ior__",
+    # torch has kept that of Python 2
+    "__idiv__",
+}
+
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -222,11 +242,9 @@ def _has_no_rule(func: Function) -> bool:
 
 def is_in_place(name: str) -> bool:
     """Return whether an operation of this name changes what it is called on."""
-    if name == "__setitem__":
-        return True
-    if name.startswith("__i"):
-        return name != "__invert__"
-    return name.endswith("_") and not name.endswith("__")
+    if name.endswith("__"):
+        return name in _ASSIGNMENTS
+    return name.endswith("_")
 
 
 def changed_by(func: Function, name: str, args: Args, kwargs: Kwargs) -> list[Tensor]:
@@ -287,11 +305,11 @@ def _has_mask(index: object) -> bool:
     return any(isinstance(part, Tensor) and part.dtype in _MASKS for part in parts)
 
 
-def numbers_in(tree: Any) -> list[int]:
+def numbers_in(tree: object) -> list[int]:
     """Return the ints in dicts, lists, tuples and slices."""
     if isinstance(tree, int):
         return [tree]
-    branches: Any = ()
+    branches: Iterable[object] = ()
     if isinstance(tree, slice):
         branches = (tree.start, tree.stop)
     elif isinstance(tree, dict):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def shard_map(
-    f: Callable[..., Any],
+    f: Callable[..., object],
     *,
     mesh: Mesh | None = None,
     in_specs: Specs,
@@ -80,7 +80,7 @@ def shard_map(
     idle = Idle()
 
     @wraps(f, updated=())
-    def mapped(*args: Any, **by_name: Any) -> Any:
+    def mapped(*args: object, **by_name: object) -> object:
         if by_name:
             given = f"{', '.join(by_name)} came by name"
             right = "Pass arguments by position, which is what in_specs goes by; functools.partial binds the others."
@@ -108,7 +108,7 @@ def shard_map(
     return mapped
 
 
-def _module(f: Callable[..., Any]) -> nn.Module | None:
+def _module(f: Callable[..., object]) -> nn.Module | None:
     """Return the module that f is, or is a method of."""
     while isinstance(f, partial):
         f = f.func
@@ -160,7 +160,7 @@ class _Mapped:
         # of the arguments: an entry, its sizes, and this rank's
         self.cut: list[tuple[Entry, tuple[int, ...], int]] = []
 
-    def enter(self, args: tuple[Any, ...], specs: Specs) -> tuple[Any, ...]:
+    def enter(self, args: tuple[object, ...], specs: Specs) -> tuple[object, ...]:
         """Return the shards of the arguments."""
         self._check_given(args, specs)
         found = with_specs(args, specs, "shard_map", "in_specs", self.axis)
@@ -265,7 +265,7 @@ class _Mapped:
         self.kinds.copies.of_argument(y)
         return y
 
-    def leave(self, result: Any, specs: Specs) -> Any:
+    def leave(self, result: object, specs: Specs) -> object:
         """Return the whole tensors of the results."""
         found = with_specs(result, specs, "shard_map", "out_specs", self.axis)
         for y, spec, where in found:

@@ -91,7 +91,7 @@ def _with_specs(
     return leaves
 
 
-def fits(tree: Any, specs: Specs) -> bool:
+def fits(tree: object, specs: Specs) -> bool:
     """Return whether specs are one for each branch of a tree.
 
     They have the same keys, or are as many.
@@ -102,7 +102,7 @@ def fits(tree: Any, specs: Specs) -> bool:
     return are_lists and len(specs) == len(cast(Sequence[object], tree))
 
 
-def _outline(tree: Any) -> str:
+def _outline(tree: object) -> str:
     if is_mapping(tree):
         return f"a {type(tree).__name__} with the keys {sorted(map(str, tree.keys()))}"
     if isinstance(tree, list | tuple):

@@ -6,6 +6,8 @@ import operator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch.fx import Graph, Node
+
 from pmod._torch import (
     Operator,
     OperatorPacket,
@@ -34,7 +36,7 @@ _ASSIGNMENTS = {
 # They change no number.
 _FLAGS = {"requires_grad_", "detach_"}
 # Of graphs: up to which node they were counted, and how many writes there are.
-_counted: WeakKeyDictionary[Any, tuple[object, int]] = WeakKeyDictionary()
+_counted: WeakKeyDictionary[Graph, tuple[object, int]] = WeakKeyDictionary()
 
 
 def show_writes() -> None:
@@ -66,7 +68,7 @@ def writes_traced() -> tuple[int, int]:
     """While torch.compile traces: return its graph, and how many writes are in it."""
     graph = graph_traced()
     last, before = _counted.get(graph, (None, 0))
-    new: list[Any] = []
+    new: list[Node] = []
     # back to the last one that was counted, or through all if that one was erased
     for node in reversed(graph.nodes):
         if node is last:
@@ -79,7 +81,7 @@ def writes_traced() -> tuple[int, int]:
     return id(graph), n
 
 
-def _writes(node: Any) -> bool:
+def _writes(node: Node) -> bool:
     if node.op not in ("call_method", "call_function"):
         return False
     target = node.target

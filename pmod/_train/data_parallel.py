@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar, cast
 from weakref import WeakSet, finalize, ref
 
 import torch
@@ -27,6 +26,7 @@ from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 from pmod._torch import (
+    accumulation_hooks,
     are_transforms_active,
     at_end_of_backward,
     backward_here,
@@ -43,6 +43,7 @@ from pmod._train.share_parameters import (
 )
 
 M = TypeVar("M", bound=nn.Module)
+H = TypeVar("H")
 
 # As DDP: a small first message, so that sending begins early, then large ones.
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
@@ -55,6 +56,33 @@ class _Bucket:
         self.parameters = parameters
         self.ready: set[int] = set()
         self.sent: Pending[list[Tensor]] | None = None
+
+
+class _Hook(Generic[H]):
+    """A method of a reducer, as a hook of a parameter that does not keep it alive.
+
+    Python's garbage collector does not see what torch's hooks of a parameter hold: held
+    by them, the reducer and its module would never be freed. The module holds the
+    reducer, and so does the graph of a call of the module.
+    """
+
+    def __init__(self, reducer: _Reducer, method: Callable[..., H], *first: object):
+        self._of = ref(reducer)
+        self._method, self._first = method, first
+        self._axis = reducer._axis
+
+    @property
+    def __self__(self) -> _Reducer | None:
+        """The reducer, as of a method; None if it is gone."""
+        return self._of()
+
+    def __call__(self, *args: object) -> H:
+        reducer = self._of()
+        if reducer is None:
+            given = "backward came to a parameter of a module that is gone, so its gradient is not reduced"
+            right = "Keep the module that data_parallel was called with while its parameters are trained."
+            raise wrong(PmodError, "data_parallel", self._axis, given, right)
+        return self._method(reducer, *self._first, *args)
 
 
 class _Reducer(Reduces):
@@ -94,11 +122,12 @@ class _Reducer(Reduces):
             self._anchor.register_hook(self._begin)
         self._accumulators: dict[int, Node] = {}
         self._handles: list[RemovableHandle] = []
-        for bucket in self._buckets:
+        for number, bucket in enumerate(self._buckets):
             for p in bucket.parameters:
+                _drop_dead_hooks(p)
                 if self._reduce == "sum":
                     self._scale(p)
-                hook = partial(self._on_gradient, bucket)
+                hook = _Hook(self, _Reducer._on_gradient, number)
                 self._handles.append(p.register_post_accumulate_grad_hook(hook))
         for p, (trained, _, _) in self._known:
             if not trained:
@@ -111,18 +140,12 @@ class _Reducer(Reduces):
         """
         # torch.autograd.grad does not come to this node, so it is not scaled
         accumulator = _accumulator(p)
-        hook = partial(self._times_n, id(p))
+        hook = _Hook(self, _Reducer._times_n, id(p))
         self._handles.append(accumulator.register_prehook(hook))
         self._accumulators[id(p)] = accumulator
 
     def _refuse_gradient(self, p: Tensor, happened: str) -> None:
         """Let backward raise if it comes to this parameter before the next call."""
-
-        def refuse(p: Tensor) -> None:
-            names = [name for name, q in self._module.named_parameters() if q is p]
-            name = names[0] if names else "a parameter"
-            raise self._late(f"{name} {happened} after the last call of the module")
-
         # one that has no shape yet lets nobody else ask it anything
         with no_function_subclasses():
             if not (p.is_floating_point() or p.is_complex()) or p.is_inference():
@@ -130,8 +153,14 @@ class _Reducer(Reduces):
             trained = p.requires_grad
             # a frozen one takes no hook
             p.requires_grad_(True)
-            self._handles.append(p.register_post_accumulate_grad_hook(refuse))
+            hook = _Hook(self, _Reducer._refuse, happened)
+            self._handles.append(p.register_post_accumulate_grad_hook(hook))
             p.requires_grad_(trained)
+
+    def _refuse(self, happened: str, p: Tensor) -> None:
+        names = [name for name, q in self._module.named_parameters() if q is p]
+        name = names[0] if names else "a parameter"
+        raise self._late(f"{name} {happened} after the last call of the module")
 
     def registered(self, where: nn.Module, new: object) -> None:
         """See what is about to become a parameter or a module inside.
@@ -221,22 +250,26 @@ class _Reducer(Reduces):
                     return True
         return False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Mapping[str, object]:
         left = ("_anchor", "_accumulators", "_handles", "_registrations")
         kept = {key: value for key, value in vars(self).items() if key not in left}
         return kept | {"_scaled": set(), "_inside": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Mapping[str, object]) -> None:
         vars(self).update(state)
         # a copy of a parameter has none of its hooks
         self._attach()
         self._registrations = _see_registrations(self)
 
     def _times_n(
-        self, parameter: int, gradients: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+        self, parameter: int, gradients: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        # share_parameters, over another axis, found that no rank there used it
+        if gradient is None:
+            return gradients
         self._scaled.add(parameter)
-        return tuple(gradient * self._axis.size for gradient in gradients)
+        return (gradient * self._axis.size,)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> object:
         if not torch.is_grad_enabled():
@@ -273,9 +306,12 @@ class _Reducer(Reduces):
         self._reset(running)
         at_end_of_backward(self._finish)
 
-    def _on_gradient(self, bucket: _Bucket, p: Tensor) -> None:
-        # a hook of the user's ran before this one
+    def _on_gradient(self, number: int, p: Tensor) -> None:
         if p.grad is None:
+            # share_parameters, over another axis, found that no rank there used it
+            if self._is_first(p):
+                return
+            # or a hook of the user's ran before this one
             given = "a hook took a gradient away before it was reduced"
             right = "Register the hook after data_parallel."
             raise wrong(PmodError, "data_parallel", self._axis, given, right)
@@ -289,9 +325,15 @@ class _Reducer(Reduces):
             )
         self._scaled.discard(id(p))
         self._begin(p)
+        bucket = self._buckets[number]
         bucket.ready.add(id(p))
         if len(bucket.ready) == len(bucket.parameters):
             self._send()
+
+    def _is_first(self, p: Tensor) -> bool:
+        """Return whether no other hook sees this parameter's gradient before."""
+        first = next(iter(accumulation_hooks(p).values()))
+        return getattr(first, "__self__", None) is self
 
     def _check_known(self) -> None:
         """Raise if a parameter has a gradient that no call of the module has found.
@@ -351,6 +393,14 @@ class _Reducer(Reduces):
                     # it may be a part of a buffer of the user's
                     p.grad.copy_(gradient)
         self._reset(-1)
+
+
+def _drop_dead_hooks(p: Tensor) -> None:
+    """Take off the hooks of reducers that are gone with their modules."""
+    hooks = accumulation_hooks(p)
+    for number, hook in [*hooks.items()]:
+        if isinstance(hook, _Hook) and hook.__self__ is None:
+            del hooks[number]
 
 
 def _dense_gradient(p: Tensor) -> Tensor:

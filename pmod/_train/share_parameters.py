@@ -11,17 +11,18 @@ loops.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count
 from types import FrameType
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from pmod._collectives.used import Idle, pvary_used
+from pmod._collectives.used import Idle, pvary_alone, pvary_used
 from pmod._collectives.values import PVARY, SUM, differentiated, pick
 from pmod._core.arguments import check_root, check_tensor, wrong
 from pmod._core.leaves import map_tensors
@@ -167,10 +168,10 @@ class SharedParameters(Reduces):
                 inner.register_forward_hook(self._leave, always_call=True),
             ]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Mapping[str, object]:
         return vars(self) | {"_kept": [], "_links": []}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Mapping[str, object]) -> None:
         vars(self).update(state)
         # the sums of a copy are not those of the original
         self._number = next(_numbers)
@@ -268,28 +269,21 @@ class SharedParameters(Reduces):
         if self._reduce == "mean":
             # no division in the graph: the first backward would free what it keeps
             for y in copies:
-                y.register_hook(self._divided)
+                # it holds nothing of this object, which holds y
+                y.register_hook(partial(_divided, self._axis.size))
         return copies
 
     def _together(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return copies that know what no rank used, and a link to each of their nodes."""
         if self._axis.size == 1:
-            return self._pvary(parameters, scale=False), []
+            return pvary_alone(parameters, self._axis, "share_parameters"), []
         return pvary_used(parameters, self._axis, "share_parameters", self._idle)
 
-    def _divided(self, gradient: Tensor | None) -> Tensor | None:
-        # None: unused on this rank
-        if gradient is None:
-            return None
-        return gradient / self._axis.size
-
-    def _pvary(
-        self, parameters: Sequence[Tensor], *, scale: bool = True
-    ) -> list[Tensor]:
+    def _pvary(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         varying = called_as(
             "share_parameters", together, PVARY, list(parameters), self._axis, SUM
         )
-        if self._reduce == "sum" or not scale:
+        if self._reduce == "sum":
             return varying
         # the same value; of its derivative the n-th part
         n = self._axis.size
@@ -313,6 +307,13 @@ class SharedParameters(Reduces):
         link = self._link
         self._calls, self._frame, self._held, self._link = [], None, [], []
         return link
+
+
+def _divided(n: int, gradient: Tensor | None) -> Tensor | None:
+    # None: unused on this rank
+    if gradient is None:
+        return None
+    return gradient / n
 
 
 def _sharing(module: nn.Module) -> list[SharedParameters]:
@@ -432,7 +433,7 @@ def check_not_reduced(
         for p in parameters_of(inner).values():
             hooks += accumulation_hooks(p).values()
         for hook in hooks:
-            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            owner = getattr(hook, "__self__", None)
             if owner is not but and isinstance(owner, Reduces):
                 _check_other(owner, type(inner).__name__, function, axis)
 

@@ -10,6 +10,7 @@ import socket
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
+from time import monotonic
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -189,10 +190,22 @@ def _parts(post: Post) -> dict[int, tuple[int, int]]:
     return parts
 
 
+class Pulse:
+    """Of what asks the store in a thread: when it was answered, and who waits for it."""
+
+    def __init__(self) -> None:
+        self.answered = monotonic()
+        # Whether nobody waits for it any more, and whether it has ended.
+        self.left = False
+        self.ended = False
+
+
 class Exchanges(Protocol):
     """What the ranks say on a board before each call: `_debug/compare.py`."""
 
-    def exchange(self, axis: Axis, mine: str, origin: Origin) -> list[str]: ...
+    def exchange(
+        self, axis: Axis, mine: str, origin: Origin, pulse: Pulse
+    ) -> list[str]: ...
 
 
 class Board:
@@ -248,7 +261,7 @@ class Board:
         """Return the posts of these ranks, where they have one."""
         posts: dict[int, Post] = {}
         # A rank that has returned from an earlier function makes the calls of this one.
-        this_run = str(world.processes().connection.runs)
+        this_run = str(world.processes().runs)
         for rank in ranks:
             text = self._get(_WAITS.format(rank))
             if text:
@@ -341,7 +354,7 @@ def come_back(rank: int) -> None:
     It had raised in `debug`, before it sent anything.
     """
     told: Board | None = world.now.here.board
-    if told is not None and told.says_left:
+    if told is not None and told.says_left and told.reachable:
         # The store may be gone.
         with contextlib.suppress(RuntimeError):
             told.erase(rank)

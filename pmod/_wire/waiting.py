@@ -482,7 +482,7 @@ def _tell_the_end() -> None:
 
 def tell_return() -> None:
     """Say that what `launch` ran here has returned: it makes no more calls."""
-    _tell_last(RETURNED, str(world.processes().connection.runs))
+    _tell_last(RETURNED, str(world.processes().runs))
 
 
 def _tell_last(state: str, meeting: str = "") -> None:

@@ -39,6 +39,9 @@ _OTHERS = 0o022
 Curve: TypeAlias = list[Tensor]
 """The loss of each step so far."""
 
+_State: TypeAlias = dict[str, Any]
+"""What is stored: tensors in dicts of dicts, or what JSON holds."""
+
 
 @attrs.frozen
 class Found:
@@ -213,7 +216,7 @@ class Checkpoints:
             if path not in (here, before):
                 shutil.rmtree(path)
 
-    def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _as_stored(self, state: _State) -> _State:
         """Return the same tensors, those of sharded parameters as DTensors.
 
         A DTensor says where its shard belongs.
@@ -254,9 +257,7 @@ class Checkpoints:
         )
 
 
-def _state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, curve: Tensor
-) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, curve: Tensor) -> _State:
     """Return what is kept in tensors: they are the model's and the optimizer's own."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -326,7 +327,7 @@ def _damage(path: Path) -> str:
         return str(error)
 
 
-def _notes(path: Path) -> dict[str, Any]:
+def _notes(path: Path) -> _State:
     return json.loads((path / _NOTES).read_text())
 
 

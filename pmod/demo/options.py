@@ -6,12 +6,13 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import torch
 
 from pmod._errors import PmodError, near_miss, phrase
+from pmod._mesh.sizes import parse_sizes
 
 AXES = ("data", "space")
 LEARNING_RATE = 8e-3
@@ -221,7 +222,7 @@ def parser_of_job(
     return parser
 
 
-def number(group: Any, name: str, what: str, *, least: int = 1) -> None:
+def number(group: Arguments, name: str, what: str, *, least: int = 1) -> None:
     """Add an option that is a whole number."""
 
     def parse_number(text: str) -> int:
@@ -242,28 +243,27 @@ def axis_sizes(axes: tuple[str, str]) -> Callable[[str], dict[str, int]]:
     """
     example = ",".join(f"{name}=2" for name in axes)
 
-    def parse_sizes(text: str) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for part in text.split(","):
-            name, _, size = part.partition("=")
+    def parse(text: str) -> dict[str, int]:
+        try:
+            sizes = parse_sizes(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}: write {example}") from None
+        for name, size in sizes.items():
             if name not in axes:
                 raise argparse.ArgumentTypeError(
                     f"no axis {name!r}{near_miss(name, axes)}: write {example}"
                 )
-            if name in sizes:
-                raise argparse.ArgumentTypeError(f"axis {name!r} is given twice")
-            if size != "-1" and not (size.isdecimal() and int(size)):
+            if size != -1 and size < 1:
                 raise argparse.ArgumentTypeError(
                     f"{name}={size} is not a size: write a whole number of 1 or more"
                 )
-            sizes[name] = int(size)
         if list(sizes.values()) == [-1, -1]:
             raise argparse.ArgumentTypeError(
                 "two sizes are -1: leave one to be worked out"
             )
         return {name: sizes.get(name, 1) for name in axes}
 
-    return parse_sizes
+    return parse
 
 
 def shown(axis_sizes: Mapping[str, int]) -> str:

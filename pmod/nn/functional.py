@@ -43,7 +43,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ Wrong = Callable[[str, str], PmodError]
 """The error for what is given, and what would be right."""
 
 
-def _ints(given: Any, name: str, count: int, least: int, error: Wrong) -> list[int]:
+def _ints(given: object, name: str, count: int, least: int, error: Wrong) -> list[int]:
     """Return one number for each spatial dim."""
     listed = list(given) if isinstance(given, tuple | list) else [given]
     parsed: list[int] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ from pmod._mesh.ambient import ambient, current_mesh, set_mesh
 from pmod._mesh.make import make_mesh
 from pmod._mesh.mesh import Mesh
 from pmod._mesh.picture import mesh_html, mesh_text
+from pmod._mesh.sizes import parse_sizes
 from pmod._ranks import world
 from pmod._ranks.connect import shutdown
 from pmod._wire.board import Board
@@ -147,18 +147,14 @@ _session: Session | None = None
 
 
 def _sizes(line: str, function: str) -> dict[str, int]:
-    """Return `data=2 model=2`, with commas or without, as a dict."""
-    found: dict[str, int] = {}
-    for part in line.replace(",", " ").split():
-        match = re.fullmatch(r"(\w+)=(-?\d+)", part)
+    """Return what a magic's line says of axes; the line may be empty."""
+    if not line.strip():
+        return {}
+    try:
+        return parse_sizes(line)
+    except ValueError as error:
         right = f"Write, for example, {function} data=2 model=2."
-        if match is None:
-            given = f"{part!r} is not of the form name=number"
-            raise _axis_error(function, given, right)
-        if match[1] in found:
-            raise _axis_error(function, f"{match[1]!r} is given twice", right)
-        found[match[1]] = int(match[2])
-    return found
+        raise _axis_error(function, str(error), right) from None
 
 
 def _axis_error(magic: str, given: str, right: str) -> AxisError:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pmod
+from pmod._ranks import world
 from pmod._wire import waiting
 from tests.lib import spmd
 from tests.lib.listening import listening
@@ -784,6 +790,71 @@ def test_a_rank_that_has_stopped_calling() -> None:
     _, text = spmd.launch(left_alone, x=2)
     assert text.startswith("pmod.psum(axis='x') at (x=1): not all ranks came within 3 s. Missing: rank 0 (x=0).")
     assert "test_debug.py:" in text and 'pmod.psum(torch.ones(1), "x")' in text
+
+
+def interrupted() -> float:
+    """One rank is interrupted while it waits alone, and takes back what it said."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pmod.debug():
+        pmod.psum(torch.ones(1), "x")
+        if me() == 1:
+            before = signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                pmod.psum(torch.ones(2), "x")
+            signal.signal(signal.SIGALRM, before)
+        spmd.meet(2)
+        return pmod.psum(torch.ones(3), "x").sum().item()
+
+
+def test_a_rank_that_is_interrupted_takes_back_what_it_said() -> None:
+    assert spmd.launch(interrupted, x=2) == [6, 6]
+
+
+def server_stands_still(folder: Path) -> str:
+    """The first rank serves the store, and is stopped by the other one."""
+    pmod.shutdown()
+    if me() == 0:
+        store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+        (folder / "port").write_text(str(store.port))
+        (folder / "port").rename(folder / f"pid {os.getpid()}")
+    else:
+        while not (found := list(folder.glob("pid *"))):
+            time.sleep(0.01)
+        pid = int(found[0].name.removeprefix("pid "))
+        store = dist.TCPStore("127.0.0.1", int(found[0].read_text()), 2, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=me(), world_size=2)
+    text = ""
+    with pmod.set_mesh(pmod.make_mesh(x=2, timeout=3)), pmod.debug():
+        pmod.psum(torch.ones(1), "x")
+        if me() == 1:
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                for _ in range(2):  # the thread of the first still waits for its answer
+                    with pytest.raises(pmod.CollectiveTimeout) as caught:
+                        pmod.psum(torch.ones(1), "x")
+                text = str(caught.value)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            while world.processes().busy:
+                time.sleep(0.01)
+            (folder / "on").touch()
+        while not (folder / "on").exists():
+            time.sleep(0.01)
+        assert pmod.psum(torch.ones(1), "x").item() == 2
+    pmod.shutdown()
+    dist.destroy_process_group()
+    return text
+
+
+def test_a_store_whose_server_stands_still(tmp_path: Path) -> None:
+    """torch waits for its answer for ever."""
+    _, text = spmd.launch(server_stands_still, tmp_path, timeout=60, x=2)
+    missing = r"Missing: rank 0 \(x=0\): its process \d+ on \S+ is stopped.\nCalled at .*test_debug.py:"
+    assert re.match(rf"pmod.psum\(axis='x'\) at \(x=1\): not all ranks came within 3 s. {missing}", text), text
 
 
 def from_cell(number: int, rank_of: Callable[[], int]) -> Any:

@@ -347,7 +347,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, what, why, capsys):
         ("--mesh dta=2", "no axis 'dta'; did you mean 'data'?: write data=2,space=2"),
         ("--mesh data=2,data=2", "axis 'data' is given twice"),
         ("--mesh data=0", "data=0 is not a size"),
-        ("--mesh data", "data= is not a size"),
+        ("--mesh data", "'data' is not an axis: write data=2,space=2"),
         ("--mesh data=-1,space=-1", "two sizes are -1"),
         ("--epochs 2 --steps 3", "not allowed with argument --epochs"),
         ("--steps 0", "0 is less than 1"),

@@ -170,7 +170,8 @@ def test_a_wait_that_is_too_long_ends_the_process(monkeypatch, capsys):
     [
         ("--mesh data", "'data' is not an axis: write data=2,model=2, each name once"),
         ("--mesh =2", "'=2' is not an axis"),
-        ("--mesh data=1,data=1", "'data=1' is not an axis"),
+        ("--mesh data=1,data=1", "axis 'data' is given twice: write data=2,model=2, each name once"),
+        ("--mesh data=2,timeout=40", "'timeout=40' is a deadline in seconds, not an axis"),
         ("--timeout 0", "0 is no time to wait"),
         ("--timeout soon", "invalid _seconds value: 'soon'"),
     ],

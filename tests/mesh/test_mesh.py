@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ import pmod
 from pmod._mesh import axis as _axis
 from pmod._mesh import mesh as _mesh
 from pmod._mesh.axis import Axis
+from pmod._mesh.sizes import parse_sizes
 from pmod._ranks import world
 from tests.lib import spmd
 
@@ -189,6 +191,30 @@ INTS = "Sizes are ints of 1 or more; one may be -1."
 )  # fmt: skip
 def test_what_makes_no_mesh_is_refused(args, kwargs, text):
     refused(lambda: pmod.make_mesh(*args, **kwargs, topology=at(0, 8)), f"pmod.make_mesh: {text}")
+
+
+@pytest.mark.parametrize("text", ["data=2,model=-1", "data=2 model=-1", " data=2,  model=-1 "])
+def test_sizes_in_a_text(text):
+    assert list(parse_sizes(text).items()) == [("data", 2), ("model", -1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is not an axis"),
+        ("data=2,model", "'model' is not an axis"),
+        ("=2", "'=2' is not an axis"),
+        ("data=", "'data=' is not an axis"),
+        ("data=2.0", "'data=2.0' is not an axis"),
+        ("data=--1", "'data=--1' is not an axis"),
+        ("data=2=2", "'data=2=2' is not an axis"),
+        ("data=2,data=3", "axis 'data' is given twice"),
+        ("data=2,timeout=40", "'timeout=40' is a deadline in seconds, not an axis"),
+    ],
+)
+def test_a_text_that_holds_no_sizes_is_refused(text, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse_sizes(text)
 
 
 @pytest.mark.parametrize("timeout", ["5", math.inf, [1]])

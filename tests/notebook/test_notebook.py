@@ -410,6 +410,8 @@ def test_another_mesh_keeps_the_engines(two: InteractiveShell) -> None:
     assert repr(Cell(two, "%mesh").value).startswith("Mesh(a=1, b=2): 2 ranks\n")
     refused = Cell(two, "%mesh data=-1")
     assert "%mesh: data=-1 is not a size" in str(refused.error)
+    refused = Cell(two, "%mesh data=2 timeout=40")
+    assert "%mesh: 'timeout=40' is a deadline in seconds, not an axis.\nWrite, for example, %mesh" in str(refused.error)
 
 
 def test_an_engine_that_is_killed_is_replaced(two: InteractiveShell) -> None:

@@ -153,12 +153,33 @@ def test_everything_listens_on_loopback_only():
                         "Sizes are ints of 1 or more; their product is the number of processes."),
         ({"data": True}, "pmod.launch: data=True is not a size.\n"
                          "Sizes are ints of 1 or more; their product is the number of processes."),
+        ({"data": 1, "timeout": 0}, "pmod.launch: timeout is 0.\nPass seconds, a number above 0."),
+        ({"timeout": 40}, "pmod.launch: no axis size is given, so it cannot say how many ranks to start.\n"
+                          "Name the axes, as in pmod.launch(fn, x, data=2, model=2) for 4 ranks."),
     ],
 )  # fmt: skip
 def test_sizes_that_are_none_are_refused(sizes, message):
     with pytest.raises(pmod.AxisError) as caught:
         pmod.launch(rank, **sizes)
     assert str(caught.value) == message
+
+
+def waits_in_vain(over: Path) -> str:
+    pmod.barrier("data")
+    if rank() == 1:
+        while not over.exists():
+            time.sleep(0.01)
+        return ""
+    with pytest.raises(pmod.CollectiveTimeout) as caught:
+        pmod.barrier("data")
+    over.touch()
+    return str(caught.value)
+
+
+def test_a_timeout_is_that_of_the_mesh_and_starts_no_ranks(tmp_path):
+    """It was taken for an axis: 2 x 3 ranks."""
+    said = pmod.launch(waits_in_vain, tmp_path / "over", data=2, timeout=3)
+    assert len(said) == 2 and "within 3 s" in said[0], said
 
 
 def test_what_cannot_be_called_or_sent_is_refused():
@@ -319,6 +340,24 @@ def test_a_rank_that_is_late_for_the_next_run_is_waited_for():
     with launch.Ranks(2) as ranks:
         for _ in range(2):
             assert ranks.run(task.Task.of(late_for_the_next, (), {"model": 2})) == [2, 2]
+
+
+def number_of_run(connects: bool) -> tuple[int, int]:
+    """As it is before and after the ranks connect."""
+    before = world.processes().runs
+    if connects:
+        pmod.psum(1, "model")
+    after = world.processes().runs
+    pmod.shutdown()
+    return before, after
+
+
+def test_each_run_has_a_number_of_its_own():
+    """What a rank said of its return from one run must not be taken for its return from another."""
+    with launch.Ranks(2) as ranks:
+        for number, connects in enumerate([True, True, False, True], 1):
+            told = ranks.run(task.Task.of(number_of_run, (connects,), {"model": 2}))
+            assert told == [(number, number)] * 2
 
 
 def pid() -> int:

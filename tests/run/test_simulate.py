@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -520,6 +521,8 @@ def test_a_mesh_from_outside_is_refused():
         ({"r": 2.0}, "r=2.0 is not a size.\nSizes are ints of 1 or more."),
         ({"r": True}, "r=True is not a size.\nSizes are ints of 1 or more."),
         ({"r": None}, "r=None is not a size.\nSizes are ints of 1 or more."),
+        ({"r": 2, "timeout": 40}, "timeout=40 is not an axis.\n"
+         "A simulation needs no deadline: it sees at once when no rank can go on."),
     ],
 )
 def test_sizes_that_make_no_mesh_are_refused(sizes, text):
@@ -558,6 +561,75 @@ def test_a_thread_beside_a_simulation_keeps_its_own_mesh():
     with pmod.set_mesh(mesh):
         pmod.simulate(rank, r=2)
     assert seen == [True, 1, {"x": 1}]
+
+
+def in_child(work: Callable[[], object]) -> Any:
+    """What `work` returns in a process that is forked here."""
+    ours, theirs = multiprocessing.Pipe()
+
+    def main() -> None:
+        try:
+            theirs.send(work())
+        except BaseException as error:
+            theirs.send(f"{type(error).__name__}: {error}")
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    try:
+        return ours.recv() if ours.poll(20) else "no answer"
+    finally:
+        process.kill()
+        process.join()
+
+
+def simulated_with_tangents() -> list[float]:
+    """A simulation whose ranks take a derivative forward, after one outside of it."""
+    assert torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))[1] == 1
+    with forward_ad.dual_level():
+        pass
+    one = torch.ones(())
+    return pmod.simulate(lambda: torch.func.jvp(lambda x: pmod.psum(x, "r"), (one,), (one,))[1].item(), r=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_that_is_forked_beside_a_simulation_simulates_too():
+    begun, over = threading.Event(), threading.Event()
+
+    def rank() -> None:
+        begun.set()
+        over.wait()
+
+    beside = threading.Thread(target=lambda: pmod.simulate(rank, r=2))
+    beside.start()
+    try:
+        begun.wait()
+        assert in_child(simulated_with_tangents) == [3.0] * 3
+    finally:
+        over.set()
+        beside.join()
+
+
+def simulated_in_thread() -> str:
+    """A simulation in another thread than that which the rank has forked, which is that rank's."""
+    said: list[str] = []
+
+    def main() -> None:
+        with pytest.raises(pmod.TopologyError) as raised:
+            pmod.simulate(index, r=2)
+        said.append(str(raised.value))
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
+    return said[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_that_a_simulated_rank_forks_says_why_it_does_not_simulate():
+    for rank, text in enumerate(pmod.simulate(lambda: in_child(simulated_in_thread), r=2)):
+        assert text.startswith(f"pmod.simulate: this process works for rank {rank} of 2"), text
+    again = pmod.simulate(lambda: in_child(lambda: pmod.simulate(index, r=2)), r=1)
+    assert again == ["PmodError: pmod.simulate: this is a simulated rank already.\nCall it from outside."]
 
 
 def test_nan_and_infinity_come_through():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pmod
 from pmod import P
+from pmod._shard.operations import is_in_place
 from tests.lib import spmd
 from tests.lib.bodies import DATA, Cube, draw, message
 
@@ -328,6 +330,48 @@ def test_a_buffer_is_not_changed_by_what_varies() -> None:
     assert norm.running_mean is not None and norm.running_mean.tolist() == [0, 0, 0]
     torch.testing.assert_close(pmod.simulate(pmod.shard_map(norm.eval(), in_specs=DATA, out_specs=DATA), x, data=2)[0],
                                norm(x))  # fmt: skip
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": Tensor.item, "float": float, "int": int, "index": lambda x: operator.index(x.detach().long()),
+    "iter": lambda x: list(x[None]), "invert": lambda x: ~x.detach().long(),
+}  # fmt: skip
+
+
+class Reading(Scaled):
+    """It reads a buffer after each rank has asked for its place."""
+
+    def __init__(self, read: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.read = read
+        self.register_buffer("steps", torch.tensor(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pmod.axis_index("data")
+        self.read(self.get_buffer("steps"))
+        total = pmod.psum(x.sum() * self.weight.sum(), "data")
+        with warnings.catch_warnings(action="ignore"):  # of torch: it requires a gradient
+            self.read(total)
+        return total
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", READS)
+def test_who_reads_a_number_changes_nothing(name: str, grad: bool) -> None:
+    """int(x) was taken for a change of x in place."""
+    module = Reading(READS[name]).requires_grad_(grad)
+    x = torch.arange(4.0, dtype=torch.float64)
+    f = pmod.shard_map(module, in_specs=DATA, out_specs=P())
+    assert [y.item() for y in pmod.simulate(f, x, data=2)] == [36, 36]
+
+
+def test_what_changes_in_place() -> None:
+    """x.__iadd__ does: without the i it is an operator. x.__int__ and x.__iter__ do not."""
+    named = [name for name in dir(Tensor) if name.startswith("__i")]
+    found = [name for name in named if is_in_place(name)]
+    assert found == [name for name in named if hasattr(Tensor, f"__{name[3:]}")] and len(found) > 10
+    assert is_in_place("__setitem__") and is_in_place("add_")
+    assert not is_in_place("__init__") and not is_in_place("__or__") and not is_in_place("add")
 
 
 # --- ranks that go unlike ways --------------------------------------------------------------------
