@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pmod
-from pmod._collectives import permutes, rooted, slices, values
+from pmod._collectives import lengths, permutes, rooted, slices, values
 from pmod._core import bind as _bind
 from pmod._core import send as _send
 from pmod._core.bind import bind
@@ -188,7 +188,10 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], list[tuple[str, str]]]] = {
         [("value", "shard"), ("gradient", "unshard")],
     ),
     "uneven shards are longest at the end": (
-        lambda patch: patch.setattr(slices, "shares", lambda n, axis: pmod.split_sizes(n, axis.parts)[::-1]),
+        lambda patch: [
+            patch.setattr(module, "shares", lambda n, axis: pmod.split_sizes(n, axis.parts)[::-1])
+            for module in (lengths, slices)
+        ],
         [("value", "shard"), ("value", "unshard")],
     ),
     "place puts it on the next rank": (
