@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
@@ -53,8 +53,8 @@ class Case:
     positive: bool = False
     second: bool = True
     """Whether torch's own second derivative is there to be compared with."""
-    cuts: bool = True
-    """Whether the layer may be told {dim: axis} with sizes."""
+    alone: bool = True
+    """Whether an axis alone names the dim that is cut."""
 
     @property
     def axes(self) -> dict[str, int]:
@@ -103,7 +103,7 @@ class Drawn:
     def call(self, *xs: Tensor) -> Tensor:
         axes = self.case.axes
         cut: dict[str, Any] = {}
-        if self.mapping or len(axes) > 1:
+        if self.mapping or len(axes) > 1 or not self.case.alone:
             cut["axis"] = {dim: name for name, dim in axes.items()}
             if self.told:
                 cut["sizes"] = {dim: self.sizes[name] for name, dim in axes.items()}
@@ -198,7 +198,11 @@ def agrees(drawn: Drawn) -> None:
     case, of, vs = drawn.case, drawn.tensors(), drawn.tensors(1)
     value = case.whole(*of)
     w = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(2))
-    expected = derivatives(case.whole, of, vs, lambda _: w, lambda products: sum(products, torch.zeros(())), case.second)
+
+    def plain(products: list[Tensor]) -> Tensor:
+        return sum(products, torch.zeros((), dtype=torch.float64))
+
+    expected = derivatives(case.whole, of, vs, lambda _: w, plain, case.second)
 
     def total(products: list[Tensor]) -> Tensor:
         """What belongs to shards is added up over the axes that they are cut along."""
@@ -271,6 +275,31 @@ def compiles(drawn: Drawn) -> None:
     gradients = [torch.autograd.grad(z.square().sum(), leaves, materialize_grads=True) for z in (y, expected)]
     for g, e in zip(*gradients, strict=True):
         same(g, e, f"the gradient of {drawn.case.name} compiled")
+
+
+def check_drawn(case: Case, examples: int = 12) -> None:
+    """Compare on simulated ranks, over lengths and cuts."""
+
+    @settings(max_examples=examples, **QUICK)
+    @given(drawn(case))
+    def run(one: Drawn) -> None:
+        pmod.simulate(agrees, one, **one.mesh)
+
+    run()
+
+
+def check_transforms(case: Case) -> None:
+    one = fixed(case)
+    pmod.simulate(transforms_agree, one, **one.mesh)
+
+
+def each(cases: dict[str, Case], what: str) -> None:
+    """Of a rank: run a check of the cases whose axes are those of its mesh."""
+    names = set(pmod.current_mesh().axis_names)
+    for key, case in cases.items():
+        if set(case.axes) == names:
+            with named(key):
+                globals()[what](fixed(case))
 
 
 @contextlib.contextmanager
