@@ -52,6 +52,11 @@ from pmod.nn.functional.moves import flip as flip
 from pmod.nn.functional.moves import pad as pad
 from pmod.nn.functional.moves import recut as recut
 from pmod.nn.functional.moves import roll as roll
+from pmod.nn.functional.norms import batch_norm as batch_norm
+from pmod.nn.functional.norms import group_norm as group_norm
+from pmod.nn.functional.norms import instance_norm as instance_norm
+from pmod.nn.functional.norms import layer_norm as layer_norm
+from pmod.nn.functional.norms import rms_norm as rms_norm
 from pmod.nn.functional.pools import avg_pool1d as avg_pool1d
 from pmod.nn.functional.pools import avg_pool2d as avg_pool2d
 from pmod.nn.functional.pools import avg_pool3d as avg_pool3d

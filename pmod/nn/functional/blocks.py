@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -185,7 +183,7 @@ def _own_counts(
             told[at] = int(x.shape[-1]) // counts[-3 - at]
         else:
             raise error("sizes are left out and two dims are cut", "Pass sizes.")
-    if x.dim() not in (2, 3) or x.shape[-1] != math.prod(told.values()):
+    if x.dim() not in (2, 3) or x.shape[-1] != told[-2] * told[-1]:
         said = f"input is {tuple(x.shape)}, and this rank has {told[-2]} x {told[-1]} windows"
         raise error(said, "Pass (..., channels * kernel * kernel, windows).")
     return told

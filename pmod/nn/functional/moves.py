@@ -161,10 +161,8 @@ def _dims(
 ) -> list[int]:
     """Return several dims, counted from the end."""
     listed = as_list(given)
-    return [
-        dim_from_end(dim, x, function, axis, name=name)
-        for dim in ([given] if listed is None else listed)
-    ]
+    dims = [given] if listed is None else listed
+    return [dim_from_end(dim, x, function, axis, name=name) for dim in dims]
 
 
 def _first_of(dims: object) -> int:
