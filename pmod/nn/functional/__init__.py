@@ -66,4 +66,11 @@ from pmod.nn.functional.pools import lp_pool3d as lp_pool3d
 from pmod.nn.functional.pools import max_pool1d as max_pool1d
 from pmod.nn.functional.pools import max_pool2d as max_pool2d
 from pmod.nn.functional.pools import max_pool3d as max_pool3d
+from pmod.nn.functional.resample import adaptive_avg_pool1d as adaptive_avg_pool1d
+from pmod.nn.functional.resample import adaptive_avg_pool2d as adaptive_avg_pool2d
+from pmod.nn.functional.resample import adaptive_avg_pool3d as adaptive_avg_pool3d
+from pmod.nn.functional.resample import adaptive_max_pool1d as adaptive_max_pool1d
+from pmod.nn.functional.resample import adaptive_max_pool2d as adaptive_max_pool2d
+from pmod.nn.functional.resample import adaptive_max_pool3d as adaptive_max_pool3d
+from pmod.nn.functional.resample import interpolate as interpolate
 from pmod.nn.functional.sizes import out_sizes as out_sizes

@@ -229,10 +229,17 @@ def fetch(
     x: Tensor, at: int, held: Held, windows: Windows, boundary: str = "zeros"
 ) -> Tensor:
     """Return this rank's window of the padded whole along a dim."""
+    return fetch_all([x], at, held, windows, boundary)[0]
+
+
+def fetch_all(
+    xs: list[Tensor], at: int, held: Held, windows: Windows, boundary: str = "zeros"
+) -> list[Tensor]:
+    """Return the windows of several tensors that are cut alike, sent together."""
     needed = plan(held.place, held.sizes, windows, boundary)
     if not needed.moves:
-        return x
-    return carry_out(needed, [x], [at], held.axis)[0]
+        return xs
+    return carry_out(needed, xs, [at] * len(xs), held.axis)
 
 
 def rows_of(
