@@ -186,7 +186,7 @@ def _adaptive(
         raise error(f"input is {tuple(x.shape)}", right)
     listed = as_list(output_size)
     wanted = [output_size] * count if listed is None else listed
-    lengths = [None if one is None else as_int(one) for one in wanted]
+    lengths = list(map(as_int, wanted))
     for one, length in zip(wanted, lengths, strict=True):
         is_length = one is None or (length is not None and length >= 1)
         if not is_length or len(wanted) != count:

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pmod._core.arguments import as_int, as_real
+from pmod._core.arguments import as_int, as_real, split_sizes
 from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase, quoted
 from pmod.nn.functional.blocks import fold_spray
 from pmod.nn.functional.conv import (
@@ -183,9 +183,31 @@ def _adaptive(error: Wrong, sizes: Lengths, output_size: int | None) -> Lengths:
     return _laid(Scale(rows), sizes)
 
 
+def _topk(error: Wrong, sizes: Lengths, k: int) -> Lengths:
+    (count,) = ints(k, "k", 1, 0, error)
+    if count > sum(sizes):
+        raise error(f"k is {count} and sizes {sizes}", "Pass at most all rows.")
+    return split_sizes(count, len(sizes))
+
+
 def _same(error: Wrong, sizes: Lengths, *args: object, **kwargs: object) -> Lengths:
     return sizes
 
+
+# their shards are as long as those of their input
+_KEEPING = (
+    "roll",
+    "flip",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+    "softmax",
+    "log_softmax",
+    "cumsum",
+    "sort",
+)
 
 _LAWS: dict[str, Callable[..., Lengths]] = {
     "conv?d": _conv,
@@ -203,8 +225,8 @@ _LAWS: dict[str, Callable[..., Lengths]] = {
     "pad": _pad,
     "diff": _diff,
     "cat": _cat,
-    "roll": _same,
-    "flip": _same,
+    "topk": _topk,
+    **dict.fromkeys(_KEEPING, _same),
 }
 
 

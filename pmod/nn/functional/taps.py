@@ -158,7 +158,9 @@ def _resample_plan(
             high = max(map(max, rows[first:end])) + 1
         windows.append((low, high))
         if i == place:
-            mine = [[row - low for row in taps] for taps in rows[first:end]]
+            mine: list[list[int]] = []
+            for taps in rows[first:end]:
+                mine.append([row - low for row in taps])
             own = _even(mine, list(map(list, weights[first:end])))
     return tuple(windows), own.rows, own.weights
 
