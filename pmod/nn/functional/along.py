@@ -92,13 +92,14 @@ def _computed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 # --- softmax --------------------------------------------------------------------------
 
 
-def _top(x: Tensor, at: int, axis: Axis) -> Tensor:
+def top_of(x: Tensor, at: int, axis: Axis | None) -> Tensor:
     """Return the largest along a dim of the whole; what is computed with it may vary."""
     own = x.detach()
-    # of nothing there is no largest
     if not own.shape[at]:
-        return largest(own.sum(at, keepdim=True) - torch.inf, axis)
-    return largest(own.amax(at, keepdim=True), axis)
+        # of nothing there is no largest
+        own = own.new_full((), -torch.inf) + own.sum(at, keepdim=True)
+    top = own.amax(at, keepdim=True)
+    return top if axis is None else largest(top, axis)
 
 
 def _softmax(
@@ -120,7 +121,7 @@ def _softmax(
         said = f"input is {wide.dtype}"
         right = "Pass input.float(), or dtype=torch.float32."
         raise wrong(ArgumentError, function, of, said, right)
-    moved = wide - _top(wide, at, of)
+    moved = wide - top_of(wide, at, of)
     powers = moved.exp()
     total = sum_of_all(powers.sum(at, keepdim=True), of)
     y = moved - total.log() if is_log else powers / total
@@ -218,7 +219,7 @@ def _selected(
     """
     held = of.held
     assert held is not None
-    _check_inside(index, held.total)
+    check_inside(index, held.total)
     starts = [sum(held.sizes[:rank]) for rank in range(len(held.sizes))]
     block, lengths = x, held.sizes
     y: Tensor | None = None
@@ -240,7 +241,7 @@ def _selected(
     return y
 
 
-def _check_inside(index: Tensor, rows: int) -> None:
+def check_inside(index: Tensor, rows: int) -> None:
     """Let torch raise for a row that is not there."""
     torch.arange(rows, device=index.device).index_select(0, index.flatten())
 
