@@ -388,7 +388,7 @@ def scaled_dot_product_attention(
     one value. zigzag: the rows are those that `zigzag` gives, so that causal work is as
     much on every rank.
 
-    V -> V; V -> I of a whole query. Shapes: query (..., l, e), key (..., s, e), value
+    V -> V. Of a whole query V -> I. Shapes: query (..., l, e), key (..., s, e), value
     (..., s, f) -> (..., l, f).
     Cost: n - 1 messages of a block of keys and values each, forward and backward; they
     are under way while a block is attended to, forward. The scores of one block are in

@@ -80,7 +80,7 @@ def mse_loss(
     weight: of each point, its area for example; a mean is then sum(weight * error) /
     sum(weight). Which dim an axis cuts does not matter, and no lengths are needed.
 
-    V -> I; with reduction="none" V -> V, and nothing is sent. Shapes: input, target,
+    V -> I. With reduction="none" V -> V, and nothing is sent. Shapes: input, target,
     weight (...), all the same -> ().
     Cost: two numbers to every rank of each axis.
     Raises: ShapeError for tensors of other shapes; ArgumentError for another reduction.

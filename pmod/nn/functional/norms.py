@@ -266,7 +266,7 @@ def batch_norm(
     be cut, the spatial dims, or several of them; dim: the first spatial one, or the
     batch where there is none.
 
-    V -> V; the running statistics are I. Shapes: input (n, channels, k, ...) -> the
+    V -> V. The running statistics are I. Shapes: input (n, channels, k, ...) -> the
     same.
     Cost: two numbers for each channel to every rank of each axis, in training.
     Raises: ShapeError for shapes or sizes that do not fit; ArgumentError for integers.
@@ -304,7 +304,7 @@ def instance_norm(
 ) -> Tensor:
     """Return this rank's shard of torch.nn.functional.instance_norm of the whole.
 
-    V -> V; the running statistics are I. Shapes: input (n, channels, k, ...) -> the
+    V -> V. The running statistics are I. Shapes: input (n, channels, k, ...) -> the
     same, cut along spatial dims.
     Cost: two numbers for each channel of each sample to every rank of each axis.
     Raises: as `batch_norm`.

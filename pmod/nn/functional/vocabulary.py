@@ -44,7 +44,7 @@ def embedding(
     in the order of the ranks; padding_idx: a row of the whole, whose gradient is 0.
     sizes: how many rows each rank has.
 
-    input I, weight V -> I. Shapes: input (...), weight (k, e) -> (..., e).
+    V -> I. The input is I. Shapes: input (...), weight (k, e) -> (..., e).
     Cost: the result summed over the ranks; a row that a rank does not have is 0 there.
     Raises: ShapeError for sizes that do not fit; ArgumentError for numbers that are not
     integers; IndexError, of torch, for a row that is not there.
@@ -119,7 +119,7 @@ def linear(
     input's features are cut as the weight's, and the result is one value, to which the
     whole's bias is added once.
 
-    dim=0: input I, weight and bias V -> V; dim=1: input and weight V, bias I -> I.
+    I -> V. With dim=1 V -> I. The weight is V, the bias as the result.
     Shapes: input (..., k), weight (m, k) -> (..., m).
     Cost: dim=0: nothing forward, backward the gradient of the input summed; dim=1: the
     result summed, nothing backward.
@@ -181,7 +181,7 @@ def cross_entropy(
     along an axis that cuts the classes, numbers are the same on every rank. weight: of
     this rank's classes. dim: 1, unless given; sizes: only those of the classes matter.
 
-    V -> I; with reduction="none" V along the axes of a field. Shapes: input (n,
+    V -> I. With reduction="none" V along the axes of a field. Shapes: input (n,
     classes, ...), target (n, ...) or as input -> ().
     Cost: a few numbers for each element, in two messages along the classes; along a
     field two numbers.
