@@ -144,7 +144,7 @@ WRONG = {
     "a batch": (lambda x: sharded.lp_pool1d(x, 2, 2, axis="x", dim=0),
                 "dim 0 is not a spatial one.\nPass a dim from -1 to -1; shards of a batch are pooled by torch alone."),
     "integers": (lambda x: sharded.avg_pool1d(x.long(), 2, axis="x"),
-                 "x is int64, which has no mean.\nPass x.float()."),
+                 "input is int64.\nPass one that is floating, input.float() for example."),
     "norm": (lambda x: sharded.lp_pool1d(x, 0, 2, axis="x"), "norm_type is 0.\nPass a number other than 0, or inf."),
     "output_padding": (
         lambda x: sharded.conv_transpose1d(x, torch.ones(2, 1, 3), output_padding=1, axis="x"),

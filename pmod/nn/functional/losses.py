@@ -11,7 +11,7 @@ from pmod._core.arguments import check_tensor, wrong
 from pmod._errors import ArgumentError, ShapeError
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
-from pmod.nn.functional.given import Axes, check_choice
+from pmod.nn.functional.given import Axes, check_choice, check_kind
 from pmod.nn.functional.links import total
 
 
@@ -35,9 +35,11 @@ def _parsed(
     check_choice(reduction, "reduction", ("none", "mean", "sum"), function, axes[0])
     shape: tuple[int, ...] | None = None
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name == "weight":
             continue
         check_tensor(x, function, axes[0], name=name)
+        assert x is not None
+        check_kind(x, "floating or complex", function, axes[0], name=name)
         shape = tuple(x.shape) if shape is None else shape
         if tuple(x.shape) != shape:
             said = f"input is {shape} and {name} {tuple(x.shape)}"

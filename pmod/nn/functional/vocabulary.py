@@ -13,7 +13,7 @@ from pmod._errors import ArgumentError, PmodError, ShapeError, quoted
 from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod.nn.functional.along import check_inside, top_of
+from pmod.nn.functional.along import check_inside, check_numbers, top_of
 from pmod.nn.functional.given import (
     Along,
     Axes,
@@ -22,6 +22,7 @@ from pmod.nn.functional.given import (
     Spread,
     bound,
     check_choice,
+    check_kind,
     cuts_told,
     held_of,
 )
@@ -61,7 +62,8 @@ def embedding(
     bounds = bound(function, spread, 0)
     of = bounds[0][1]
     check_tensor(weight, function, of, name="weight")
-    _check_numbers(function, input, "input", of)
+    check_numbers(function, input, "input", of)
+    check_kind(weight, "floating or complex", function, of, name="weight")
     if weight.dim() != 2:
         said = f"weight is {tuple(weight.shape)}"
         raise wrong(ShapeError, function, of, said, "Pass (rows, features).")
@@ -79,14 +81,6 @@ def embedding(
     inside = (local >= 0) & (local < rows)
     y = F.embedding(local.clamp(0, rows - 1), weight, padding)
     return total(y.masked_fill(~inside.unsqueeze(-1), 0.0), of)
-
-
-def _check_numbers(function: str, x: object, name: str, of: Axis) -> None:
-    check_tensor(x, function, of, name=name)
-    assert isinstance(x, Tensor)
-    if x.dtype not in (torch.int32, torch.int64):
-        said = f"{name} is {x.dtype}"
-        raise wrong(ArgumentError, function, of, said, f"Pass {name}.long().")
 
 
 def _own_row(function: str, given: object, held: Held) -> int | None:
@@ -138,6 +132,11 @@ def linear(
     check_tensor(weight, function, of, name="weight")
     if bias is not None:
         check_tensor(bias, function, of, name="bias")
+    check_kind(input, "floating or complex", function, of)
+    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        said = f"weight is {weight.dtype} and input {input.dtype}"
+        right = f"Pass weight.to({input.dtype})."
+        raise wrong(ArgumentError, function, of, said, right)
     shapes = f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}"
     if weight.dim() != 2 or not input.dim() or input.shape[-1] != weight.shape[1]:
         right = "Pass input (..., k) and weight (m, k)."
@@ -200,7 +199,12 @@ def cross_entropy(
     of = bounds[0][1]
     check_tensor(input, function, of, name="input")
     check_tensor(target, function, of, name="target")
+    check_kind(input, "floating", function, of)
     check_choice(reduction, "reduction", ("none", "mean", "sum"), function, of)
+    ignored = as_int(ignore_index)
+    if ignored is None or not -(2**63) <= ignored < 2**63:
+        said = f"ignore_index is {quoted(ignore_index)}"
+        raise wrong(ArgumentError, function, of, said, "Pass an int.")
     smoothing = as_real(label_smoothing)
     if smoothing is None or not 0 <= smoothing <= 1:
         said = f"label_smoothing is {quoted(label_smoothing)}"
@@ -217,7 +221,7 @@ def cross_entropy(
     if cuts:
         along = Along((at,), "", "")
         held = held_of(function, cuts, input, along)[at]
-    entropy = _Entropy(int(ignore_index), float(smoothing), held.total)
+    entropy = _Entropy(ignored, float(smoothing), held.total)
     loss, share = _of_each(input, target, weight, at, held, entropy)
     if reduction == "none":
         return loss.to(input.dtype)
@@ -241,7 +245,7 @@ def _check_shapes(
     wanted = tuple(x.shape)
     if not target.is_floating_point():
         wanted = (x.shape[0], *x.shape[2:])
-        _check_numbers(function, target, "target", of)
+        check_numbers(function, target, "target", of)
     if tuple(target.shape) != wanted:
         raise error(f"target is {tuple(target.shape)}", f"Pass {wanted}.")
     if weight is not None:
