@@ -125,7 +125,8 @@ Right = tuple[Callable[..., Any], dict[str, Callable[[], Any]]]
 TREE: dict[str, Callable[[], Any]] = {"x": x, "axis": lambda: "x"}
 SIGNAL: dict[str, Callable[[], Any]] = {"x": lambda: torch.ones(2, 4), "axis": lambda: "x"}
 CONV: dict[str, Callable[[], Any]] = {"input": image, "axis": lambda: "x"}
-OF_FFT = ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn")
+OF_FFT = ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn",
+          "hfft", "ihfft", "hfft2", "ihfft2", "hfftn", "ihfftn", "fftshift", "ifftshift")  # fmt: skip
 
 RIGHT: dict[str, Right] = {
     **{name: (of.function, TREE) for name, of in COLLECTIVES.items() if not of.required},
