@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -199,10 +199,14 @@ def _tensor(table: Table, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @constant_in_graphs
-def tensor_of(table: Table, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the factors of a transform.
+def _constant(key: tuple[Any, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return _tensor(Table(*key), dtype, torch.device(device))
+
+
+def tensor_of(table: Table, like: Tensor) -> Tensor:
+    """Return the factors of a transform, in the dtype and on the device of a tensor.
 
     Shapes: -> (1 or 2, orders, nlat, degrees) forward, (1 or 2, orders, degrees, nlat)
     inverse.
     """
-    return _tensor(table, dtype, device)
+    return _constant(tuple(table), like.dtype, str(like.device))

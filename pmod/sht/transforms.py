@@ -307,12 +307,13 @@ def _complex(parts: Tensor) -> Tensor:
 
 def _sums(x: Tensor, kind: _Kind, table: Table) -> Tensor:
     """Multiply by the Legendre functions, and sum over the dim before the last."""
-    factors = tensor_of(table, x.dtype.to_real(), x.device)
     lead, (rows, orders) = x.shape[:-2], x.shape[-2:]
     many = lead.numel()
     # orders are apart; real and imaginary parts are rows of one product, whose sums run
     # over what lies side by side in memory
-    real = _real(x).reshape(many, rows, orders, 2)
+    real = _real(x)
+    factors = tensor_of(table, real)
+    real = real.reshape(many, rows, orders, 2)
     real = real.permute(2, 0, 3, 1).reshape(orders, 2 * many, rows)
 
     def product(of: Tensor) -> Tensor:

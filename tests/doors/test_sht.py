@@ -237,6 +237,27 @@ def test_float32_and_transforms() -> None:
     spmd.launch(calls, lat=1, lon=2)
 
 
+def compiled_on_rank() -> None:
+    torch._dynamo.reset()
+    x = field(6, 8).split(4, -1)[pmod.axis_index("lon")].clone().requires_grad_()
+    sizes = {-2: (6,), -1: (4, 4)}
+
+    def there_and_back(x: Tensor) -> Tensor:
+        modes = pmod.sht.vsht(x[1:], axis=BOTH, sizes=sizes)
+        return pmod.sht.ivsht(modes, (6, 8), axis=BOTH, sizes={-2: (3,), -1: (2, 1)})
+
+    y, got = there_and_back(x), torch.compile(there_and_back, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, y)
+    gradients = [torch.autograd.grad(z.sin().sum(), x)[0] for z in (got, y)]
+    torch.testing.assert_close(*gradients)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled() -> None:
+    spmd.launch(compiled_on_rank, lat=1, lon=2)
+
+
 # --- what is wrong ------------------------------------------------------------------------------------------------
 
 X = torch.ones(4, 6)
