@@ -100,7 +100,8 @@ def axes_given(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
     if not many:
         return (resolve(axis, name),)
     if isinstance(axis, Mesh):
-        return resolve_each(axis, name)
+        # a mesh without axes is one of one rank
+        return resolve_each(axis, name) or (resolve(axis, name),)
     # `resolve` refuses an empty tuple, and says why
     if not isinstance(axis, tuple) or not axis:
         return (resolve(axis, name),)
@@ -565,8 +566,9 @@ def hermitian(
 ) -> Tensor:
     """Return `transform` of torch.fft's hfft, ihfft, and those of more dims."""
     # another norm is refused there, under its own name
-    known = norm is None or norm in _TURNED
-    turned = _TURNED[norm] if known else norm
+    turned = norm
+    if norm is None or isinstance(norm, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        turned = _TURNED.get(norm, norm)
     if function.startswith("i"):
         other = function.replace("ih", "r")
         return transform(other, x, s, dim, turned, cut, function).conj()

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pmod._core.arguments import as_int
+from pmod._core.arguments import LONGEST, as_int
 from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase, quoted
 from pmod._torch import constant_in_graphs
 
@@ -33,18 +33,23 @@ def latitudes(nlat: int, grid: str = "equiangular") -> tuple[Tensor, Tensor]:
     >>> pmod.sht.latitudes(3)
     (tensor([0.0000, 1.5708, 3.1416], dtype=torch.float64), tensor([0.3333, 1.3333, 0.3333], dtype=torch.float64))
     """
-    x, weights = nodes(check_grid(nlat, grid, "sht.latitudes"), grid)
+    check_grid(grid, "sht.latitudes")
+    x, weights = nodes(check_count(nlat, grid, "sht.latitudes"), grid)
     return torch.from_numpy(np.arccos(x)), torch.from_numpy(weights.copy())
 
 
-def check_grid(nlat: object, grid: object, function: str) -> int:
-    """Return the number of latitudes; raise for a grid that does not exist."""
+def check_grid(grid: object, function: str) -> None:
+    """Raise for a grid that does not exist."""
     if not isinstance(grid, str) or grid not in GRIDS:
         given = f"grid is {quoted(grid)}{near_miss(grid, GRIDS)}"
         right = f"Pass one of {', '.join(map(repr, GRIDS))}."
         raise _wrong(ArgumentError, function, given, right)
+
+
+def check_count(nlat: object, grid: str, function: str) -> int:
+    """Return the number of latitudes."""
     count, least = as_int(nlat), 1 if grid == "legendre-gauss" else 2
-    if count is None or count < least:
+    if count is None or not least <= count <= LONGEST:
         given = f"nlat is {quoted(nlat)}"
         right = f"A {grid} grid has {least} latitudes or more."
         raise _wrong(ShapeError, function, given, right)

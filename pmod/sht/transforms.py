@@ -28,7 +28,7 @@ from pmod._core.bind import bind
 from pmod._errors import ArgumentError, ShapeError, near_miss, quoted
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
-from pmod.sht.tables import NORMS, Table, check_grid, tensor_of
+from pmod.sht.tables import NORMS, Table, check_count, check_grid, tensor_of
 
 Axes = AxisLike | Mapping[int, AxisLike]
 Sizes = Sequence[int] | Mapping[int, Sequence[int] | None]
@@ -195,7 +195,9 @@ def _check(x: Tensor, kind: _Kind, inverse: bool, function: str, axis: Axis) -> 
         given = f"x is {str(x.dtype).removeprefix('torch.')}"
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise wrong(ArgumentError, function, axis, given, f"Pass {names}.")
-    if kind.norm not in NORMS:
+    check_grid(kind.grid, function)
+    norm = kind.norm
+    if not isinstance(norm, str) or norm not in NORMS:  # pyright: ignore[reportUnnecessaryIsInstance]
         given = f"norm is {quoted(kind.norm)}{near_miss(kind.norm, NORMS)}"
         right = f"Pass one of {', '.join(map(repr, NORMS))}."
         raise wrong(ArgumentError, function, axis, given, right)
@@ -205,77 +207,81 @@ def _check(x: Tensor, kind: _Kind, inverse: bool, function: str, axis: Axis) -> 
 def _sides(
     x: Tensor,
     axis: Axes,
+    bound: list[tuple[Any, Axis]],
     sizes: Sizes | None,
-    kind: _Kind,
-    inverse: bool,
     function: str,
-) -> tuple[_Side, _Side, Axis]:
-    """Return the sides of x, and the axis that errors name."""
-    bound = axes_by_dim(function, axis, None, -2)
-    first = bound[0][1]
-    _check(x, kind, inverse, function, first)
+) -> tuple[_Side, _Side]:
+    """Return the two dims of x; what is wrong raises before lengths are exchanged."""
     told = by_dim(function, sizes, "sizes", axis, bound)
-    found: dict[int, _Side] = {}
+    given: dict[int, tuple[AxisLike, Axis, Sizes | None]] = {}
     for (dim, of), lengths in zip(bound, told, strict=True):
         at = dim_from_end(dim, x, function, of, name="axis")
-        if at < -2 or at in found:
-            given = f"axis names dim {quoted(dim)}"
-            raise wrong(
-                ShapeError,
-                function,
-                of,
-                given,
-                "Name the last two dims, -2 and -1, each once.",
-            )
+        if at < -2 or at in given:
+            text = f"axis names dim {quoted(dim)}"
+            right = "Name the last two dims, -2 and -1, each once."
+            raise wrong(ShapeError, function, of, text, right)
+        if lengths is not None:
+            lengths = check_sizes(lengths, function, of)
+            check_own_size(x, at, lengths, function, of, _RIGHT)
         over = axis[dim] if isinstance(axis, Mapping) else axis
-        if lengths is None:
-            held = held_lengths([(x, at)], function, of)[0]
-        else:
-            held = check_sizes(lengths, function, of)
-            check_own_size(x, at, held, function, of, _RIGHT)
-        found[at] = _Side(over, of, held)
-    sides = [found.get(at) or _Side(None, None, (int(x.shape[at]),)) for at in (-2, -1)]
-    return sides[0], sides[1], first
+        given[at] = (over, of, lengths)
+    sides: list[_Side] = []
+    for at in (-2, -1):
+        side = _Side(None, None, (int(x.shape[at]),))
+        if at in given:
+            over, of, lengths = given[at]
+            held: Any = lengths
+            if lengths is None:
+                held = held_lengths([(x, at)], function, of)[0]
+            side = _Side(over, of, held)
+        sides.append(side)
+    return sides[0], sides[1]
 
 
-def _lengths(
+def _counts(
+    lmax: object, mmax: object, function: str, axis: Axis
+) -> tuple[int | None, int | None]:
+    """Return the numbers of degrees and orders that were asked for."""
+    found: list[int | None] = []
+    for name, given in (("lmax", lmax), ("mmax", mmax)):
+        count = as_int(given)
+        if given is not None and (count is None or count < 1):
+            text = f"{name} is {quoted(given)}"
+            raise wrong(ShapeError, function, axis, text, "Pass an int of 1 or more.")
+        found.append(count)
+    return found[0], found[1]
+
+
+def _degrees(
     nlat: int,
     nlon: int,
-    lmax: object,
-    mmax: object,
-    kind: _Kind,
+    asked: tuple[int | None, int | None],
+    grid: str,
     function: str,
     axis: Axis,
 ) -> int:
     """Return the number of degrees, which is that of the orders."""
-    check_grid(nlat, kind.grid, function)
-    if nlon < 1:
-        given = f"x has {nlon} longitudes"
-        raise wrong(ShapeError, function, axis, given, "Pass a field of 1 or more.")
     exact = {
         "legendre-gauss": nlat,
         "lobatto": nlat - 1,
         "equiangular": (nlat + 1) // 2,
     }
-    limits = [exact[kind.grid], nlon // 2 + 1]
-    for i, (name, given) in enumerate([("lmax", lmax), ("mmax", mmax)]):
-        if given is None:
-            continue
-        count = as_int(given)
-        if count is None or count < 1:
-            raise wrong(
-                ShapeError,
-                function,
-                axis,
-                f"{name} is {quoted(given)}",
-                "Pass an int of 1 or more.",
-            )
-        limits[i] = count
-    count = min(limits)
-    if count > nlon // 2 + 1:
-        given = f"lmax and mmax ask for {count} orders and {nlon} longitudes have {nlon // 2 + 1}"
+    lmax, mmax = asked
+    most = nlon // 2 + 1
+    count = min(lmax or exact[grid], mmax or most)
+    if count > most:
+        given = (
+            f"lmax and mmax ask for {count} orders and {nlon} longitudes have {most}"
+        )
         raise wrong(ShapeError, function, axis, given, "Pass an mmax of at most that.")
     return count
+
+
+def _check_field(nlat: int, nlon: int, grid: str, function: str, axis: Axis) -> None:
+    check_count(nlat, grid, function)
+    if nlon < 1:
+        given = f"there are {nlon} longitudes"
+        raise wrong(ShapeError, function, axis, given, "A field has 1 or more.")
 
 
 # --- what is done ---------------------------------------------------------------------
@@ -337,8 +343,13 @@ def _forward(
     kind: _Kind,
     sizes: Sizes | None,
 ) -> Tensor:
-    lat, lon, first = _sides(x, axis, sizes, kind, False, function)
-    count = _lengths(lat.whole, lon.whole, lmax, mmax, kind, function, first)
+    bound = axes_by_dim(function, axis, None, -2)
+    first = bound[0][1]
+    _check(x, kind, False, function, first)
+    asked = _counts(lmax, mmax, function, first)
+    lat, lon = _sides(x, axis, bound, sizes, function)
+    _check_field(lat.whole, lon.whole, kind.grid, function, first)
+    count = _degrees(lat.whole, lon.whole, asked, kind.grid, function, first)
     if not lon.is_whole:
         assert lon.over is not None
         cut = Cut(lon.over, -1, -1, lon.sizes, count)
@@ -365,18 +376,21 @@ def _forward(
 def _inverse(
     function: str, x: Tensor, s: object, axis: Axes, kind: _Kind, sizes: Sizes | None
 ) -> Tensor:
-    lat, lon, first = _sides(x, axis, sizes, kind, True, function)
+    bound = axes_by_dim(function, axis, None, -2)
+    first = bound[0][1]
+    _check(x, kind, True, function, first)
     shape = as_ints(s)
     if shape is None or len(shape) != 2:
         given = f"s is {quoted(s)}"
         raise wrong(ShapeError, function, first, given, "Pass (nlat, nlon).")
     nlat, nlon = shape
-    count = _lengths(nlat, nlon, lat.whole, lon.whole, kind, function, first)
-    if lat.whole != lon.whole:
-        given = f"x has {lat.whole} degrees and {lon.whole} orders"
-        raise wrong(
-            ShapeError, function, first, given, "Pass as many of both, as `sht` gives."
-        )
+    _check_field(nlat, nlon, kind.grid, function, first)
+    lat, lon = _sides(x, axis, bound, sizes, function)
+    count = lat.whole
+    if count != lon.whole or not 1 <= count <= nlon // 2 + 1:
+        given = f"x has {count} degrees and {lon.whole} orders"
+        right = f"Pass as many of both, as `sht` gives, from 1 to {nlon // 2 + 1}."
+        raise wrong(ShapeError, function, first, given, right)
     start, end = lon.place(lon.sizes)
     some = lat.cut(end - start)
     low, high = lat.place(some)

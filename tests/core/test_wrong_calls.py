@@ -55,12 +55,13 @@ def _nothing_stays() -> Iterator[None]:
 
 def public() -> set[str]:
     """What can be called wrongly."""
-    modules = {"": pmod, "fft.": pmod.fft, "nn.functional.": pmod.nn.functional, "testing.": pmod.testing}
+    modules = {"": pmod, "fft.": pmod.fft, "nn.functional.": pmod.nn.functional, "testing.": pmod.testing,
+               "nn.": pmod.nn, "graph.": pmod.graph, "sht.": pmod.sht}  # fmt: skip
     names: set[str] = set()
     for prefix, module in modules.items():
         for name, f in vars(module).items():
             error = inspect.isclass(f) and issubclass(f, Exception)
-            own = prefix == "" or getattr(f, "__module__", "") == module.__name__
+            own = prefix == "" or getattr(f, "__module__", "").startswith(module.__name__)
             if callable(f) and own and not name.startswith("_") and not error:
                 names.add(prefix + name)
     return names
