@@ -233,6 +233,17 @@ def test_under_debug(name: str) -> None:
     pmod.simulate(step, model=2)
 
 
+def test_autocast() -> None:
+    """The bias of a row layer, added after the sum, takes the dtype of the product, as torch's own does."""
+    def dtypes() -> Any:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        pmod.nn.tensor_parallel(model, {"0": "column", "1": "row"}, "model")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(torch.ones(2, 4)).dtype
+
+    assert pmod.simulate(dtypes, model=2) == [torch.bfloat16] * 2
+
+
 def encoder() -> None:
     torch.manual_seed(0)
     whole = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, **DOUBLE), 2).eval()
