@@ -11,6 +11,7 @@ Start with the README, then `Mesh` and the table of collectives in `pmod/_collec
 from pmod import fft as fft
 from pmod import graph as graph
 from pmod import nn as nn
+from pmod import sht as sht
 from pmod import testing as testing
 from pmod._collectives.halo import halo_exchange as halo_exchange
 from pmod._collectives.halo import halo_reduce as halo_reduce

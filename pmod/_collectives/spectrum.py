@@ -46,6 +46,8 @@ class _Kind(NamedTuple):
     real: bool
     norm: str | None
     axes: tuple[Axis, ...]
+    called: str
+    """The function of pmod.fft that was called."""
 
     def wrong(self, given: str, right: str) -> PmodError:
         return wrong(ShapeError, self.name, self.axes[0], given, right)
@@ -57,7 +59,15 @@ class _Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"fft.{self.function}"
+        return f"fft.{self.called}"
+
+
+def kind_of(
+    function: str, norm: str | None, axes: tuple[Axis, ...], called: str = ""
+) -> _Kind:
+    """Return the kind of torch.fft's function."""
+    is_inverse, is_real = function.startswith("i"), "rfft" in function
+    return _Kind(function, is_inverse, is_real, norm, axes, called or function)
 
 
 class _Dim(NamedTuple):
@@ -82,7 +92,7 @@ def modes_of(n: int, half: bool) -> int:
     return n // 2 + 1 if half else n
 
 
-def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
+def axes_given(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
     """Return the axes: one, or, with a dim for each of them, each by itself.
 
     As everywhere, one axis may be a tuple of names, which is flattened.
@@ -90,7 +100,8 @@ def _axes(axis: AxisLike, many: bool, name: str) -> tuple[Axis, ...]:
     if not many:
         return (resolve(axis, name),)
     if isinstance(axis, Mesh):
-        return resolve_each(axis, name)
+        # a mesh without axes is one of one rank
+        return resolve_each(axis, name) or (resolve(axis, name),)
     # `resolve` refuses an empty tuple, and says why
     if not isinstance(axis, tuple) or not axis:
         return (resolve(axis, name),)
@@ -133,7 +144,8 @@ def _check_input(x: Tensor, kind: _Kind) -> Tensor:
             ArgumentError, kind.name, kind.axes[0], f"x is {x.dtype}", "Pass x.float()."
         )
     if kind.real and not kind.inverse and x.is_complex():
-        right = f"Pass x.real, or use {kind.function.replace('rfft', 'fft')}."
+        other = {"r": "", "i": "i"}[kind.called[0]] + kind.called.lstrip("irh")
+        right = f"Pass x.real, or use {other}."
         raise wrong(ArgumentError, kind.name, kind.axes[0], "x is complex", right)
     return x
 
@@ -156,7 +168,7 @@ def _parse_dims(
         raise kind.wrong(f"dim is {tuple(listed)}", "Pass one dim or more, each once.")
     if kind.lengths == "n" and len(ats) > 1:
         raise kind.wrong(
-            f"dim is {tuple(listed)}", f"Pass one dim, or use {kind.function}n."
+            f"dim is {tuple(listed)}", f"Pass one dim, or use {kind.called}n."
         )
     if asked is None:
         return ats, [None] * len(ats)
@@ -186,8 +198,8 @@ def _parse_cuts(
     """Return the dims that the axes cut on the way in, and on the way out."""
     count = len(kind.axes)
     # what the caller named is checked first, both of it
-    ins = None if in_dim is None else _cut(x, in_dim, "in_dim", kind)
-    outs = None if out_dim is None else _cut(x, out_dim, "out_dim", kind)
+    ins = None if in_dim is None else cut_dims(x, in_dim, "in_dim", kind)
+    outs = None if out_dim is None else cut_dims(x, out_dim, "out_dim", kind)
     first, last = ats[:count], ats[-count:]
     if kind.inverse:
         # an inverse goes the way of its forward transform back, so that the pair of
@@ -203,7 +215,7 @@ def _parse_cuts(
     return ins, outs
 
 
-def _cut(x: Tensor, given: object, name: str, kind: _Kind) -> list[int]:
+def cut_dims(x: Tensor, given: object, name: str, kind: _Kind) -> list[int]:
     listed = _listed(given)
     ats = [
         dim_from_end(one, x, kind.name, axis, name=name)
@@ -217,7 +229,7 @@ def _cut(x: Tensor, given: object, name: str, kind: _Kind) -> list[int]:
     return ats
 
 
-def _held(
+def held_sizes(
     x: Tensor, ins: list[int], sizes: Sequence[Any] | None, many: bool, kind: _Kind
 ) -> list[Sizes]:
     """Return the lengths of the shards along the dim that each axis cuts.
@@ -502,15 +514,22 @@ class Cut(NamedTuple):
 
 
 def transform(
-    function: str, x: Tensor, s: object, dim: object, norm: str | None, cut: Cut
+    function: str,
+    x: Tensor,
+    s: object,
+    dim: object,
+    norm: str | None,
+    cut: Cut,
+    called: str = "",
 ) -> Tensor:
     """Return this rank's shard of torch.fft's function of the whole tensor.
 
-    What is wrong raises before anything is sent.
+    called: the function of pmod.fft, if it is another. What is wrong raises before
+    anything is sent.
     """
     many = isinstance(cut.in_dim, Sequence) or isinstance(cut.out_dim, Sequence)
-    axes = _axes(cut.axis, many, f"fft.{function}")
-    kind = _Kind(function, function.startswith("i"), "rfft" in function, norm, axes)
+    axes = axes_given(cut.axis, many, f"fft.{called or function}")
+    kind = kind_of(function, norm, axes, called)
     check_tensor(x, kind.name, axes[0])
     x = _check_input(x, kind)
     ats, asked = _parse_dims(x, s, dim, kind)
@@ -524,7 +543,7 @@ def transform(
     sizes: list[Sizes] = [()] * len(ins)
     is_cut = any(at in ats for at in ins)
     if is_cut or ins != outs or cut.sizes is not None:
-        sizes = _held(x, ins, cut.sizes, many, kind)
+        sizes = held_sizes(x, ins, cut.sizes, many, kind)
         for at, held in zip(ins, sizes, strict=True):
             if at in ats:
                 lengths[at] = sum(held)
@@ -536,6 +555,31 @@ def transform(
     starts = [ins[number] for number in spread]
     moves = _moves(x, ats, starts, [outs[number] for number in spread])
     return _run(x, dims, starts, moves, [sizes[number] for number in spread], kind)
+
+
+# torch's own way: what it divides by forward, it does not divide by back
+_TURNED = {None: "forward", "backward": "forward", "forward": "backward"}
+
+
+def hermitian(
+    function: str, x: Tensor, s: object, dim: object, norm: str | None, cut: Cut
+) -> Tensor:
+    """Return `transform` of torch.fft's hfft, ihfft, and those of more dims."""
+    # another norm is refused there, under its own name
+    turned = norm
+    if norm is None or isinstance(norm, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        turned = _TURNED.get(norm, norm)
+    if function.startswith("i"):
+        other = function.replace("ih", "r")
+        return transform(other, x, s, dim, turned, cut, function).conj()
+    check_tensor(x, f"fft.{function}", _first_axis(cut, f"fft.{function}"))
+    other = function.replace("h", "ir")
+    return transform(other, x.conj(), s, dim, turned, cut, function)
+
+
+def _first_axis(cut: Cut, name: str) -> Axis:
+    many = isinstance(cut.in_dim, Sequence) or isinstance(cut.out_dim, Sequence)
+    return axes_given(cut.axis, many, name)[0]
 
 
 def _torch_alone(

@@ -120,7 +120,7 @@ def check_tensor(x: object, function: str, axis: Axis, *, name: str = "x") -> No
             right = f"Pass a tensor, torch.from_numpy({name})."
         given = f"{name} is a {type(x).__name__}"
         raise wrong(ArgumentError, function, axis, given, right)
-    unfit = _unfit_kind(x, name)
+    unfit = unfit_kind(x, name)
     if unfit is not None:
         raise wrong(ArgumentError, function, axis, *unfit)
     # any rank also sends from its CPU
@@ -139,7 +139,7 @@ LONGEST = sys.maxsize // torch.complex128.itemsize
 """The longest dim that can be addressed, of the largest numbers."""
 
 
-def _unfit_kind(x: Tensor, name: str) -> tuple[str, str] | None:
+def unfit_kind(x: Tensor, name: str) -> tuple[str, str] | None:
     """Return what is wrong with the kind of a tensor, and what would be right.
 
     None for a dense tensor of numbers.

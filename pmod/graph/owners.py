@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pmod._core.arguments import as_int
-from pmod._errors import ArgumentError, PmodError, ShapeError, phrase, quoted
+from pmod._core.arguments import LONGEST, as_int, unfit_kind
+from pmod._errors import ArgumentError, ShapeError, phrase, quoted
 
 Numbers = NDArray[np.int64]
 Reals = NDArray[np.float64]
@@ -46,14 +46,10 @@ def owners(
     tensor([0, 1, 2, 3, 4, 5])
     """
     edge_index = check_edges(edge_index, n, "graph.owners")
-    count = as_int(parts)
-    if count is None or count < 1:
-        raise _wrong(
-            ShapeError, f"parts is {quoted(parts)}", "Pass an int of 1 or more."
-        )
+    count = _parts(parts, "graph.owners")
     source, target = edge_index.cpu().numpy()
     work = _work(target, n, weights)
-    places = None if points is None else _reals(points, "points", n, 2)
+    places = None if points is None else _reals(points, "points", n, 2, "graph.owners")
     if uses_metis(n, count):
         owner = _by_metis(source, target, count, work)
         owner = _without_pieces(owner, source, target, count, work)
@@ -71,7 +67,19 @@ def uses_metis(n: int, parts: int) -> bool:
     >>> pmod.graph.uses_metis(4, 7)
     False
     """
-    return n > parts > 1 and importlib.util.find_spec("pymetis") is not None
+    nodes, count = as_int(n), _parts(parts, "graph.uses_metis")
+    if nodes is None or nodes < 0:
+        given, right = f"n is {quoted(n)}", "Pass the number of nodes, 0 or more."
+        raise ShapeError(phrase("graph.uses_metis", given, right))
+    return nodes > count > 1 and importlib.util.find_spec("pymetis") is not None
+
+
+def _parts(parts: object, function: str) -> int:
+    count = as_int(parts)
+    if count is None or not 1 <= count <= LONGEST:
+        given = f"parts is {quoted(parts)}"
+        raise ShapeError(phrase(function, given, "Pass an int of 1 or more."))
+    return count
 
 
 def by_coordinates(points: Tensor, parts: int, weights: Tensor | None = None) -> Tensor:
@@ -84,16 +92,19 @@ def by_coordinates(points: Tensor, parts: int, weights: Tensor | None = None) ->
     >>> pmod.graph.by_coordinates(torch.tensor([[3.0], [0.0], [1.0], [2.0]]), 2)
     tensor([1, 0, 0, 1])
     """
-    n = len(points)
-    places = _reals(points, "points", n, 2)
-    work = np.ones(n) if weights is None else _weights(weights, n)
-    return torch.from_numpy(_by_coordinates(places, parts, work))
+    function = "graph.by_coordinates"
+    count = _parts(parts, function)
+    places = _reals(points, "points", None, 2, function)
+    work = np.ones(len(places))
+    if weights is not None:
+        work = _weights(weights, len(places), function)
+    return torch.from_numpy(_by_coordinates(places, count, work))
 
 
 def check_edges(edge_index: object, n: object, function: str) -> Tensor:
     """Return the edges, detached; raise unless they are those of n nodes."""
     count = as_int(n)
-    if count is None or count < 0:
+    if count is None or not 0 <= count <= LONGEST:
         given, right = f"n is {quoted(n)}", "Pass the number of nodes, 0 or more."
         raise ShapeError(phrase(function, given, right))
     if not isinstance(edge_index, Tensor) or edge_index.dtype != torch.int64:
@@ -102,6 +113,7 @@ def check_edges(edge_index: object, n: object, function: str) -> Tensor:
             kind = str(edge_index.dtype)
         right = "Pass an int64 tensor (2, edges): from row 0 to row 1."
         raise ArgumentError(phrase(function, f"edge_index is a {kind}", right))
+    _check_kind(edge_index, "edge_index", function)
     if edge_index.dim() != 2 or len(edge_index) != 2:
         given = f"edge_index has the shape {tuple(edge_index.shape)}"
         raise ShapeError(phrase(function, given, "Pass (2, edges)."))
@@ -115,40 +127,47 @@ def check_edges(edge_index: object, n: object, function: str) -> Tensor:
     return edge_index.detach()
 
 
-def _wrong(kind: type[PmodError], given: str, right: str) -> PmodError:
-    return kind(phrase("graph.owners", given, right))
+def _check_kind(x: Tensor, name: str, function: str) -> None:
+    unfit = unfit_kind(x, name)
+    if unfit is not None:
+        raise ArgumentError(phrase(function, *unfit))
 
 
-def _reals(x: object, name: str, n: int, dims: int) -> Reals:
+def _reals(x: object, name: str, n: int | None, dims: int, function: str) -> Reals:
+    """Return numbers of nodes as an array; n is None for as many as there are."""
     shape = "(n, d)" if dims == 2 else "(n,)"
-    if not isinstance(x, Tensor) or x.is_complex():
-        kind = type(x).__name__
-        raise _wrong(
-            ArgumentError, f"{name} is a {kind}", f"Pass a real tensor {shape}."
-        )
-    if x.dim() != dims or len(x) != n:
-        given = f"{name} has the shape {tuple(x.shape)} and there are {n} nodes"
-        raise _wrong(ShapeError, given, f"Pass {shape}.")
+    right = f"Pass a real tensor {shape} that is in memory."
+    if not isinstance(x, Tensor):
+        given = f"{name} is a {type(x).__name__}"
+        raise ArgumentError(phrase(function, given, right))
+    _check_kind(x, name, function)
+    given = f"{name} is {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    if x.is_complex() or x.is_meta:
+        raise ArgumentError(phrase(function, given, right))
+    if x.dim() != dims or n not in (None, len(x)):
+        given = f"{name} has the shape {tuple(x.shape)}"
+        if n is not None:
+            given += f" and there are {n} nodes"
+        raise ShapeError(phrase(function, given, f"Pass {shape}."))
     values: Reals = x.detach().cpu().double().numpy()
     if not np.isfinite(values).all():
-        raise _wrong(
-            ArgumentError, f"{name} holds a NaN or an infinity", "Pass finite numbers."
-        )
+        given = f"{name} holds a NaN or an infinity"
+        raise ArgumentError(phrase(function, given, "Pass finite numbers."))
     return values
 
 
-def _weights(weights: object, n: int) -> Reals:
-    work = _reals(weights, "weights", n, 1)
+def _weights(weights: object, n: int, function: str) -> Reals:
+    work = _reals(weights, "weights", n, 1, function)
     if work.min(initial=0) < 0:
         given = f"weights hold {work.min():g}"
-        raise _wrong(ArgumentError, given, "Pass weights of 0 or more.")
+        raise ArgumentError(phrase(function, given, "Pass weights of 0 or more."))
     return work
 
 
 def _work(target: Numbers, n: int, weights: object) -> Reals:
     if weights is None:
         return np.ones(n) + np.bincount(target, minlength=n).astype(np.float64)
-    work = _weights(weights, n)
+    work = _weights(weights, n, "graph.owners")
     return work if work.any() else np.ones(n)
 
 

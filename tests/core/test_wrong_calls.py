@@ -55,7 +55,8 @@ def _nothing_stays() -> Iterator[None]:
 
 def public() -> set[str]:
     """What can be called wrongly."""
-    modules = {"": pmod, "fft.": pmod.fft, "nn.functional.": pmod.nn.functional, "testing.": pmod.testing}
+    modules = {"": pmod, "fft.": pmod.fft, "nn.functional.": pmod.nn.functional, "testing.": pmod.testing,
+               "nn.": pmod.nn, "graph.": pmod.graph, "sht.": pmod.sht}  # fmt: skip
     names: set[str] = set()
     for prefix, module in modules.items():
         for name, f in vars(module).items():

@@ -23,6 +23,8 @@ from tests.lib.listening import same
 
 Tensor = torch.Tensor
 FUNCTIONS = ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn")
+# what has the shapes and cuts of another
+HERMITIAN = {f"{h}fft{end}": f"{other}fft{end}" for h, other in (("h", "ir"), ("ih", "r")) for end in ("", "2", "n")}
 
 
 # --- what is drawn ------------------------------------------------------------------------------------------------
@@ -40,6 +42,7 @@ class Job:
     outs: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     mesh: dict[str, int]
+    called: str = ""  # one of HERMITIAN, if it is that
 
     @property
     def dims(self) -> list[int]:
@@ -53,7 +56,7 @@ class Job:
 
     def whole(self, x: Tensor) -> Tensor:
         """What torch.fft gives, with the modes that are asked for."""
-        f, modes = getattr(torch.fft, self.function), self.ours.get("modes")
+        f, modes = getattr(torch.fft, self.called or self.function), self.ours.get("modes")
         kept = list(modes) if isinstance(modes, tuple) else [modes] * len(self.dims)
         if self.function[0] != "i":
             y = f(x, **self.torchs)
@@ -92,7 +95,8 @@ class Job:
 
     def call(self, x: Tensor) -> Tensor:
         axes = tuple(self.mesh)
-        return getattr(pmod.fft, self.function)(x, **self.torchs, **self.ours, axis=axes if len(axes) > 1 else axes[0])
+        f = getattr(pmod.fft, self.called or self.function)
+        return f(x, **self.torchs, **self.ours, axis=axes if len(axes) > 1 else axes[0])
 
 
 def draw(function: str, seed: int, mesh: dict[str, int] | None = None) -> Job:
@@ -203,6 +207,119 @@ def on_rank(job: Job, v: Tensor, w: Tensor) -> list[Tensor]:
 def test_drawn(function: str) -> None:
     for seed in range(10):
         hold(draw(function, seed))
+
+
+def hermitian(function: str, seed: int, mesh: dict[str, int] | None = None) -> Job:
+    return attrs.evolve(draw(HERMITIAN[function], seed, mesh), called=function)
+
+
+@pytest.mark.parametrize("function", HERMITIAN)
+def test_hermitian(function: str) -> None:
+    for seed in range(10):
+        hold(hermitian(function, seed))
+    hold(hermitian(function, 1, {"x": 2, "y": 2}) if function[-1] in "2n" else hermitian(function, 11))
+    with pytest.raises(pmod.ArgumentError, match=rf"pmod.fft.{function}\(axis='x'\).*norm is 'other'"):
+        pmod.simulate(lambda: getattr(pmod.fft, function)(torch.ones(2, 2), norm="other", axis="x"), x=2)
+
+
+def test_hermitian_inputs() -> None:
+    for function in ("ihfft", "ihfft2"):
+        use = function.replace("ih", "i")
+        with pytest.raises(pmod.ArgumentError, match=rf"fft.{function}.*x is complex.\nPass x.real, or use {use}."):
+            pmod.simulate(lambda f=function: getattr(pmod.fft, f)(torch.ones(2, 2) * 1j, axis="x"), x=2)
+    with pytest.raises(pmod.ArgumentError, match=r"pmod.fft.hfft\(axis='x'\).*x is a int"):
+        pmod.simulate(lambda: pmod.fft.hfft(3, axis="x"), x=2)
+
+
+def hermitian_on_processes() -> None:
+    for function in HERMITIAN:
+        job = hermitian(function, 0, {"x": 2})
+        x = job.cut(job.x, job.ins, job.sizes)
+        y = job.whole(job.x)
+        share = job.sizes[0] if job.ins == job.outs and job.ins[0] not in job.dims else pmod.split_sizes(
+            y.shape[job.outs[0]], 2)  # fmt: skip
+        same(job.call(x), job.cut(y, job.outs, (share,)), function)
+
+
+def test_hermitian_on_processes() -> None:
+    spmd.launch(hermitian_on_processes, x=2)
+
+
+# --- the order of modes -------------------------------------------------------------------------------------------
+
+SHIFTS: list[tuple[tuple[int, ...], Any, Any, Any, dict[str, int]]] = [  # shape, dim, in_dim, sizes, mesh
+    ((7,), None, None, (3, 4), {"x": 2}),
+    ((8,), 0, None, (0, 1, 7), {"x": 3}),
+    ((5, 6), None, None, (2, 4), {"x": 2}),
+    ((5, 6), (1, 0), None, (3, 2), {"x": 2}),
+    ((5, 6), -1, 0, (5, 0), {"x": 2}),
+    ((5, 6, 3), (0, 1), (0, 1), ((2, 3), (1, 5)), {"x": 2, "y": 2}),
+    ((5, 6, 3), (0, 2), (0, 1), ((2, 3), (1, 5)), {"x": 2, "y": 2}),
+    ((1, 4), None, 0, (1, 0, 0), {"x": 3}),
+]
+
+
+def shifts(shape: tuple[int, ...], dim: Any, in_dim: Any, sizes: Any, mesh: dict[str, int]) -> None:
+    x = torch.randn(shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    several = len(mesh) > 1
+    dims = range(len(shape)) if dim is None else (dim,) if isinstance(dim, int) else dim
+    ins = in_dim if several else (list(dims)[-1] if in_dim is None else in_dim,)
+
+    def cut(y: Tensor) -> Tensor:
+        for name, at, lengths in zip(mesh, ins, sizes if several else (sizes,), strict=True):
+            y = y.split(list(lengths), at)[pmod.axis_index(name)]
+        return y
+
+    axis = tuple(mesh) if several else next(iter(mesh))
+    for function in ("fftshift", "ifftshift"):
+        y = getattr(torch.fft, function)(x, dim)
+        mine = cut(x).detach().requires_grad_()
+        for told in (sizes, None):
+            found = getattr(pmod.fft, function)(mine, dim, axis=axis, in_dim=in_dim, sizes=told)
+            assert torch.equal(found, cut(y))
+            weights = torch.arange(y.numel(), dtype=torch.float64).view(shape)
+            (slope,) = torch.autograd.grad((found.abs().square() * cut(weights)).sum(), mine)
+            (whole,) = torch.autograd.grad((y.abs().square() * weights).sum(), x, retain_graph=True)
+            same(slope, cut(whole), function)
+
+
+@pytest.mark.parametrize("case", SHIFTS, ids=str)
+def test_shifts(case: Any) -> None:
+    pmod.simulate(shifts, *case, **case[-1])
+
+
+def test_shifts_on_processes() -> None:
+    spmd.launch(shifts, *SHIFTS[2], x=2)
+
+
+def test_modes_of_a_shifted_spectrum() -> None:
+    """As older Fourier neural operators keep them: shifted, then the middle of that."""
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).double()
+    for k in (1, 4, 5):
+        middle = torch.fft.fftshift(torch.fft.fft2(x), -2).narrow(-2, 3 - k // 2, k)
+
+        def kept(k: int = k) -> Tensor:
+            modes = pmod.fft.fft2(pmod.shard(x, "x", dim=-1), axis="x", in_dim=-1, out_dim=-2, modes=(k, None))
+            return pmod.fft.fftshift(modes, -2, axis="x")
+
+        same(torch.cat(pmod.simulate(kept, x=2)), middle, f"{k} modes")
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda x: pmod.fft.fftshift(x, 2, axis="x"), "dim is 2 but x has 2 dims"),
+        (lambda x: pmod.fft.fftshift(x, (0, -2), axis="x"), "dim is (0, -2).\nName each dim once."),
+        (lambda x: pmod.fft.ifftshift(x, (), axis="x"), "dim is ().\nName each dim once."),
+        (lambda x: pmod.fft.fftshift(x, in_dim=(0, 1), axis="x"), "in_dim is (0, 1)"),
+        (lambda x: pmod.fft.fftshift(x, axis="x", sizes=(1, 1)), "sizes[0] is 1 but x.shape[1] is 3"),
+        (lambda x: pmod.fft.fftshift(x[0, 0], axis="x"), "Name each dim once."),
+    ],
+)
+def test_wrong_shifts(call: Any, text: str) -> None:
+    with pytest.raises(pmod.ShapeError) as raised:
+        pmod.simulate(call, torch.ones(4, 3), x=2)
+    assert text in str(raised.value)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

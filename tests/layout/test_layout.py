@@ -31,7 +31,7 @@ FLOORS = """
     _wire
     _core
     _collectives
-    fft graph nn _run _train
+    fft graph nn sht _run _train
     _debug _shard
     _draw
     testing

@@ -215,7 +215,7 @@ def _all_to_all(c: Choices, n: int) -> Drawn:
 
 def _all_to_all_of_length(c: Choices, n: int, shape: list[int], split: int, concat: int) -> Drawn:
     """Both dims are cut as `split_sizes` cuts them."""
-    shape = _along(shape, split, c.integer(0, 2 * n))
+    shape = _along(shape, split, c.of([1, n + 1, 2 * n - 1]))  # none divides by two ranks or more
     total = c.integer(0, 2 * n + 1) if shape[concat] else 0
     parts, held = (oracle.split_sizes(length, *(c.axes or [n])) for length in (shape[split], total))
     shapes = [[*shape] for _ in range(n)]

@@ -36,6 +36,7 @@ from torch import nn
 import pmod
 from pmod import P
 from pmod._core.collective import COLLECTIVES
+from pmod._mesh.ambient import resolve
 from pmod._run.launch import Ranks
 from pmod._run.task import Task
 from pmod._wire.traffic import Meter, meters
@@ -119,13 +120,36 @@ def in_folder(path: Any) -> Any:
     return os.path.join(_FOLDER.name, path) if isinstance(path, str) else path
 
 
+def perceptron() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+
+
+def ring() -> torch.Tensor:
+    return torch.stack([torch.arange(4), torch.arange(4).roll(1)])
+
+
+def ring_plan() -> pmod.graph.Plan:
+    """Half of the ring's four nodes on each of two ranks, or all on one: made without a message."""
+    axis = resolve(here(), "a test")
+    other = [int(rank != axis.index) for rank in range(axis.size)]
+    row = torch.zeros(sum(other), dtype=torch.int64)
+    exchange = pmod.ExchangePlan(tuple(other), tuple(other), row, (0, len(row) - 1), (axis.group_key, axis.index))
+    return pmod.graph.Plan(here(), exchange, 4 // axis.size, sum(other))
+
+
 Right = tuple[Callable[..., Any], dict[str, Callable[[], Any]]]
 """A function, and right arguments by name; those that are left out here have defaults."""
 
 TREE: dict[str, Callable[[], Any]] = {"x": x, "axis": lambda: "x"}
 SIGNAL: dict[str, Callable[[], Any]] = {"x": lambda: torch.ones(2, 4), "axis": lambda: "x"}
 CONV: dict[str, Callable[[], Any]] = {"input": image, "axis": lambda: "x"}
-OF_FFT = ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn")
+GRAPH: dict[str, Callable[[], Any]] = {"edge_index": ring, "n": lambda: 4}
+CLOUDS: dict[str, Callable[[], Any]] = {
+    "points": lambda: torch.ones(3, 2), "queries": lambda: torch.ones(2, 2), "axis": lambda: "x",
+}  # fmt: skip
+MODES: dict[str, Callable[[], Any]] = {"s": lambda: (8, 8), "axis": lambda: "x"}
+OF_FFT = ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn",
+          "hfft", "ihfft", "hfft2", "ihfft2", "hfftn", "ihfftn", "fftshift", "ifftshift")  # fmt: skip
 
 
 
@@ -219,9 +243,12 @@ RIGHT: dict[str, Right] = {
     "to_dtensors": (pmod.to_dtensors, {"tree": lambda: None, "specs": lambda: None}),
     "from_dtensors": (pmod.from_dtensors, {"tree": x}),
     "local_slice": (pmod.local_slice, {"shape": lambda: (4, 2), "spec": lambda: P("x")}),
-    "local_slice with halo": (
-        pmod.local_slice, {"shape": lambda: (4, 2), "spec": lambda: P("x"), "halo": lambda: {0: 1},
-                           "boundary": lambda: "zeros"},
+    "local_slice.read": (
+        lambda shape, spec, halo, boundary="zeros":
+        pmod.Block.read(
+            pmod.local_slice(shape, spec, halo={} if halo is None else halo, boundary=boundary), torch.zeros(shape)
+        ),
+        {"shape": lambda: (4, 2), "spec": lambda: P("x"), "halo": lambda: {0: 1}},
     ),
     "local_coords": (pmod.local_coords, {"shape": lambda: (4, 2), "spec": lambda: P("x")}),
     "shard_map": (
@@ -272,6 +299,24 @@ RIGHT: dict[str, Right] = {
         getattr(F, f"neighborhood_attention{n}d"), {**dict.fromkeys(ATTENTION, around), **WINDOW, "axis": lambda: "x"})
        for n, around in ((1, points), (2, points), (3, volume))},
     "nn.functional.out_sizes": (partial(F.out_sizes, "conv2d"), {"sizes": lambda: (4, 4), "kernel_size": lambda: 3}),
+    "nn.column": (pmod.nn.column, {"groups": lambda: 3}),
+    "nn.tensor_parallel": (pmod.nn.tensor_parallel, {
+        "module": perceptron, "plan": lambda: {"0": "column", "2": "row"}, "axis": lambda: "x",
+    }),
+    "graph.partition": (pmod.graph.partition, {**GRAPH, "axis": lambda: "x"}),
+    "graph.halo": (pmod.graph.halo, {
+        "x": lambda: torch.ones(4 // size(), 2), "plan": ring_plan,
+    }),
+    "graph.owners": (pmod.graph.owners, {**GRAPH, "parts": lambda: 2}),
+    "graph.by_coordinates": (pmod.graph.by_coordinates, {"points": lambda: torch.ones(4, 2), "parts": lambda: 2}),
+    "graph.uses_metis": (pmod.graph.uses_metis, {"n": lambda: 8, "parts": lambda: 2}),
+    "graph.knn": (pmod.graph.knn, {**CLOUDS, "k": lambda: 1}),
+    "graph.radius_search": (pmod.graph.radius_search, {**CLOUDS, "radius": lambda: 1.0}),
+    "sht.sht": (pmod.sht.sht, {"x": lambda: torch.ones(4, 6), "axis": lambda: "x"}),
+    "sht.isht": (pmod.sht.isht, {**MODES, "x": lambda: torch.ones(2, 2 * size(), dtype=torch.complex64)}),
+    "sht.vsht": (pmod.sht.vsht, {"x": lambda: torch.ones(2, 4, 6), "axis": lambda: {-1: "x"}}),
+    "sht.ivsht": (pmod.sht.ivsht, {**MODES, "x": lambda: torch.ones(2, 2, 2 * size(), dtype=torch.complex64)}),
+    "sht.latitudes": (pmod.sht.latitudes, {"nlat": lambda: 4}),
     "testing.assert_matches_serial": (pmod.testing.assert_matches_serial, {
         "f": lambda: identity, "serial": lambda: identity, "args": lambda: (torch.ones(4, 2),),
         "in_specs": lambda: (P("x"),), "out_specs": lambda: P("x"),
@@ -283,12 +328,16 @@ NOT_DRAWN = {
     "current_mesh",
     "keep_mesh",
     "shutdown",
+    "Block",
     "ExchangePlan",
     "Pending",
     "SharedParameters",
     "Watcher",
     "trace",
     "launch",
+    "nn.Column",
+    "graph.Part",
+    "graph.Plan",
 }
 
 # --- odd values -------------------------------------------------------------------------------------------------------
@@ -594,7 +643,7 @@ def drawn(seed: int) -> Draw:
 # The ranks must have told one another how much they hold before these can be known.
 TOLD = (
     r"all shards together have|the whole has|the signal has|modes is .* dim|MismatchError|sizes add up to|"
-    r"differ between ranks|holds another number"
+    r"differ between ranks|holds another number|nlat is \d|longitudes|degrees and \d|all ranks together hold"
 )
 OWN = {"testing.assert_matches_serial": AssertionError, "trace.chrome": OSError}  # what they are documented to raise
 

@@ -200,6 +200,50 @@ def test_transforms() -> None:
     spmd.launch(gradients, model=2)
 
 
+def compiled_on_rank() -> None:
+    torch._dynamo.reset()
+    whole = made("tied")
+    model = copy.deepcopy(whole)
+    pmod.nn.tensor_parallel(model, MODELS["tied"][1], "model")
+    y = torch.compile(model, fullgraph=True, backend="aot_eager")(NUMBERS)
+    torch.testing.assert_close(y, whole(NUMBERS))
+    y.sin().sum().backward()
+    whole(NUMBERS).sin().sum().backward()
+    torch.testing.assert_close(model.get_parameter("norm1.weight").grad, whole.get_parameter("norm1.weight").grad)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled() -> None:
+    spmd.launch(compiled_on_rank, model=2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_under_debug(name: str) -> None:
+    """What the layers hold is V, and what comes and goes is I: debug finds nothing amiss."""
+    whole = made(name)
+
+    def step() -> None:
+        model = copy.deepcopy(whole)
+        pmod.nn.tensor_parallel(model, MODELS[name][1], "model")
+        with pmod.debug():
+            model(NUMBERS).square().sum().backward()
+            model.state_dict()
+
+    pmod.simulate(step, model=2)
+
+
+def test_autocast() -> None:
+    """The bias of a row layer, added after the sum, takes the dtype of the product, as torch's own does."""
+    def dtypes() -> Any:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        pmod.nn.tensor_parallel(model, {"0": "column", "1": "row"}, "model")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(torch.ones(2, 4)).dtype
+
+    assert pmod.simulate(dtypes, model=2) == [torch.bfloat16] * 2
+
+
 def encoder() -> None:
     torch.manual_seed(0)
     whole = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, **DOUBLE), 2).eval()
@@ -414,16 +458,36 @@ def test_what_is_sent() -> None:
     assert first == [("tensor_parallel", 32), ("the backward of tensor_parallel", 32)]
 
 
-# --- a model of others --------------------------------------------------------------------------------------------
+# --- models of others ---------------------------------------------------------------------------------------------
+
+GPT2 = {"*.c_attn": column(groups=3), "*.c_fc": "column", "*.c_proj": "row"}
+PROJECTIONS = {"*.[qkv]_proj": "column", "*.o_proj": "row"}
+OF_OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the model, its configuration, the plan
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 24, "n_layer": 2, "n_head": 4}, GPT2),
+    "gpt2 with its embedding": (
+        "GPT2LMHeadModel", {"n_embd": 24, "n_layer": 2, "n_head": 4},
+        {**GPT2, "*.wte": "row", "lm_head": column(gather=True)}),
+    "llama": (
+        "LlamaForCausalLM", {"num_key_value_heads": 2},
+        {**PROJECTIONS, "*.gate_proj": "column", "*.up_proj": "column", "*.down_proj": "row"}),
+    "neox": (
+        "GPTNeoXForCausalLM", {},
+        {"*.query_key_value": column(groups=1), "*.attention.dense": "row", "*.dense_h_to_4h": "column",
+         "*.dense_4h_to_h": "row"}),
+}  # fmt: skip
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def gpt2(plan: dict[str, Any]) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def of_others(name: str) -> None:
+    import transformers
 
+    kind, options, plan = OF_OTHERS[name]
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=37, n_positions=16, n_embd=24, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0,
-                        attn_pdrop=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
-    whole = GPT2LMHeadModel(config).double()
+    model_class = getattr(transformers, kind)
+    usual = {"vocab_size": 37, "bos_token_id": 0, "eos_token_id": 0}
+    if not kind.startswith("GPT2"):
+        usual |= SMALL
+    whole = model_class(model_class.config_class(**usual, **options)).double().eval()  # eval: without dropout
     numbers = torch.randint(37, (2, 9))
     model = pmod.nn.tensor_parallel(copy.deepcopy(whole), plan, "model")
     losses = [of(numbers, labels=numbers).loss for of in (model, whole)]
@@ -438,12 +502,8 @@ def gpt2(plan: dict[str, Any]) -> None:
         torch.testing.assert_close(found[key], p.grad, rtol=1e-10, atol=1e-10)
 
 
-GPT2 = {"*.c_attn": column(groups=3), "*.c_fc": "column", "*.c_proj": "row"}
-ALL = {**GPT2, "*.wte": "row", "lm_head": column(gather=True)}
-
-
-@pytest.mark.parametrize("plan", [GPT2, ALL], ids=["blocks", "all"])
-def test_gpt2(plan: dict[str, Any]) -> None:
-    """Five lines: the loss and every gradient are those of one process."""
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_models_of_transformers(name: str) -> None:
+    """In one line: the loss and every gradient are those of one process."""
     pytest.importorskip("transformers")
-    spmd.launch(gpt2, plan, model=2)
+    spmd.launch(of_others, name, model=2)

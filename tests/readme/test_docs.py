@@ -227,7 +227,7 @@ WITHOUT = {
 
 
 # what users import; demo, bench, collectives and doctor are commands
-MODULES = {"fft", "graph", "nn", "notebook", "testing"}
+MODULES = {"fft", "graph", "nn", "sht", "notebook", "testing"}
 
 
 def _api() -> dict[str, object]:
