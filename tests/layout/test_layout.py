@@ -33,7 +33,7 @@ FLOORS = """
     _collectives
     fft nn _run _train
     _debug _shard
-    _draw
+    _draw _domain
     testing
     __init__
     notebook demo

@@ -1,0 +1,53 @@
+"""Which layout each tensor has, by its identity, while it lives.
+
+Layouts outlive the call that noted them: a model may keep a tensor until its next
+call, and `cut_of` is asked afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+from weakref import ref
+
+from torch import Tensor
+
+from pmod._domain.layout import Layout
+
+WHOLE: Layout = ()
+"""The layout that is noted of one value: no dim of it is cut."""
+
+
+class Note(ref[Tensor]):
+    """A tensor that is known: its layout, and whether it had a derivative then."""
+
+    __slots__ = ("differentiates", "key", "layout")
+
+    key: int
+    layout: Layout
+    differentiates: bool
+
+
+Notes: TypeAlias = dict[int, Note]
+
+notes: Notes = {}
+
+
+def forget(of: Note) -> None:
+    """Take a dead tensor out; its id may have come again."""
+    if notes.get(of.key) is of:
+        del notes[of.key]
+
+
+def note(x: Tensor, layout: Layout) -> None:
+    """Note the layout of a tensor: `WHOLE`, or one with a cut."""
+    of = Note(x, forget)
+    of.key = id(x)
+    of.layout = layout
+    of.differentiates = x.requires_grad
+    notes[of.key] = of
+
+
+def noted(x: Tensor) -> Note | None:
+    """Return what is known of a tensor."""
+    of = notes.get(id(x))
+    return of if of is not None and of() is x else None
