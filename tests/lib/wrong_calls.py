@@ -221,7 +221,7 @@ RIGHT: dict[str, Right] = {
         "input": lambda: torch.ones(1, 4, 3, 3), "axis": lambda: "x", "weight": lambda: torch.ones(1, 1, 3, 3, 3),
         "padding": lambda: 1,
     }),
-    "nn.functional.conv_sizes": (F.conv_sizes, {"sizes": lambda: (4, 4), "kernel_size": lambda: 3}),
+    "nn.functional.out_sizes": (partial(F.out_sizes, "conv2d"), {"sizes": lambda: (4, 4), "kernel_size": lambda: 3}),
     "testing.assert_matches_serial": (pmod.testing.assert_matches_serial, {
         "f": lambda: identity, "serial": lambda: identity, "args": lambda: (torch.ones(4, 2),),
         "in_specs": lambda: (P("x"),), "out_specs": lambda: P("x"),

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import pmod
 import pmod.nn.functional as sharded
 from pmod._core.send import memory_format
+from pmod.nn.functional import windows
 from tests.lib import spmd
 from tests.lib.listening import counted, on_processes, on_threads, same
 from tests.lib.raised import check, on_all_ranks
@@ -194,7 +195,7 @@ def on_rank(job: Job) -> None:
         numbers = [each(job.torchs.get(name, 1), job.count)[dim] for name in ("stride", "dilation")]
         padding = job.torchs["padding"]
         padding = padding[dim] if isinstance(padding, tuple) else padding
-        assert sharded.conv_sizes(sizes, job.weight[dim], numbers[0], padding, numbers[1]) == out[dim]
+        assert sharded.out_sizes("conv2d", sizes, job.weight[dim], numbers[0], padding, numbers[1]) == out[dim]
 
 
 QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -258,7 +259,7 @@ def chained_on_rank() -> None:
             nonlocal sizes
             y = sharded.conv2d(x, weight, axis="x", dim=cut, sizes=sizes, **kwargs)
             of = {k: v[cut] if isinstance(v, tuple) else v for k, v in kwargs.items() if k != "padding_mode"}
-            sizes = sharded.conv_sizes(sizes, weight.shape[cut], **of)
+            sizes = sharded.out_sizes("conv2d", sizes, weight.shape[cut], **of)
             return y
 
         def whole(x: Tensor, weight: Tensor, padding_mode: str = "zeros", **kwargs: Any) -> Tensor:
@@ -456,7 +457,7 @@ def kept_on_rank() -> None:
     y = sharded.conv2d(of[0], module.weight, module.bias, padding=module.padding, padding_mode=module.padding_mode,
                        axis="x")  # fmt: skip
     whole = torch.nn.functional.conv2d(F.pad(x, (2, 2, 2, 2), "circular"), module.weight, module.bias)
-    rows = sharded.conv_sizes((3, 3), 3, padding=2)
+    rows = sharded.out_sizes("conv2d", (3, 3), 3, padding=2)
     same(y, whole.split(list(rows), -2)[pmod.axis_index("x")].detach(), "what a module holds")
 
 
@@ -465,7 +466,7 @@ def test_dtypes_and_memory_formats() -> None:
 
 
 def test_nothing_is_copied_where_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded, "carry_out", None)
+    monkeypatch.setattr(windows, "carry_out", None)
 
     def run() -> None:
         x = torch.rand(1, 4, 4)
@@ -726,16 +727,18 @@ def test_devices_that_differ() -> None:
 
 SIZES: dict[str, tuple[Callable[[], Any], str]] = {
     "sizes": (
-        lambda: sharded.conv_sizes((4, -1), 3), "sizes is (4, -1).\nPass ints of 0 or more, one per rank of the axis."),
+        lambda: sharded.out_sizes("conv2d", (4, -1), 3),
+        "sizes is (4, -1).\nPass ints of 0 or more, one per rank of the axis."),
     "a number": (
-        lambda: sharded.conv_sizes(4, 3),  # type: ignore[arg-type]
+        lambda: sharded.out_sizes("conv2d", 4, 3),  # type: ignore[arg-type]
         "sizes is 4.\nPass ints of 0 or more, one per rank of the axis."),
     "a kernel for each dim": (
-        lambda: sharded.conv_sizes((4, 4), (3, 3)),  # type: ignore[arg-type]
+        lambda: sharded.out_sizes("conv2d", (4, 4), (3, 3)),  # type: ignore[arg-type]
         "kernel_size is (3, 3).\nPass an int of 1 or more."),
-    "stride": (lambda: sharded.conv_sizes((4, 4), 3, 0), "stride is 0.\nPass an int of 1 or more."),
+    "stride": (lambda: sharded.out_sizes("conv2d", (4, 4), 3, 0), "stride is 0.\nPass an int of 1 or more."),
     "too long": (
-        lambda: sharded.conv_sizes((4, 4), 9), f"the whole has 8 rows, 8 with padding, and a window 9.\n{LONGER}"),
+        lambda: sharded.out_sizes("conv2d", (4, 4), 9),
+        f"the whole has 8 rows, 8 with padding, and a window 9.\n{LONGER}"),
 }  # fmt: skip
 
 
@@ -744,4 +747,4 @@ def test_sizes_refused(name: str) -> None:
     call, text = SIZES[name]
     with pytest.raises(pmod.ShapeError) as raised:
         call()
-    check(raised.value, pmod.ShapeError, f"pmod.nn.functional.conv_sizes: {text}")
+    check(raised.value, pmod.ShapeError, f"pmod.nn.functional.out_sizes: {text}")

@@ -1,0 +1,164 @@
+"""How long the shards of a result are: `out_sizes`, the next layer's `sizes`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pmod._core.arguments import as_int
+from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase, quoted
+from pmod.nn.functional.conv import (
+    SprayNumbers,
+    check_length,
+    check_made,
+    slides,
+    sprays,
+)
+from pmod.nn.functional.given import Wrong, ints
+from pmod.nn.functional.pools import PoolWindows, check_pooled, pool_slides
+from pmod.nn.functional.windows import Rule, lengths
+
+Lengths = tuple[int, ...]
+
+
+def _laid(rule: Rule, sizes: Lengths) -> Lengths:
+    return lengths(rule.starts(sizes))
+
+
+def _conv(
+    error: Wrong,
+    sizes: Lengths,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int | str = 0,
+    dilation: int = 1,
+) -> Lengths:
+    kernel = ints(kernel_size, "kernel_size", 1, 1, error)
+    (of,) = slides(kernel, stride, padding, dilation, error)
+    check_length(of, sum(sizes), "", error)
+    return _laid(of, sizes)
+
+
+def _conv_transpose(
+    error: Wrong,
+    sizes: Lengths,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int = 0,
+    output_padding: int = 0,
+    dilation: int = 1,
+) -> Lengths:
+    kernel = ints(kernel_size, "kernel_size", 1, 1, error)
+    (of,) = sprays(
+        kernel, SprayNumbers(stride, padding, output_padding, dilation), error
+    )
+    check_made(of, sum(sizes), "", error)
+    return _laid(of, sizes)
+
+
+def _max_pool(
+    error: Wrong,
+    sizes: Lengths,
+    kernel_size: int,
+    stride: int | None = None,
+    padding: int = 0,
+    dilation: int = 1,
+    ceil_mode: bool = False,
+) -> Lengths:
+    given = PoolWindows(kernel_size, stride, padding, dilation, ceil_mode)
+    (of,) = pool_slides(given, 1, error)
+    check_pooled(of, sum(sizes), "", error)
+    return _laid(of, sizes)
+
+
+def _avg_pool(
+    error: Wrong,
+    sizes: Lengths,
+    kernel_size: int,
+    stride: int | None = None,
+    padding: int = 0,
+    ceil_mode: bool = False,
+) -> Lengths:
+    return _max_pool(error, sizes, kernel_size, stride, padding, 1, ceil_mode)
+
+
+def _lp_pool(
+    error: Wrong,
+    sizes: Lengths,
+    kernel_size: int,
+    stride: int | None = None,
+    ceil_mode: bool = False,
+) -> Lengths:
+    return _max_pool(error, sizes, kernel_size, stride, 0, 1, ceil_mode)
+
+
+_LAWS: dict[str, Callable[..., Lengths]] = {
+    "conv?d": _conv,
+    "conv_transpose?d": _conv_transpose,
+    "max_pool?d": _max_pool,
+    "avg_pool?d": _avg_pool,
+    "lp_pool?d": _lp_pool,
+}
+
+
+def _law_of(function: str | Callable[..., Any]) -> Callable[..., Lengths]:
+    """Return the law of a layer: conv of conv1d to conv3d."""
+    name = getattr(function, "__name__", str(function))
+    law = _LAWS.get(name)
+    if law is None and name[-2:] in ("1d", "2d", "3d"):
+        law = _LAWS.get(f"{name[:-2]}?d")
+    if law is None:
+        raise _unknown(name)
+    return law
+
+
+def out_sizes(
+    function: str | Callable[..., Any],
+    sizes: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[int, ...]:
+    """Return how long the shards of a layer's result are along a dim.
+
+    function: a layer of `pmod.nn.functional` or of torch.nn.functional, or its name;
+    sizes: the lengths of its input's shards. What follows are the layer's own numbers
+    of that dim: `kernel_size` where it takes a weight, and no tensors. Nothing is sent.
+
+    Raises: ShapeError for sizes or numbers that do not fit; ArgumentError for a
+    function that it does not know.
+
+    >>> rows = pmod.split_sizes(10, 3)
+    >>> rows, pmod.nn.functional.out_sizes("conv2d", rows, 3, padding=1)
+    ((4, 4, 2), (4, 4, 2))
+    >>> pmod.nn.functional.out_sizes("max_pool2d", rows, 3, stride=2)
+    (2, 2, 0)
+    """
+
+    def error(given: str, right: str) -> PmodError:
+        return ShapeError(phrase("nn.functional.out_sizes", given, right))
+
+    law = _law_of(function)
+    return law(error, as_lengths(sizes, error), *args, **kwargs)
+
+
+def as_lengths(sizes: Sequence[int], error: Wrong) -> Lengths:
+    """Return the lengths of the shards."""
+    listed = list(sizes) if isinstance(sizes, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
+    held = tuple(
+        [size for size in map(as_int, listed) if size is not None and size >= 0]
+    )
+    if not held or len(held) != len(listed):
+        right = "Pass ints of 0 or more, one per rank of the axis."
+        raise error(f"sizes is {quoted(sizes)}", right)
+    return held
+
+
+def _unknown(name: str) -> PmodError:
+    known: list[str] = []
+    for law in _LAWS:
+        known += [
+            law.replace("?", count) for count in ("1", "2", "3")[: 1 + 2 * ("?" in law)]
+        ]
+    given = f"function is {quoted(name)}{near_miss(name, known)}"
+    right = "Pass a layer of pmod.nn.functional, or its name."
+    return ArgumentError(phrase("nn.functional.out_sizes", given, right))
