@@ -53,6 +53,7 @@ class Domain(TorchFunctionMode):
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
         self.blocks = blocks
+        self.entered: list[Function] = []
         blocks.mode = self
         blocks.reenter = partial(again, self)
 
@@ -163,7 +164,14 @@ def _enter(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
     if not _is_any_cut(d, (args, kwargs)):
         return _one_value(func, args, kwargs)
     assert isinstance(func, FunctionType)
-    return note_rest(d.blocks.follow(unasked(func), *args, **kwargs))
+    # one that asks under its own name for what it was to do would do so without end
+    if d.entered[-1:] == [func]:
+        return _refuse(d, func, args, kwargs)
+    d.entered.append(func)
+    try:
+        return note_rest(d.blocks.follow(unasked(func), *args, **kwargs))
+    finally:
+        d.entered.pop()
 
 
 def _refuse(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pmod._core.arguments import as_int
+from pmod._domain import known
 from pmod._domain.blocks import Blocks
 from pmod._domain.layout import Cut, Fold, Layout, Part, sliced, with_cut, without
 from pmod._domain.refusals import along_cut, no_exact_form
@@ -98,7 +99,9 @@ def _as_tensor(item: Any) -> Tensor | None:
     if isinstance(item, Tensor):
         return item if item.dim() else None
     if isinstance(item, list | tuple | range):
-        return torch.tensor(list(item))
+        index = torch.tensor(list(item))
+        known.note(index, known.WHOLE)
+        return index
     return None
 
 

@@ -254,3 +254,9 @@ def triangle(b: Blocks, func: Function, x: Tensor, diagonal: int = 0) -> Tensor:
         starts.append(0 if cut is None else b.span(cut)[0])
     down, right = starts
     return b.note(func(x, diagonal + down - right), layout)
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+def made_new(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Make a tensor of a shape that is given: one value, whatever x is."""
+    return func(x, *args, **kwargs)

@@ -152,7 +152,7 @@ def extremum(
 
     As torch's, its gradient goes in equal parts to all that attain it.
     """
-    layout = b.layout(x)
+    dims, layout = list(dims), b.layout(x)
     axes = b.over(layout, dims)
     kept = without(layout, dims, keepdim=keepdim)
     if not axes:

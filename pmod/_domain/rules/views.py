@@ -238,7 +238,7 @@ def flatten(
     return reshaped(b, "flatten", x, [*shape[:first], inside, *shape[last + 1 :]])
 
 
-@rule("unflatten")
+@rule("unflatten", outer=True)
 def unflatten(
     b: Blocks, func: Function, x: Tensor, dim: int, sizes: Sequence[int], *names: object
 ) -> Tensor:

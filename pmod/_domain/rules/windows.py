@@ -133,7 +133,7 @@ def conv_transpose(
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "max_pool1d_with_indices",
-      "max_pool2d_with_indices", "max_pool3d_with_indices")  # fmt: skip
+      "max_pool2d_with_indices", "max_pool3d_with_indices", outer=True)  # fmt: skip
 def max_pool(
     b: Blocks,
     func: Function,
