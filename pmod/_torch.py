@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -244,6 +244,16 @@ def swap_forward_nesting(levels: int) -> int:
     return before
 
 
+_users: Callable[[int], int] = _seen("torch._C:_storage_Use_Count")
+
+
+@_with("torch:UntypedStorage._cdata")
+def is_memory_shared(x: Tensor) -> bool:
+    """Return whether other tensors hold the memory of x."""
+    # x holds it, and so does what is asked here
+    return _users(x.untyped_storage()._cdata) > 2
+
+
 @_with("torch._C:_FunctionBase._sequence_nr")
 def number_of(node: Any) -> int:
     """Return the place of a node in the order of backward, which takes the highest first."""
@@ -460,6 +470,16 @@ def untraced(f: Callable[..., T]) -> Callable[..., T]:
         return f
     unseen: Any = torch.compiler.disable(f)
     return unseen
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Run what was compiled as it was written, if the compiler was imported.
+
+    To import it takes 2 s.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 _translator = _later("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, overload
@@ -28,7 +29,7 @@ from pmod._mesh.mesh import Mesh
 from pmod._shard.captured import captured_modules
 from pmod._shard.spec import Entry, P, Specs, check_spec, names_in
 from pmod._shard.specs import with_specs
-from pmod._torch import are_transforms_active, version_of
+from pmod._torch import are_transforms_active, uncompiled, version_of
 
 Sizes = Mapping[int, Sequence[int]]
 
@@ -179,7 +180,7 @@ class _Calls:
         modules = captured_modules(self._f)
         _note_state(modules)
         links = self._share(blocks, modules)
-        with Domain(blocks):
+        with uncompiled(), Domain(blocks):
             y = self._f(*args, **kwargs)
         return _left(blocks, y, _first_layout(found), links)
 
@@ -296,7 +297,8 @@ def _note_arguments(
     """Note how each argument is cut."""
     for x, spec, where in found:
         of = known.noted(x)
-        if of is not None and of.layout and not spec.sizes and _agrees(of.layout, spec):
+        is_known = of is not None and bool(of.layout) and not spec.sizes
+        if of is not None and is_known and _agrees(blocks, of.layout, spec):
             continue
         cuts: list[Cut] = [None] * x.dim()
         for d, entry in enumerate(spec.entries):
@@ -307,8 +309,15 @@ def _note_arguments(
         blocks.note(x, tuple(cuts))
 
 
-def _agrees(layout: Layout, spec: P) -> bool:
+def _agrees(blocks: Blocks, layout: Layout, spec: P) -> bool:
     """Return whether what is known of a tensor is what a spec says, or it says nothing."""
+    for cut in layout:
+        if cut is None:
+            continue
+        # it may be from a call on another mesh
+        ranks = [blocks.mesh.shape.get(name, 0) for name in cut.axes]
+        if not isinstance(cut, Part) or len(cut.sizes) != math.prod(ranks):
+            return False
     if not spec.axes:
         return True
     cuts = [() if cut is None else cut.axes for cut in layout]
@@ -396,7 +405,7 @@ def _home(blocks: Blocks, y: Tensor, like: Layout) -> Layout:
         cuts.append(wish if fits else cut)
     # what moves to another dim must leave the one where it is
     named = [name for cut in cuts if cut is not None for name in cut.axes]
-    if len(set(named)) < len(named) or {*named} != axes_of(layout):
+    if len(set(named)) < len(named) or frozenset(named) != axes_of(layout):
         return layout
     return tuple(cuts)
 

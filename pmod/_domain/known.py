@@ -12,6 +12,7 @@ from weakref import ref
 from torch import Tensor
 
 from pmod._domain.layout import Layout
+from pmod._torch import are_transforms_active, is_batched, is_wrapped, unwrap
 
 WHOLE: Layout = ()
 """The layout that is noted of one value: no dim of it is cut."""
@@ -40,6 +41,9 @@ def forget(of: Note) -> None:
 
 def note(x: Tensor, layout: Layout) -> None:
     """Note the layout of a tensor: `WHOLE`, or one with a cut."""
+    # what leaves a transform is the tensor within
+    if are_transforms_active() and is_wrapped(x) and not is_batched(x):
+        note(unwrap(x), layout)
     of = Note(x, forget)
     of.key = id(x)
     of.layout = layout

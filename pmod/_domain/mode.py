@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from pmod._core.bind import bind
-from pmod._core.leaves import map_tensors, tensors_in
+from pmod._core.leaves import tensors_in
 from pmod._core.row import Call
 from pmod._domain import known
 from pmod._domain.blocks import Blocks
@@ -362,8 +362,7 @@ def _attribute(func: Any, name: str) -> Rule:
         return _get_turned
     if what in ("real", "imag", "grad", "data"):
         return _get_alike
-    # private ones say nothing of shapes, or are for torch's own code
-    if what in FREE_ATTRIBUTES or what.startswith("_"):
+    if what in FREE_ATTRIBUTES:
         return _get_free
     return _refuse
 

@@ -12,7 +12,7 @@ from pmod._domain.blocks import Blocks
 from pmod._domain.layout import Layout, Part
 from pmod._domain.refusals import no_exact_form
 from pmod._domain.rules.table import Function, rule
-from pmod._torch import base_of
+from pmod._torch import base_of, is_memory_shared
 
 
 def pointwise(b: Blocks, func: Function, *args: Any, **kwargs: Any) -> Any:
@@ -66,8 +66,9 @@ def become(b: Blocks, x: Tensor, layout: Layout, func: Function) -> None:
 
     So zeros that are made to be filled become a block of zeros.
     """
-    if x.requires_grad or base_of(x) is not None or len(layout) != x.dim():
-        why = "a block is written into one value that has a derivative or is a view"
+    is_seen = base_of(x) is not None or is_memory_shared(x)
+    if x.requires_grad or is_seen or len(layout) != x.dim():
+        why = "a block is written into one value that has a derivative or views"
         right = "Write into a tensor that is made of zeros, or of the field itself."
         raise no_exact_form(func.__name__, why, right)
     y = x.detach()
@@ -96,6 +97,12 @@ def type_of(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> 
     if not args and not kwargs:
         return func(x)
     return pointwise(b, func, x, *args, **kwargs)
+
+
+@rule("to", "type_as")
+def moved(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Give x another dtype or device; another tensor says only which."""
+    return b.note(func(x, *args, **kwargs), b.layout(x))
 
 
 @rule("prelu")

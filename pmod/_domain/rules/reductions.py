@@ -346,7 +346,7 @@ def softmax(
     func: Function,
     x: Tensor,
     dim: Dims = None,
-    keepdim: bool = False,
+    keepdim: Any = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     name, layout = func.__name__, b.layout(x)

@@ -41,24 +41,24 @@ POINTWISE = frozenset(
     cosh tanh asinh acosh atanh arcsinh arccosh arctanh sigmoid logit erf erfc erfinv
     relu relu6 silu gelu elu selu celu leaky_relu hardtanh hardswish hardsigmoid
     softplus softsign mish log_sigmoid softshrink hardshrink threshold clamp clip
-    clamp_min clamp_max where maximum minimum fmax fmin lerp addcmul addcdiv masked_fill
+    clamp_min clamp_max maximum minimum fmax fmin lerp addcmul addcdiv masked_fill
     sign sgn floor ceil round trunc fix frac reciprocal eq ne lt le gt ge greater less
     greater_equal less_equal not_equal logical_and logical_or logical_not logical_xor
     bitwise_and bitwise_or bitwise_not bitwise_xor bitwise_left_shift
     bitwise_right_shift isnan isinf isfinite isposinf isneginf isreal isclose nan_to_num
-    real imag conj conj_physical resolve_conj resolve_neg angle complex polar type to
+    real imag conj conj_physical resolve_conj resolve_neg angle complex polar
     float double half bfloat16 int long short bool byte chalf cfloat cdouble cpu cuda
-    contiguous clone detach type_as zeros_like ones_like full_like empty_like hypot
+    contiguous clone detach zeros_like ones_like full_like empty_like hypot
     xlogy copysign heaviside sinc positive deg2rad rad2deg alias lgamma digamma mvlgamma
     polygamma nextafter ldexp logaddexp logaddexp2 special_expit special_erf
     special_gammaln special_i0 special_i1 special_xlogy special_log1p special_expm1
-    special_ndtr special_sinc i0 signbit prelu hardshrink dequantize gcd lcm
+    special_ndtr special_sinc i0 signbit hardshrink dequantize gcd lcm
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__
     __rdiv__ __floordiv__ __mod__ __pow__ __rpow__ __neg__ __pos__ __abs__ __eq__ __ne__
     __lt__ __le__ __gt__ __ge__ __and__ __or__ __xor__ __invert__ __rand__ __ror__
     __rxor__ __lshift__ __rshift__
     """.split()
-) - {"prelu", "mvlgamma"}
+)
 
 # They change their first tensor, element by element.
 IN_PLACE = frozenset(
@@ -83,6 +83,6 @@ FREE_ATTRIBUTES = frozenset(
     ndim dtype device layout requires_grad grad_fn is_leaf itemsize output_nr
     retains_grad names name is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_sparse_csr
     is_quantized is_nested is_mkldnn is_ipu is_vulkan is_ort is_xla is_mtia is_maia
-    grad_dtype volatile
+    grad_dtype volatile _version _backward_hooks _post_accumulate_grad_hooks
     """.split()
 )

@@ -63,8 +63,10 @@ def _by_dim(count: int, *given: Any) -> dict[int, Sequence[Any]]:
     """Return the numbers of each spatial dim; a word is for all of them."""
     columns: list[list[Any]] = []
     for value in given:
-        is_one = isinstance(value, str | bool) or value is None
-        columns.append([value] * count if is_one else repeated(value, count))
+        if isinstance(value, str | bool) or value is None:
+            columns.append([value] * count)
+        else:
+            columns.append(repeated(value, count))
     return {i - count: [column[i] for column in columns] for i in range(count)}
 
 
@@ -206,7 +208,7 @@ def pad(
     func: Function,
     input: Tensor,
     pad: Sequence[int],
-    mode: str = "constant",
+    mode: Any = "constant",
     value: float | None = None,
 ) -> Tensor:
     if func.__name__ == "constant_pad_nd" and not isinstance(mode, str):
