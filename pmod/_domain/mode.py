@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
+from pmod._collectives.places import axis_index
 from pmod._core.bind import bind
 from pmod._core.leaves import tensors_in
 from pmod._core.row import Call
@@ -36,6 +37,7 @@ from pmod._domain.rules.table import (
 )
 from pmod._domain.rules.views import turned
 from pmod._mesh.ambient import under
+from pmod._mesh.mesh import Mesh
 from pmod._torch import (
     HigherOrderOperator,
     Operator,
@@ -284,6 +286,18 @@ def _call(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
     return ys
 
 
+def _asks_for_place(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Answer for the place along an axis that cuts nothing here; refuse the others."""
+    axis = args[-1]
+    label = axis.label if isinstance(axis, Mesh) else axis
+    names = {label} if isinstance(label, str) else set(label)
+    if names & set(d.blocks.axes):
+        why = "it tells ranks apart, and a program of the whole runs once"
+        right = "Compute positions from shapes: torch.arange(x.shape[dim])."
+        raise no_exact_form("axis_index", why, right)
+    return func(*args, **kwargs)
+
+
 # --- which function is taken how ------------------------------------------------------
 
 
@@ -315,6 +329,8 @@ handlers = _Handlers()
 def _handler(func: Function) -> Rule:
     if func is bind:
         return _call
+    if func is axis_index or func is Mesh.axis_index:
+        return _asks_for_place
     if func is torch.autograd.grad:
         return _gradients
     if func is domain_here:

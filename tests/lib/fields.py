@@ -51,10 +51,8 @@ def cuttings(rows: int, columns: int, dims: tuple[int, int] = (2, 3)) -> dict[st
     }  # fmt: skip
 
 
-def joined(y: Tensor, spec: P | None = None) -> Tensor:
+def joined(y: Tensor, cut: P) -> Tensor:
     """The whole of a result, on every rank."""
-    cut = pmod.cut_of(y) if spec is None else spec
-    y = y.detach()
     for d, entry in enumerate(cut.entries):
         if entry is not None:
             y = pmod.unshard(y, entry, dim=d, sizes=dict(cut.sizes)[d])
@@ -100,21 +98,22 @@ def held_to(f: Callable[[Any], Any], x: Tensor, cutting: Cutting, params: list[A
     ours, names = cutting.block(x), tuple(cutting.mesh)
     found = everything(net, ours, params, lambda g: pmod.psum(g.abs().square().sum(), names))
     assert len(found) == len(wanted)
-    given = pmod.cut_of(ours)
+    given, out = pmod.cut_of(ours), pmod.cut_of(found[0])
     # y, then x and the parameters, twice
     at_x = {1, 2 + len(params)}
     for i, (y, expected) in enumerate(zip(found, wanted, strict=True)):
+        y, expected = [z if z is None else z.detach() for z in (y, expected)]
         if y is None or expected is None:
             # a derivative that is nowhere used is left out or zero
             rest = expected if y is None else y
             assert rest is None or not rest.abs().max(), i
             continue
-        spec = None if i == 0 else given if i in at_x else P()
+        spec = out if i == 0 else given if i in at_x else P()
         y = joined(y, spec)
         assert y.shape == expected.shape, (i, y.shape, expected.shape)
         if expected.numel():
             scale = expected.abs().max().double().clamp(min=1)
-            assert float((y - expected).abs().max() / scale) < rtol, (i, y, expected)
+            assert ((y - expected).abs().max() / scale).item() < rtol, (i, y, expected)
 
 
 def on_all(f: Callable[..., Any], cutting: Cutting, *args: Any) -> list[Any]:

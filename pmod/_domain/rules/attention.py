@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +32,10 @@ def attention(
 ) -> Tensor:
     if dropout_p:
         raise no_exact_form(NAME, "with dropout", "Pass dropout_p=0, or eval().")
-    for x in (query, key, value):
-        if b.layout(x)[-1] is not None:
-            raise no_exact_form(NAME, "channels are cut", "Cut heads or tokens.")
+    if any([b.layout(x)[-1] for x in (query, key, value)]) and not enable_gqa:
+        # the weights of this rank's queries and all keys are held at once
+        spelled = partial(spelled_out, query, key, value, attn_mask, is_causal, scale)
+        return b.follow(spelled)
     batch = _batch(b, query, key, value)
     named: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     tokens = b.layout(query)[-2]
@@ -54,6 +57,27 @@ def attention(
         y = q[..., :1].expand(*q.shape[:-1], v.shape[-1]) + (k.sum() + v.sum()) * 0
         return b.note(y, layout)
     return b.note(func(q, k, v, mask, 0.0, False, **named), layout)
+
+
+def spelled_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Return attention as torch documents it, from products and a softmax."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.mT * factor
+    if is_causal:
+        rows = torch.arange(query.shape[-2], device=query.device)
+        mask = torch.arange(key.shape[-2], device=query.device) <= rows[:, None]
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ value
 
 
 def _batch(b: Blocks, *xs: Tensor) -> Layout:

@@ -79,13 +79,21 @@ def stack(
     return b.note(torch.stack(alike, d), (*layout[:d], None, *layout[d:]))
 
 
-@rule("broadcast_tensors", "meshgrid")
-def broadcast_tensors(b: Blocks, func: Function, *tensors: Any, **named: Any) -> Any:
-    xs: list[Tensor] = list(tensors)
+def _listed(tensors: tuple[Any, ...]) -> list[Tensor]:
+    """Return tensors that come one by one, or in one sequence."""
     if len(tensors) == 1 and not isinstance(tensors[0], Tensor):
-        xs = list(tensors[0])
-    if func.__name__ == "meshgrid":
-        return _grid(b, xs, named.get("indexing", "ij"))
+        return list(tensors[0])
+    return list(tensors)
+
+
+@rule("meshgrid", outer=True)
+def meshgrid(b: Blocks, func: Function, *tensors: Any, **named: Any) -> Any:
+    return _grid(b, _listed(tensors), named.get("indexing") or "ij")
+
+
+@rule("broadcast_tensors")
+def broadcast_tensors(b: Blocks, func: Function, *tensors: Any) -> Any:
+    xs = _listed(tensors)
     _, layout = b.common(xs)
     shape = torch.broadcast_shapes(*[b.whole(x) for x in xs])
     rows = [b.rows(cut, n) for cut, n in zip(layout, shape, strict=True)]

@@ -80,7 +80,7 @@ def mean_and_variance(
     """
     n, axes = count(b, x, dims), b.over(b.layout(x), dims)
     k = math.prod(x.shape[d] for d in dims)
-    if k:
+    if x.numel():
         variance, middle = torch.var_mean(x, list(dims), correction=0, keepdim=True)
     else:
         middle = x.sum(list(dims), keepdim=True)

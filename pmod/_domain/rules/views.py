@@ -102,6 +102,9 @@ def view_as_complex(b: Blocks, func: Function, x: Tensor) -> Tensor:
     layout = b.layout(x)
     if layout[-1] is not None:
         raise along_cut("view_as_complex", x.dim() - 1)
+    if not x.numel():
+        # the strides of nothing are what torch likes
+        x = x.clone(memory_format=torch.contiguous_format)
     return b.note(func(x), layout[:-1])
 
 

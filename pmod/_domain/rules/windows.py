@@ -222,6 +222,8 @@ def pad(
             left[2 * i], left[2 * i + 1] = 0, 0
             x = _padded(b, x, d, around, mode, value or 0.0)
     if any(left):
+        # torch pads nothing in other ways than with zeros
+        mode, value = (mode, value) if x.numel() else ("constant", 0.0)
         x = b.note(F.pad(x, left, mode, value), b.layout(x))
     return b.note(x.view_as(x), b.layout(x)) if x is input else x
 
