@@ -81,8 +81,8 @@ class Blocks:
         self.draws = Draws(mesh, axes)
         # the mode, which follows what a rule lets torch compute
         self.mode: AbstractContextManager[object]
-        # the same again in backward, with so many draws before it
-        self.reenter: Callable[[int | None], AbstractContextManager[object]]
+        # the same again, in backward
+        self.reenter: Callable[[], AbstractContextManager[object]]
 
     # --- what is known ----------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Blocks:
         f = node.run_function
         if getattr(f, "__name__", "") == "run_again":
             return
-        context = self.reenter(None)
+        context = self.reenter()
         layouts: list[Layout] = [self.noted(x) for x in node.saved_tensors]
 
         def run_again(*args: Any) -> Any:

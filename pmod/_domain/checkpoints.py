@@ -54,7 +54,7 @@ def _followed(generator: Callable[..., Any]) -> Callable[..., Any]:
         d = domain_here()
         if d is None:
             return generator(fn, preserve_rng_state, context_fn, *args, **kwargs)
-        recompute = again(d, d.blocks.draws.count)
+        recompute = again(d)
 
         def contexts() -> Contexts:
             forward, backward = context_fn()

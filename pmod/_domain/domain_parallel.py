@@ -29,7 +29,7 @@ from pmod._mesh.mesh import Mesh
 from pmod._shard.captured import captured_modules
 from pmod._shard.spec import Entry, P, Specs, check_spec, names_in
 from pmod._shard.specs import with_specs
-from pmod._torch import are_transforms_active, uncompiled, version_of
+from pmod._torch import are_transforms_active, uncompiled, untraced, version_of
 
 Sizes = Mapping[int, Sequence[int]]
 
@@ -71,7 +71,7 @@ def domain_parallel(
     Dropout draws by position: blocks differ, and another cut draws the same.
     Raises: ShapeError or AxisError for specs and sizes that do not fit; PmodError for
     an operation without an exact form, a tensor that this call was not given, and under
-    torch.compile (which then runs it eagerly, unless fullgraph=True).
+    torch.compile, which then runs it eagerly.
 
     A module returns a module, whose `module` is the one that was given.
 
@@ -161,8 +161,12 @@ class _Calls:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             given = "torch.compile does not ask a function mode for shapes"
-            right = "Compile without fullgraph=True: this part then runs eagerly."
+            right = "Without fullgraph=True this part runs eagerly."
             raise PmodError(phrase(FUNCTION, given, right))
+        # what the compiler has left to Python it would look into, frame by frame
+        return untraced(self._run)(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         around = domain_here()
         if around is not None:
             # the blocks are known: the model is part of the program around it

@@ -62,24 +62,32 @@ def _rows_of(cut: object, length: int, place: Place, device: torch.device) -> Te
 
 
 class Draws:
-    """What a call draws: a seed that all ranks agree on, and how often it drew."""
+    """What a call draws: a seed that all ranks agree on, and how often it drew.
+
+    Each draw takes a number from torch's generator, too: where a checkpoint sets its
+    state back, the same draws come again.
+    """
 
     def __init__(self, mesh: Mesh, axes: Axes) -> None:
         self._mesh = mesh
         self._axes = axes
         self._seed: int | None = None
-        self.count = 0
+        # of each draw: the state of torch's generator before it
+        self._drawn: dict[bytes, int] = {}
 
     def next_seed(self) -> int:
         """Return the seed of the next draw, the same on all ranks of the domain."""
         if self._seed is None:
             # torch's generators may differ between ranks: the first rank's number counts
-            own = torch.randint(2**62, ())
+            with torch.random.fork_rng([]):
+                own = torch.randint(2**62, ())
             label = self._axes[0] if len(self._axes) == 1 else self._axes
             self._seed = int(pick(own, label).item())
-        self.count += 1
+        state = torch.get_rng_state().numpy().tobytes()
+        torch.randint(2, ())
+        count = self._drawn.setdefault(state, len(self._drawn) + 1)
         # a tensor, whose products wrap around
-        mixed = _mixed(torch.tensor(self._seed) + torch.tensor(self.count) * _STEP)
+        mixed = _mixed(torch.tensor(self._seed) + torch.tensor(count) * _STEP)
         return int(mixed.item())
 
     def uniform(

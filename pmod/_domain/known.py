@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TypeAlias
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from pmod._domain.layout import Layout
@@ -42,12 +43,13 @@ def forget(of: Note) -> None:
 def note(x: Tensor, layout: Layout) -> None:
     """Note the layout of a tensor: `WHOLE`, or one with a cut."""
     # what leaves a transform is the tensor within
-    if are_transforms_active() and is_wrapped(x) and not is_batched(x):
+    if are_transforms_active() and is_wrapped(x) and not (layout and is_batched(x)):
         note(unwrap(x), layout)
     of = Note(x, forget)
     of.key = id(x)
     of.layout = layout
-    of.differentiates = x.requires_grad
+    # a view that is made without derivatives may get one later
+    of.differentiates = x.requires_grad and torch.is_grad_enabled()
     notes[of.key] = of
 
 

@@ -420,23 +420,18 @@ def _here(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Domain:
 class again:
     """A context in which a program that ran goes on: in hooks and checkpoints."""
 
-    def __init__(self, d: Domain, count: int | None = None) -> None:
+    def __init__(self, d: Domain) -> None:
         self._domain = d
-        self._count = count
-        self._before: list[tuple[under, int]] = []
+        self._before: list[under] = []
 
     def __enter__(self) -> None:
         mesh = under(self._domain.blocks.mesh)
-        draws = self._domain.blocks.draws
-        self._before.append((mesh, draws.count))
+        self._before.append(mesh)
         mesh.__enter__()
-        if self._count is not None:
-            draws.count = self._count
         self._domain.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        mesh, count = self._before.pop()
+        mesh = self._before.pop()
         self._domain.__exit__(*error)
-        self._domain.blocks.draws.count = count
         mesh.__exit__(*error)
 
