@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
@@ -26,6 +26,13 @@ from tests.lib.listening import same
 
 Tensor = torch.Tensor
 Pattern = tuple[int | str, ...]
+
+
+def cut(n: int | str) -> bool:
+    """Whether a dim of a pattern is cut."""
+    return isinstance(n, str) and not n.startswith("=")
+
+
 QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
@@ -33,7 +40,8 @@ QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 class Case:
     """A call of a layer: `tensors` are shapes, in which the name of a mesh axis stands for a dim that is cut over it.
 
-    The first tensor is the one that the layer's dims are counted of. A tensor without a name is a parameter.
+    The first tensor is the one that the layer's dims are counted of. A tensor without a name is a parameter; "=x" is a
+    dim of one as long as the whole along "x".
     """
 
     name: str
@@ -53,14 +61,14 @@ class Case:
     positive: bool = False
     second: bool = True
     """Whether torch's own second derivative is there to be compared with."""
-    cuts: bool = True
-    """Whether the layer may be told {dim: axis} with sizes."""
+    alone: bool = True
+    """Whether an axis alone names the dim that is cut."""
 
     @property
     def axes(self) -> dict[str, int]:
         """The mesh axes, and the dim of the first tensor that each cuts."""
         shape = self.tensors[0]
-        return {name: dim - len(shape) for dim, name in enumerate(shape) if isinstance(name, str)}
+        return {str(name): dim - len(shape) for dim, name in enumerate(shape) if cut(name)}
 
     def whole(self, *xs: Tensor) -> Tensor:
         if self.torchs is not None:
@@ -86,15 +94,15 @@ class Drawn:
         generator = torch.Generator().manual_seed(seed)
         made = []
         for pattern in self.case.tensors:
-            shape = [sum(self.sizes[n]) if isinstance(n, str) else n for n in pattern]
+            shape = [sum(self.sizes[n.lstrip("=")]) if isinstance(n, str) else n for n in pattern]
             x = torch.randn(shape, dtype=torch.float64, generator=generator)
             made.append(x.abs() + 0.1 if self.case.positive else x)
         return made
 
     def mine(self, x: Tensor, pattern: Pattern) -> Tensor:
         for dim, name in enumerate(pattern):
-            if isinstance(name, str):
-                x = x.split(list(self.sizes[name]), dim)[pmod.axis_index(name)]
+            if cut(name):
+                x = x.split(list(self.sizes[str(name)]), dim)[pmod.axis_index(str(name))]
         return x
 
     def all_mine(self, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -102,21 +110,21 @@ class Drawn:
 
     def call(self, *xs: Tensor) -> Tensor:
         axes = self.case.axes
-        cut: dict[str, Any] = {}
-        if self.mapping or len(axes) > 1:
-            cut["axis"] = {dim: name for name, dim in axes.items()}
+        said: dict[str, Any] = {}
+        if self.mapping or len(axes) > 1 or not self.case.alone:
+            said["axis"] = {dim: name for name, dim in axes.items()}
             if self.told:
-                cut["sizes"] = {dim: self.sizes[name] for name, dim in axes.items()}
+                said["sizes"] = {dim: self.sizes[name] for name, dim in axes.items()}
         else:
             ((name, dim),) = axes.items()
-            cut["axis"] = name
+            said["axis"] = name
             if "dim" not in self.case.kwargs and not self.case.ours:
-                cut["dim"] = dim
+                said["dim"] = dim
             if self.told:
-                cut["sizes"] = self.sizes[name]
+                said["sizes"] = self.sizes[name]
         if self.case.ours is not None:
-            return self.case.ours(*xs, **cut)
-        return getattr(sharded, self.case.name)(*xs, *self.case.args, **self.case.kwargs, **cut)
+            return self.case.ours(*xs, **said)
+        return getattr(sharded, self.case.name)(*xs, *self.case.args, **self.case.kwargs, **said)
 
     def varied(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """The tensors, parameters made varying."""
@@ -198,13 +206,17 @@ def agrees(drawn: Drawn) -> None:
     case, of, vs = drawn.case, drawn.tensors(), drawn.tensors(1)
     value = case.whole(*of)
     w = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(2))
-    expected = derivatives(case.whole, of, vs, lambda _: w, lambda products: sum(products, torch.zeros(())), case.second)
+
+    def plain(products: list[Tensor]) -> Tensor:
+        return sum(products, torch.zeros((), dtype=torch.float64))
+
+    expected = derivatives(case.whole, of, vs, lambda _: w, plain, case.second)
 
     def total(products: list[Tensor]) -> Tensor:
         """What belongs to shards is added up over the axes that they are cut along."""
         out = torch.zeros((), dtype=torch.float64)
         for product, pattern in zip(products, case.tensors, strict=True):
-            names = tuple(name for name in pattern if isinstance(name, str))
+            names = tuple(str(name) for name in pattern if cut(name))
             out = out + (pmod.psum(product, names) if names else product)
         return out
 
@@ -271,6 +283,31 @@ def compiles(drawn: Drawn) -> None:
     gradients = [torch.autograd.grad(z.square().sum(), leaves, materialize_grads=True) for z in (y, expected)]
     for g, e in zip(*gradients, strict=True):
         same(g, e, f"the gradient of {drawn.case.name} compiled")
+
+
+def check_drawn(case: Case, examples: int = 12) -> None:
+    """Compare on simulated ranks, over lengths and cuts."""
+
+    @settings(max_examples=examples, **QUICK)
+    @given(drawn(case))
+    def run(one: Drawn) -> None:
+        pmod.simulate(agrees, one, **one.mesh)
+
+    run()
+
+
+def check_transforms(case: Case) -> None:
+    one = fixed(case)
+    pmod.simulate(transforms_agree, one, **one.mesh)
+
+
+def each(cases: dict[str, Case], what: str) -> None:
+    """Of a rank: run a check of the cases whose axes are those of its mesh."""
+    names = set(pmod.current_mesh().axis_names)
+    for key, case in cases.items():
+        if set(case.axes) == names:
+            with named(key):
+                globals()[what](fixed(case))
 
 
 @contextlib.contextmanager

@@ -67,34 +67,26 @@ CASES |= EXTRA
 
 @pytest.mark.parametrize("key", CASES)
 def test_drawn(key: str) -> None:
-    @settings(max_examples=12, **layers.QUICK)
-    @given(layers.drawn(CASES[key]))
-    def run(drawn: layers.Drawn) -> None:
-        pmod.simulate(layers.agrees, drawn, **drawn.mesh)
-
-    run()
+    layers.check_drawn(CASES[key])
 
 
 @pytest.mark.parametrize("key", CASES)
 def test_transforms(key: str) -> None:
-    drawn = layers.fixed(CASES[key])
-    pmod.simulate(layers.transforms_agree, drawn, **drawn.mesh)
+    layers.check_transforms(CASES[key])
 
 
-def on_a_rank(what: str, keys: list[str]) -> None:
-    for key in keys:
-        with layers.named(key):
-            getattr(layers, what)(layers.fixed(CASES[key]))
+def on_a_rank(what: str) -> None:
+    layers.each(CASES, what)
 
 
 def test_on_real_ranks() -> None:
-    for mesh in ({"x": 2}, {"x": 2, "y": 2}):
-        spmd.launch(on_a_rank, "agrees", [key for key in CASES if CASES[key].axes.keys() == mesh.keys()], **mesh)
+    spmd.launch(on_a_rank, "agrees", x=2)
+    spmd.launch(on_a_rank, "agrees", x=2, y=2)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compile() -> None:
-    spmd.launch(on_a_rank, "compiles", [key for key in CASES if list(CASES[key].axes) == ["x"]], x=2)
+    spmd.launch(on_a_rank, "compiles", x=2)
 
 
 # --- which one is the largest -------------------------------------------------------------------------------------

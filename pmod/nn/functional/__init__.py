@@ -36,49 +36,34 @@ once, as everywhere: then its gradient arrives already summed, and without it ea
 has the part of its own rows.
 """
 
-from pmod.nn.functional.conv import (
-    conv1d as conv1d,
-)
-from pmod.nn.functional.conv import (
-    conv2d as conv2d,
-)
-from pmod.nn.functional.conv import (
-    conv3d as conv3d,
-)
-from pmod.nn.functional.conv import (
-    conv_transpose1d as conv_transpose1d,
-)
-from pmod.nn.functional.conv import (
-    conv_transpose2d as conv_transpose2d,
-)
-from pmod.nn.functional.conv import (
-    conv_transpose3d as conv_transpose3d,
-)
-from pmod.nn.functional.pools import (
-    avg_pool1d as avg_pool1d,
-)
-from pmod.nn.functional.pools import (
-    avg_pool2d as avg_pool2d,
-)
-from pmod.nn.functional.pools import (
-    avg_pool3d as avg_pool3d,
-)
-from pmod.nn.functional.pools import (
-    lp_pool1d as lp_pool1d,
-)
-from pmod.nn.functional.pools import (
-    lp_pool2d as lp_pool2d,
-)
-from pmod.nn.functional.pools import (
-    lp_pool3d as lp_pool3d,
-)
-from pmod.nn.functional.pools import (
-    max_pool1d as max_pool1d,
-)
-from pmod.nn.functional.pools import (
-    max_pool2d as max_pool2d,
-)
-from pmod.nn.functional.pools import (
-    max_pool3d as max_pool3d,
-)
+from pmod.nn.functional.blocks import fold as fold
+from pmod.nn.functional.blocks import pixel_shuffle as pixel_shuffle
+from pmod.nn.functional.blocks import pixel_unshuffle as pixel_unshuffle
+from pmod.nn.functional.blocks import unfold as unfold
+from pmod.nn.functional.conv import conv1d as conv1d
+from pmod.nn.functional.conv import conv2d as conv2d
+from pmod.nn.functional.conv import conv3d as conv3d
+from pmod.nn.functional.conv import conv_transpose1d as conv_transpose1d
+from pmod.nn.functional.conv import conv_transpose2d as conv_transpose2d
+from pmod.nn.functional.conv import conv_transpose3d as conv_transpose3d
+from pmod.nn.functional.moves import cat as cat
+from pmod.nn.functional.moves import diff as diff
+from pmod.nn.functional.moves import flip as flip
+from pmod.nn.functional.moves import pad as pad
+from pmod.nn.functional.moves import recut as recut
+from pmod.nn.functional.moves import roll as roll
+from pmod.nn.functional.norms import batch_norm as batch_norm
+from pmod.nn.functional.norms import group_norm as group_norm
+from pmod.nn.functional.norms import instance_norm as instance_norm
+from pmod.nn.functional.norms import layer_norm as layer_norm
+from pmod.nn.functional.norms import rms_norm as rms_norm
+from pmod.nn.functional.pools import avg_pool1d as avg_pool1d
+from pmod.nn.functional.pools import avg_pool2d as avg_pool2d
+from pmod.nn.functional.pools import avg_pool3d as avg_pool3d
+from pmod.nn.functional.pools import lp_pool1d as lp_pool1d
+from pmod.nn.functional.pools import lp_pool2d as lp_pool2d
+from pmod.nn.functional.pools import lp_pool3d as lp_pool3d
+from pmod.nn.functional.pools import max_pool1d as max_pool1d
+from pmod.nn.functional.pools import max_pool2d as max_pool2d
+from pmod.nn.functional.pools import max_pool3d as max_pool3d
 from pmod.nn.functional.sizes import out_sizes as out_sizes

@@ -191,3 +191,8 @@ def check_choice(
     raise wrong(
         ArgumentError, function, axis, said, f"Pass {', '.join(first)} or {last}."
     )
+
+
+def any_dim(x: Tensor) -> Along:
+    """Return all dims of x, where a layer works along each or passes it on."""
+    return Along(tuple(range(-x.dim(), 0)), "a dim of it", "")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pmod._core.arguments import as_int
 from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase, quoted
+from pmod.nn.functional.blocks import fold_spray
 from pmod.nn.functional.conv import (
     SprayNumbers,
     check_length,
@@ -16,7 +18,7 @@ from pmod.nn.functional.conv import (
 )
 from pmod.nn.functional.given import Wrong, ints
 from pmod.nn.functional.pools import PoolWindows, check_pooled, pool_slides
-from pmod.nn.functional.windows import Rule, lengths
+from pmod.nn.functional.windows import Rule, Shift, Slide, lengths
 
 Lengths = tuple[int, ...]
 
@@ -92,12 +94,90 @@ def _lp_pool(
     return _max_pool(error, sizes, kernel_size, stride, 0, 1, ceil_mode)
 
 
+def _unfold(
+    error: Wrong,
+    sizes: Lengths,
+    kernel_size: int,
+    dilation: int = 1,
+    padding: int = 0,
+    stride: int = 1,
+) -> Lengths:
+    return _conv(error, sizes, kernel_size, stride, padding, dilation)
+
+
+def _fold(
+    error: Wrong,
+    sizes: Lengths,
+    output_size: int,
+    kernel_size: int,
+    dilation: int = 1,
+    padding: int = 0,
+    stride: int = 1,
+) -> Lengths:
+    kernel = ints(kernel_size, "kernel_size", 1, 1, error)
+    (of,) = slides(kernel, stride, padding, dilation, error)
+    (length,) = ints(output_size, "output_size", 1, 1, error)
+    if of.length(length) != sum(sizes):
+        right = f"Pass shards of {of.length(length)} windows."
+        raise error(f"sizes is {sizes} and output_size {length}", right)
+    return _laid(fold_spray(of, length, sum(sizes)), sizes)
+
+
+def _pad(error: Wrong, sizes: Lengths, before: int, after: int) -> Lengths:
+    rows = [as_int(before), as_int(after)]
+    if None in rows or sum(sizes) + before + after < 0:
+        right = "Pass ints, that take away at most all rows."
+        raise error(f"pad is {quoted((before, after))} and sizes {sizes}", right)
+    return _laid(Shift(before, after), sizes)
+
+
+def _diff(error: Wrong, sizes: Lengths, n: int = 1) -> Lengths:
+    (order,) = ints(n, "n", 1, 0, error)
+    if order >= sum(sizes):
+        return (0,) * len(sizes)
+    return _laid(Slide(order + 1, 1, (0, 0), 1), sizes)
+
+
+def _cat(error: Wrong, sizes: Lengths, *others: Sequence[int]) -> Lengths:
+    out = sizes
+    for other in others:
+        more = as_lengths(other, error)
+        if len(more) != len(sizes):
+            right = "Pass as many lengths of each tensor."
+            raise error(f"sizes is {sizes} and {more}", right)
+        out = tuple(map(operator.add, out, more))
+    return out
+
+
+def _shuffle(error: Wrong, sizes: Lengths, upscale_factor: int) -> Lengths:
+    (factor,) = ints(upscale_factor, "upscale_factor", 1, 1, error)
+    return tuple(size * factor for size in sizes)
+
+
+def _unshuffle(error: Wrong, sizes: Lengths, downscale_factor: int) -> Lengths:
+    (factor,) = ints(downscale_factor, "downscale_factor", 1, 1, error)
+    return _conv(error, sizes, factor, factor)
+
+
+def _same(error: Wrong, sizes: Lengths, *args: object, **kwargs: object) -> Lengths:
+    return sizes
+
+
 _LAWS: dict[str, Callable[..., Lengths]] = {
     "conv?d": _conv,
     "conv_transpose?d": _conv_transpose,
     "max_pool?d": _max_pool,
     "avg_pool?d": _avg_pool,
     "lp_pool?d": _lp_pool,
+    "unfold": _unfold,
+    "fold": _fold,
+    "pixel_shuffle": _shuffle,
+    "pixel_unshuffle": _unshuffle,
+    "pad": _pad,
+    "diff": _diff,
+    "cat": _cat,
+    "roll": _same,
+    "flip": _same,
 }
 
 
