@@ -192,7 +192,10 @@ class Blocks:
         return part.starts[at], part.starts[at + 1]
 
     def follow(
-        self, f: Callable[Arguments, T], *args: Arguments.args, **kwargs: Arguments.kwargs
+        self,
+        f: Callable[Arguments, T],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
     ) -> T:
         """Run functions of torch by their own rules, inside of a rule."""
         with self.mode:

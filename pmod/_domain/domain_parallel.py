@@ -323,9 +323,14 @@ def _agrees(blocks: Blocks, layout: Layout, spec: P) -> bool:
             return False
     if not spec.axes:
         return True
-    cuts = [() if cut is None else cut.axes for cut in layout]
-    said = [names_in(entry) for entry in spec.entries]
-    return cuts[: len(said)] == said and not any(cuts[len(said) :])
+    # dims that a spec leaves out are whole
+    said: list[Axes] = [()] * len(layout)
+    for d, entry in enumerate(spec.entries):
+        said[d] = names_in(entry)
+    for cut, names in zip(layout, said, strict=True):
+        if (() if cut is None else cut.axes) != names:
+            return False
+    return True
 
 
 def _part(
@@ -342,14 +347,20 @@ def _part(
         shape = torch.tensor([tuple(x.shape)], device=x.device).long()
         everywhere = all_gather(shape, label_of(names)).tolist()
         told = tuple([of[dim] for of in everywhere])
-        others = {(*of[:dim], *of[dim + 1 :]) for of in everywhere}
+        others: set[tuple[int, ...]] = set()
+        for of in everywhere:
+            others.add((*of[:dim], *of[dim + 1 :]))
         if len(others) > 1:
-            given = f"{where} has the shapes {[tuple(of) for of in everywhere]}"
-            right = f"Blocks along an axis differ in the dim that it cuts, {dim}, alone."
+            given = f"{where} has the shapes {everywhere}"
+            right = (
+                f"Blocks along an axis differ in the dim that it cuts, {dim}, alone."
+            )
             raise wrong(ShapeError, FUNCTION, axis, given, right)
     if len(told) != axis.size or told[axis.index] != x.shape[dim] or min(told) < 0:
         given = f"sizes of dim {dim} are {told} and {where} is {tuple(x.shape)}"
-        right = f"Pass the lengths of {axis.size} ranks, this one's being {x.shape[dim]}."
+        right = (
+            f"Pass the lengths of {axis.size} ranks, this one's being {x.shape[dim]}."
+        )
         raise wrong(ShapeError, FUNCTION, axis, given, right)
     return Part(names, told)
 
@@ -411,4 +422,3 @@ def _home(blocks: Blocks, y: Tensor, like: Layout) -> Layout:
     if len(set(named)) < len(named) or frozenset(named) != axes_of(layout):
         return layout
     return tuple(cuts)
-

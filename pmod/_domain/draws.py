@@ -34,7 +34,9 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ _shifted(x, 31)
 
 
-def positions(layout: Layout, shape: Shape, place: Place, device: torch.device) -> Tensor:
+def positions(
+    layout: Layout, shape: Shape, place: Place, device: torch.device
+) -> Tensor:
     """Return where each element of a block is in the whole, counted in C order."""
     at = torch.zeros((), dtype=torch.int64, device=device)
     stride = math.prod(shape)

@@ -170,7 +170,12 @@ def meeting(
                 fits = cut is not None and (shapes[i][d - here] == 1) == is_one_row
                 if is_one_row and shape[d] != 1:
                     continue
-                if fits and cuts[d] is None and cut is not None and not used & {*cut.axes}:
+                if (
+                    fits
+                    and cuts[d] is None
+                    and cut is not None
+                    and not used & {*cut.axes}
+                ):
                     cuts[d] = cut
                     used |= {*cut.axes}
     wanted: list[Layout] = []
@@ -333,7 +338,9 @@ def _outermost(
             continue
         if any([size % rows for size in part.sizes]):
             # rounded up: a row of the new dim goes to who has its end
-            starts = [min(-(-start // rows) * rows, part.total) for start in part.starts]
+            starts = [
+                min(-(-start // rows) * rows, part.total) for start in part.starts
+            ]
             part = part.cut_at(starts)
             recut.append((d, part))
         outer[d] = Part(part.axes, tuple(size // rows for size in part.sizes))

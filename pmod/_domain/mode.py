@@ -7,7 +7,7 @@ everything else that meets a cut tensor to its rule, and raises where there is n
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ from pmod._domain.refusals import no_exact_form
 from pmod._domain.rules import loaded as loaded
 from pmod._domain.rules.pointwise import in_place, pointwise
 from pmod._domain.rules.table import (
+    DRAWS,
     FREE,
     FREE_ATTRIBUTES,
     IN_PLACE,
@@ -305,16 +306,6 @@ def name_of(func: Function) -> str:
     return getattr(func, "__name__", "")
 
 
-DRAWS = frozenset(
-    """
-    dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout dropout_
-    feature_alpha_dropout rand randn randint randperm normal bernoulli multinomial
-    poisson binomial rand_like randn_like randint_like normal_ uniform_ bernoulli_
-    random_ exponential_ cauchy_ geometric_ log_normal_ rrelu gumbel_softmax
-    """.split()
-)
-
-
 class _Handlers(dict[Function, Rule]):
     """A memo: how a function of torch is taken."""
 
@@ -383,15 +374,19 @@ def _attribute(func: Any, name: str) -> Rule:
     return _refuse
 
 
-@lru_cache(maxsize=None)
+@cache
 def unasked(func: FunctionType) -> FunctionType:
     """Return a Python function of torch that does not ask whether a mode wants it."""
 
     def no(*args: object, **kwargs: object) -> bool:
         return False
 
-    asks = ("", "_unary", "_variadic")
-    answers = {f"has_torch_function{kind}": no for kind in asks}
+    asks = (
+        "has_torch_function",
+        "has_torch_function_unary",
+        "has_torch_function_variadic",
+    )
+    answers = dict.fromkeys(asks, no)
     f = FunctionType(
         func.__code__,
         {**func.__globals__, **answers},
@@ -434,4 +429,3 @@ class again:
         mesh = self._before.pop()
         self._domain.__exit__(*error)
         mesh.__exit__(*error)
-

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pmod
-from pmod._domain.layout import Cut, Fold, Layout, Part, meeting, reshape, rows_held, sliced
+from pmod._domain.layout import (
+    Cut,
+    Fold,
+    Layout,
+    Part,
+    meeting,
+    reshape,
+    rows_held,
+    sliced,
+)
 
 AXES = ("x", "y")
 
@@ -157,7 +166,7 @@ def test_meeting_says_what_does_not_fit() -> None:
 
 @given(st.data())
 def test_scaled(data: Any) -> None:
-    """Another length is cut at the same places in proportion, and no rank runs empty where the field is not lopsided."""
+    """Another length is cut at the same places in proportion, and no rank runs empty."""
     length = data.draw(st.integers(0, 40))
     part = data.draw(parts(length, "x"))
     to = data.draw(st.integers(0, 80))

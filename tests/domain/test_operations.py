@@ -164,9 +164,11 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "movedim": lambda t: t.movedim(2, 0).movedim((0, 1), (2, 0)).squeeze() * t.swapaxes(0, 0),
     "expand": lambda t: t[:, :1].expand(-1, 4, -1, -1) + t[:, :1].expand_as(t),
     "repeat of channels": lambda t: t.repeat(1, 2, 1, 1)[:, 2:6] * t,
-    "repeat_interleave": lambda t: t.repeat_interleave(2, 2) + t.repeat_interleave(2, 1)[:, ::2].repeat_interleave(2, 2),
+    "repeat_interleave": lambda t: t.repeat_interleave(2, 2) + t.repeat_interleave(2, 1)[:, ::2].repeat_interleave(
+        2, 2),
     "unbind": lambda t: torch.stack(t.unbind(1), -1).sum(-1) + torch.stack(list(t.transpose(0, 2)), 0).sum(0).sum(),
-    "complex": lambda t: torch.view_as_real(torch.view_as_complex(torch.stack([t, t * t], -1)).conj().resolve_conj()).sum(-1),
+    "complex": lambda t: torch.view_as_real(torch.view_as_complex(
+        torch.stack([t, t * t], -1)).conj().resolve_conj()).sum(-1),
     "real, imag": lambda t: torch.complex(t, 2 * t).imag * torch.complex(t, t).real.mT.mH,
     "pieces": lambda t: t.chunk(2, 2)[0] * t.split(4, 2)[1] + t.split([1, 3, 4], 2)[2],
     # rows
@@ -194,7 +196,8 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     # products
     "t @ t.mT": lambda t: t @ t.mT,
     "a matrix over rows": lambda t: weight(5, 8) @ t,
-    "matmul of a vector": lambda t: (t @ weight(6)) * (weight(8) @ t).sum() + t[0, 0] @ weight(6) + torch.mv(t[0, 0].mT.mT, weight(6)),
+    "matmul of a vector": lambda t: (t @ weight(6)) * (weight(8) @ t).sum() + t[0, 0] @ weight(6) + torch.mv(
+        t[0, 0].mT.mT, weight(6)),
     "einsum": lambda t: torch.einsum("bchw,bdhw->bcd", t, t),
     "einsum of one": lambda t: torch.einsum("bchw->bhc", t) * torch.einsum("...w,w->...", t, weight(6)).sum(),
     "einsum of weights": lambda t: torch.einsum("bchw,cohw->bohw", t, weight(4, 3, 8, 6)),
@@ -217,7 +220,8 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "fft of all": lambda t: torch.fft.fftn(t, norm="ortho").imag,
     # losses
     "mse_loss": lambda t: F.mse_loss(t, t.flip(2).detach()) + F.l1_loss(t, weight(2, 4, 8, 6), reduction="sum"),
-    "smooth_l1_loss": lambda t: F.smooth_l1_loss(t, weight(2, 4, 8, 6)) + F.huber_loss(t, weight(2, 4, 8, 6), delta=0.3),
+    "smooth_l1_loss": lambda t: F.smooth_l1_loss(t, weight(2, 4, 8, 6)) + F.huber_loss(
+        t, weight(2, 4, 8, 6), delta=0.3),
     "bce": lambda t: F.binary_cross_entropy_with_logits(t, t.sigmoid().detach()) + F.binary_cross_entropy(
         t.sigmoid(), weight(2, 4, 8, 6).abs()),
     "cosine_similarity": lambda t: F.cosine_similarity(t, t + 1, dim=2),
@@ -270,7 +274,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "nonzero": (lambda t: (t > 0).nonzero(), "nonzero: of a block it is a number of this rank's"),
     "where of one": (lambda t: torch.where(t > 0)[0], "where: how many it finds"),
     "item of a block": (lambda t: t[0, 0].tolist(), "tolist: of a block"),
-    "bool of a block": (lambda t: t if t[0, 0, :, 0] else t, "__bool__: of a block"),
+    "bool of a block": (lambda t: -t if t[0, 0, :, 0] else t, "__bool__: of a block"),
     "numpy": (lambda t: torch.from_numpy(t.detach().numpy()), "numpy: of a block"),
     "unique": (lambda t: t.round().unique(), "unique"),
     "quantile": (lambda t: t.quantile(0.5), "quantile: it has no exact form where dims"),

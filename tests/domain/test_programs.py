@@ -1,4 +1,4 @@
-"""Programs around and within domain_parallel: checkpoints, transforms, hooks, the compiler, what it is given and returns."""
+"""Programs around and within domain_parallel: checkpoints, transforms, hooks, the compiler, what goes in and out."""
 
 from __future__ import annotations
 
@@ -195,7 +195,8 @@ def transforms(cutting: Cutting) -> None:
     outs = jvp(lambda x: net(params, x), (ours,), (moved,))
     alike(list(outs), list(jvp(lambda x: loss(params, x), (x,), (tangent,))))
     value, pull = vjp(lambda x: net(params, x), ours)
-    alike([joined(pull(torch.ones_like(value))[0], spec)], [vjp(lambda x: loss(params, x), x)[1](torch.ones_like(value))[0]])
+    pulled = vjp(lambda x: loss(params, x), x)[1](torch.ones_like(value))
+    alike([joined(pull(torch.ones_like(value))[0], spec)], [pulled[0]])
 
 
 def test_transforms_around() -> None:
@@ -281,7 +282,7 @@ def module_hooks() -> None:
     module = Net()
     module.middle.register_full_backward_hook(lambda *_: None)
     net = pmod.domain_parallel(module, EVEN.spec, sizes=EVEN.sizes)
-    with pytest.raises(pmod.PmodError, match="BackwardHookFunction|no argument"):
+    with pytest.raises(pmod.PmodError, match="BackwardHookFunction"):
         net(EVEN.block(field().requires_grad_()))
 
 
@@ -348,7 +349,7 @@ def test_what_is_drawn() -> None:
     alike(first, second)
     kept, uniform, normal, few, _, ints, order = first
     assert set(kept.unique().tolist()) == {0.0, 4 / 3} and abs(kept.mean() - 1) < 0.03
-    assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
+    assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
     assert abs(uniform.var() - 1 / 12) < 0.005 and len(uniform.unique()) == uniform.numel()
     assert abs(normal.mean()) < 0.04 and abs(normal.std() - 1) < 0.03
     assert abs(few.mean() - 0.1) < 0.02 and ints.max() < 9 and sorted(order.tolist()) == list(range(5))

@@ -74,7 +74,8 @@ def everything(f: Callable[[Any], Any], x: Any, params: list[Any], total: Callab
         return [y]
     of = [x, *params]
     first = torch.autograd.grad(loss, of, create_graph=True, allow_unused=True)
-    norm = sum((total(g) if i == 0 else g.abs().square().sum()) for i, g in enumerate(first) if g is not None)
+    squares = [total(g) if i == 0 else g.abs().square().sum() for i, g in enumerate(first) if g is not None]
+    norm = torch.stack(squares).sum()
     second: Any = [None] * len(of)
     if norm.requires_grad:
         second = torch.autograd.grad(norm, of, allow_unused=True)

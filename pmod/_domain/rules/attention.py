@@ -151,4 +151,3 @@ def _mask(
         if d != 1 and shape[-d] > 1 and d <= len(layout):
             want[-d] = layout[-d]
     return b.vary(b.relayout(mask, tuple(want)), axes)
-

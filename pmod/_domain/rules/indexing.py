@@ -126,7 +126,7 @@ def getitem(b: Blocks, func: Function, x: Tensor, index: Any) -> Tensor:
         elif several is not None:
             picks.append((d, several))
             d += 1
-        elif isinstance(item, bool) or as_int(item) is None and not _is_number(item):
+        elif isinstance(item, bool) or (as_int(item) is None and not _is_number(item)):
             raise _masked("__getitem__")
         else:
             y = row(b, y, d, operator.index(item))
@@ -184,7 +184,9 @@ def taken_by(b: Blocks, x: Tensor, d: int, index: Tensor) -> Tensor:
         return _rows_named(b, x, d, index)
     varying = b.axes_of(index)
     if varying & b.axes_of(x):
-        raise no_exact_form("an index", "it is cut over x's axes", "Use take_along_dim.")
+        raise no_exact_form(
+            "an index", "it is cut over x's axes", "Use take_along_dim."
+        )
     y = b.vary(x, varying)[(*(slice(None),) * d, index)]
     return b.note(y, (*layout[:d], *b.layout(index), *layout[d + 1 :]))
 
@@ -232,9 +234,7 @@ def embedding(
 
 
 @rule("gather", "take_along_dim")
-def gather(
-    b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
+def gather(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     given = [*args, *kwargs.values()]
     index = next(of for of in given if isinstance(of, Tensor))
     dim = next((of for of in given if not isinstance(of, Tensor)), None)
@@ -269,7 +269,9 @@ def setitem(b: Blocks, func: Function, x: Tensor, index: Any, value: Any) -> Non
         is_slice = isinstance(item, slice) or item is None
         if not is_slice and (isinstance(item, bool) or as_int(item) is None):
             right = "Write to slices and rows, or use torch.where."
-            raise no_exact_form("__setitem__", "it writes at a tensor of numbers", right)
+            raise no_exact_form(
+                "__setitem__", "it writes at a tensor of numbers", right
+            )
     is_cut = isinstance(value, Tensor) and b.is_cut(value)
     if is_cut and not b.is_cut(x):
         become(b, x, _cut_for(b, x, items, value), func)
@@ -279,7 +281,9 @@ def setitem(b: Blocks, func: Function, x: Tensor, index: Any, value: Any) -> Non
     target[...] = value
 
 
-def _write_masked(b: Blocks, func: Function, x: Tensor, mask: Tensor, value: Any) -> None:
+def _write_masked(
+    b: Blocks, func: Function, x: Tensor, mask: Tensor, value: Any
+) -> None:
     if isinstance(value, Tensor) and value.dim():
         raise _masked("__setitem__")
     (_, mask), _ = b.common([x, mask])
@@ -304,16 +308,14 @@ def _cut_for(b: Blocks, x: Tensor, items: Sequence[Any], value: Tensor) -> Layou
     return tuple(cuts)
 
 
-def _target(
-    b: Blocks, x: Tensor, items: Sequence[Any]
-) -> tuple[Tensor, list[int]]:
+def _target(b: Blocks, x: Tensor, items: Sequence[Any]) -> tuple[Tensor, list[int]]:
     """Return the part of this block that is written, a view, and its dims of one row.
 
     A row of a dim that is cut stays a dim, which is empty on other ranks.
     """
-    y, d = x, 0
+    y = x
     dropped: list[int] = []
-    for item in items:
+    for d, item in enumerate(items):
         if item is None:
             layout = b.layout(y)
             y = b.note(y.unsqueeze(d), (*layout[:d], None, *layout[d:]))
@@ -327,7 +329,6 @@ def _target(
                 raise IndexError(f"index {at} is out of bounds for a dim of {n} rows")
             y = _cut_in_place(b, y, d, at % n, at % n + 1, 1)
             dropped.append(d)
-        d += 1
     return y, dropped
 
 
@@ -335,8 +336,14 @@ def _cut_in_place(
     b: Blocks, x: Tensor, d: int, start: int, stop: int, step: int
 ) -> Tensor:
     """Return a slice that is a view of x."""
-    if isinstance(b.layout(x)[d], Fold) and (start, stop, step) != (0, b.whole(x)[d], 1):
-        raise no_exact_form("__setitem__", f"dim {d} is folded", "Write before reshaping.")
+    if isinstance(b.layout(x)[d], Fold) and (start, stop, step) != (
+        0,
+        b.whole(x)[d],
+        1,
+    ):
+        raise no_exact_form(
+            "__setitem__", f"dim {d} is folded", "Write before reshaping."
+        )
     return cut_slice(b, x, d, start, stop, step)
 
 

@@ -70,9 +70,7 @@ def _joined(b: Blocks, xs: Sequence[Tensor], d: int) -> Tensor:
 
 
 @rule("stack")
-def stack(
-    b: Blocks, func: Function, tensors: Sequence[Tensor], dim: int = 0
-) -> Tensor:
+def stack(b: Blocks, func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     first = next(i for i, x in enumerate(tensors) if b.is_cut(x))
     alike, layout = b.common(tensors, first)
     (d,) = dims_of(dim, len(layout) + 1)
@@ -142,7 +140,9 @@ def split(
 
 
 @rule("roll")
-def roll(b: Blocks, func: Function, x: Tensor, shifts: Any, dims: Dims = None) -> Tensor:
+def roll(
+    b: Blocks, func: Function, x: Tensor, shifts: Any, dims: Dims = None
+) -> Tensor:
     if dims is None or dims == ():
         right = "Pass dims."
         raise no_exact_form("roll", "of the flattened tensor", right)
@@ -245,7 +245,9 @@ def cosine_similarity(
 ) -> Tensor:
     def body() -> Tensor:
         one, other = torch.broadcast_tensors(x, y)
-        lengths = [(z * z).sum(dim, keepdim=True).sqrt().clamp_min(eps) for z in (one, other)]
+        lengths = [
+            (z * z).sum(dim, keepdim=True).sqrt().clamp_min(eps) for z in (one, other)
+        ]
         return ((one / lengths[0]) * (other / lengths[1])).sum(dim)
 
     return b.follow(body)

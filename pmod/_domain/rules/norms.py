@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -217,14 +218,13 @@ def _update(
     layout: Layout,
 ) -> None:
     """Move the running statistics, the same on all ranks."""
-    if layout[0] is not None and mean.shape[0] > 1 or layout[1] is not None:
-        if running[0] is not None:
-            why = "its batch or channels are cut, and its running statistics are not"
-            raise no_exact_form("instance_norm", why, "Pass track_running_stats=False.")
+    is_own = (layout[0] is not None and mean.shape[0] > 1) or layout[1] is not None
+    if is_own and running[0] is not None:
+        why = "its batch or channels are cut, and its running statistics are not"
+        raise no_exact_form("a norm", why, "Pass track_running_stats=False.")
     for old, new in zip(running, (mean, variance), strict=True):
         if old is not None:
             # of each instance: their mean
             own = new.detach().mean(0).flatten()
             with torch.no_grad():
                 old.lerp_(own.to(old.dtype), momentum)
-

@@ -35,9 +35,7 @@ def pointwise(b: Blocks, func: Function, *args: Any, **kwargs: Any) -> Any:
     return y
 
 
-def in_place(
-    b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
+def in_place(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run an operation that changes its first tensor element by element."""
     others = tensors_in((args, kwargs))
     cut = [of for of in others if b.is_cut(of)]

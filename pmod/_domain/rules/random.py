@@ -16,15 +16,14 @@ from pmod._domain.rules.dims import numbers
 from pmod._domain.rules.table import Function, rule
 
 
-def uniform(b: Blocks, x: Tensor, layout: Layout, shape: Sequence[int]) -> Tensor:
+def uniform(b: Blocks, layout: Layout, shape: Sequence[int], device: Any) -> Tensor:
     """Return numbers in [0, 1) for a block of this layout, in float64."""
-    return b.draws.uniform(layout, shape, b.place, x.device)
+    return b.draws.uniform(layout, shape, b.place, device)
 
 
-def _normal(b: Blocks, layout: Layout, shape: Sequence[int], device: Any) -> Tensor:
+def normal(b: Blocks, layout: Layout, shape: Sequence[int], device: Any) -> Tensor:
     """Return normal numbers, by Box and Muller, in float64."""
-    one = b.draws.uniform(layout, shape, b.place, device)
-    other = b.draws.uniform(layout, shape, b.place, device)
+    one, other = [uniform(b, layout, shape, device) for _ in range(2)]
     return (-2 * (1 - one).log()).sqrt() * (2 * math.pi * other).cos()
 
 
@@ -58,7 +57,7 @@ def dropout(
         lead = 2 if x.dim() > 2 else 1
         cuts: list[Cut] = [*layout[:lead], *[None] * (x.dim() - lead)]
         layout, shape = tuple(cuts), (*shape[:lead], *[1] * (x.dim() - lead))
-    kept = uniform(b, x, layout, shape) >= p
+    kept = uniform(b, layout, shape, x.device) >= p
     scale = 0.0 if p == 1 else 1 / (1 - p)
     y = x * (kept.to(x.dtype) * scale)
     if inplace:
@@ -85,10 +84,8 @@ def rand_like(
 ) -> Tensor:
     _check_generator(func, generator)
     layout, shape = b.layout(x), b.whole(x)
-    if func.__name__ == "rand_like":
-        y = uniform(b, x, layout, shape)
-    else:
-        y = _normal(b, layout, shape, x.device)
+    of = uniform if func.__name__ == "rand_like" else normal
+    y = of(b, layout, shape, x.device)
     return b.note(_like(y, dtype or x.dtype, requires_grad), layout)
 
 
@@ -113,10 +110,8 @@ def rand(
     shape = numbers(size or (named["size"],))
     layout: Layout = (None,) * len(shape)
     where = torch.empty(0, device=device).device
-    if func.__name__ == "rand":
-        y = b.draws.uniform(layout, shape, b.place, where)
-    else:
-        y = _normal(b, layout, shape, where)
+    of = uniform if func.__name__ == "rand" else normal
+    y = of(b, layout, shape, where)
     return b.note(_like(y, dtype, requires_grad), layout)
 
 
@@ -139,7 +134,7 @@ def bernoulli(
     chance = p if p is not None else 0.5 if in_place else x
     if isinstance(p, Tensor):
         (_, chance), _ = b.common([x, p])
-    y = (uniform(b, x, layout, shape) < chance).to(x.dtype)
+    y = (uniform(b, layout, shape, x.device) < chance).to(x.dtype)
     if not in_place:
         return b.note(y, layout)
     with torch.no_grad():
@@ -163,9 +158,9 @@ def fill(
     first = named.get("mean", named.get("from", first))
     second = named.get("std", named.get("to", second))
     if func.__name__ == "uniform_":
-        y = first + (second - first) * uniform(b, x, layout, shape)
+        y = first + (second - first) * uniform(b, layout, shape, x.device)
     else:
-        y = first + second * _normal(b, layout, shape, x.device)
+        y = first + second * normal(b, layout, shape, x.device)
     with torch.no_grad():
         x.copy_(y)
     return x

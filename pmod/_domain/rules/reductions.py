@@ -19,9 +19,7 @@ from pmod._domain.rules.pointwise import pointwise
 from pmod._domain.rules.table import Function, rule
 
 
-def total(
-    b: Blocks, x: Tensor, dims: Sequence[int], *, keepdim: bool = True
-) -> Tensor:
+def total(b: Blocks, x: Tensor, dims: Sequence[int], *, keepdim: bool = True) -> Tensor:
     """Return the sum over dims of the whole."""
     layout = b.layout(x)
     y = x.sum(list(dims), keepdim=keepdim) if dims else x.clone()
@@ -216,9 +214,7 @@ def aminmax(
 
 
 @rule("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue", "cummax", "cummin")
-def along_whole(
-    b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any
-) -> Any:
+def along_whole(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Reduce along a dim that is whole here; along one that is cut, say so."""
     name = func.__name__
     at = 1 if name == "kthvalue" else 0
@@ -300,7 +296,9 @@ def norm(
         of = 2
     dims = dims_of(dim, x.dim())
     if isinstance(of, str) or (func.__name__ == "linalg_norm" and len(dims) == 2):
-        raise no_exact_form(func.__name__, f"the matrix norm {of!r}", "Use vector_norm.")
+        raise no_exact_form(
+            func.__name__, f"the matrix norm {of!r}", "Use vector_norm."
+        )
     layout = b.layout(x)
     if not b.over(layout, dims):
         y = torch.linalg.vector_norm(x, of, dims, keepdim, dtype=dtype)
@@ -332,7 +330,9 @@ def truth(
 
 
 @rule("equal", "allclose")
-def same(b: Blocks, func: Function, x: Tensor, y: Tensor, *args: Any, **kw: Any) -> bool:
+def same(
+    b: Blocks, func: Function, x: Tensor, y: Tensor, *args: Any, **kw: Any
+) -> bool:
     if b.whole(x) != b.whole(y):
         return False
     f = torch.eq if func.__name__ == "equal" else torch.isclose
@@ -398,10 +398,12 @@ def cumsum(
 
 
 @rule("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__",
-      "is_nonzero", "numpy", "__array__", "nonzero", "argwhere", "unique", "_unique2",
+      "is_nonzero", "numpy", "__array__", "nonzero", "argwhere", "unique",
       "unique_dim", "unique_consecutive", "masked_select", "bincount", "histc",
       "data_ptr", "untyped_storage", "storage", "__dlpack__", "stride",
       "storage_offset", "register_post_accumulate_grad_hook")  # fmt: skip
 def own_number(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     right = "Reduce it first (sum, mean, amax: one value), or compute it outside."
-    raise no_exact_form(func.__name__, "of a block it is a number of this rank's", right)
+    raise no_exact_form(
+        func.__name__, "of a block it is a number of this rank's", right
+    )

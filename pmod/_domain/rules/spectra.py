@@ -99,7 +99,16 @@ def _called(
     first, last = list(cut), list(outs)
     f = getattr(sharded, name)
     if len(cut) == 1:
-        return f(x, length, dim, norm, axis=axes[0], in_dim=first[0], out_dim=last[0], sizes=sizes[0])
+        return f(
+            x,
+            length,
+            dim,
+            norm,
+            axis=axes[0],
+            in_dim=first[0],
+            out_dim=last[0],
+            sizes=sizes[0],
+        )
     if any(isinstance(axis, tuple) for axis in axes):
         right = "Cut each dim over one axis."
         raise no_exact_form(name, "a dim is cut over two axes", right)

@@ -32,8 +32,12 @@ def rule(*names: str, outer: bool = False) -> Callable[[T], T]:
     return register
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Element by element: what it makes is cut as what it takes, once that is cut alike.
-POINTWISE = frozenset(
+POINTWISE = _words(
     """
     add sub mul div true_divide floor_divide remainder fmod pow rsub neg abs absolute
     subtract multiply divide negative float_power exp exp2 expm1 log log2 log10 log1p
@@ -49,7 +53,7 @@ POINTWISE = frozenset(
     real imag conj conj_physical resolve_conj resolve_neg angle complex polar
     float double half bfloat16 int long short bool byte chalf cfloat cdouble cpu cuda
     contiguous clone detach zeros_like ones_like full_like empty_like hypot
-    xlogy copysign heaviside sinc positive deg2rad rad2deg alias lgamma digamma mvlgamma
+    xlogy copysign heaviside sinc positive deg2rad rad2deg alias lgamma digamma
     polygamma nextafter ldexp logaddexp logaddexp2 special_expit special_erf
     special_gammaln special_i0 special_i1 special_xlogy special_log1p special_expm1
     special_ndtr special_sinc i0 signbit hardshrink dequantize gcd lcm
@@ -57,32 +61,45 @@ POINTWISE = frozenset(
     __rdiv__ __floordiv__ __mod__ __pow__ __rpow__ __neg__ __pos__ __abs__ __eq__ __ne__
     __lt__ __le__ __gt__ __ge__ __and__ __or__ __xor__ __invert__ __rand__ __ror__
     __rxor__ __lshift__ __rshift__
-    """.split()
+    """
 )
 
 # They change their first tensor, element by element.
 IN_PLACE = frozenset(
     [f"{name}_" for name in POINTWISE if not name.endswith("__")]
-    + "zero_ fill_ copy_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__".split()
-    + "__ifloordiv__ __imod__ __iand__ __ior__ __ixor__".split()
-) - {"to_", "type_", "where_", "detach_", "requires_grad_"}
+) | _words(
+    """
+    zero_ fill_ copy_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__
+    __ifloordiv__ __imod__ __iand__ __ior__ __ixor__
+    """
+)
+
+# They draw random numbers: ranks must agree on what is one value, too.
+DRAWS = _words(
+    """
+    dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout dropout_
+    feature_alpha_dropout rand randn randint randperm normal bernoulli multinomial
+    poisson binomial rand_like randn_like randint_like normal_ uniform_ bernoulli_
+    random_ exponential_ cauchy_ geometric_ log_normal_ rrelu gumbel_softmax
+    """
+)
 
 # They say of a block what they would say of the whole.
-FREE = frozenset(
+FREE = _words(
     """
     dim ndimension is_floating_point is_complex is_signed is_conj is_neg is_inference
     is_contiguous element_size get_device retain_grad requires_grad_ result_type
     __hash__ __repr__ is_nested is_pinned is_distributed has_names detach_ backward
     get_default_dtype is_tensor can_cast promote_types is_same_size_ is_sparse
-    """.split()
+    """
 )
 
 # The attributes of which the same holds.
-FREE_ATTRIBUTES = frozenset(
+FREE_ATTRIBUTES = _words(
     """
     ndim dtype device layout requires_grad grad_fn is_leaf itemsize output_nr
     retains_grad names name is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_sparse_csr
     is_quantized is_nested is_mkldnn is_ipu is_vulkan is_ort is_xla is_mtia is_maia
     grad_dtype volatile _version _backward_hooks _post_accumulate_grad_hooks
-    """.split()
+    """
 )

@@ -57,9 +57,13 @@ def turned(b: Blocks, func: Function, x: Tensor) -> Tensor:
 
 
 @rule("movedim", "moveaxis")
-def movedim(b: Blocks, func: Function, x: Tensor, source: Any, destination: Any) -> Tensor:
+def movedim(
+    b: Blocks, func: Function, x: Tensor, source: Any, destination: Any
+) -> Tensor:
     # where each dim goes is read off a tensor of as many dims, each of its own length
-    shape = torch.empty(0).expand(0).new_empty(list(range(2, x.dim() + 2)), device="meta")
+    shape = (
+        torch.empty(0).expand(0).new_empty(list(range(2, x.dim() + 2)), device="meta")
+    )
     order = [n - 2 for n in shape.movedim(source, destination).shape]
     layout = b.layout(x)
     return b.note(x.permute(order), tuple(layout[d] for d in order))
@@ -94,7 +98,9 @@ def diagonal(
 
 @rule("view_as_real")
 def view_as_real(b: Blocks, func: Function, x: Tensor) -> Tensor:
-    return b.note(func(x), (*b.layout(x), None))
+    # the gradient of nothing may have any strides, and torch asks for 1
+    y = func(x) if x.numel() else torch.stack([x.real, x.imag], -1)
+    return b.note(y, (*b.layout(x), None))
 
 
 @rule("view_as_complex")
@@ -215,7 +221,7 @@ def _carried_out(b: Blocks, x: Tensor, plan: Reshape, to: Sequence[int]) -> Tens
     return b.note(x.reshape(rows), plan.layout)
 
 
-@rule("view", "reshape", "_unsafe_view", "_reshape_alias")
+@rule("view", "reshape")
 def view(b: Blocks, func: Function, x: Tensor, *shape: Any, **named: Any) -> Tensor:
     given = shape or tuple(named.values())
     if isinstance(given[0], torch.dtype):
@@ -276,10 +282,14 @@ def pixel_shuffle(b: Blocks, func: Function, x: Tensor, factor: int) -> Tensor:
     if name == "pixel_shuffle":
         y = reshaped(b, name, x, [*lead, c // k**2, k, k, h, w])
         order = [*kept, n, n + 3, n + 1, n + 4, n + 2]
-        return reshaped(b, name, permute(b, func, y, order), [*lead, c // k**2, h * k, w * k])
+        return reshaped(
+            b, name, permute(b, func, y, order), [*lead, c // k**2, h * k, w * k]
+        )
     y = reshaped(b, name, x, [*lead, c, h // k, k, w // k, k])
     order = [*kept, n, n + 2, n + 4, n + 1, n + 3]
-    return reshaped(b, name, permute(b, func, y, order), [*lead, c * k**2, h // k, w // k])
+    return reshaped(
+        b, name, permute(b, func, y, order), [*lead, c * k**2, h // k, w // k]
+    )
 
 
 def cut_along(b: Blocks, x: Tensor, d: int) -> Cut:

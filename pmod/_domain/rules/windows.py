@@ -30,7 +30,10 @@ class _Spread(NamedTuple):
     def named(self) -> dict[str, Any]:
         """What a layer of pmod.nn.functional takes by name."""
         axis = {at: label_of(part.axes) for at, part in self.parts.items()}
-        return {"axis": axis, "sizes": {at: part.sizes for at, part in self.parts.items()}}
+        return {
+            "axis": axis,
+            "sizes": {at: part.sizes for at, part in self.parts.items()},
+        }
 
 
 def _spread(b: Blocks, x: Tensor, count: int, name: str, *, channels: bool) -> _Spread:
@@ -147,7 +150,7 @@ def max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    name = func.__name__.removesuffix("_with_indices")
+    name = func.__name__[: len("max_pool2d")]
     wants = return_indices or name != func.__name__
     count = int(name[-2])
     spread = _spread(b, input, count, name, channels=False)
@@ -187,7 +190,15 @@ def avg_pool(
     # the pool of one dim does not have one
     own = divisor or ((divisor_override,) if divisor_override is not None else ())
     if not spread.parts:
-        y = func(spread.x, kernel_size, stride or kernel_size, padding, ceil_mode, count_include_pad, *own)
+        y = func(
+            spread.x,
+            kernel_size,
+            stride or kernel_size,
+            padding,
+            ceil_mode,
+            count_include_pad,
+            *own,
+        )
         return b.note(y, b.layout(spread.x))
     f = getattr(sharded, name)
     y = f(spread.x, *numbers, count_include_pad, *own, **spread.named)
@@ -270,4 +281,3 @@ def _gaps(low: int, high: int, n: int) -> list[int]:
     rows = high - low
     before = min(max(-low, 0), rows)
     return [before, min(max(high - n, 0), rows - before)]
-
