@@ -236,7 +236,8 @@ def joined(lengths: Sequence[int], parts: Sequence[Part | None]) -> Cut:
         return merged[0][1]
     if not any([part for _, part in merged]):
         return None
-    return Fold(tuple(n for n, _ in merged), tuple(part for _, part in merged))
+    factors, cuts = zip(*merged, strict=True)
+    return Fold(factors, cuts)
 
 
 def _groups(

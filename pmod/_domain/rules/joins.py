@@ -100,7 +100,7 @@ def broadcast_tensors(b: Blocks, func: Function, *tensors: Any) -> Any:
 
 
 def _grid(b: Blocks, xs: Sequence[Tensor], indexing: str) -> tuple[Tensor, ...]:
-    layout: Layout = tuple(b.layout(x)[0] if x.dim() else None for x in xs)
+    layout: Layout = tuple([*b.layout(x), None][0] for x in xs)
     axes = [axis for cut in layout if cut is not None for axis in cut.axes]
     if len(set(axes)) < len(axes):
         right = "Cut them over axes of their own."
@@ -172,9 +172,10 @@ def flip(b: Blocks, func: Function, x: Tensor, *dims: Any, **named: Any) -> Tens
         layout, part = b.layout(x), b.layout(x)[d]
         if isinstance(part, Part):
             n = part.total
-            turned = [(n - end, n - first) for first, end in pairwise(part.starts)]
-            windows = tuple((a, z) if a < z else (0, 0) for a, z in turned)
-            x = b.window(x, d, part, windows)
+            windows: list[tuple[int, int]] = []
+            for first, end in pairwise(part.starts):
+                windows.append((n - end, n - first) if first < end else (0, 0))
+            x = b.window(x, d, part, tuple(windows))
         x = b.note(x.flip(d), layout)
     return x
 

@@ -63,8 +63,12 @@ def _operand(
     b: Blocks, letters: str, x: Tensor, cuts: dict[str, Part], used: set[str]
 ) -> Tensor:
     """Return an operand cut as its letters are, for a use that varies."""
-    pairs = zip(letters, b.whole(x), strict=True)
-    want: Layout = tuple(cuts.get(c) if n > 1 else None for c, n in pairs)
+    wishes: list[Cut] = [cuts.get(c) for c in letters]
+    for d, n in enumerate(b.whole(x)):
+        # one row is broadcast
+        if n == 1:
+            wishes[d] = None
+    want: Layout = tuple(wishes)
     stays = axes_of(want)
     varies: set[str] = set()
     for d, have in enumerate(b.layout(x)):
@@ -120,9 +124,10 @@ def matmul(b: Blocks, func: Function, x: Tensor, y: Tensor) -> Tensor:
         raise no_exact_form(func.__name__, "it has no rule", "Use einsum.")
     batch = max(x.dim(), y.dim(), 2) - 2
     lead = ascii_letters[:batch]
-    left = lead[batch - max(x.dim() - 2, 0) :] + ("XZ" if x.dim() > 1 else "Z")
-    right = lead[batch - max(y.dim() - 2, 0) :] + ("ZY" if y.dim() > 1 else "Z")
-    out = lead + ("X" if x.dim() > 1 else "") + ("Y" if y.dim() > 1 else "")
+    rows, columns = "X" * (x.dim() > 1), "Y" * (y.dim() > 1)
+    left = lead[batch - max(x.dim() - 2, 0) :] + rows + "Z"
+    right = lead[batch - max(y.dim() - 2, 0) :] + "Z" + columns
+    out = lead + rows + columns
     x, left = _without_one_rows(b, x, left, y, right)
     y, right = _without_one_rows(b, y, right, x, left)
     return contract(b, [left, right], out, [x, y])

@@ -131,7 +131,9 @@ def bernoulli(
     _check_generator(func, generator)
     layout, shape = b.layout(x), b.whole(x)
     in_place = func.__name__.endswith("_")
-    chance = p if p is not None else 0.5 if in_place else x
+    chance = p
+    if p is None:
+        chance = 0.5 if in_place else x
     if isinstance(p, Tensor):
         (_, chance), _ = b.common([x, p])
     y = (uniform(b, layout, shape, x.device) < chance).to(x.dtype)

@@ -47,7 +47,9 @@ def transform(
     outs = _outs(layout, dims, cut)
     y = _called(b, name, x, s, dims, norm, cut, outs)
     lengths = _lengths(name, shape, dims, given)
-    cuts: list[Cut] = [None if d in cut else of for d, of in enumerate(layout)]
+    cuts: list[Cut] = list(layout)
+    for d in cut:
+        cuts[d] = None
     for d, e in zip(cut, outs, strict=True):
         of = layout[d]
         assert isinstance(of, Part)

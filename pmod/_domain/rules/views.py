@@ -185,7 +185,9 @@ def filled_in(shape: Sequence[int], count: int) -> tuple[int, ...]:
         return tuple(shape)
     known = -math.prod(shape)
     rest = count // known if known else 0
-    return tuple(rest if n == -1 else n for n in shape)
+    sizes = list(shape)
+    sizes[sizes.index(-1)] = rest
+    return tuple(sizes)
 
 
 def reshaped(b: Blocks, name: str, x: Tensor, target: Sequence[int]) -> Tensor:

@@ -70,7 +70,8 @@ def _by_dim(count: int, *given: Any) -> dict[int, Sequence[Any]]:
             columns.append([value] * count)
         else:
             columns.append(repeated(value, count))
-    return {i - count: [column[i] for column in columns] for i in range(count)}
+    rows: list[Sequence[Any]] = list(zip(*columns, strict=True))
+    return dict(zip(range(-count, 0), rows, strict=True))
 
 
 @rule("conv1d", "conv2d", "conv3d")
