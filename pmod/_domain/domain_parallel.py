@@ -327,10 +327,8 @@ def _agrees(blocks: Blocks, layout: Layout, spec: P) -> bool:
     said: list[Axes] = [()] * len(layout)
     for d, entry in enumerate(spec.entries):
         said[d] = names_in(entry)
-    for cut, names in zip(layout, said, strict=True):
-        if (() if cut is None else cut.axes) != names:
-            return False
-    return True
+    held: list[Axes] = [() if cut is None else cut.axes for cut in layout]
+    return held == said
 
 
 def _part(
