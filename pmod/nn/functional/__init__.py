@@ -36,6 +36,17 @@ once, as everywhere: then its gradient arrives already summed, and without it ea
 has the part of its own rows.
 """
 
+from pmod.nn.functional.along import cumsum as cumsum
+from pmod.nn.functional.along import index_select as index_select
+from pmod.nn.functional.along import log_softmax as log_softmax
+from pmod.nn.functional.along import softmax as softmax
+from pmod.nn.functional.along import sort as sort
+from pmod.nn.functional.along import take_along_dim as take_along_dim
+from pmod.nn.functional.along import topk as topk
+from pmod.nn.functional.attention import (
+    scaled_dot_product_attention as scaled_dot_product_attention,
+)
+from pmod.nn.functional.attention import zigzag as zigzag
 from pmod.nn.functional.blocks import fold as fold
 from pmod.nn.functional.blocks import pixel_shuffle as pixel_shuffle
 from pmod.nn.functional.blocks import pixel_unshuffle as pixel_unshuffle
@@ -52,6 +63,15 @@ from pmod.nn.functional.moves import flip as flip
 from pmod.nn.functional.moves import pad as pad
 from pmod.nn.functional.moves import recut as recut
 from pmod.nn.functional.moves import roll as roll
+from pmod.nn.functional.neighborhood import (
+    neighborhood_attention1d as neighborhood_attention1d,
+)
+from pmod.nn.functional.neighborhood import (
+    neighborhood_attention2d as neighborhood_attention2d,
+)
+from pmod.nn.functional.neighborhood import (
+    neighborhood_attention3d as neighborhood_attention3d,
+)
 from pmod.nn.functional.norms import batch_norm as batch_norm
 from pmod.nn.functional.norms import group_norm as group_norm
 from pmod.nn.functional.norms import instance_norm as instance_norm
@@ -66,4 +86,11 @@ from pmod.nn.functional.pools import lp_pool3d as lp_pool3d
 from pmod.nn.functional.pools import max_pool1d as max_pool1d
 from pmod.nn.functional.pools import max_pool2d as max_pool2d
 from pmod.nn.functional.pools import max_pool3d as max_pool3d
+from pmod.nn.functional.resample import adaptive_avg_pool1d as adaptive_avg_pool1d
+from pmod.nn.functional.resample import adaptive_avg_pool2d as adaptive_avg_pool2d
+from pmod.nn.functional.resample import adaptive_avg_pool3d as adaptive_avg_pool3d
+from pmod.nn.functional.resample import adaptive_max_pool1d as adaptive_max_pool1d
+from pmod.nn.functional.resample import adaptive_max_pool2d as adaptive_max_pool2d
+from pmod.nn.functional.resample import adaptive_max_pool3d as adaptive_max_pool3d
+from pmod.nn.functional.resample import interpolate as interpolate
 from pmod.nn.functional.sizes import out_sizes as out_sizes

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from pmod._collectives.permutes import PERMUTE, Permutation
 from pmod._collectives.scans import SCAN, Scan
 from pmod._collectives.slices import ALL_GATHER, ALL_TO_ALL, Exchange, Parts
 from pmod._collectives.values import EXTREMUM, PSUM, PVARY, SUM, Extremum
@@ -28,11 +27,6 @@ def gathered(x: Tensor, at: int, axis: Axis, sizes: tuple[int, ...]) -> Tensor:
 def total(x: Tensor, axis: Axis) -> Tensor:
     """Return the sum over the ranks. V -> I."""
     return bind(PSUM.along(axis, SUM), [x])[0]
-
-
-def totals(xs: Sequence[Tensor], axis: Axis) -> Sequence[Tensor]:
-    """Return the sums over the ranks of tensors of one dtype, in one message."""
-    return bind(PSUM.along(axis, SUM), list(xs))
 
 
 def varied(x: Tensor, axis: Axis) -> Tensor:
@@ -67,3 +61,27 @@ def swapped_dims(
     """Return the same whole, cut along the first dim and no longer along the second."""
     exchange = Exchange(split[0], concat[0], split[1], concat[1])
     return bind(ALL_TO_ALL.along(axis, exchange), [x])[0]
+
+
+def shifted(
+    x: Tensor, at: int, axis: Axis, held: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the block of the rank before, and the lengths that all ranks hold then."""
+    n = axis.size
+    targets = tuple([(rank + 1) % n for rank in range(n)])
+    given = held[-1:] + held[:-1]
+    if len(set(held)) == 1:
+        return bind(PERMUTE.along(axis, Permutation(targets)), [x])[0], given
+    params = Permutation(targets, at, held, given)
+    return bind(PERMUTE.along(axis, params), [x])[0], given
+
+
+def tied(y: Tensor, block: Tensor) -> Tensor:
+    """Return y, which depends on a block that it is not made of.
+
+    Every rank must depend on every message: in backward it would not take part in
+    sending it back.
+    """
+    if not (block.is_floating_point() or block.is_complex()):
+        return y
+    return y + block.narrow(-1, 0, 0).sum().to(y.dtype)

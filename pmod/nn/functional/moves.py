@@ -383,10 +383,8 @@ def cat(
     if of is None:
         return torch.cat(xs, at)
     held = _held_of_all(function, xs, at, of, sizes)
-    totals = [
-        sum(lengths) for lengths in zip(*[one.sizes for one in held], strict=True)
-    ]
-    borders = list(pairwise(begins(tuple(totals))))
+    by_rank = zip(*[one.sizes for one in held], strict=True)
+    borders = list(pairwise(begins(tuple(map(sum, by_rank)))))
     parts: list[Tensor] = []
     before = 0
     for x, one in zip(xs, held, strict=True):

@@ -174,11 +174,15 @@ def _check_parameter(
         raise wrong(ArgumentError, norm.function, norm.axis, said, right)
 
 
-def _along_channels(given: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return a parameter of the channels, broadcast against x."""
+def _shaped(given: Tensor | None, shape: list[int]) -> Tensor | None:
+    """Return a parameter in a shape that meets that of the input."""
     if given is None:
         return None
-    return _wide(given).view([-1] + [1] * (x.dim() - 2))
+    return _wide(given).reshape(shape)
+
+
+def _along_channels(given: Tensor | None, x: Tensor) -> Tensor | None:
+    return _shaped(given, [-1] + [1] * (x.dim() - 2))
 
 
 def _spatial(x: Tensor) -> tuple[int, ...]:
@@ -365,7 +369,7 @@ def group_norm(
     x = _wide(input).unflatten(1, (groups, channels // groups))
     of = _statistics(x, norm._replace(dims=(1 - input.dim(), *norm.dims)))
     shape = [groups, channels // groups] + [1] * (input.dim() - 2)
-    w, b = [None if one is None else _wide(one).view(shape) for one in (weight, bias)]
+    w, b = _shaped(weight, shape), _shaped(bias, shape)
     y = _scaled(x, (of.mean, of.variance), _check_eps(eps, norm), w, b)
     return y.flatten(1, 2).to(input.dtype)
 
@@ -441,7 +445,8 @@ def layer_norm(
     norm, (w, b) = _over_last(function, input, normalized_shape, parameters, spread)
     of = _statistics(_wide(input), norm)
     pair = (of.mean, of.variance)
-    w, b = [None if one is None else _wide(one) for one in (w, b)]
+    shape = list(input.shape[-len(norm.dims) :])
+    w, b = _shaped(w, shape), _shaped(b, shape)
     return _scaled(_wide(input), pair, _check_eps(eps, norm), w, b).to(input.dtype)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pmod._core.arguments import as_int
+from pmod._core.arguments import as_int, as_real, split_sizes
 from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, phrase, quoted
 from pmod.nn.functional.blocks import fold_spray
 from pmod.nn.functional.conv import (
@@ -18,7 +19,7 @@ from pmod.nn.functional.conv import (
 )
 from pmod.nn.functional.given import Wrong, ints
 from pmod.nn.functional.pools import PoolWindows, check_pooled, pool_slides
-from pmod.nn.functional.windows import Rule, Shift, Slide, lengths
+from pmod.nn.functional.windows import Rule, Scale, Shift, Slide, lengths
 
 Lengths = tuple[int, ...]
 
@@ -159,9 +160,54 @@ def _unshuffle(error: Wrong, sizes: Lengths, downscale_factor: int) -> Lengths:
     return _conv(error, sizes, factor, factor)
 
 
+def _interpolate(
+    error: Wrong,
+    sizes: Lengths,
+    size: int | None = None,
+    scale_factor: float | None = None,
+) -> Lengths:
+    rows, scale = as_int(size), as_real(scale_factor)
+    if scale is not None and scale > 0 and size is None:
+        # as torch has it
+        rows = math.floor(float(sum(sizes)) * scale)
+    if rows is None or rows < 1 or (size is not None and scale_factor is not None):
+        given = f"size is {quoted(size)} and scale_factor {quoted(scale_factor)}"
+        raise error(given, "Pass the whole's new length, or a positive factor.")
+    return _laid(Scale(rows), sizes)
+
+
+def _adaptive(error: Wrong, sizes: Lengths, output_size: int | None) -> Lengths:
+    if output_size is None:
+        return sizes
+    (rows,) = ints(output_size, "output_size", 1, 1, error)
+    return _laid(Scale(rows), sizes)
+
+
+def _topk(error: Wrong, sizes: Lengths, k: int) -> Lengths:
+    (count,) = ints(k, "k", 1, 0, error)
+    if count > sum(sizes):
+        raise error(f"k is {count} and sizes {sizes}", "Pass at most all rows.")
+    return split_sizes(count, len(sizes))
+
+
 def _same(error: Wrong, sizes: Lengths, *args: object, **kwargs: object) -> Lengths:
     return sizes
 
+
+# their shards are as long as those of their input
+_KEEPING = (
+    "roll",
+    "flip",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+    "softmax",
+    "log_softmax",
+    "cumsum",
+    "sort",
+)
 
 _LAWS: dict[str, Callable[..., Lengths]] = {
     "conv?d": _conv,
@@ -169,6 +215,9 @@ _LAWS: dict[str, Callable[..., Lengths]] = {
     "max_pool?d": _max_pool,
     "avg_pool?d": _avg_pool,
     "lp_pool?d": _lp_pool,
+    "adaptive_avg_pool?d": _adaptive,
+    "adaptive_max_pool?d": _adaptive,
+    "interpolate": _interpolate,
     "unfold": _unfold,
     "fold": _fold,
     "pixel_shuffle": _shuffle,
@@ -176,8 +225,8 @@ _LAWS: dict[str, Callable[..., Lengths]] = {
     "pad": _pad,
     "diff": _diff,
     "cat": _cat,
-    "roll": _same,
-    "flip": _same,
+    "topk": _topk,
+    **dict.fromkeys(_KEEPING, _same),
 }
 
 

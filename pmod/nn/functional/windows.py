@@ -169,7 +169,29 @@ class Scale(NamedTuple):
         return first * rows // self.to, -(-end * rows // self.to)
 
 
-Rule: TypeAlias = Slide | Spray | Shift | Mirror | Scale
+class Near(NamedTuple):
+    """Windows around each row, that stay within the whole: neighbourhoods."""
+
+    kernel: int
+
+    def length(self, rows: int) -> int:
+        """Return the length of the result."""
+        return rows
+
+    def starts(self, sizes: Sizes) -> Sizes:
+        """Return where each rank's rows of the result begin, and its length."""
+        return tuple(begins(sizes))
+
+    def begin(self, row: int, rows: int) -> int:
+        """Return the first row that a row sees."""
+        return min(max(row - self.kernel // 2, 0), rows - self.kernel)
+
+    def reach(self, first: int, end: int, rows: int) -> tuple[int, int]:
+        """Return the rows that the rows `first` to `end` of the result are made of."""
+        return self.begin(first, rows), self.begin(end - 1, rows) + self.kernel
+
+
+Rule: TypeAlias = Slide | Spray | Shift | Mirror | Scale | Near
 
 _RULES: dict[str, type[Rule]] = {
     "Slide": Slide,
@@ -177,6 +199,7 @@ _RULES: dict[str, type[Rule]] = {
     "Shift": Shift,
     "Mirror": Mirror,
     "Scale": Scale,
+    "Near": Near,
 }
 
 
@@ -229,10 +252,17 @@ def fetch(
     x: Tensor, at: int, held: Held, windows: Windows, boundary: str = "zeros"
 ) -> Tensor:
     """Return this rank's window of the padded whole along a dim."""
+    return fetch_all([x], at, held, windows, boundary)[0]
+
+
+def fetch_all(
+    xs: list[Tensor], at: int, held: Held, windows: Windows, boundary: str = "zeros"
+) -> list[Tensor]:
+    """Return the windows of several tensors that are cut alike, sent together."""
     needed = plan(held.place, held.sizes, windows, boundary)
     if not needed.moves:
-        return x
-    return carry_out(needed, [x], [at], held.axis)[0]
+        return xs
+    return carry_out(needed, xs, [at] * len(xs), held.axis)
 
 
 def rows_of(
