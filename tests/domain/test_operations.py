@@ -90,6 +90,15 @@ MODULES = {
     "MaxPool2d, ceil": nn.MaxPool2d(3, 2, ceil_mode=True),
     "AvgPool2d": nn.AvgPool2d(3, 2, 1),
     "AvgPool2d without padding": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "LPPool2d": nn.LPPool2d(2, 2),
+    "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d((3, 5)),
+    "AdaptiveAvgPool2d to one": nn.AdaptiveAvgPool2d(1),
+    "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d((4, None)),
+    "Upsample, nearest": nn.Upsample(scale_factor=1.5),
+    "Upsample, bilinear": nn.Upsample(scale_factor=2, mode="bilinear"),
+    "Upsample, corners": nn.Upsample(size=(13, 7), mode="bilinear", align_corners=True),
+    "Upsample, bicubic": nn.Upsample(scale_factor=2, mode="bicubic"),
+    "UpsamplingNearest2d": nn.UpsamplingNearest2d(scale_factor=2),
     "ZeroPad2d": nn.ZeroPad2d(1),
     "ReflectionPad2d": nn.ReflectionPad2d(2),
     "ReplicationPad2d": nn.ReplicationPad2d((1, 2, 3, 0)),
@@ -129,6 +138,7 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "aminmax": lambda t: torch.aminmax(t)[0] * t,
     "argmax of channels": lambda t: t * t.argmax(1, keepdim=True),
     "max of channels": lambda t: t.max(1)[0] + t.max(1, keepdim=True).values[:, 0],
+    "sort of rows": lambda t: t.sort(2)[0] + t.argsort(2, descending=True) + t.topk(2, 2)[0].sum(2, keepdim=True),
     "sort of channels": lambda t: t.sort(1)[0] + t.topk(2, 1)[0].sum(1, keepdim=True),
     "norm": lambda t: t / t.norm(dim=2, keepdim=True),
     "norms": lambda t: t * t.norm(1) + t.norm(math.inf, dim=3, keepdim=True) + torch.linalg.vector_norm(t, 3),
@@ -218,6 +228,11 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "low modes": lambda t: torch.fft.irfft2(torch.fft.rfft2(t)[..., :3, :2], s=t.shape[-2:]),
     "fftshift": lambda t: torch.fft.fftshift(torch.fft.fft2(t), dim=(-2, -1)).real,
     "fft of all": lambda t: torch.fft.fftn(t, norm="ortho").imag,
+    # resampling
+    "down with antialias": lambda t: F.interpolate(t, size=(5, 4), mode="bilinear", antialias=True),
+    "area": lambda t: F.interpolate(t, size=(3, 4), mode="area"),
+    "to the size of another": lambda t: F.interpolate(F.max_pool2d(t, 2), size=t.shape[2:]) * t,
+    "adaptive indices": lambda t: F.adaptive_max_pool2d(t, 3, return_indices=True)[1].double() * t.sum(),
     # losses
     "mse_loss": lambda t: F.mse_loss(t, t.flip(2).detach()) + F.l1_loss(t, weight(2, 4, 8, 6), reduction="sum"),
     "smooth_l1_loss": lambda t: F.smooth_l1_loss(t, weight(2, 4, 8, 6)) + F.huber_loss(
@@ -268,8 +283,7 @@ def shared_zeros(t: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "argmax of rows": (lambda t: t.argmax(2), "argmax: dim 2 is cut"),
-    "sort of rows": (lambda t: t.sort(2)[0], "sort: dim 2 is cut"),
-    "topk of rows": (lambda t: t.topk(2, 2)[0], "topk: dim 2 is cut"),
+    "median of rows": (lambda t: t.median(2)[0], "median: dim 2 is cut"),
     "a mask": (lambda t: t[t > 0], "__getitem__: how many rows a mask finds"),
     "nonzero": (lambda t: (t > 0).nonzero(), "nonzero: of a block it is a number of this rank's"),
     "where of one": (lambda t: torch.where(t > 0)[0], "where: how many it finds"),

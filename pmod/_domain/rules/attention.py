@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod._domain.blocks import Blocks
+from pmod._domain.blocks import Blocks, label_of
 from pmod._domain.layout import Cut, Layout, Part, axes_of, with_cut
 from pmod._domain.refusals import no_exact_form
 from pmod._domain.rules.table import Function, rule
+from pmod.nn.functional import scaled_dot_product_attention as ring_attention
 
 NAME = "scaled_dot_product_attention"
 
@@ -48,6 +49,12 @@ def attention(
             query, tokens = _shared(b, query, tokens)
     layout: Layout = (*batch, tokens, None)
     axes = axes_of(layout)
+    ring = _ring(b, layout, key, value, attn_mask)
+    if ring is not None:
+        return b.note(
+            _around(b, ring, (query, key, value), layout, is_causal, named, attn_mask),
+            layout,
+        )
     q = b.vary(b.relayout(query, layout), axes)
     keys = [_whole_rows(b, x, batch, axes) for x in (key, value)]
     mask = _mask(b, q, keys[0], layout, attn_mask, is_causal, axes)
@@ -78,6 +85,64 @@ def spelled_out(
     elif mask is not None:
         scores = scores + mask
     return scores.softmax(-1) @ value
+
+
+def _ring(
+    b: Blocks, layout: Layout, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Part | None:
+    """Return how tokens are cut as one run for each rank, where keys are cut as queries.
+
+    The tokens of a folded dim are not in their order then, which without a mask nothing
+    asks for.
+    """
+    tokens = layout[-2]
+    for x in (key, value):
+        if tokens is None or b.layout(x)[-2] != tokens:
+            return None
+        if b.layout(x)[:-2] != layout[:-2]:
+            return None
+    if isinstance(tokens, Part):
+        return tokens
+    assert tokens is not None
+    if mask is not None:
+        return None
+    held = [1]
+    for length, part in zip(tokens.lengths, tokens.parts, strict=True):
+        sizes = (length,) if part is None else part.sizes
+        held = [before * size for before in held for size in sizes]
+    return Part(tokens.axes, tuple(held))
+
+
+def _around(
+    b: Blocks,
+    part: Part,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    layout: Layout,
+    is_causal: bool,
+    named: dict[str, Any],
+    mask: Tensor | None,
+) -> Tensor:
+    """Return attention by a ring: blocks of keys and values go around."""
+    if is_causal and not isinstance(layout[-2], Part):
+        right = "Flatten the field before it is cut."
+        raise no_exact_form(NAME, "causal over a folded dim", right)
+    axes = axes_of(layout)
+    varied = [b.vary(x, axes) for x in tensors]
+    if mask is not None:
+        want: list[Cut] = [None] * mask.dim()
+        for d in range(2, mask.dim() + 1):
+            if b.whole(mask)[-d] > 1 and d <= len(layout):
+                want[-d] = layout[-d]
+        mask = b.vary(b.relayout(mask, tuple(want)), axes)
+    return ring_attention(
+        *varied,
+        mask,
+        0.0,
+        is_causal,
+        **named,
+        axis=label_of(part.axes),
+        sizes=part.sizes,
+    )
 
 
 def _batch(b: Blocks, *xs: Tensor) -> Layout:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,12 @@ from torch import Tensor
 
 from pmod._collectives.slices import all_gather, unshard
 from pmod._domain.blocks import Blocks, label_of
-from pmod._domain.layout import Axes, Layout, Part, without
+from pmod._domain.layout import Axes, Layout, Part, with_cut, without
 from pmod._domain.refusals import along_cut, no_exact_form
 from pmod._domain.rules.dims import Dims, dims_of
 from pmod._domain.rules.pointwise import pointwise
 from pmod._domain.rules.table import Function, rule
+from pmod.nn import functional as sharded
 
 
 def total(b: Blocks, x: Tensor, dims: Sequence[int], *, keepdim: bool = True) -> Tensor:
@@ -250,11 +253,36 @@ def keeping(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> 
     layout = b.layout(x)
     (d,) = dims_of(dim, x.dim())
     if layout[d] is not None:
+        if name in ("sort", "topk", "argsort"):
+            return _ordered(b, func, x, d, *args, **kwargs)
         raise along_cut(name, d)
     y = func(x, *args, **kwargs)
     for of in [y] if isinstance(y, Tensor) else y:
         b.note(of, layout)
     return y
+
+
+def _ordered(
+    b: Blocks, func: Function, x: Tensor, d: int, *args: Any, **kwargs: Any
+) -> Any:
+    """Sort along a dim that is cut; of topk the few that are left are cut evenly."""
+    x = b.plain(x, [d])
+    layout, part = b.layout(x), b.layout(x)[d]
+    assert isinstance(part, Part)
+    name = func.__name__
+    f = getattr(sharded, "topk" if name == "topk" else "sort")
+    given = inspect.signature(f).bind(x, *args, **{**kwargs, "axis": ""}).arguments
+    named = {**given, "dim": d, "axis": label_of(part.axes), "sizes": part.sizes}
+    values, indices = f(**named)
+    if name == "topk":
+        layout = with_cut(layout, d, part.evenly(values_of(given["k"])))
+    b.note(indices, layout)
+    return indices if name == "argsort" else (b.note(values, layout), indices)
+
+
+def values_of(k: object) -> int:
+    """Return how many are asked for."""
+    return operator.index(cast(int, k))
 
 
 @rule("prod")

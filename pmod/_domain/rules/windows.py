@@ -5,8 +5,9 @@ A rank fetches the rows that its windows reach; `out_sizes` says how the result 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from pmod._domain.blocks import Blocks, label_of
 from pmod._domain.layout import Cut, Part, with_cut
 from pmod._domain.refusals import along_cut, no_exact_form
 from pmod._domain.rules.dims import repeated
+from pmod._domain.rules.reductions import mean
 from pmod._domain.rules.table import Function, rule
 from pmod.nn import functional as sharded
 
@@ -52,7 +54,7 @@ def _spread(b: Blocks, x: Tensor, count: int, name: str, *, channels: bool) -> _
 
 
 def _noted(
-    b: Blocks, y: Tensor, spread: _Spread, name: str, numbers: dict[int, Sequence[Any]]
+    b: Blocks, y: Tensor, spread: _Spread, name: str, numbers: Mapping[int, Sequence[Any]]
 ) -> Tensor:
     """Note how a result is cut; numbers: those of the layer, of each spatial dim."""
     cuts: list[Cut] = list(b.layout(spread.x))
@@ -204,6 +206,72 @@ def avg_pool(
     f = getattr(sharded, name)
     y = f(spread.x, *numbers, count_include_pad, *own, **spread.named)
     return _noted(b, y, spread, name, _by_dim(count, *numbers))
+
+
+@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+      "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+      outer=True)  # fmt: skip
+def adaptive_pool(
+    b: Blocks,
+    func: Function,
+    input: Tensor,
+    output_size: Any,
+    return_indices: bool = False,
+) -> Any:
+    name = func.__name__
+    count = int(name[-2])
+    spread = _spread(b, input, count, name, channels=False)
+    sizes = list(output_size) if isinstance(output_size, Sequence) else [output_size]
+    sizes = sizes * count if len(sizes) == 1 else sizes
+    if name.startswith("adaptive_avg") and spread.parts and sizes == [1] * count:
+        # a mean is one value, of which every rank needs the same
+        return mean(b, func, spread.x, list(range(-count, 0)), True)
+    named: dict[str, Any] = dict(spread.named) if spread.parts else {}
+    # torch's own, below its functions in Python, returns both
+    is_inner = name.startswith("adaptive_max") and not isinstance(func, FunctionType)
+    if return_indices or is_inner:
+        named["return_indices"] = True
+    f = getattr(sharded if spread.parts else F, name)
+    made = f(spread.x, sizes, **named)
+    of = {i - count: (size,) for i, size in enumerate(sizes)}
+    if isinstance(made, Tensor):
+        return _noted(b, made, spread, name, of)
+    return tuple([_noted(b, y, spread, name, of) for y in made])
+
+
+@rule("interpolate", outer=True)
+def interpolate(
+    b: Blocks,
+    func: Function,
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    count = input.dim() - 2
+    spread = _spread(b, input, count, "interpolate", channels=False)
+    numbers = (mode, align_corners, recompute_scale_factor, antialias)
+    if not spread.parts:
+        y = F.interpolate(spread.x, size, scale_factor, *numbers)
+        return b.note(y, b.layout(spread.x))
+    f = sharded.interpolate
+    y = f(spread.x, size, scale_factor, *numbers, **spread.named)
+    sizes, scales = [size] * count, [scale_factor] * count
+    if isinstance(size, Sequence):
+        sizes = list(size)
+    if isinstance(scale_factor, Sequence):
+        scales = list(scale_factor)
+    pairs = zip(sizes, scales, strict=True)
+    of = {i - count: pair for i, pair in enumerate(pairs)}
+    return _noted(b, y, spread, "interpolate", of)
+
+
+@rule("upsample", outer=True)
+def upsample(b: Blocks, func: Function, *args: Any, **kwargs: Any) -> Tensor:
+    return interpolate(b, func, *args, **kwargs)
 
 
 MODES = {
