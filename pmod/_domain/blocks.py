@@ -104,17 +104,41 @@ class Blocks:
     def check_gained(self, x: Tensor, layout: Layout) -> None:
         """Look at a tensor that has a derivative by now, and had none.
 
-        What an autograd.Function returns has: its backward runs where nobody follows it.
+        What an autograd.Function returns has. Its backward is a part of the program,
+        and runs as its forward did: on blocks that are followed.
         """
-        node = x.grad_fn
+        node: Any = x.grad_fn
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             name = type(node).__name__.removesuffix("Backward")
-            if name != "CheckpointFunction":
-                why = "the backward of a torch.autograd.Function would see blocks"
-                right = "Write it with functions of torch, or apply it outside."
-                raise no_exact_form(name, why, right)
-            self.checkpointed(node)
+            if name == "BackwardHookFunction":
+                right = "Register hooks of tensors, which see the whole."
+                raise no_exact_form(name, "hooks of modules would see blocks", right)
+            if name == "CheckpointFunction":
+                self.checkpointed(node)
+            else:
+                self.follow_backward(node, x.output_nr, layout)
         known.note(x, layout)
+
+    def follow_backward(self, node: Any, number: int, layout: Layout) -> None:
+        """Let the backward of a function run as its forward did.
+
+        The gradient of output `number` is cut as that output is. What it saved is known
+        still, or raises when it is used.
+        """
+        layouts = getattr(node, "layouts", None)
+        if layouts is None:
+            layouts = node.layouts = {}
+            apply, context = node.apply, self.reenter()
+
+            def followed(*gradients: Tensor | None) -> object:
+                for i, gradient in enumerate(gradients):
+                    if gradient is not None and i in layouts:
+                        known.note(gradient, layouts[i])
+                with context:
+                    return apply(*gradients)
+
+            node.apply = followed
+        layouts[number] = layout
 
     def checkpointed(self, node: Any) -> None:
         """Let a reentrant checkpoint run again, in backward, as it ran here."""

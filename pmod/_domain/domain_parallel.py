@@ -327,7 +327,10 @@ def _agrees(blocks: Blocks, layout: Layout, spec: P) -> bool:
     said: list[Axes] = [()] * len(layout)
     for d, entry in enumerate(spec.entries):
         said[d] = names_in(entry)
-    held: list[Axes] = [() if cut is None else cut.axes for cut in layout]
+    held: list[Axes] = [()] * len(layout)
+    for d, cut in enumerate(layout):
+        if cut is not None:
+            held[d] = cut.axes
     return held == said
 
 

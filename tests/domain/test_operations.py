@@ -271,6 +271,35 @@ class Total(torch.autograd.Function):
         return gradients[0] * torch.ones_like(ctx.saved_tensors[0])
 
 
+class Times(torch.autograd.Function):
+    """It reads shapes, in backward too, and has a context of its own making."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(t, w, t * w)
+        ctx.rows = t.shape[2]
+        return t * w * t.shape[2] + t.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        t, w, product = ctx.saved_tensors
+        (g,) = gradients
+        assert g.shape == t.shape == product.shape and t.shape[2] == ctx.rows
+        return g * w * ctx.rows + g.sum() / g.numel(), None
+
+
+class Both(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Any:
+        ctx.save_for_backward(t)
+        return t.sin(), t.mean(2, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (t,) = ctx.saved_tensors
+        return gradients[0] * t.cos() + gradients[1].expand_as(t) / t.shape[2]
+
+
 CONSTANT = torch.ones(6, dtype=torch.float64)
 
 
@@ -280,6 +309,13 @@ def shared_zeros(t: Tensor) -> Tensor:
     o += t
     return seen * 2
 
+
+EQUAL |= {
+    "a custom Function": Square.apply,
+    "a custom sum": lambda t: Total.apply(t * 2) * t,
+    "a custom product": lambda t: Times.apply(t.sin(), weight(8, 1)),
+    "a custom function of two": lambda t: sum(Both.apply(t)) * t,
+}
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "argmax of rows": (lambda t: t.argmax(2), "argmax: dim 2 is cut"),
@@ -294,8 +330,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "quantile": (lambda t: t.quantile(0.5), "quantile: it has no exact form where dims"),
     "repeat of rows": (lambda t: t.repeat(1, 1, 2, 1), "repeat: dim 2 is cut"),
     "reshape of prime factors": (lambda t: t.reshape(2, 4, 3, 16), "would be split unevenly"),
-    "a custom Function": (Square.apply, "Square: the backward of a torch.autograd.Function would see blocks"),
-    "a custom sum": (lambda t: Total.apply(t) * t, "Total: the backward of a torch.autograd.Function"),
     "a constant of the function": (lambda t: t + CONSTANT, "no argument, parameter, buffer or function of torch gave"),
     "torch.ops": (lambda t: torch.ops.aten.cumsum(t, 2), "cumsum: it has no exact form where dims"),
     "out=": (lambda t: torch.add(t, 1, out=torch.empty(2, 4, 8, 6, dtype=t.dtype)), "add: it writes into out="),
