@@ -23,6 +23,7 @@ from pmod._collectives.ragged import all_gather_v
 from pmod._collectives.slices import all_to_all, shard, unshard
 from pmod._collectives.values import pick, pmax, psum, pvary
 from pmod._core.leaves import tensors_in
+from pmod._core.row import Call
 from pmod._domain import known
 from pmod._domain.draws import Draws
 from pmod._domain.layout import (
@@ -108,7 +109,9 @@ class Blocks:
         and runs as its forward did: on blocks that are followed.
         """
         node: Any = x.grad_fn
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        is_own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        # a collective of a rule has its transpose
+        if is_own and not isinstance(getattr(node, "call", None), Call):
             name = type(node).__name__.removesuffix("Backward")
             if name == "BackwardHookFunction":
                 right = "Register hooks of tensors, which see the whole."

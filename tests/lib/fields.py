@@ -67,13 +67,17 @@ def number(y: Tensor) -> Tensor:
     return (y * weight).sum() + y.square().sum() / 7
 
 
-def everything(f: Callable[[Any], Any], x: Any, params: list[Any], total: Callable[[Any], Any]) -> list[Any]:
-    """The value, its gradients, and the gradient of their norm: to x and parameters."""
+def everything(
+    f: Callable[[Any], Any], x: Any, params: list[Any], total: Callable[[Any], Any], order: int
+) -> list[Any]:
+    """The value, its gradients, and (order 2) the gradient of their norm: to x and parameters."""
     y, loss = f(x)
     if not loss.requires_grad:
         return [y]
     of = [x, *params]
-    first = torch.autograd.grad(loss, of, create_graph=True, allow_unused=True)
+    first = torch.autograd.grad(loss, of, create_graph=order > 1, allow_unused=True)
+    if order == 1:
+        return [y, *first]
     squares = [total(g) if i == 0 else g.abs().square().sum() for i, g in enumerate(first) if g is not None]
     norm = torch.stack(squares).sum()
     second: Any = [None] * len(of)
@@ -91,13 +95,15 @@ def whole_of(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return run
 
 
-def held_to(f: Callable[[Any], Any], x: Tensor, cutting: Cutting, params: list[Any], rtol: float = 1e-10) -> None:
+def held_to(
+    f: Callable[[Any], Any], x: Tensor, cutting: Cutting, params: list[Any], *, rtol: float = 1e-10, order: int = 2
+) -> None:
     """In a rank: f of blocks is f of the whole, in value, gradients and second derivatives."""
     x = x.detach().clone().requires_grad_(x.is_floating_point())
-    wanted = everything(whole_of(f), x, params, lambda g: g.abs().square().sum())
+    wanted = everything(whole_of(f), x, params, lambda g: g.abs().square().sum(), order)
     net = pmod.domain_parallel(whole_of(f), cutting.spec, sizes=cutting.sizes)
     ours, names = cutting.block(x), tuple(cutting.mesh)
-    found = everything(net, ours, params, lambda g: pmod.psum(g.abs().square().sum(), names))
+    found = everything(net, ours, params, lambda g: pmod.psum(g.abs().square().sum(), names), order)
     assert len(found) == len(wanted)
     given, out = pmod.cut_of(ours), pmod.cut_of(found[0])
     # y, then x and the parameters, twice

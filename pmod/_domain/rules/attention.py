@@ -127,7 +127,7 @@ def _around(
         right = "Flatten the field before it is cut."
         raise no_exact_form(NAME, "causal over a folded dim", right)
     axes = axes_of(layout)
-    varied = [b.vary(x, axes) for x in tensors]
+    query, key, value = [b.vary(x, axes) for x in tensors]
     if mask is not None:
         want: list[Cut] = [None] * mask.dim()
         for d in range(2, mask.dim() + 1):
@@ -135,7 +135,9 @@ def _around(
                 want[-d] = layout[-d]
         mask = b.vary(b.relayout(mask, tuple(want)), axes)
     return ring_attention(
-        *varied,
+        query,
+        key,
+        value,
         mask,
         0.0,
         is_causal,

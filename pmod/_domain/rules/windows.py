@@ -54,7 +54,11 @@ def _spread(b: Blocks, x: Tensor, count: int, name: str, *, channels: bool) -> _
 
 
 def _noted(
-    b: Blocks, y: Tensor, spread: _Spread, name: str, numbers: Mapping[int, Sequence[Any]]
+    b: Blocks,
+    y: Tensor,
+    spread: _Spread,
+    name: str,
+    numbers: Mapping[int, Sequence[Any]],
 ) -> Tensor:
     """Note how a result is cut; numbers: those of the layer, of each spatial dim."""
     cuts: list[Cut] = list(b.layout(spread.x))
