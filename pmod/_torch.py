@@ -247,11 +247,11 @@ def swap_forward_nesting(levels: int) -> int:
 _users: Callable[[int], int] = _seen("torch._C:_storage_Use_Count")
 
 
-@_with("torch:UntypedStorage._cdata")
 def is_memory_shared(x: Tensor) -> bool:
     """Return whether other tensors hold the memory of x."""
-    # x holds it, and so does what is asked here
-    return _users(x.untyped_storage()._cdata) > 2
+    # what is asked holds it, too
+    alone = torch.empty(0)
+    return _users(memory_of(x)) > _users(memory_of(alone))
 
 
 @_with("torch._C:_FunctionBase._sequence_nr")

@@ -100,7 +100,7 @@ def a_domain() -> None:
     on_two(lambda: pmod.domain_parallel(torch.relu, pmod.P("x"))(torch.ones(1)))
 
 
-@needs("torch._C:_storage_Use_Count", "torch:UntypedStorage._cdata")
+@needs("torch._C:_storage_Use_Count")
 def written_into_zeros() -> None:
     """domain_parallel cannot tell whether what a block is written into has views."""
     import pmod
