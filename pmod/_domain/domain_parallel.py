@@ -29,7 +29,13 @@ from pmod._mesh.mesh import Mesh
 from pmod._shard.captured import captured_modules
 from pmod._shard.spec import Entry, P, Specs, check_spec, names_in
 from pmod._shard.specs import with_specs
-from pmod._torch import are_transforms_active, uncompiled, untraced, version_of
+from pmod._torch import (
+    are_transforms_active,
+    parameters_of,
+    uncompiled,
+    untraced,
+    version_of,
+)
 
 Sizes = Mapping[int, Sequence[int]]
 
@@ -370,12 +376,16 @@ def _note_state(modules: Sequence[nn.Module]) -> None:
     """Note what modules hold: parameters, buffers and tensors that are attributes."""
     for module in modules:
         for inner in module.modules():
-            for x in tensors_in(list(vars(inner).values())):
-                if known.noted(x) is None:
+            held: list[object] = [*parameters_of(inner).values()]
+            held += inner.buffers(recurse=False)
+            for name, value in vars(inner).items():
+                if isinstance(value, Tensor):
+                    held.append(value)
+                elif isinstance(value, list | tuple | dict) and name[0] != "_":
+                    held += tensors_in(value)
+            for x in held:
+                if isinstance(x, Tensor) and known.noted(x) is None:
                     known.note(x, known.WHOLE)
-        for x in (*module.parameters(), *module.buffers()):
-            if known.noted(x) is None:
-                known.note(x, known.WHOLE)
 
 
 def _first_layout(found: Sequence[tuple[Tensor, P, str]]) -> Layout:

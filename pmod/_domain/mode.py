@@ -115,10 +115,20 @@ def _free(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
     return func(*args, **kwargs)
 
 
-def _is_any_cut(d: Domain, tree: object) -> bool:
+_WITHOUT_TENSORS = frozenset([type(None), int, float, bool, str, slice, torch.dtype])
+
+
+def _is_any_cut(d: Domain, args: Args, kwargs: Kwargs) -> bool:
     """Return whether any tensor is cut; raise if one is unknown."""
+    noted, is_cut = d.blocks.noted, False
     # all are looked at
-    return any([d.blocks.is_cut(x) for x in tensors_in(tree)])
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, Tensor):
+            is_cut = bool(noted(x)) or is_cut
+        elif type(x) not in _WITHOUT_TENSORS:
+            for y in tensors_in(x):
+                is_cut = bool(noted(y)) or is_cut
+    return is_cut
 
 
 def note_rest(y: Any) -> Any:
@@ -149,7 +159,7 @@ def check_out(func: Function, kwargs: Kwargs) -> None:
 
 
 def _by_rule(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
-    if not _is_any_cut(d, (args, kwargs)):
+    if not _is_any_cut(d, args, kwargs):
         return _one_value(func, args, kwargs)
     check_out(func, kwargs)
     return note_rest(RULES[name_of(func)](d.blocks, func, *args, **kwargs))
@@ -157,14 +167,14 @@ def _by_rule(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 def _by_rule_always(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Run what draws: it has a rule for one value, too."""
-    _is_any_cut(d, (args, kwargs))
+    _is_any_cut(d, args, kwargs)
     check_out(func, kwargs)
     return note_rest(RULES[name_of(func)](d.blocks, func, *args, **kwargs))
 
 
 def _enter(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Run a Python function of torch, its body operation by operation."""
-    if not _is_any_cut(d, (args, kwargs)):
+    if not _is_any_cut(d, args, kwargs):
         return _one_value(func, args, kwargs)
     assert isinstance(func, FunctionType)
     # one that asks under its own name for what it was to do would do so without end
@@ -178,7 +188,7 @@ def _enter(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _refuse(d: Domain, func: Function, args: Args, kwargs: Kwargs) -> Any:
-    if not _is_any_cut(d, (args, kwargs)):
+    if not _is_any_cut(d, args, kwargs):
         return _one_value(func, args, kwargs)
     dims: list[int] = []
     for x in tensors_in((args, kwargs)):
