@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, overload
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pmod._collectives.slices import all_gather
 from pmod._collectives.used import Idle, linked, pvary_used
 from pmod._collectives.values import differentiated, pvary
-from pmod._core.arguments import check_tensor, wrong
+from pmod._core.arguments import check_tensor, shares, wrong
 from pmod._core.leaves import map_tensors, tensors_in
 from pmod._domain import known
 from pmod._domain.blocks import Blocks, label_of
@@ -31,11 +31,13 @@ from pmod._shard.spec import Entry, P, Specs, check_spec, names_in
 from pmod._shard.specs import with_specs
 from pmod._torch import (
     are_transforms_active,
+    forward_hooks,
     parameters_of,
     uncompiled,
     untraced,
     version_of,
 )
+from pmod._train.share_parameters import Reduces
 
 Sizes = Mapping[int, Sequence[int]]
 
@@ -63,7 +65,7 @@ def domain_parallel(
     and says which operation, on which line, and what to do. Nothing is silently local.
     in_specs: a `P` for all tensors that are arguments, a tuple with one for each
     argument, or a dict by the names of arguments. Tensors that are not named are whole.
-    What another such call returned needs no spec: its cut is known.
+    What another such call returned, and a DTensor, need no spec: their cut is known.
     sizes: {dim: the lengths of all ranks}; without them the ranks exchange them, one
     small message for each dim that is cut.
 
@@ -179,11 +181,17 @@ class _Calls:
         follow_checkpoints()
         mesh = current_mesh()
         axis = resolve(mesh, FUNCTION)
+        local = partial(_local, mesh)
+        args, kwargs = map_tensors(local, args), map_tensors(local, kwargs)
         found = self._with_specs(args, kwargs, axis)
         for x, spec, where in found:
             check_tensor(x, FUNCTION, axis, name=where)
             check_spec(spec, x.shape, mesh, FUNCTION, where)
         axes = _axes_cut(found, mesh)
+        if not axes and not any([known.noted(x) for x, _, _ in found]):
+            given = "no argument is cut: in_specs cut none, and no domain_parallel returned one"
+            right = "Say which dims are cut, P(None, None, 'lat'); what was computed outside is not known."
+            raise ArgumentError(phrase(FUNCTION, given, right))
         blocks = Blocks(mesh, axes)
         _note_arguments(blocks, found, self._sizes)
         modules = captured_modules(self._f)
@@ -287,6 +295,22 @@ def _parsed(sizes: Sizes | None) -> dict[int, tuple[int, ...]]:
     return told
 
 
+def _local(mesh: Mesh, x: Any) -> Tensor:
+    """Return the block that a DTensor holds of itself, noted; other tensors as they are."""
+    if not hasattr(x, "to_local"):
+        return x
+    spec = P.from_placements(x.placements, mesh)
+    cuts: list[Cut] = [None] * x.dim()
+    for d, entry in enumerate(spec.entries):
+        names = names_in(entry)
+        if names:
+            axis = mesh.bind(label_of(names), FUNCTION)
+            cuts[d] = Part(names, shares(x.shape[d], axis))
+    y: Tensor = x.to_local()
+    known.note(y, tuple(cuts) if any(cuts) else known.WHOLE)
+    return y
+
+
 def _axes_cut(found: Sequence[tuple[Tensor, P, str]], mesh: Mesh) -> Axes:
     """Return the axes over which something is cut, in the order of the mesh."""
     named: set[str] = set()
@@ -378,6 +402,11 @@ def _note_state(modules: Sequence[nn.Module]) -> None:
         for inner in module.modules():
             held: list[object] = [*parameters_of(inner).values()]
             held += inner.buffers(recurse=False)
+            for hook in forward_hooks(inner).values():
+                owner = getattr(hook, "__self__", None)
+                # what data_parallel ties to the result
+                if isinstance(owner, Reduces):
+                    held += vars(owner).values()
             for name, value in vars(inner).items():
                 if isinstance(value, Tensor):
                     held.append(value)

@@ -512,6 +512,8 @@ def test_more_wrong_arguments() -> None:
             pmod.domain_parallel(torch.relu, P("lat"))(torch.ones(shape))
         with pytest.raises(pmod.ArgumentError, match="that no domain_parallel took or returned"):
             pmod.cut_of(torch.ones(2) + 1)
+        with pytest.raises(pmod.ArgumentError, match="no argument is cut"):
+            pmod.domain_parallel(torch.relu, P())(torch.ones(2))
         with pytest.raises(pmod.ArgumentError, match="model is a int"):
             pmod.domain_parallel(3, P())  # pyright: ignore
 
@@ -529,3 +531,73 @@ def test_one_rank() -> None:
 
     on_threads(alone, lat=1, lon=1)
     heard(lambda: None)
+
+
+# --- together with the rest of pmod -------------------------------------------------------------------------------
+
+
+def beside_data() -> None:
+    """Two batches, each cut over two ranks: gradients are averaged over the batches."""
+    whole, module = Net(), Net()
+    batches = [field(), field() * 2]
+    losses = torch.stack([number(whole(x)) for x in batches])
+    wanted = torch.autograd.grad(losses.mean(), list(whole.parameters()))
+    net = pmod.domain_parallel(pmod.data_parallel(module, "data"), EVEN.spec, sizes=EVEN.sizes)
+    trained(net, module, EVEN.block(batches[pmod.axis_index("data")]))
+    alike([p.grad for p in module.parameters()], list(wanted))
+
+
+def test_beside_data_parallel(run: Run) -> None:
+    run(beside_data, data=2, lat=2)
+
+
+def tensor_parallel() -> None:
+    """A collective of the model's own goes along another axis."""
+    weight = field(6, 4)
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return pmod.psum(torch.tanh(x @ w) @ w.mT, "model") * x.shape[2]
+
+    ours = weight.chunk(2, 1)[pmod.axis_index("model")]
+    net = pmod.domain_parallel(f, (EVEN.spec, P()), sizes=EVEN.sizes)
+    x = field().requires_grad_()
+    block = EVEN.block(x)
+    y = net(pmod.pvary(block, "model"), ours)
+    alike([joined(y, pmod.cut_of(y))], [torch.tanh(x @ weight) @ weight.mT * 8])
+    with pytest.raises(pmod.PmodError, match="all_gather: it changes a block's shape"):
+        pmod.domain_parallel(lambda x: pmod.all_gather(x, "model"), EVEN.spec, sizes=EVEN.sizes)(EVEN.block(x))
+
+
+def test_beside_tensor_parallel(run: Run) -> None:
+    run(tensor_parallel, model=2, lat=2)
+
+
+def in_shard_map() -> None:
+    whole, module = Net(), Net()
+    net = pmod.domain_parallel(module, EVEN.spec, sizes=EVEN.sizes)
+    f = pmod.shard_map(lambda x: net(x), in_specs=EVEN.spec, out_specs=EVEN.spec)
+    x = field().requires_grad_()
+    y = f(x)
+    alike([y], [whole(field())])
+    alike(list(torch.autograd.grad(number(y), [x, *module.parameters()])), list(
+        torch.autograd.grad(number(whole(x)), [x, *whole.parameters()])))  # fmt: skip
+
+
+def test_in_a_shard_map(run: Run) -> None:
+    run(in_shard_map, lat=2)
+
+
+def of_dtensors() -> None:
+    mesh = pmod.current_mesh()
+    whole, module = Net(), Net()
+    (x,) = pmod.to_dtensors([EVEN.block(field())], [EVEN.spec])
+    net = pmod.domain_parallel(module, P())
+    y = net(x)
+    assert pmod.cut_of(y).axes == ("lat",) and mesh.axis_names == ("lat",)
+    alike([joined(y, pmod.cut_of(y))], [whole(field())])
+    (z,) = pmod.to_dtensors([y], [P(*pmod.cut_of(y).entries)])
+    alike([z.full_tensor()], [whole(field())])
+
+
+def test_dtensors_go_in() -> None:
+    on_processes(of_dtensors, lat=2)
