@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmod._core.leaves import tensors_in
 from pmod._domain.blocks import Blocks
 from pmod._domain.layout import Fold, Layout, Part, with_cut
 from pmod._domain.refusals import no_exact_form
@@ -212,10 +213,16 @@ def loss(b: Blocks, func: Function, x: Tensor, y: Tensor, *args: Any, **kw: Any)
     at = after.get(name, 1 if name == "binary_cross_entropy" else 0)
     if name == "binary_cross_entropy_with_logits":
         at = 2
+    if name == "poisson_nll_loss":
+        at = 3
     given = list(args)
-    how = kw.pop("reduction", 1)
+    how = kw.pop("reduction", None)
     if len(given) > at:
         how = given.pop(at)
+    if how is None:
+        # torch's own have defaults of their own
+        one = torch.ones(2)
+        how = 0 if func(one, one).dim() else 1
     word = how if isinstance(how, str) else REDUCTIONS[how]
     if word not in REDUCTIONS:
         raise no_exact_form(name, f"reduction={word!r}", "Use 'mean', 'sum' or 'none'.")
@@ -270,4 +277,7 @@ def triangle(b: Blocks, func: Function, x: Tensor, diagonal: int = 0) -> Tensor:
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
 def made_new(b: Blocks, func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Make a tensor of a shape that is given: one value, whatever x is."""
+    if any([b.is_cut(of) for of in tensors_in((args, kwargs))]):
+        right = "Pass a number, or clone the tensor."
+        raise no_exact_form(func.__name__, "it is made from a block", right)
     return func(x, *args, **kwargs)

@@ -1,6 +1,7 @@
 """All rules, registered by being imported."""
 
 from pmod._domain.rules import attention as attention
+from pmod._domain.rules import classes as classes
 from pmod._domain.rules import indexing as indexing
 from pmod._domain.rules import joins as joins
 from pmod._domain.rules import matmul as matmul

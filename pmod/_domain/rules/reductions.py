@@ -347,8 +347,11 @@ def norm(
 
 @rule("any", "all", "count_nonzero")
 def truth(
-    b: Blocks, func: Function, x: Tensor, dim: Dims = None, keepdim: bool = False
+    b: Blocks, func: Function, x: Tensor, dim: Dims = None, keepdim: Any = False
 ) -> Tensor:
+    if func.__name__ == "count_nonzero" and keepdim is not False:
+        right = "Pass dims as one tuple."
+        raise no_exact_form("count_nonzero", "of dims one by one", right)
     holds = ~x.bool() if func.__name__ == "all" else x.bool()
     dims = dims_of(dim, x.dim())
     n = total(b, b.note(holds.long(), b.layout(x)), dims, keepdim=keepdim)

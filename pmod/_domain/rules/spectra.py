@@ -62,7 +62,7 @@ def _dims(name: str, count: int, s: object, dim: Any) -> list[int]:
     if dim == "usual":
         dim = {"2": (-2, -1), "n": None}.get(name[-1], -1)
     if dim is None and s is not None:
-        listed = cast(Sequence[int], s)
+        listed = repeated(cast(Sequence[int], s), 1)
         return list(range(count - len(listed), count))
     return dims_of(dim, count)
 

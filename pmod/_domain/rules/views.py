@@ -77,9 +77,10 @@ def unsqueeze(b: Blocks, func: Function, x: Tensor, dim: int) -> Tensor:
 
 
 @rule("squeeze")
-def squeeze(b: Blocks, func: Function, x: Tensor, dim: Dims = None) -> Tensor:
+def squeeze(b: Blocks, func: Function, x: Tensor, *dim: Any, **named: Any) -> Tensor:
+    given: Dims = named.get("dim", numbers(dim) if dim else None)
     shape = b.whole(x)
-    dims = [d for d in dims_of(dim, x.dim()) if shape[d] == 1]
+    dims = [d for d in dims_of(given, x.dim()) if shape[d] == 1]
     for d in dims:
         x = b.unshard(x, d)
     return b.note(x.squeeze(dims), without(b.layout(x), dims))
