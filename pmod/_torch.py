@@ -267,13 +267,17 @@ def set_number(node: Any, number: int) -> None:
 
 
 _CHECKPOINTS = "torch.utils.checkpoint:_checkpoint_without_reentrant_generator"
+# the one that torch calls since 2.14
+_CHECKPOINTS_NOW = f"{_CHECKPOINTS}_impl"
+_seen(_CHECKPOINTS_NOW, ALL[3:])
 
 
 @_with(_CHECKPOINTS)
 def replace_checkpoints(f: Callable[[Any], Any]) -> None:
     """Put f of it in the place of the generator that runs a checkpoint, once a process."""
     module: Any = sys.modules["torch.utils.checkpoint"]
-    name = _CHECKPOINTS.split(":")[1]
+    older, newer = _CHECKPOINTS.split(":")[1], _CHECKPOINTS_NOW.split(":")[1]
+    name = newer if hasattr(module, newer) else older
     generator = getattr(module, name)
     if not hasattr(generator, "__wrapped__"):
         setattr(module, name, f(generator))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -43,23 +44,23 @@ def follow_checkpoints() -> None:
 
 
 def _followed(generator: Callable[..., Any]) -> Callable[..., Any]:
+    # versions of torch take what follows fn in different ways
+    signature = inspect.signature(generator)
+
     @wraps(generator)
-    def of_domain(
-        fn: Any,
-        preserve_rng_state: bool = True,
-        context_fn: Callable[[], Contexts] = checkpoint.noop_context_fn,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def of_domain(*given: Any, **named: Any) -> Any:
         d = domain_here()
         if d is None:
-            return generator(fn, preserve_rng_state, context_fn, *args, **kwargs)
+            return generator(*given, **named)
+        call = signature.bind(*given, **named)
+        context_fn = call.arguments.get("context_fn", checkpoint.noop_context_fn)
         recompute = again(d)
 
         def contexts() -> Contexts:
             forward, backward = context_fn()
             return forward, _Both(backward, recompute)
 
-        return generator(fn, preserve_rng_state, contexts, *args, **kwargs)
+        call.arguments["context_fn"] = contexts
+        return generator(*call.args, **call.kwargs)
 
     return of_domain

@@ -100,6 +100,14 @@ def a_domain() -> None:
     on_two(lambda: pmod.domain_parallel(torch.relu, pmod.P("x"))(torch.ones(1)))
 
 
+@needs("torch.utils.checkpoint:_checkpoint_without_reentrant_generator_impl", harmless=True)
+def a_checkpoint() -> None:
+    """Nothing before torch 2.14; since then a checkpoint inside of domain_parallel raises when it runs again."""
+    import pmod
+
+    on_two(lambda: pmod.domain_parallel(torch.relu, pmod.P("x"))(torch.ones(1)))
+
+
 @needs("torch._C:_storage_Use_Count")
 def written_into_zeros() -> None:
     """domain_parallel cannot tell whether what a block is written into has views."""
