@@ -192,7 +192,7 @@ def draw_collective(
     rank 1 (model=1)  b0      →  a0 b0
     """
     known = drawn()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:  # pyright: ignore[reportUnnecessaryIsInstance]
         given = f"no collective {quoted(name)} is drawn{near_miss(name, known)}"
         right = f"There are {', '.join(known)}."
         raise AxisError(phrase("draw_collective", given, right))

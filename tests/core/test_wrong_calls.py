@@ -60,7 +60,7 @@ def public() -> set[str]:
     for prefix, module in modules.items():
         for name, f in vars(module).items():
             error = inspect.isclass(f) and issubclass(f, Exception)
-            own = prefix == "" or getattr(f, "__module__", "") == module.__name__
+            own = prefix == "" or getattr(f, "__module__", "").startswith(module.__name__)
             if callable(f) and own and not name.startswith("_") and not error:
                 names.add(prefix + name)
     return names

@@ -246,8 +246,8 @@ def transforms_agree(drawn: Drawn) -> None:
     """Of a rank: jvp, vmap and forward over reverse give what torch and autograd do."""
     case, of, vs = drawn.case, drawn.tensors(), drawn.tensors(1)
     xs, ts = tuple(drawn.all_mine(of)), tuple(drawn.all_mine(vs))
-    y, tangent = jvp(case.whole, tuple(of), tuple(vs))
-    value, moved = jvp(drawn.call, xs, ts)
+    y, tangent, *_ = jvp(case.whole, tuple(of), tuple(vs))
+    value, moved, *_ = jvp(drawn.call, xs, ts)
     lengths = drawn.lengths(value)
     same(value, drawn.part(y, lengths), "value under jvp")
     same(moved, drawn.part(tangent, lengths), "jvp", rtol=1e-9, atol=1e-9)

@@ -127,6 +127,45 @@ SIGNAL: dict[str, Callable[[], Any]] = {"x": lambda: torch.ones(2, 4), "axis": l
 CONV: dict[str, Callable[[], Any]] = {"input": image, "axis": lambda: "x"}
 OF_FFT = ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn")
 
+
+
+def volume() -> torch.Tensor:
+    return torch.ones(1, 4, 3, 3)
+
+
+def points() -> torch.Tensor:
+    return torch.ones(2, 4, 3)
+
+
+ATTENTION: dict[str, Callable[[], Any]] = {"query": points, "key": points, "value": points}
+WINDOW: dict[str, Callable[[], Any]] = {"kernel_size": lambda: 2}
+SHAPED: dict[str, Callable[[], Any]] = {"dim": lambda: -1, "normalized_shape": lambda: (3 * size(),)}
+# arguments beside the input and the axis, which an entry may replace
+LAYERS: dict[str, dict[str, Callable[[], Any]]] = {
+    "conv_transpose1d": {"weight": lambda: torch.ones(4, 2, 1)},
+    "conv_transpose2d": {"weight": lambda: torch.ones(1, 2, 1, 1)},
+    "conv_transpose3d": {"input": volume, "weight": lambda: torch.ones(1, 2, 1, 1, 1)},
+    **{f"{kind}_pool{n}d": WINDOW | ({"input": volume} if n == 3 else {}) | more
+       for kind, more in {"max": {}, "avg": {}, "lp": {"norm_type": lambda: 2}}.items() for n in (1, 2, 3)},
+    **{f"adaptive_{kind}_pool{n}d": {"output_size": lambda: 2} | ({"input": volume} if n == 3 else {})
+       for kind in ("avg", "max") for n in (1, 2, 3)},
+    "interpolate": {"size": lambda: 5}, "unfold": WINDOW, "fold": {
+        "input": lambda: torch.ones(1, 2, 4), "kernel_size": lambda: 1, "output_size": lambda: (2 * size(), 2)},
+    "pixel_shuffle": {"input": lambda: torch.ones(4, 2, 2), "upscale_factor": lambda: 2},
+    "pixel_unshuffle": {"input": lambda: torch.ones(1, 4, 2), "downscale_factor": lambda: 2},
+    "pad": {"pad": lambda: (1, 1)}, "roll": {"shifts": lambda: 1, "dims": lambda: 1}, "flip": {"dims": lambda: 1},
+    "diff": {"dim": lambda: 1}, "recut": {"to": lambda: [1] * size()},
+    "batch_norm": {"running_mean": lambda: None, "running_var": lambda: None, "training": lambda: True},
+    "instance_norm": {}, "group_norm": {"num_groups": lambda: 2}, "layer_norm": SHAPED, "rms_norm": SHAPED,
+    "softmax": {"dim": lambda: 1}, "log_softmax": {"dim": lambda: 1}, "cumsum": {"dim": lambda: 1},
+    "index_select": {"dim": lambda: 1, "index": lambda: torch.tensor([0])},
+    "take_along_dim": {"dim": lambda: 1, "indices": lambda: torch.tensor([[[0]]])},
+    "sort": {}, "topk": {"k": lambda: 1}, "zigzag": {},
+    "embedding": {"input": lambda: torch.tensor([0, 1]), "weight": x},
+    "linear": {"input": x, "weight": x}, "cross_entropy": {"input": x, "target": lambda: torch.tensor([0, 1, 0, 1])},
+    **{name: {"target": image} for name in ("mse_loss", "l1_loss", "relative_l2_loss")},
+}  # fmt: skip
+
 RIGHT: dict[str, Right] = {
     **{name: (of.function, TREE) for name, of in COLLECTIVES.items() if not of.required},
     "replicate": (pmod.replicate, TREE),
@@ -221,6 +260,12 @@ RIGHT: dict[str, Right] = {
         "input": lambda: torch.ones(1, 4, 3, 3), "axis": lambda: "x", "weight": lambda: torch.ones(1, 1, 3, 3, 3),
         "padding": lambda: 1,
     }),
+    **{f"nn.functional.{name}": (getattr(F, name), {**CONV, **more}) for name, more in LAYERS.items()},
+    "nn.functional.cat": (F.cat, {"tensors": lambda: [x(), x()], "axis": lambda: "x"}),
+    "nn.functional.scaled_dot_product_attention": (F.scaled_dot_product_attention, {**ATTENTION, "axis": lambda: "x"}),
+    **{f"nn.functional.neighborhood_attention{n}d": (
+        getattr(F, f"neighborhood_attention{n}d"), {**dict.fromkeys(ATTENTION, around), **WINDOW, "axis": lambda: "x"})
+       for n, around in ((1, points), (2, points), (3, volume))},
     "nn.functional.out_sizes": (partial(F.out_sizes, "conv2d"), {"sizes": lambda: (4, 4), "kernel_size": lambda: 3}),
     "testing.assert_matches_serial": (pmod.testing.assert_matches_serial, {
         "f": lambda: identity, "serial": lambda: identity, "args": lambda: (torch.ones(4, 2),),
@@ -531,7 +576,7 @@ def drawn(seed: int) -> Draw:
     odd: dict[str, tuple[str, bool]] = {}
     for key in chance.sample(known, min(len(known), chance.choice((0, 1, 1, 1, 2)))):
         what = chance.choice(list(chance.choice(list(KINDS.values()))))
-        if key in ("f", "fn", "serial") and what not in NO_FUNCTIONS:
+        if key in ("f", "fn", "serial", "attn_mask") and what not in NO_FUNCTIONS:
             what = "None"
         odd[key] = what, key in ("x", "tree") and chance.random() < 0.3
     able = [key for key in known if KIND_OF.get(key, key) in NEAR and key not in odd]

@@ -135,7 +135,7 @@ def test_nothing_is_exchanged_for_lengths() -> None:
 X = torch.ones(2, 3)
 WRONG = {
     "integers": (lambda: sharded.softmax(X.long(), 1, axis="x"),
-                 "input is torch.int64.\nPass input.float(), or dtype=torch.float32."),
+                 "input is int64.\nPass one that is floating, input.float() for example."),
     "k": (lambda: sharded.topk(X, 7, axis="x", sizes=(3, 3)),
           "k is 7 and the whole has 6 rows.\nPass an int of 0 to 6."),
     "complex": (lambda: sharded.sort(X + 1j, axis="x"),

@@ -253,7 +253,8 @@ WRONG = {
     "heads": (lambda: attend(X[:1].expand(3, 4, 3), X, X, enable_gqa=True, axis="x"),
               "query is (3, 4, 3), key (2, 4, 3), value (2, 4, 3).\nPass heads of queries that those of keys divide."),
     "a mask": (lambda: attend(X, X, X, torch.ones(4, 4), axis="x", sizes=(4, 4)),
-               "attn_mask is (4, 4).\nPass (..., 4, 8): this rank's queries, the whole's keys."),
+               "attn_mask is (4, 4) and the whole has 8 keys.\n"
+               "Pass (..., 4, 8): this rank's queries, the whole's keys."),
     "queries": (lambda: attend(X[:, :3], X, X, is_causal=True, axis="x", sizes=(4, 4)),
                 "this rank has 3 queries and 4 keys.\nPass query_sizes, where queries are cut otherwise than keys."),
     "a dim": (lambda: attend(X, X, X, axis="x", dim=-1),

@@ -157,13 +157,13 @@ WRONG = {
     "no statistics": (lambda: sharded.batch_norm(X, None, None, axis="x"),
                       "there are no running statistics, and none are taken.\nPass running_mean and running_var."),
     "one value": (lambda: sharded.instance_norm(X[:, :, :pmod.axis_index("x")], axis="x", sizes=(0, 1)),
-                  "there is one value for each channel.\nPass more, or a norm with running statistics in eval."),
+                  "the whole has one value for each channel.\nPass more, or a norm with running statistics in eval."),
     "nothing": (lambda: sharded.layer_norm(X[:, :, :0], (0,), axis="x", sizes=(0, 0)),
-                "there is nothing to take the mean of.\nPass an input with rows."),
+                "the whole has nothing to take the mean of.\nPass an input with rows."),
     "normalized_shape": (lambda: sharded.layer_norm(X, (4, 3), axis="x", dim=-1, sizes=(3, 3)),
-                         "normalized_shape is (4, 3) and the whole is (..., 4, 6).\nPass the whole's lengths."),
+                         "normalized_shape is (4, 3), but the whole has (..., 4, 6).\nPass the whole's lengths."),
     "integers": (lambda: sharded.rms_norm(X.long(), (6,), axis="x"),
-                 "x is int64, which has no mean.\nPass x.float()."),
+                 "input is int64.\nPass one that is floating, input.float() for example."),
 }  # fmt: skip
 
 

@@ -144,7 +144,7 @@ WRONG = {
     "a batch": (lambda x: sharded.lp_pool1d(x, 2, 2, axis="x", dim=0),
                 "dim 0 is not a spatial one.\nPass a dim from -1 to -1; shards of a batch are pooled by torch alone."),
     "integers": (lambda x: sharded.avg_pool1d(x.long(), 2, axis="x"),
-                 "x is int64, which has no mean.\nPass x.float()."),
+                 "input is int64.\nPass one that is floating, input.float() for example."),
     "norm": (lambda x: sharded.lp_pool1d(x, 0, 2, axis="x"), "norm_type is 0.\nPass a number other than 0, or inf."),
     "output_padding": (
         lambda x: sharded.conv_transpose1d(x, torch.ones(2, 1, 3), output_padding=1, axis="x"),
@@ -172,3 +172,16 @@ def test_unknown_to_out_sizes() -> None:
     with pytest.raises(pmod.ArgumentError, match=r"function is 'max_pool4d'; did you mean 'max_pool"):
         sharded.out_sizes("max_pool4d", (4, 4), 2)
     assert sharded.out_sizes(F.max_pool2d, (4, 4), 2) == (2, 2)
+
+
+@pytest.mark.parametrize("name, args, expected", [
+    ("max_pool2d", (2, 2), (2, 1, 2, 0)), ("max_pool2d", (3, 3, 1), (2, 0, 1, 1)), ("unfold", (3,), (4, 1, 3, 0)),
+    ("conv_transpose2d", (3, 2), (8, 2, 8, 3)), ("interpolate", (20,), (8, 2, 8, 2)),
+    ("interpolate", (5,), (2, 1, 2, 0)),
+    ("adaptive_avg_pool2d", (5,), (2, 1, 2, 0)), ("pad", (2, 1), (6, 1, 4, 2)), ("pad", (-5, 0), (0, 0, 4, 1)),
+    ("pixel_shuffle", (3,), (12, 3, 12, 3)), ("topk", (6,), (2, 2, 2, 0)), ("cat", ((1, 0, 2, 0),), (5, 1, 6, 1)),
+    ("fold", (22, 3, 1, 0, 2), (8, 2, 8, 4)),
+])  # fmt: skip
+def test_which_rank_has_which_row(name: str, args: tuple[Any, ...], expected: tuple[int, ...]) -> None:
+    """Row j is where row j * stride is, or its share of the length; what is past the end is on the last rank."""
+    assert sharded.out_sizes(name, (4, 1, 4, 1), *args) == expected

@@ -170,7 +170,7 @@ WRONG = {
              "only one of size or scale_factor should be defined.\nPass what torch.nn.functional.interpolate takes."),
     "dims": (lambda: sharded.interpolate(X[0], 3, axis="x"), "input is (2, 4).\nPass an input of 3 to 5 dims."),
     "integers": (lambda: sharded.interpolate(X.long(), 3, mode="linear", axis="x", sizes=(4, 4)),
-                 "x is int64, which has no mean.\nPass x.float()."),
+                 "input is int64.\nPass one that is floating, input.float() for example."),
     "output_size": (lambda: sharded.adaptive_avg_pool1d(X, 0, axis="x"),
                     "output_size is 0.\nPass an int of 1 or more, or 1 of them; None keeps a length."),
     "nothing": (lambda: sharded.adaptive_max_pool1d(X[..., :0], 1, axis="x", sizes=(0, 0)),

@@ -57,6 +57,9 @@ from pmod.nn.functional.conv import conv3d as conv3d
 from pmod.nn.functional.conv import conv_transpose1d as conv_transpose1d
 from pmod.nn.functional.conv import conv_transpose2d as conv_transpose2d
 from pmod.nn.functional.conv import conv_transpose3d as conv_transpose3d
+from pmod.nn.functional.losses import l1_loss as l1_loss
+from pmod.nn.functional.losses import mse_loss as mse_loss
+from pmod.nn.functional.losses import relative_l2_loss as relative_l2_loss
 from pmod.nn.functional.moves import cat as cat
 from pmod.nn.functional.moves import diff as diff
 from pmod.nn.functional.moves import flip as flip
@@ -94,3 +97,6 @@ from pmod.nn.functional.resample import adaptive_max_pool2d as adaptive_max_pool
 from pmod.nn.functional.resample import adaptive_max_pool3d as adaptive_max_pool3d
 from pmod.nn.functional.resample import interpolate as interpolate
 from pmod.nn.functional.sizes import out_sizes as out_sizes
+from pmod.nn.functional.vocabulary import cross_entropy as cross_entropy
+from pmod.nn.functional.vocabulary import embedding as embedding
+from pmod.nn.functional.vocabulary import linear as linear

@@ -25,6 +25,9 @@ from pmod.nn.functional.given import (
     Spread,
     any_dim,
     bound,
+    check_dtype,
+    check_flags,
+    check_kind,
     cuts_told,
     held_of,
 )
@@ -50,21 +53,35 @@ class _Of(NamedTuple):
 
 
 def _along(
-    function: str, x: Tensor, dim: object, axis: Axes, sizes: Sizes | None
+    function: str,
+    x: Tensor,
+    dim: object,
+    axis: Axes,
+    sizes: Sizes | None,
+    check: Callable[[Axis], None],
 ) -> _Of:
-    """Return the dim; an axis alone is that of it. The shards' lengths are settled."""
+    """Return the dim; an axis alone is that of it. The shards' lengths are settled.
+
+    check: what raises before anything is sent.
+    """
     number = as_int(dim)
     spread = Spread(axis, None, sizes)
     bounds = bound(function, spread, 0 if number is None else number)
     first = bounds[0][1]
     check_tensor(x, function, first, name="input")
     at = dim_from_end(dim, x, function, first)
+    check(first)
     held = held_of(function, cuts_told(function, spread, bounds), x, any_dim(x))
     return _Of(at, first, held.get(at))
 
 
 def _cut_along(
-    function: str, x: Tensor, dim: object, axis: Axes, sizes: Sizes | None
+    function: str,
+    x: Tensor,
+    dim: object,
+    axis: Axes,
+    sizes: Sizes | None,
+    dtype: torch.dtype | None,
 ) -> tuple[int, Axis | None]:
     """Return the dim and the axis that cuts it; no lengths are needed."""
     number = as_int(dim)
@@ -72,6 +89,10 @@ def _cut_along(
     bounds = bound(function, spread, 0 if number is None else number)
     first = bounds[0][1]
     check_tensor(x, function, first, name="input")
+    check_dtype(dtype, function, first)
+    check_kind(x, "of numbers", function, first)
+    if "softmax" in function:
+        check_kind(torch.empty((), dtype=dtype or x.dtype), "floating", function, first)
     cuts = cuts_told(function, spread, bounds)
     if any(cut.sizes is not None for cut in cuts):
         # lengths that are told are checked all the same
@@ -92,13 +113,14 @@ def _computed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 # --- softmax --------------------------------------------------------------------------
 
 
-def _top(x: Tensor, at: int, axis: Axis) -> Tensor:
+def top_of(x: Tensor, at: int, axis: Axis | None) -> Tensor:
     """Return the largest along a dim of the whole; what is computed with it may vary."""
     own = x.detach()
-    # of nothing there is no largest
     if not own.shape[at]:
-        return largest(own.sum(at, keepdim=True) - torch.inf, axis)
-    return largest(own.amax(at, keepdim=True), axis)
+        # of nothing there is no largest
+        own = own.new_full((), -torch.inf) + own.sum(at, keepdim=True)
+    top = own.amax(at, keepdim=True)
+    return top if axis is None else largest(top, axis)
 
 
 def _softmax(
@@ -110,17 +132,13 @@ def _softmax(
     sizes: Sizes | None,
 ) -> Tensor:
     """Return the softmax of the whole, or its logarithm."""
-    at, of = _cut_along(function, x, dim, axis, sizes)
+    at, of = _cut_along(function, x, dim, axis, sizes, dtype)
     is_log = function.endswith("log_softmax")
     if of is None or of.size == 1:
         torchs = torch.log_softmax if is_log else torch.softmax
         return torchs(x, at, dtype=dtype)
     wide = _computed(x, dtype)
-    if not wide.is_floating_point():
-        said = f"input is {wide.dtype}"
-        right = "Pass input.float(), or dtype=torch.float32."
-        raise wrong(ArgumentError, function, of, said, right)
-    moved = wide - _top(wide, at, of)
+    moved = wide - top_of(wide, at, of)
     powers = moved.exp()
     total = sum_of_all(powers.sum(at, keepdim=True), of)
     y = moved - total.log() if is_log else powers / total
@@ -199,7 +217,7 @@ def cumsum(
     >>> pmod.simulate(sums, x=2)
     [tensor([0, 1, 3]), tensor([ 6, 10])]
     """
-    at, of = _cut_along("nn.functional.cumsum", input, dim, axis, sizes)
+    at, of = _cut_along("nn.functional.cumsum", input, dim, axis, sizes, dtype)
     y = input.cumsum(at, dtype=dtype)
     if of is None or of.size == 1:
         return y
@@ -218,7 +236,7 @@ def _selected(
     """
     held = of.held
     assert held is not None
-    _check_inside(index, held.total)
+    check_inside(index, held.total)
     starts = [sum(held.sizes[:rank]) for rank in range(len(held.sizes))]
     block, lengths = x, held.sizes
     y: Tensor | None = None
@@ -240,17 +258,18 @@ def _selected(
     return y
 
 
-def _check_inside(index: Tensor, rows: int) -> None:
+def check_inside(index: Tensor, rows: int) -> None:
     """Let torch raise for a row that is not there."""
     torch.arange(rows, device=index.device).index_select(0, index.flatten())
 
 
-def _check_index(function: str, of: _Of, index: object, name: str) -> None:
-    check_tensor(index, function, of.axis, name=name)
-    assert isinstance(index, Tensor)
-    if index.dtype not in (torch.int32, torch.int64):
-        said = f"{name} is {index.dtype}"
-        raise wrong(ArgumentError, function, of.axis, said, f"Pass {name}.long().")
+def check_numbers(function: str, x: object, name: str, axis: Axis) -> None:
+    """Raise unless a tensor holds numbers of rows."""
+    check_tensor(x, function, axis, name=name)
+    assert isinstance(x, Tensor)
+    if x.dtype not in (torch.int32, torch.int64):
+        said = f"{name} is {x.dtype}"
+        raise wrong(ArgumentError, function, axis, said, f"Pass {name}.long().")
 
 
 def index_select(
@@ -279,11 +298,15 @@ def index_select(
     [tensor([30,  0]), tensor([30,  0])]
     """
     function = "nn.functional.index_select"
-    of = _along(function, input, dim, axis, sizes)
-    _check_index(function, of, index, "index")
-    if index.dim() != 1:
-        said = f"index is {tuple(index.shape)}"
-        raise wrong(ShapeError, function, of.axis, said, "Pass an index of one dim.")
+
+    def check(first: Axis) -> None:
+        check_kind(input, "of numbers", function, first)
+        check_numbers(function, index, "index", first)
+        if index.dim() != 1:
+            said = f"index is {tuple(index.shape)}"
+            raise wrong(ShapeError, function, first, said, "Pass an index of one dim.")
+
+    of = _along(function, input, dim, axis, sizes, check)
     if of.held is None or not of.held.total:
         return input.index_select(of.at, index)
     return _selected(input, of, index, lambda x, rows: x.index_select(of.at, rows))
@@ -313,11 +336,15 @@ def take_along_dim(
     [tensor([30, 20]), tensor([10,  0])]
     """
     function = "nn.functional.take_along_dim"
-    of = _along(function, input, dim, axis, sizes)
-    _check_index(function, of, indices, "indices")
-    if indices.dim() != input.dim():
-        said = f"indices has {indices.dim()} dims and input {input.dim()}"
-        raise wrong(ShapeError, function, of.axis, said, "Pass as many.")
+
+    def check(first: Axis) -> None:
+        check_kind(input, "of numbers", function, first)
+        check_numbers(function, indices, "indices", first)
+        if indices.dim() != input.dim():
+            said = f"indices has {indices.dim()} dims and input {input.dim()}"
+            raise wrong(ShapeError, function, first, said, "Pass as many.")
+
+    of = _along(function, input, dim, axis, sizes, check)
     if of.held is None or not of.held.total:
         return torch.take_along_dim(input, indices, of.at)
     return _selected(
@@ -384,8 +411,13 @@ def sort(
     [tensor([0, 1]), tensor([2, 3])]
     """
     function = "nn.functional.sort"
-    of = _along(function, input, dim, axis, sizes)
-    check_order(input, function, of.axis)
+    check_flags(function, descending=descending, stable=stable)
+
+    def check(first: Axis) -> None:
+        check_order(input, function, first)
+        check_kind(input, "of numbers", function, first)
+
+    of = _along(function, input, dim, axis, sizes, check)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = torch.sort(
@@ -424,11 +456,19 @@ def topk(
     [(tensor([3]), tensor([0])), (tensor([2]), tensor([2]))]
     """
     function = "nn.functional.topk"
-    of = _along(function, input, dim, axis, sizes)
-    check_order(input, function, of.axis)
+    check_flags(function, largest=largest, sorted=sorted)
     count = as_int(k)
+
+    def check(first: Axis) -> None:
+        check_order(input, function, first)
+        check_kind(input, "real", function, first)
+        if count is None or count < 0:
+            said = f"k is {quoted(k)}"
+            raise wrong(ShapeError, function, first, said, "Pass an int of 0 or more.")
+
+    of = _along(function, input, dim, axis, sizes, check)
     rows = int(input.shape[of.at]) if of.held is None else of.held.total
-    if count is None or not 0 <= count <= rows:
+    if count is None or count > rows:
         said = f"k is {quoted(k)} and the whole has {rows} rows"
         raise wrong(ShapeError, function, of.axis, said, f"Pass an int of 0 to {rows}.")
     most, ordered = bool(largest), bool(sorted)

@@ -41,6 +41,8 @@ from pmod.nn.functional.given import (
     Spread,
     bound,
     check_choice,
+    check_flags,
+    check_kind,
     cuts_told,
     held_of,
 )
@@ -205,9 +207,10 @@ def _check_tensors(function: str, given: _Tensors, of: Axis, grouped: bool) -> i
     """Raise unless the tensors fit; return how many heads share one of keys."""
     for name, x in zip(("query", "key", "value"), given, strict=True):
         check_tensor(x, function, of, name=name)
-        if x.dim() < 2 or not x.is_floating_point():
-            said = f"{name} is {tuple(x.shape)}, {x.dtype}"
-            right = "Pass floating (..., rows, features)."
+        check_kind(x, "floating", function, of, name=name)
+        if x.dim() < 2:
+            said = f"{name} is {tuple(x.shape)}"
+            right = "Pass (..., rows, features)."
             raise wrong(ShapeError, function, of, said, right)
     q, k, v = given
     shapes = f"query is {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
@@ -232,29 +235,29 @@ def _check_mask(function: str, mask: object, rows: int, columns: int, of: Axis) 
         return
     check_tensor(mask, function, of, name="attn_mask")
     assert isinstance(mask, Tensor)
+    check_kind(mask, "of numbers", function, of, name="attn_mask")
     shape = mask.shape[-2:]
     fits = len(shape) == 2 and shape[0] in (1, rows) and shape[1] in (1, columns)
     if not fits:
-        said = f"attn_mask is {tuple(mask.shape)}"
+        said = f"attn_mask is {tuple(mask.shape)} and the whole has {columns} keys"
         right = f"Pass (..., {rows}, {columns}): this rank's queries, the whole's keys."
         raise wrong(ShapeError, function, of, said, right)
 
 
-def _held_by_queries(
-    function: str, q: Tensor, sizes: object, held: Held, *, needed: bool
-) -> tuple[int, ...]:
-    """Return the lengths of the queries' shards, where positions are needed."""
-    of = held.axis
+def _told_by_queries(
+    function: str, q: Tensor, sizes: object, k: Tensor, of: Axis, *, needed: bool
+) -> tuple[int, ...] | None:
+    """Return the lengths of the queries' shards; None if they are those of the keys."""
     if sizes is not None:
         told = check_sizes(cast(Any, sizes), function, of, name="query_sizes")
         right = "Pass the length of each rank's queries."
         check_own_size(q, -2, told, function, of, right)
         return told
-    if needed and q.shape[-2] != held.sizes[of.index]:
-        said = f"this rank has {q.shape[-2]} queries and {held.sizes[of.index]} keys"
+    if needed and q.shape[-2] != k.shape[-2]:
+        said = f"this rank has {q.shape[-2]} queries and {k.shape[-2]} keys"
         right = "Pass query_sizes, where queries are cut otherwise than keys."
         raise wrong(ShapeError, function, of, said, right)
-    return held.sizes
+    return None
 
 
 # --- the ring -------------------------------------------------------------------------
@@ -388,7 +391,7 @@ def scaled_dot_product_attention(
     one value. zigzag: the rows are those that `zigzag` gives, so that causal work is as
     much on every rank.
 
-    V -> V; V -> I of a whole query. Shapes: query (..., l, e), key (..., s, e), value
+    V -> V. Of a whole query V -> I. Shapes: query (..., l, e), key (..., s, e), value
     (..., s, f) -> (..., l, f).
     Cost: n - 1 messages of a block of keys and values each, forward and backward; they
     are under way while a block is attended to, forward. The scores of one block are in
@@ -409,10 +412,10 @@ def scaled_dot_product_attention(
     bounds = bound(function, spread, -2)
     of = bounds[0][1]
     given = _Tensors(query, key, value)
-    check_flag(enable_gqa, function, "enable_gqa")
+    check_flags(function, enable_gqa=enable_gqa, is_causal=is_causal, zigzag=zigzag)
     repeats = _check_tensors(function, given, of, bool(enable_gqa))
     check_choice(queries, "queries", ("cut", "whole"), function, of)
-    if dropout_p != 0.0:
+    if as_real(dropout_p) != 0:
         said = f"dropout_p is {quoted(dropout_p)}"
         right = "Pass 0: blocks would draw other numbers than the whole."
         raise wrong(ArgumentError, function, of, said, right)
@@ -420,17 +423,16 @@ def scaled_dot_product_attention(
     if factor is None:
         said = f"scale is {quoted(scale)}"
         raise wrong(ArgumentError, function, of, said, "Pass a number, or None.")
-    (held,) = held_of(
-        function, cuts_told(function, spread, bounds), key, _ROWS
-    ).values()
-    is_whole = queries == "whole"
-    by_queries = held.sizes
+    cuts = cuts_told(function, spread, bounds)
+    is_whole, told = queries == "whole", None
     if not is_whole:
         needed = bool(is_causal) or attn_mask is not None
-        by_queries = _held_by_queries(function, query, query_sizes, held, needed=needed)
+        told = _told_by_queries(function, query, query_sizes, key, of, needed=needed)
+    (held,) = held_of(function, cuts, key, _ROWS).values()
     _check_mask(function, attn_mask, int(query.shape[-2]), held.total, of)
     call = _Call(attn_mask, bool(is_causal), float(factor), repeats)
-    runs = _Both(_runs(by_queries, zigzag), _runs(held.sizes, zigzag))
+    by_queries = held.sizes if told is None else told
+    runs = _Both(_runs(by_queries, bool(zigzag)), _runs(held.sizes, bool(zigzag)))
     if is_whole:
         return _over_all(given, call, held, runs)
     return _ring(given, call, held, runs)

@@ -18,6 +18,7 @@ from pmod.nn.functional.given import (
     Spread,
     Wrong,
     bound,
+    check_kind,
     cuts_told,
     held_of,
     ints,
@@ -79,6 +80,7 @@ def unfold(
     bounds = bound(function, spread, -2)
     first = bounds[0][1]
     check_tensor(input, function, first, name="input")
+    check_kind(input, "floating or complex", function, first)
     error = shape_error(function, first)
     if input.dim() not in (3, 4):
         raise error(f"input is {tuple(input.shape)}", "Pass an input of 3 or 4 dims.")
@@ -143,6 +145,7 @@ def fold(
     bounds = bound(function, spread, -2)
     first = bounds[0][1]
     check_tensor(input, function, first, name="input")
+    check_kind(input, "floating or complex", function, first)
     error = shape_error(function, first)
     wanted = ints(output_size, "output_size", 2, 1, error)
     slides = _slides(kernel_size, dilation, padding, stride, error)

@@ -10,10 +10,19 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from pmod._collectives.cuts import Cut, axes_by_dim, by_dim, places_of, settled
-from pmod._core.arguments import LONGEST, as_int, check_sizes, check_tensor, wrong
+from pmod._core.arguments import (
+    LONGEST,
+    as_int,
+    as_list,
+    check_flag,
+    check_sizes,
+    check_tensor,
+    wrong,
+)
 from pmod._errors import ArgumentError, PmodError, ShapeError, near_miss, quoted
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
@@ -162,7 +171,8 @@ def shape_error(function: str, axis: Axis) -> Wrong:
 
 def ints(given: object, name: str, count: int, least: int, error: Wrong) -> list[int]:
     """Return one number for each spatial dim."""
-    listed = list(given) if isinstance(given, tuple | list) else [given]
+    several = as_list(given)
+    listed = [given] if several is None else several
     parsed: list[int] = []
     for one in listed:
         number = as_int(one)
@@ -196,3 +206,60 @@ def check_choice(
 def any_dim(x: Tensor) -> Along:
     """Return all dims of x, where a layer works along each or passes it on."""
     return Along(tuple(range(-x.dim(), 0)), "a dim of it", "")
+
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# what torch's functions take, of all that is sent
+_TAKEN: dict[str, tuple[torch.dtype, ...]] = {
+    "floating": _FLOATING,
+    "floating or complex": (*_FLOATING, torch.complex64, torch.complex128),
+    "real": (*_FLOATING, *_WHOLE),
+    "of numbers": (
+        *_FLOATING,
+        *_WHOLE,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    ),
+}
+
+
+def check_kind(
+    x: Tensor, kind: str, function: str, axis: Axis, *, name: str = "input"
+) -> None:
+    """Raise unless torch computes with tensors of this dtype."""
+    if x.dtype in _TAKEN[kind]:
+        return
+    said = f"{name} is {str(x.dtype).removeprefix('torch.')}"
+    right = f"Pass one that is {kind}, {name}.float() for example."
+    raise wrong(ArgumentError, function, axis, said, right)
+
+
+def check_dtype(dtype: object, function: str, axis: Axis) -> None:
+    """Raise unless a dtype to compute in is none, or one that torch computes in."""
+    if dtype is None:
+        return
+    # torch adds up no truth values
+    known = isinstance(dtype, torch.dtype) and dtype in _TAKEN["of numbers"]
+    if known and dtype != torch.bool:
+        return
+    right = "Pass a dtype that torch computes in, torch.float32 for example."
+    raise wrong(ArgumentError, function, axis, f"dtype is {quoted(dtype)}", right)
+
+
+def check_flags(function: str, **flags: object) -> None:
+    """Raise unless each is True or False."""
+    for name, on in flags.items():
+        check_flag(on, function, name)
+
+
+MOST_ROWS = 2**26
+
+
+def check_result(at: int, rows: int, function: str, axis: Axis) -> None:
+    """Raise for a result whose rows are too many to be listed one by one."""
+    if rows > MOST_ROWS:
+        said = f"the result would have {rows} rows along dim {at}"
+        right = f"Pass at most {MOST_ROWS}."
+        raise wrong(ShapeError, function, axis, said, right)

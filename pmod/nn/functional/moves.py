@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from pmod._collectives.cuts import Cut, axes_by_dim, too_wide
 from pmod._core.arguments import (
+    LONGEST,
     as_int,
     as_list,
+    as_real,
     check_sizes,
     check_tensor,
     dim_from_end,
@@ -32,6 +35,7 @@ from pmod.nn.functional.given import (
     any_dim,
     bound,
     check_choice,
+    check_kind,
     cuts_told,
     held_of,
     ints,
@@ -72,7 +76,7 @@ def _pads(
     """Return the rows before and after of each dim that is padded."""
     listed = as_list(given)
     parsed = [] if listed is None else list(map(as_int, listed))
-    numbers = [one for one in parsed if one is not None]
+    numbers = [one for one in parsed if one is not None and abs(one) <= LONGEST]
     is_whole = listed is not None and len(numbers) == len(listed)
     if not is_whole or len(numbers) % 2 or len(numbers) > 2 * x.dim():
         said = f"pad is {quoted(given)} and input has {x.dim()} dims"
@@ -82,6 +86,21 @@ def _pads(
     for i in range(len(numbers) // 2):
         out[-1 - i] = (numbers[2 * i], numbers[2 * i + 1])
     return out
+
+
+def _check_value(function: str, value: object, dtype: torch.dtype, of: Axis) -> None:
+    """Raise unless a number may stand in a tensor of this dtype."""
+    number = 0 if value is None else as_real(value)
+    try:
+        if number is not None:
+            torch.full((), number, dtype=dtype)
+            return
+    except (OverflowError, RuntimeError):
+        # it is too large
+        pass
+    said = f"value is {quoted(value)}"
+    right = f"Pass a real number that {dtype} can hold."
+    raise wrong(ArgumentError, function, of, said, right)
 
 
 def pad(
@@ -119,6 +138,8 @@ def pad(
     bounds = bound(function, spread, -count)
     first = bounds[0][1]
     check_tensor(input, function, first, name="input")
+    check_kind(input, "of numbers", function, first)
+    _check_value(function, value, input.dtype, first)
     check_choice(mode, "mode", _MODES, function, first)
     pads = _pads(pad, input, function, first)
     cuts = cuts_told(function, spread, bounds)
@@ -202,6 +223,7 @@ def roll(
     bounds = bound(function, spread, _first_of(dims))
     first = bounds[0][1]
     check_tensor(input, function, first, name="input")
+    check_kind(input, "of numbers", function, first)
     ats = _dims(dims, input, function, first)
     steps = list(map(as_int, as_list(shifts) or [shifts]))
     if len(steps) != len(ats) or None in steps:
@@ -246,6 +268,7 @@ def flip(
     spread = Spread(axis, dim, sizes)
     bounds = bound(function, spread, _first_of(dims))
     check_tensor(input, function, bounds[0][1], name="input")
+    check_kind(input, "of numbers", function, bounds[0][1])
     ats = _dims(dims, input, function, bounds[0][1])
     if len(set(ats)) != len(ats):
         said = f"dims is {quoted(dims)}"
@@ -285,6 +308,7 @@ def diff(
     bounds = bound(function, Spread(axis, None, sizes), dim)
     of = bounds[0][1]
     check_tensor(input, function, of, name="input")
+    check_kind(input, "of numbers", function, of)
     at = dim_from_end(dim, input, function, of)
     (order,) = ints(n, "n", 1, 0, shape_error(function, of))
     cuts = cuts_told(function, Spread(axis, None, sizes), bounds)
@@ -407,14 +431,16 @@ def _held_of_all(
         raise wrong(
             ShapeError, function, axis, said, "Pass a list of lengths for each."
         )
-    out: list[Held] = []
+    cuts: list[Cut] = []
     for x, one in zip(xs, told, strict=True):
         if x.dim() != xs[0].dim():
             said = f"tensors have {xs[0].dim()} and {x.dim()} dims"
-            raise wrong(
-                ShapeError, function, axis, said, "Pass tensors of as many dims."
-            )
-        told_of = None if one is None else check_sizes(one, function, axis)
-        cuts = [Cut(axis, at, (0, 0), "zeros", told_of)]
-        out.append(held_of(function, cuts, x, Along((at,), "", ""), no_check)[at])
+            right = "Pass tensors of as many dims."
+            raise wrong(ShapeError, function, axis, said, right)
+        lengths = None if one is None else check_sizes(cast(Any, one), function, axis)
+        cuts.append(Cut(axis, at, (0, 0), "zeros", lengths))
+    along = Along((at,), "", "")
+    out: list[Held] = []
+    for x, cut in zip(xs, cuts, strict=True):
+        out.append(held_of(function, [cut], x, along, no_check)[at])
     return out

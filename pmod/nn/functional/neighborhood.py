@@ -18,6 +18,7 @@ from pmod.nn.functional.given import (
     Sizes,
     Spread,
     bound,
+    check_kind,
     cuts_told,
     held_of,
     ints,
@@ -69,6 +70,7 @@ def _neighborhood(
     error = shape_error(function, of)
     for name, x in zip(("query", "key", "value"), given, strict=True):
         check_tensor(x, function, of, name=name)
+        check_kind(x, "floating", function, of, name=name)
     q, k, v = given
     fits = q.shape == k.shape and k.shape[:-1] == v.shape[:-1]
     if not fits or q.dim() <= count or not q.dtype == k.dtype == v.dtype:

@@ -17,7 +17,6 @@ from pmod._core.arguments import (
     as_int,
     as_ints,
     as_real,
-    check_mean,
     check_tensor,
     wrong,
 )
@@ -30,6 +29,8 @@ from pmod.nn.functional.given import (
     Sizes,
     Spread,
     bound,
+    check_flags,
+    check_kind,
     cuts_told,
     held_of,
 )
@@ -50,6 +51,7 @@ class _Norm(NamedTuple):
     function: str
     dims: tuple[int, ...]
     held: dict[int, Held]
+    eps: float | None
 
     @property
     def axis(self) -> Axis:
@@ -57,22 +59,48 @@ class _Norm(NamedTuple):
         return next(iter(self.held.values())).axis
 
 
+class _Given(NamedTuple):
+    """What is checked before anything is sent."""
+
+    eps: object
+    parameters: dict[str, Tensor | None]
+    shape: tuple[int, ...]
+    """That of each parameter."""
+
+
+def _input(function: str, x: Tensor, spread: Spread, least: int) -> int:
+    """Return how many dims the input has, which is checked."""
+    axis = bound(function, spread, 0)[0][1]
+    check_tensor(x, function, axis, name="input")
+    check_kind(x, "floating", function, axis)
+    if x.dim() < least:
+        right = f"Pass an input of {least} dims or more."
+        raise wrong(ShapeError, function, axis, f"input is {tuple(x.shape)}", right)
+    return x.dim()
+
+
 def _parsed(
-    function: str, x: Tensor, spread: Spread, default: int, dims: tuple[int, ...]
+    function: str,
+    x: Tensor,
+    spread: Spread,
+    default: int,
+    dims: tuple[int, ...],
+    given: _Given,
 ) -> _Norm:
-    """Return a norm over these dims, each counted from the end; x is checked."""
+    """Return a norm over these dims, each counted from the end."""
     bounds = bound(function, spread, default)
     axis = bounds[0][1]
-    check_tensor(x, function, axis, name="input")
-    check_mean(x, function, axis)
-    if x.is_complex():
-        right = "Normalize its real and imaginary parts."
-        raise wrong(ArgumentError, function, axis, "input is complex", right)
+    for name, one in given.parameters.items():
+        _check_parameter(function, axis, name, one, given.shape, x)
+    eps = as_real(given.eps)
+    if given.eps is not None and (eps is None or math.isnan(eps)):
+        said = f"eps is {quoted(given.eps)}"
+        raise wrong(ArgumentError, function, axis, said, "Pass a number.")
     named = ", ".join(map(str, sorted(dims)))
     right = f"Pass one of {named}; along others torch's own norm is that of the whole."
     along = Along(dims, "one that the statistics run over", right)
     held = held_of(function, cuts_told(function, spread, bounds), x, along)
-    return _Norm(function, dims, held)
+    return _Norm(function, dims, held, None if eps is None else float(eps))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -118,7 +146,7 @@ def _statistics(x: Tensor, norm: _Norm) -> _Statistics:
             ShapeError,
             norm.function,
             norm.axis,
-            "there is nothing to take the mean of",
+            "the whole has nothing to take the mean of",
             "Pass an input with rows.",
         )
     own = torch.stack(_own(x, norm.dims))
@@ -131,7 +159,7 @@ def _statistics(x: Tensor, norm: _Norm) -> _Statistics:
 def _scaled(
     x: Tensor,
     statistics: tuple[Tensor, Tensor],
-    eps: float,
+    eps: float | None,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
@@ -141,7 +169,7 @@ def _scaled(
     backward.
     """
     mean, variance = statistics
-    scale = (variance + eps).rsqrt()
+    scale = (variance + (1e-5 if eps is None else eps)).rsqrt()
     if weight is not None:
         scale = scale * weight
     shift = -mean * scale
@@ -150,28 +178,26 @@ def _scaled(
     return torch.addcmul(shift, x, scale)
 
 
-def _check_eps(eps: object, norm: _Norm) -> float:
-    number = as_real(eps)
-    if number is None or math.isnan(number):
-        given = f"eps is {quoted(eps)}"
-        raise wrong(ArgumentError, norm.function, norm.axis, given, "Pass a number.")
-    return float(number)
-
-
 def _check_parameter(
-    given: Tensor | None, name: str, shape: tuple[int, ...], x: Tensor, norm: _Norm
+    function: str,
+    axis: Axis,
+    name: str,
+    given: Tensor | None,
+    shape: tuple[int, ...],
+    x: Tensor,
 ) -> None:
     """Raise unless a weight, a bias or a buffer fits."""
     if given is None:
         return
-    check_tensor(given, norm.function, norm.axis, name=name)
+    check_tensor(given, function, axis, name=name)
+    check_kind(given, "floating", function, axis, name=name)
     if tuple(given.shape) != shape:
         said = f"{name} is {tuple(given.shape)}"
-        raise wrong(ShapeError, norm.function, norm.axis, said, f"Pass {shape}.")
+        raise wrong(ShapeError, function, axis, said, f"Pass {shape}.")
     if given.device != x.device:
         said = f"{name} is on {given.device} and input on {x.device}"
         right = f"Pass {name}.to({str(x.device)!r})."
-        raise wrong(ArgumentError, norm.function, norm.axis, said, right)
+        raise wrong(ArgumentError, function, axis, said, right)
 
 
 def _shaped(given: Tensor | None, shape: list[int]) -> Tensor | None:
@@ -204,32 +230,42 @@ class _Running(NamedTuple):
 
 
 def _by_channel(
-    x: Tensor, given: _Running, norm: _Norm, *, own_statistics: bool
+    function: str,
+    x: Tensor,
+    given: _Running,
+    spread: Spread,
+    dims: tuple[int, ...],
+    own_statistics: object,
 ) -> Tensor:
     """Normalize each channel, or each of each sample where the batch is not summed."""
-    channels = (int(x.shape[1]),)
-    for name, one in zip(
-        ("running_mean", "running_var", "weight", "bias"), given[:4], strict=True
-    ):
-        _check_parameter(one, name, channels, x, norm)
-    eps = _check_eps(given.eps, norm)
+    flag = "training" if "batch" in function else "use_input_stats"
+    check_flags(function, **{flag: own_statistics})
+    names = ("running_mean", "running_var", "weight", "bias")
+    parameters: dict[str, Tensor | None] = dict(zip(names, given[:4], strict=True))
+    checked = _Given(given.eps, parameters, (int(x.shape[1]),))
+    default = 2 if x.dim() > 2 else 0
+    axis = bound(function, spread, default)[0][1]
+    if as_real(given.momentum) is None:
+        said = f"momentum is {quoted(given.momentum)}"
+        raise wrong(ArgumentError, function, axis, said, "Pass a number.")
+    if not own_statistics and (given.mean is None or given.variance is None):
+        said = "there are no running statistics, and none are taken"
+        right = "Pass running_mean and running_var."
+        raise wrong(ArgumentError, function, axis, said, right)
+    norm = _parsed(function, x, spread, default, dims, checked)
     weight, bias = _along_channels(given.weight, x), _along_channels(given.bias, x)
     wide = _wide(x)
-    if not own_statistics:
-        mean = _along_channels(given.mean, x)
-        variance = _along_channels(given.variance, x)
-        if mean is None or variance is None:
-            said = "there are no running statistics, and none are taken"
-            right = "Pass running_mean and running_var."
-            raise wrong(ArgumentError, norm.function, norm.axis, said, right)
-        return _scaled(wide, (mean, variance), eps, weight, bias).to(x.dtype)
-    of = _statistics(wide, norm)
-    if of.number == 1:
-        said = "there is one value for each channel"
-        right = "Pass more, or a norm with running statistics in eval."
-        raise wrong(ShapeError, norm.function, norm.axis, said, right)
-    _remember(given, of)
-    return _scaled(wide, (of.mean, of.variance), eps, weight, bias).to(x.dtype)
+    mean, variance = _along_channels(given.mean, x), _along_channels(given.variance, x)
+    if own_statistics:
+        of = _statistics(wide, norm)
+        if of.number == 1:
+            said = "the whole has one value for each channel"
+            right = "Pass more, or a norm with running statistics in eval."
+            raise wrong(ShapeError, function, norm.axis, said, right)
+        _remember(given, of)
+        mean, variance = of.mean, of.variance
+    assert mean is not None and variance is not None
+    return _scaled(wide, (mean, variance), norm.eps, weight, bias).to(x.dtype)
 
 
 def _remember(given: _Running, of: _Statistics) -> None:
@@ -266,7 +302,7 @@ def batch_norm(
     be cut, the spatial dims, or several of them; dim: the first spatial one, or the
     batch where there is none.
 
-    V -> V; the running statistics are I. Shapes: input (n, channels, k, ...) -> the
+    V -> V. The running statistics are I. Shapes: input (n, channels, k, ...) -> the
     same.
     Cost: two numbers for each channel to every rank of each axis, in training.
     Raises: ShapeError for shapes or sizes that do not fit; ArgumentError for integers.
@@ -278,14 +314,11 @@ def batch_norm(
     >>> pmod.simulate(normalized, x=2)
     [tensor([-1.3400, -0.4500]), tensor([0.4500, 1.3400])]
     """
-    function = "nn.functional.batch_norm"
-    count = input.dim() if isinstance(input, Tensor) else 0  # pyright: ignore[reportUnnecessaryIsInstance]
-    default = 2 if count > 2 else 0
+    function, spread = "nn.functional.batch_norm", Spread(axis, dim, sizes)
+    count = _input(function, input, spread, 2)
     dims = tuple([at for at in range(-count, 0) if at != 1 - count])
-    norm = _parsed(function, input, Spread(axis, dim, sizes), default, dims)
-    _check_dims(input, 2, norm)
     given = _Running(running_mean, running_var, weight, bias, momentum, eps)
-    return _by_channel(input, given, norm, own_statistics=bool(training))
+    return _by_channel(function, input, given, spread, dims, training)
 
 
 def instance_norm(
@@ -304,7 +337,7 @@ def instance_norm(
 ) -> Tensor:
     """Return this rank's shard of torch.nn.functional.instance_norm of the whole.
 
-    V -> V; the running statistics are I. Shapes: input (n, channels, k, ...) -> the
+    V -> V. The running statistics are I. Shapes: input (n, channels, k, ...) -> the
     same, cut along spatial dims.
     Cost: two numbers for each channel of each sample to every rank of each axis.
     Raises: as `batch_norm`.
@@ -315,19 +348,11 @@ def instance_norm(
     >>> pmod.simulate(normalized, x=2)
     [tensor([-1.3400, -0.4500]), tensor([0.4500, 1.3400])]
     """
-    function = "nn.functional.instance_norm"
-    dims = _spatial(input) if isinstance(input, Tensor) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
-    norm = _parsed(function, input, Spread(axis, dim, sizes), 2, dims)
-    _check_dims(input, 3, norm)
+    function, spread = "nn.functional.instance_norm", Spread(axis, dim, sizes)
+    _input(function, input, spread, 3)
     given = _Running(running_mean, running_var, weight, bias, momentum, eps)
-    return _by_channel(input, given, norm, own_statistics=bool(use_input_stats))
-
-
-def _check_dims(x: Tensor, least: int, norm: _Norm) -> None:
-    if x.dim() < least:
-        said = f"input is {tuple(x.shape)}"
-        right = f"Pass an input of {least} dims or more."
-        raise wrong(ShapeError, norm.function, norm.axis, said, right)
+    dims = _spatial(input)
+    return _by_channel(function, input, given, spread, dims, use_input_stats)
 
 
 def group_norm(
@@ -353,24 +378,21 @@ def group_norm(
     >>> pmod.simulate(normalized, x=2)
     [tensor([-1.3400, -0.4500]), tensor([0.4500, 1.3400])]
     """
-    function = "nn.functional.group_norm"
-    dims = _spatial(input) if isinstance(input, Tensor) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
-    norm = _parsed(function, input, Spread(axis, dim, sizes), 2, dims)
-    _check_dims(input, 3, norm)
+    function, spread = "nn.functional.group_norm", Spread(axis, dim, sizes)
+    _input(function, input, spread, 3)
+    axis_of = bound(function, spread, 2)[0][1]
     groups, channels = as_int(num_groups), int(input.shape[1])
     if groups is None or groups < 1 or channels % groups:
         said = f"num_groups is {quoted(num_groups)} and input has {channels} channels"
-        raise wrong(
-            ShapeError, function, norm.axis, said, "Pass one that divides them."
-        )
-    for name, one in (("weight", weight), ("bias", bias)):
-        _check_parameter(one, name, (channels,), input, norm)
+        raise wrong(ShapeError, function, axis_of, said, "Pass one that divides them.")
+    given = _Given(eps, {"weight": weight, "bias": bias}, (channels,))
+    norm = _parsed(function, input, spread, 2, _spatial(input), given)
     # a group's channels are one dim more that the statistics run over
     x = _wide(input).unflatten(1, (groups, channels // groups))
     of = _statistics(x, norm._replace(dims=(1 - input.dim(), *norm.dims)))
     shape = [groups, channels // groups] + [1] * (input.dim() - 2)
     w, b = _shaped(weight, shape), _shaped(bias, shape)
-    y = _scaled(x, (of.mean, of.variance), _check_eps(eps, norm), w, b)
+    y = _scaled(x, (of.mean, of.variance), norm.eps, w, b)
     return y.flatten(1, 2).to(input.dtype)
 
 
@@ -382,30 +404,30 @@ def _over_last(
     x: Tensor,
     normalized_shape: Sequence[int],
     parameters: dict[str, Tensor | None],
+    eps: object,
     spread: Spread,
 ) -> tuple[_Norm, list[Tensor | None]]:
     """Return a norm over the last dims, and this rank's part of its parameters."""
+    _input(function, x, spread, 1)
     of = bound(function, spread, -1)[0][1]
     wanted = as_ints(normalized_shape)
-    if not wanted:
+    if not wanted or len(wanted) > x.dim():
         said = f"normalized_shape is {quoted(normalized_shape)}"
         right = "Pass the lengths of the whole along the last dims."
         raise wrong(ShapeError, function, of, said, right)
     count = len(wanted)
     dims = tuple(range(-count, 0))
-    norm = _parsed(function, x, spread, -count, dims)
+    given = _Given(eps, parameters, tuple(wanted))
+    norm = _parsed(function, x, spread, -count, dims, given)
     held = norm.held
     lengths: list[int] = []
     for at in dims:
-        if x.dim() < count:
-            break
         lengths.append(held[at].total if at in held else int(x.shape[at]))
     if lengths != list(wanted):
-        said = f"normalized_shape is {tuple(wanted)} and the whole is (..., {', '.join(map(str, lengths))})"
+        said = f"normalized_shape is {tuple(wanted)}, but the whole has (..., {', '.join(map(str, lengths))})"
         raise wrong(ShapeError, function, norm.axis, said, "Pass the whole's lengths.")
     out: list[Tensor | None] = []
-    for name, one in parameters.items():
-        _check_parameter(one, name, tuple(wanted), x, norm)
+    for one in parameters.values():
         for at, cut in held.items():
             if one is not None:
                 one = one.narrow(at, cut.start, x.shape[at])
@@ -442,12 +464,14 @@ def layer_norm(
     """
     function, spread = "nn.functional.layer_norm", Spread(axis, dim, sizes)
     parameters = {"weight": weight, "bias": bias}
-    norm, (w, b) = _over_last(function, input, normalized_shape, parameters, spread)
+    norm, (w, b) = _over_last(
+        function, input, normalized_shape, parameters, eps, spread
+    )
     of = _statistics(_wide(input), norm)
     pair = (of.mean, of.variance)
     shape = list(input.shape[-len(norm.dims) :])
     w, b = _shaped(w, shape), _shaped(b, shape)
-    return _scaled(_wide(input), pair, _check_eps(eps, norm), w, b).to(input.dtype)
+    return _scaled(_wide(input), pair, norm.eps, w, b).to(input.dtype)
 
 
 def rms_norm(
@@ -475,10 +499,10 @@ def rms_norm(
     """
     function, spread = "nn.functional.rms_norm", Spread(axis, dim, sizes)
     norm, (w,) = _over_last(
-        function, input, normalized_shape, {"weight": weight}, spread
+        function, input, normalized_shape, {"weight": weight}, eps, spread
     )
     x = _wide(input)
-    least = torch.finfo(input.dtype).eps if eps is None else _check_eps(eps, norm)
+    least = torch.finfo(input.dtype).eps if norm.eps is None else norm.eps
     # of squares the mean alone is needed, and it is joined as means are
     scale = (_statistics(x.square(), norm).mean + least).rsqrt()
     y = x * scale

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._core.arguments import as_int, as_real, check_mean, check_tensor, wrong
+from pmod._core.arguments import as_int, as_list, as_real, check_tensor, wrong
 from pmod._errors import ArgumentError, quoted
 from pmod._mesh.axis import Axis
 from pmod.nn.functional.given import (
@@ -20,6 +20,8 @@ from pmod.nn.functional.given import (
     Spread,
     Wrong,
     bound,
+    check_flags,
+    check_kind,
     cuts_told,
     held_of,
     ints,
@@ -52,7 +54,7 @@ def pool_slides(given: PoolWindows, count: int, error: Wrong) -> list[Slide]:
     kernels = ints(given.kernel_size, "kernel_size", count, 1, error)
     strides = kernels
     # torch takes an empty list for none, too
-    if given.stride is not None and given.stride not in ([], ()):
+    if given.stride is not None and as_list(given.stride) != []:
         strides = ints(given.stride, "stride", count, 1, error)
     paddings = ints(given.padding, "padding", count, 0, error)
     dilations = ints(given.dilation, "dilation", count, 1, error)
@@ -105,15 +107,17 @@ class _Pool(NamedTuple):
 
 
 def _parsed(
-    function: str, x: Tensor, given: PoolWindows, spread: Spread, count: int
+    function: str, x: Tensor, kind: str, given: PoolWindows, spread: Spread, count: int
 ) -> _Pool:
     """Return a pool whose arguments are checked; dims that are not cut have one shard."""
     bounds = bound(function, spread, -count)
     axis = bounds[0][1]
     check_tensor(x, function, axis, name="input")
+    check_kind(x, kind, function, axis)
+    check_flags(function, ceil_mode=given.ceil_mode)
     error = shape_error(function, axis)
-    if x.dim() not in (count + 1, count + 2):
-        right = f"Pass an input of {count + 1} or {count + 2} dims."
+    if x.dim() not in (count + 1, count + 2) or not x.shape[-count - 1]:
+        right = f"Pass an input of {count + 1} or {count + 2} dims, with channels."
         raise error(f"input is {tuple(x.shape)}", right)
     cuts = cuts_told(function, spread, bounds)
     slides = pool_slides(given, count, error)
@@ -145,7 +149,10 @@ def _max_pool(
 ) -> tuple[Tensor, Tensor | None]:
     """Return this rank's shard of torch's pool of the whole, and where the largest are."""
     function = f"nn.functional.max_pool{count}d"
-    pool = _parsed(function, x, given, spread, count)
+    check_flags(function, return_indices=indices)
+    # torch has no pool of integers along one dim
+    kind = "floating" if count == 1 else "real"
+    pool = _parsed(function, x, kind, given, spread, count)
     is_padded = False
     for at, held in pool.held.items():
         x, gaps = filled(x, at, held, pool.laid(at).windows, _lowest(x))
@@ -207,17 +214,13 @@ def _avg_pool(
     count: int,
 ) -> Tensor:
     """Return this rank's shard of torch's pool of the whole."""
-    pool = _parsed(function, x, given, spread, count)
-    check_mean(x, function, pool.axis)
     divisor = counts.divisor_override
-    if divisor is not None and (as_int(divisor) is None or divisor == 0):
-        raise wrong(
-            ArgumentError,
-            function,
-            pool.axis,
-            f"divisor_override is {quoted(divisor)}",
-            "Pass an int other than 0.",
-        )
+    check_flags(function, count_include_pad=counts.count_include_pad)
+    if divisor is not None and not as_int(divisor):
+        of = bound(function, spread, -count)[0][1]
+        said = f"divisor_override is {quoted(divisor)}"
+        raise wrong(ArgumentError, function, of, said, "Pass an int other than 0.")
+    pool = _parsed(function, x, "floating", given, spread, count)
     factors: dict[int, list[float]] = {}
     for at, held in pool.held.items():
         laid = pool.laid(at)
@@ -270,11 +273,13 @@ def _lp_pool(
     function = f"nn.functional.lp_pool{count}d"
     of = bound(function, spread, -count)[0][1]
     check_tensor(x, function, of, name="input")
+    check_kind(x, "floating", function, of)
     norm = as_real(norm_type)
     if norm is None or norm == 0 or math.isnan(norm):
         given_norm = f"norm_type is {quoted(norm_type)}"
         right = "Pass a number other than 0, or inf."
         raise wrong(ArgumentError, function, of, given_norm, right)
+    norm = float(norm)
     if math.isinf(norm):
         sign = math.copysign(1.0, norm)
         return sign * _max_pool(sign * x.abs(), given, False, spread, count)[0]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmod._core.arguments import as_int, as_list, check_mean, check_tensor, wrong
+from pmod._core.arguments import as_int, as_list, check_tensor, wrong
 from pmod._core.bind import unmoved
 from pmod._errors import ArgumentError, ShapeError, quoted
 from pmod._mesh.axis import Axis
@@ -20,6 +20,10 @@ from pmod.nn.functional.given import (
     Sizes,
     Spread,
     bound,
+    check_choice,
+    check_flags,
+    check_kind,
+    check_result,
     cuts_told,
     held_of,
     shape_error,
@@ -37,6 +41,15 @@ from pmod.nn.functional.windows import fetch, fetch_all
 
 # of one dim
 _MODES = {"bilinear": "linear", "trilinear": "linear"}
+_ALL_MODES = (
+    "nearest",
+    "nearest-exact",
+    "linear",
+    "bilinear",
+    "bicubic",
+    "trilinear",
+    "area",
+)
 
 
 def _spatially(
@@ -124,18 +137,30 @@ def interpolate(
     function = "nn.functional.interpolate"
     spread = Spread(axis, dim, sizes)
     count = _spatial_dims(function, input, spread)
+    check_flags(function, antialias=antialias)
+    for name, flag in (
+        ("align_corners", align_corners),
+        ("recompute_scale_factor", recompute_scale_factor),
+    ):
+        if flag is not None:
+            check_flags(function, **{name: flag})
+    of = bound(function, spread, -1)[0][1]
+    check_choice(mode, "mode", _ALL_MODES, function, of)
+    kind = "real" if mode.startswith("nearest") else "floating"
+    check_kind(input, kind, function, of)
     first, held = _spatially(function, input, spread, count)
     whole = tuple([held[at].total for at in range(-count, 0)])
     scales = _plain(scale_factor)
     flags = (align_corners, recompute_scale_factor, bool(antialias))
     lengths = _torchs_shape(whole, _plain(size), scales, mode, flags)
     if isinstance(lengths, str):
+        said = f"the whole has {whole}, and torch says: {lengths.rstrip('.')}"
         right = "Pass what torch.nn.functional.interpolate takes."
-        raise wrong(ArgumentError, function, first, lengths.rstrip("."), right)
+        raise wrong(ArgumentError, function, first, said, right)
+    for at, length in zip(range(-count, 0), lengths, strict=True):
+        check_result(at, length, function, first)
     if mode == "area":
         return _means(input, held, dict(zip(range(-count, 0), lengths, strict=True)))
-    if not mode.startswith("nearest"):
-        check_mean(input, function, first)
     # of 16 bits torch computes in 32
     x = input
     if x.dtype in (torch.float16, torch.bfloat16):
@@ -180,6 +205,7 @@ def _adaptive(
     """Return the spatial dims, and the lengths that their results have."""
     of = bound(function, spread, -count)[0][1]
     check_tensor(x, function, of, name="input")
+    check_kind(x, "floating" if "avg" in function else "real", function, of)
     error = shape_error(function, of)
     if x.dim() not in (count + 1, count + 2):
         right = f"Pass an input of {count + 1} or {count + 2} dims."
@@ -187,13 +213,14 @@ def _adaptive(
     listed = as_list(output_size)
     wanted = [output_size] * count if listed is None else listed
     lengths = list(map(as_int, wanted))
+    fits = len(wanted) == count
     for one, length in zip(wanted, lengths, strict=True):
-        is_length = one is None or (length is not None and length >= 1)
-        if not is_length or len(wanted) != count:
-            right = (
-                f"Pass an int of 1 or more, or {count} of them; None keeps a length."
-            )
-            raise error(f"output_size is {quoted(output_size)}", right)
+        fits = fits and (one is None or (length is not None and length >= 1))
+    if not fits:
+        right = f"Pass an int of 1 or more, or {count} of them; None keeps a length."
+        raise error(f"output_size is {quoted(output_size)}", right)
+    for i, length in enumerate(lengths):
+        check_result(i - count, length or 0, function, of)
     _, held = _spatially(function, x, spread, count)
     to: dict[int, int] = {}
     for at, length in zip(range(-count, 0), lengths, strict=True):
@@ -237,7 +264,6 @@ def _adaptive_avg_pool(
 ) -> Tensor:
     function = f"nn.functional.adaptive_avg_pool{count}d"
     held, to = _adaptive(function, x, output_size, spread, count)
-    check_mean(x, function, next(iter(held.values())).axis)
     return _means(x, held, to)
 
 
@@ -246,12 +272,8 @@ def _adaptive_max_pool(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the largest of each bin, and which row of the whole it is."""
     function = f"nn.functional.adaptive_max_pool{count}d"
+    check_flags(function, return_indices=indices)
     held, to = _adaptive(function, x, output_size, spread, count)
-    if x.is_complex():
-        of = next(iter(held.values())).axis
-        raise wrong(
-            ArgumentError, function, of, "input is complex", "Pass its absolute value."
-        )
     found = [x]
     # of equal ones torch takes the first in the order of memory: the last dim first
     for at in sorted(held, reverse=True):

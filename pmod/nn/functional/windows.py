@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -265,11 +265,31 @@ def fetch_all(
     return carry_out(needed, xs, [at] * len(xs), held.axis)
 
 
+@lru_cache(maxsize=256)
+def _rule_plan_of(
+    kind: str, numbers: tuple[object, ...], index: int, sizes: Sizes, boundary: str
+) -> Plan:
+    _, windows = _layout(kind, numbers, sizes)
+    return window_plan(index, sizes, cast(Windows, windows), boundary)
+
+
+@constant_in_graphs
+def _rule_plan(
+    kind: str, numbers: tuple[object, ...], index: int, sizes: Sizes, boundary: str
+) -> Plan:
+    # one look into a memo, however many ranks there are
+    return _rule_plan_of(kind, numbers, index, sizes, boundary)
+
+
 def rows_of(
     x: Tensor, at: int, held: Held, rule: Rule, boundary: str = "zeros"
 ) -> Tensor:
     """Return this rank's window of the padded whole, as a rule has it."""
-    return fetch(x, at, held, layout(rule, held.sizes).windows, boundary)
+    kind = type(rule).__name__
+    needed = _rule_plan(kind, tuple(rule), held.place, held.sizes, boundary)
+    if not needed.moves:
+        return x
+    return carry_out(needed, [x], [at], held.axis)[0]
 
 
 def filled(
