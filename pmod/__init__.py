@@ -57,6 +57,8 @@ from pmod._debug.estimate import estimate as estimate
 from pmod._debug.explain import explain as explain
 from pmod._debug.invariant import assert_invariant as assert_invariant
 from pmod._debug.trace import trace as trace
+from pmod._domain.domain_parallel import cut_of as cut_of
+from pmod._domain.domain_parallel import domain_parallel as domain_parallel
 from pmod._draw.collective import draw_collective as draw_collective
 from pmod._draw.tensor import draw as draw
 from pmod._errors import ArgumentError as ArgumentError

@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
@@ -269,6 +269,16 @@ def swap_forward_nesting(levels: int) -> int:
     return before
 
 
+_users: Callable[[int], int] = _seen("torch._C:_storage_Use_Count")
+
+
+def is_memory_shared(x: Tensor) -> bool:
+    """Return whether other tensors hold the memory of x."""
+    # what is asked holds it, too
+    alone = torch.empty(0)
+    return _users(memory_of(x)) > _users(memory_of(alone))
+
+
 @_with("torch._C:_FunctionBase._sequence_nr")
 def number_of(node: Any) -> int:
     """Return the place of a node in the order of backward, which takes the highest first."""
@@ -279,6 +289,23 @@ def number_of(node: Any) -> int:
 def set_number(node: Any, number: int) -> None:
     """Give a node of autograd's graph another place in the order of backward."""
     node._set_sequence_nr(number)
+
+
+_CHECKPOINTS = "torch.utils.checkpoint:_checkpoint_without_reentrant_generator"
+# the one that torch calls since 2.14
+_CHECKPOINTS_NOW = f"{_CHECKPOINTS}_impl"
+_seen(_CHECKPOINTS_NOW, ALL[3:])
+
+
+@_with(_CHECKPOINTS)
+def replace_checkpoints(f: Callable[[Any], Any]) -> None:
+    """Put f of it in the place of the generator that runs a checkpoint, once a process."""
+    module: Any = sys.modules["torch.utils.checkpoint"]
+    older, newer = _CHECKPOINTS.split(":")[1], _CHECKPOINTS_NOW.split(":")[1]
+    name = newer if hasattr(module, newer) else older
+    generator = getattr(module, name)
+    if not hasattr(generator, "__wrapped__"):
+        setattr(module, name, f(generator))
 
 
 def _one_level() -> Any:
@@ -491,6 +518,16 @@ def untraced(f: Callable[..., T]) -> Callable[..., T]:
         return f
     unseen: Any = torch.compiler.disable(f)
     return unseen
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Run what was compiled as it was written, if the compiler was imported.
+
+    To import it takes 2 s.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 _translator = _later("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx")

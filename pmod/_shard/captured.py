@@ -49,6 +49,23 @@ def captured_leaves(f: object) -> list[Tensor]:
     return list(found.values())
 
 
+def captured_modules(f: object) -> list[torch.nn.Module]:
+    """Return the modules that f is, or refers to, without those inside others."""
+    found: list[torch.nn.Module] = []
+    seen: dict[int, object] = {}
+    left: list[object] = [f]
+    while left and len(seen) < MOST:
+        thing = left.pop()
+        if id(thing) in seen or isinstance(thing, (*_WITHOUT_PARTS, Tensor)):
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, torch.nn.Module):
+            found.append(thing)
+        else:
+            left += reversed(list(_parts(thing)))
+    return found
+
+
 def _is_memory_here(x: Tensor) -> bool:
     """Return whether it is a leaf that is plain memory of this process."""
     if not x.is_leaf or torch.nn.parameter.is_lazy(x):

@@ -33,7 +33,7 @@ FLOORS = """
     _collectives
     fft graph nn sht _run _train
     _debug _shard
-    _draw
+    _draw _domain
     testing
     __init__
     notebook demo
@@ -378,7 +378,7 @@ OTHERS_PUBLIC = """
     draw draw_collective debug checked mark_varying assert_invariant trace estimate explain start Pending Watcher
     launch simulate replicate share_parameters SharedParameters data_parallel remove_data_parallel fold_in rng
     is_first first_rank_first sampler P shard_map pvary_params global_norm to_dtensors from_dtensors local_slice
-    local_coords Block
+    local_coords Block domain_parallel cut_of
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout
 """
 PUBLIC = {*COLLECTIVES, *OTHERS_PUBLIC.split()}

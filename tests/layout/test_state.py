@@ -32,6 +32,7 @@ STATE = {
     "_mesh.axis.parsed_axes": "a memo for compiled code, whose calls name their axes by keys",
     "_mesh.mesh._meshes": "a memo for compiled code, of meshes by their keys",
     "_shard.operations.plain": "a memo, by functions of torch",
+    "_domain.mode.handlers": "a memo, by functions of torch",
     "_shard.traced._counted": "a memo, by graphs of the tracer",
     # what threads are doing, undone where it was done
     "_core.bind.started": "who runs a started function on this thread",
@@ -49,7 +50,10 @@ STATE = {
     "_ranks.backends._BACKENDS": "the table of backends, to which a third one may be added",
     "_core.row.ROWS": "the table of rows, where each file of collectives registers its own",
     "_core.row.TRANSPOSES": "of that table, which row is the transpose of which",
+    "_domain.rules.table.RULES": "the table of rules, where each file of rules registers its own",
+    "_domain.rules.table.OUTER": "of that table, which rules are for functions that are written in Python",
     # of tensors and modules of the user's
+    "_domain.known.notes": "the layouts of tensors, each as long as it lives: cut_of is asked after the call",
     "_core.marks.marked": "the leaves that pmod.varying marks, each as long as it lives",
     "_train.share_parameters._numbers": "numbers the layers that it replaces, so that their hooks differ",
     # the notebook's, which is a door and no part of the library's ranks

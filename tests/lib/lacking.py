@@ -92,6 +92,30 @@ def a_collective() -> None:
     on_two(psum, torch.ones(2))
 
 
+@needs("torch.utils.checkpoint:_checkpoint_without_reentrant_generator")
+def a_domain() -> None:
+    """A checkpoint inside of domain_parallel would run again on blocks that nobody follows."""
+    import pmod
+
+    on_two(lambda: pmod.domain_parallel(torch.relu, pmod.P("x"))(torch.ones(1)))
+
+
+@needs("torch.utils.checkpoint:_checkpoint_without_reentrant_generator_impl", harmless=True)
+def a_checkpoint() -> None:
+    """Nothing before torch 2.14; since then a checkpoint inside of domain_parallel raises when it runs again."""
+    import pmod
+
+    on_two(lambda: pmod.domain_parallel(torch.relu, pmod.P("x"))(torch.ones(1)))
+
+
+@needs("torch._C:_storage_Use_Count")
+def written_into_zeros() -> None:
+    """domain_parallel cannot tell whether what a block is written into has views."""
+    import pmod
+
+    on_two(lambda: pmod.domain_parallel(lambda x: torch.zeros(2).add_(x), pmod.P("x"))(torch.ones(1)))
+
+
 @needs("torch._functorch.eager_transforms:JVP_NESTING")
 def a_simulation() -> None:
     """simulate cannot hold a level of forward mode open for its threads."""

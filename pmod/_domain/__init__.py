@@ -1,0 +1,3 @@
+"""A program of whole fields, run on one rank's blocks: layouts, and a rule for each
+function of torch.
+"""
