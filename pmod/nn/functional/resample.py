@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ from pmod.nn.functional.taps import (
     tapped,
     weighted,
 )
-from pmod.nn.functional.windows import fetch, fetch_all
+from pmod.nn.functional.windows import fetch, fetch_all, not_empty, without
 
 # of one dim
 _MODES = {"bilinear": "linear", "trilinear": "linear"}
@@ -165,16 +166,50 @@ def interpolate(
     x = input
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
+    factors: list[float | None] = [None] * count
+    if scales is not None and not recompute_scale_factor:
+        each = scales if isinstance(scales, tuple) else (scales,) * count
+        factors = list(map(float, cast(Any, each)))
     for i, at in enumerate(range(-count, 0)):
-        scale = None
-        if scales is not None and not recompute_scale_factor:
-            scale = float(scales[i] if isinstance(scales, tuple) else scales)  # pyright: ignore[reportArgumentType]
         align = bool(align_corners)
-        kind = Kind(_MODES.get(mode, mode), align, bool(antialias), scale)
-        x = _along(x, at, held[at], lengths[i], kind)
+        kind = Kind(_MODES.get(mode, mode), align, bool(antialias), factors[i])
+        if len(held[at].sizes) > 1:
+            x = _along(x, at, held[at], lengths[i], kind)
+    x = _by_torch(x, held, lengths, factors, (mode, align_corners, bool(antialias)))
     if x is input:
         return unmoved([x])[0]
     return x.to(input.dtype)
+
+
+def _by_torch(
+    x: Tensor,
+    held: dict[int, Held],
+    lengths: tuple[int, ...],
+    said: list[float | None],
+    how: tuple[str, bool | None, bool],
+) -> Tensor:
+    """Resample the dims that are whole here, by torch's function, which leaves others."""
+    count, (mode, align, antialias) = len(lengths), how
+    size: list[int] = []
+    scale: list[float] = []
+    same = True
+    for i, at in enumerate(range(-count, 0)):
+        is_cut = len(held[at].sizes) > 1
+        size.append(int(x.shape[at]) if is_cut else lengths[i])
+        scale.append(1.0 if is_cut else said[i] or 1.0)
+        kept = size[-1] == x.shape[at] and scale[-1] == 1.0
+        same = same and (is_cut or (kept and not antialias))
+    if same:
+        return x
+    # of nothing torch makes nothing: a row is resampled, and dropped
+    x, empty = not_empty(x, dict.fromkeys(held, 1))
+    for at in empty:
+        size[at] = 1
+    if said[0] is None:
+        y = F.interpolate(x, tuple(size), None, mode, align, antialias=antialias)
+    else:
+        y = F.interpolate(x, None, scale, mode, align, antialias=antialias)
+    return without(y, empty)
 
 
 def _spatial_dims(function: str, x: Tensor, spread: Spread) -> int:
