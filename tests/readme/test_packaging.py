@@ -21,7 +21,7 @@ import pmod
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WHEEL_LIMIT = 500_000  # bytes
+WHEEL_LIMIT = 750_000  # bytes: text alone; a picture or a table of numbers that strays into it shows
 
 
 @pytest.fixture(scope="module")
