@@ -125,11 +125,11 @@ def _sections(
 ) -> list[str]:
     """Return what is measured, or end with what is wrong in the arguments."""
     launched = place.launcher != "single"
-    usual = list(TITLES)
+    usual: list[str] = list(TITLES)
     if launched:
-        usual = list(ON_RANKS)
+        usual = [*ON_RANKS]
     elif options.check:
-        usual = list(SECTIONS)
+        usual = [*SECTIONS]
     more = [name for name in ("peers", "memory") if getattr(options, name)]
     # each of these alone asks for no other section
     if more and not options.check:
