@@ -479,7 +479,7 @@ def the_peers() -> None:
         from pmod.bench import peers
 
         for collective in peers.functional().values():
-            collective(torch.ones(2, 2))
+            collective(torch.ones(4, 4))
 
 
 @needs("torch.serialization:_get_layout", "torch.distributed.checkpoint.metadata:_MEM_FORMAT_ENCODING",
