@@ -597,6 +597,16 @@ def is_profiled() -> bool:
     return profiler._is_profiler_enabled
 
 
+reduce_differentiably = _later("torch.distributed._functional_collectives:all_reduce")
+gather_differentiably = _later(
+    "torch.distributed._functional_collectives:all_gather_tensor_autograd"
+)
+scatter_differentiably = _later(
+    "torch.distributed._functional_collectives:reduce_scatter_tensor_autograd"
+)
+exchange_differentiably = _later(
+    "torch.distributed._functional_collectives:all_to_all_single_autograd"
+)
 fake_store = _later("torch.testing._internal.distributed.fake_pg:FakeStore")
 set_element = _later("torch.distributed.checkpoint._traverse:set_element")
 layout_made = _later("torch.serialization:_get_layout")

@@ -34,6 +34,7 @@ from pmod._mesh.ambient import resolve
 from pmod._mesh.axis import Axis
 from pmod._mesh.mesh import AxisLike
 from pmod._wire.base import AtOnce, Wire
+from pmod._wire.counts import are_equal, scaled_counts, total
 from pmod._wire.sent import Sent
 from pmod._wire.sums import accumulator, real_sum
 
@@ -74,9 +75,9 @@ def _unit(x: Tensor, dim: int) -> int:
     return math.prod(_with_length(x.shape, dim, 1))
 
 
-def _lengths(sizes: Sizes | None, each_one: int, wire: Wire) -> Sizes:
+def _lengths(sizes: Sizes | None, each_one: int, wire: Wire) -> Sequence[int]:
     if sizes is None:
-        return (each_one,) * wire.size
+        return wire.equal(each_one)
     return sizes
 
 
@@ -86,21 +87,28 @@ def _blocks(x: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
     if dim == -x.dim():
         return x.reshape(-1)
     # one copy, which a compiler joins with what comes before
-    if len(set(lengths)) == 1:
+    if are_equal(lengths):
         at = x.dim() + dim
         return x.unflatten(at, (len(lengths), lengths[0])).movedim(at, 0).reshape(-1)
     return torch.cat([part.reshape(-1) for part in x.split(list(lengths), dim)])
 
 
-def _join(flat: Tensor, shapes: Sequence[Sequence[int]], dim: int) -> Tensor:
-    """Return the parts of a flat tensor, in their shapes, joined along `dim`."""
-    # the opposite of `_blocks`, without a copy along the first dim
-    if dim == -len(shapes[0]):
-        return flat.view(sum(shape[dim] for shape in shapes), *shapes[0][1:])
-    if all(shape == shapes[0] for shape in shapes):
-        n, at = len(shapes), len(shapes[0]) + dim
-        joined = _with_length(shapes[0], dim, n * shapes[0][dim])
-        return flat.view(n, *shapes[0]).movedim(0, at).reshape(joined)
+def _join(
+    flat: Tensor, shape: Sequence[int], dim: int, lengths: Sequence[int]
+) -> Tensor:
+    """Join the parts of a flat tensor: of this shape but for their lengths along `dim`.
+
+    It is the opposite of `_blocks`.
+    """
+    # along the first dim without a copy
+    if dim == -len(shape):
+        return flat.view(total(lengths), *shape[1:])
+    if are_equal(lengths):
+        n, at = len(lengths), len(shape) + dim
+        each_one = _with_length(shape, dim, lengths[0])
+        joined = _with_length(shape, dim, n * lengths[0])
+        return flat.view(n, *each_one).movedim(0, at).reshape(joined)
+    shapes = [_with_length(shape, dim, length) for length in lengths]
     parts = flat.split([math.prod(shape) for shape in shapes])
     return torch.cat(list(map(Tensor.view, parts, shapes)), dim)
 
@@ -109,8 +117,7 @@ def _joined_later(
     sent: Sent[Tensor], shape: Sequence[int], dim: int, lengths: Sequence[int]
 ) -> Sent[Tensor]:
     """Join what arrives: parts of this shape but for their lengths along `dim`."""
-    shapes = [_with_length(shape, dim, length) for length in lengths]
-    return sent.then(lambda y: _join(y, shapes, dim))
+    return sent.then(lambda y: _join(y, shape, dim, lengths))
 
 
 def _with_length(shape: Sequence[int], dim: int, length: int) -> list[int]:
@@ -147,7 +154,7 @@ def _send_all_gather(x: Tensor, wire: Wire, params: Parts) -> Sent[Tensor]:
 def _joined(x: Tensor, wire: Wire, dim: int, sizes: Sizes | None) -> Sent[Tensor]:
     lengths = _lengths(sizes, x.shape[dim], wire)
     unit = _unit(x, dim)
-    sent = wire.all_gather(x.reshape(-1), [unit * length for length in lengths])
+    sent = wire.all_gather(x.reshape(-1), scaled_counts(unit, lengths))
     return _joined_later(sent, x.shape, dim, lengths)
 
 
@@ -172,7 +179,7 @@ def _send_psum_scatter(x: Tensor, wire: Wire, params: Parts) -> Sent[Tensor]:
 
     # scale: the numbers that an element of x is sent as, two for a complex one
     def send(y: Tensor, scale: int) -> Sent[Tensor]:
-        counts = [scale * unit * length for length in lengths]
+        counts = scaled_counts(scale * unit, lengths)
         return wire.reduce_scatter(y, counts, accumulator(y.dtype, asked))
 
     return real_sum(_blocks(x, dim, lengths), send).then(lambda y: y.view(shape))
@@ -438,15 +445,15 @@ def _send_all_to_all(x: Tensor, wire: Wire, params: Exchange) -> Sent[Tensor]:
         return sent.then(torch.view_as_complex)
     out = _lengths(split_sizes_, x.shape[split_dim] // wire.size, wire)
     mine = out[wire.index]
-    sending = [_unit(x, split_dim) * length for length in out]
+    sending = scaled_counts(_unit(x, split_dim), out)
     # what arrives is as long along split_dim as this rank's part
     shape = _with_length(x.shape, split_dim, mine)
     into = _lengths(concat_sizes, shape[concat_dim], wire)
-    shapes = [_with_length(shape, concat_dim, length) for length in into]
+    unit = math.prod(_with_length(shape, concat_dim, 1))
     sent = wire.all_to_all(
-        _blocks(x, split_dim, out), sending, [math.prod(shape) for shape in shapes]
+        _blocks(x, split_dim, out), sending, scaled_counts(unit, into)
     )
-    return sent.then(lambda y: _join(y, shapes, concat_dim))
+    return _joined_later(sent, shape, concat_dim, into)
 
 
 def _exchange_at_once(x: Tensor, wire: Wire, params: Exchange) -> AtOnce | None:

@@ -71,6 +71,11 @@ def _are_factors(axis: object) -> bool:
 
 def _is_pair(pair: object) -> bool:
     """Return whether it is a size and a stride."""
+    # every mesh asks this once an axis, and its own factors are these
+    if type(pair) is tuple:
+        own = cast(tuple[object, ...], pair)
+        if [type(number) for number in own] == [int, int]:
+            return min(cast(tuple[int, int], own)) >= 1
     ints = as_ints(pair)
     if ints is None or len(ints) != 2:
         return False

@@ -94,6 +94,7 @@ class Mesh:
     # What was looked up once. It is a memo and no state, because it changes no answer;
     # pickles leave it out.
     _bound: dict[object, Axis] = attrs.field(init=False, factory=dict)
+    _parts: dict[object, Mesh] = attrs.field(init=False, factory=dict)
     # The calls that were made along its axes: a memo, too, of one connection.
     _made: Made = attrs.field(init=False, factory=Made)
 
@@ -394,10 +395,12 @@ class Mesh:
         return self._part(axis)
 
     def _part(self, axis: str | tuple[str, ...]) -> Mesh:
-        _, numbers = self._numbers(axis, "Mesh.__getitem__")
-        bound = self.bind(axis, "Mesh.__getitem__")
-        kept = [(self.axis_names[number], self._axes[number]) for number in numbers]
-        return self._with("Mesh.__getitem__", kept, bound.offset)
+        label, numbers = self._numbers(axis, "Mesh.__getitem__")
+        if label not in self._parts:
+            bound = self.bind(axis, "Mesh.__getitem__")
+            kept = [(self.axis_names[number], self._axes[number]) for number in numbers]
+            self._parts[label] = self._with("Mesh.__getitem__", kept, bound.offset)
+        return self._parts[label]
 
     # --- new meshes from this one -----------------------------------------------------
 

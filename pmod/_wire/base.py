@@ -39,6 +39,24 @@ class Wire:
         self.size = size
         self.index = index
 
+    def equal(self, count: int) -> Sequence[int]:
+        """Return one count for every rank."""
+        return [count] * self.size
+
+    def even(self, number: int) -> Sequence[int]:
+        """Cut `number` as evenly as it goes, the larger parts first."""
+        return even_counts(number, self.size)
+
+    def only_at(self, rank: int | None, count: int) -> Sequence[int]:
+        """Return the count at the place of a rank, if there is one, and else zeros."""
+        return counts_at(rank, count, self.size)
+
+    def combined(
+        self, parts: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
+    ) -> Tensor:
+        """Combine what arrived, a row from each rank, in the order of the ranks."""
+        return reduce_parts(parts, how, dtype, divisor)
+
     def all_to_all(
         self, x: Tensor, send: Sequence[int], recv: Sequence[int]
     ) -> Sent[Tensor]:
@@ -54,16 +72,16 @@ class Wire:
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
         """Return all ranks' x, joined in rank order."""
-        return self.all_to_all(x.repeat(self.size), [x.numel()] * self.size, counts)
+        return self.all_to_all(x.repeat(self.size), self.equal(x.numel()), counts)
 
     def reduce_scatter(
         self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
     ) -> Sent[Tensor]:
         """Return this rank's part of the sum of all x."""
         mine = counts[self.index]
-        arriving = self.all_to_all(x, counts, [mine] * self.size)
+        arriving = self.all_to_all(x, counts, self.equal(mine))
         return arriving.then(
-            lambda y: reduce_parts(y.view(self.size, mine), "sum", dtype, 1)
+            lambda y: self.combined(y.view(self.size, mine), "sum", dtype, 1)
         )
 
     def all_reduce(
@@ -76,9 +94,9 @@ class Wire:
         # Two ranks send the same bytes either way, so they save the second round trip.
         if self.size > 2 and x.numel() * x.element_size() > SMALL:
             return self._reduce_by_parts(x, how, dtype, divisor)
-        arriving = self.all_gather(x, [x.numel()] * self.size)
+        arriving = self.all_gather(x, self.equal(x.numel()))
         return arriving.then(
-            lambda y: reduce_parts(y.view(self.size, -1), how, dtype, divisor)
+            lambda y: self.combined(y.view(self.size, -1), how, dtype, divisor)
         )
 
     def _reduce_by_parts(
@@ -88,32 +106,32 @@ class Wire:
 
         This sends 2 (n-1)/n of x, in x's dtype.
         """
-        counts = even_counts(x.numel(), self.size)
+        counts = self.even(x.numel())
         mine = counts[self.index]
-        arriving = self.all_to_all(x, counts, [mine] * self.size)
+        arriving = self.all_to_all(x, counts, self.equal(mine))
 
         def gather(y: Tensor) -> Sent[Tensor]:
             parts = y.view(self.size, mine)
-            return self.all_gather(reduce_parts(parts, how, dtype, divisor), counts)
+            return self.all_gather(self.combined(parts, how, dtype, divisor), counts)
 
         return arriving.then(gather)
 
     def broadcast(self, x: Tensor, root: int) -> Sent[Tensor]:
         """Return the root's x on every rank."""
-        recv = counts_at(root, x.numel(), self.size)
+        recv = self.only_at(root, x.numel())
         if self.index != root:
-            return self.all_to_all(x[:0], [0] * self.size, recv)
-        return self.all_to_all(x.repeat(self.size), [x.numel()] * self.size, recv)
+            return self.all_to_all(x[:0], self.equal(0), recv)
+        return self.all_to_all(x.repeat(self.size), self.equal(x.numel()), recv)
 
     def reduce(self, x: Tensor, root: int, dtype: torch.dtype) -> Sent[Tensor]:
         """Return the sum of all x on the root, zeros elsewhere."""
-        send = counts_at(root, x.numel(), self.size)
+        send = self.only_at(root, x.numel())
         if self.index != root:
-            arriving = self.all_to_all(x, send, [0] * self.size)
+            arriving = self.all_to_all(x, send, self.equal(0))
             return arriving.then(lambda _: torch.zeros_like(x))
-        arriving = self.all_to_all(x, send, [x.numel()] * self.size)
+        arriving = self.all_to_all(x, send, self.equal(x.numel()))
         return arriving.then(
-            lambda y: reduce_parts(y.view(self.size, -1), "sum", dtype, 1)
+            lambda y: self.combined(y.view(self.size, -1), "sum", dtype, 1)
         )
 
     def permute(
@@ -129,8 +147,8 @@ class Wire:
         """
         if count is None:
             count = x.numel()
-        send = counts_at(target, x.numel(), self.size)
-        recv = counts_at(source, count, self.size)
+        send = self.only_at(target, x.numel())
+        recv = self.only_at(source, count)
         sent = x[:0] if target is None else x
         arriving = self.all_to_all(sent, send, recv)
         if source is None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pmod._ranks.backends import Backend
 from pmod._ranks.blocking import InThread
-from pmod._wire.process_group import CARRIED, GroupWire, as_bytes, scaled_counts
+from pmod._wire.counts import scaled_counts
+from pmod._wire.process_group import CARRIED, GroupWire, as_bytes
 from pmod._wire.sent import Sent, arrived
 from pmod._wire.sums import bytes_of
 from pmod._wire.traffic import count_bytes

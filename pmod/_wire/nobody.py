@@ -14,10 +14,15 @@ from pmod._mesh.axis import Axis
 from pmod._ranks.backends import Backend, backend_for
 from pmod._ranks.topology import Topology
 from pmod._ranks.world import Processes, World
+from pmod._torch import all_gather_of
 from pmod._wire.base import Wire
 from pmod._wire.board import Said
-from pmod._wire.sent import Sent
+from pmod._wire.counts import Runs, others_with_any, runs_of, start_of, total
+from pmod._wire.gloo import GlooWire
+from pmod._wire.process_group import GroupWire
+from pmod._wire.sent import Sent, arrived
 from pmod._wire.sums import Reduction, scaled
+from pmod._wire.traffic import count_bytes
 
 
 class _NoGroup:
@@ -31,7 +36,76 @@ class _NoGroup:
         pass
 
 
-class Mirror(Wire):
+class _OfRuns(Wire):
+    """A wire that lists no rank: it may have any number of them."""
+
+    def equal(self, count: int) -> Sequence[int]:
+        return Runs([(count, self.size)])
+
+    def even(self, number: int) -> Sequence[int]:
+        low, more = divmod(number, self.size)
+        return Runs([(low + 1, more), (low, self.size - more)])
+
+    def only_at(self, rank: int | None, count: int) -> Sequence[int]:
+        if rank is None:
+            return self.equal(0)
+        return Runs([(0, rank), (count, 1), (0, self.size - rank - 1)])
+
+
+class _Unsent(_OfRuns):
+    """What a wire sends is counted, and what arrives has no values."""
+
+    def combined(
+        self, parts: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
+    ) -> Tensor:
+        return parts.new_empty(parts.shape[1:])
+
+
+class _UnsentGroup(_Unsent, GroupWire):
+    """The messages of a backend's collectives."""
+
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
+        out = _blank(x, total(recv))
+        self.group.alltoall_base(out, x, recv, send)
+        return arrived(out)
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
+        out = _blank(x, total(counts))
+        all_gather_of(self.group)(out, x)
+        return arrived(out)
+
+
+class _UnsentGloo(_Unsent, GlooWire):
+    """The messages that gloo sends from rank to rank."""
+
+    def all_to_all(
+        self, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Sent[Tensor]:
+        sent, received = total(send), total(recv)
+        messages = others_with_any(send, recv, self.index, "send")
+        leaving = (sent - send[self.index]) * x.element_size()
+        arriving = (received - recv[self.index]) * x.element_size()
+        count_bytes(leaving, arriving, messages)
+        return arrived(_blank(x, received))
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
+        others, received = self.size - 1, total(counts)
+        arriving = (received - counts[self.index]) * x.element_size()
+        count_bytes(others * x.nbytes, arriving, others if x.numel() else 0)
+        return arrived(_blank(x, received))
+
+
+# A backend whose wire stands in none of these sends by it, and takes as long as that
+# takes for so many ranks.
+_UNSENT: dict[Callable[..., Wire], type[GroupWire]] = {
+    GroupWire: _UnsentGroup,
+    GlooWire: _UnsentGloo,
+}
+
+
+class Mirror(_OfRuns):
     """A wire that sends as a backend's own does, to nobody.
 
     What would arrive is what this rank has.
@@ -39,12 +113,13 @@ class Mirror(Wire):
 
     def __init__(self, axis: Axis, backend: Backend) -> None:
         super().__init__(axis.size, axis.index)
-        self._out: Wire = backend.wire(axis.size, axis.index, _NoGroup(), backend, None)
+        wire = _UNSENT.get(backend.wire, backend.wire)
+        self._out: Wire = wire(axis.size, axis.index, _NoGroup(), backend, None)
 
     def all_to_all(
         self, x: Tensor, send: Sequence[int], recv: Sequence[int]
     ) -> Sent[Tensor]:
-        mine = x.split(list(send))[self.index]
+        mine = x.narrow(0, start_of(send, self.index), send[self.index])
         sent = self._out.all_to_all(x, send, recv)
         return sent.then(lambda _: _fitted_to_all(mine, recv))
 
@@ -54,7 +129,7 @@ class Mirror(Wire):
     def reduce_scatter(
         self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
     ) -> Sent[Tensor]:
-        mine = x.narrow(0, sum(counts[: self.index]), counts[self.index])
+        mine = x.narrow(0, start_of(counts, self.index), counts[self.index])
         total = (mine.to(dtype) * self.size).to(x.dtype)
         return self._out.reduce_scatter(x, counts, dtype).then(lambda _: total)
 
@@ -126,4 +201,10 @@ def _fitted(part: Tensor, count: int) -> Tensor:
 
 
 def _fitted_to_all(part: Tensor, counts: Sequence[int]) -> Tensor:
-    return torch.cat([_fitted(part, count) for count in counts])
+    parts = [_fitted(part, count).repeat(times) for count, times in runs_of(counts)]
+    return torch.cat(parts)
+
+
+def _blank(like: Tensor, count: int) -> Tensor:
+    """Return so many elements of no value, in the memory of one."""
+    return like.new_empty(1).expand(count)

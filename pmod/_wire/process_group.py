@@ -14,6 +14,7 @@ from torch import Tensor
 from pmod._ranks.backends import Backend
 from pmod._torch import all_gather_of, own_backend, reduce_scatter_of
 from pmod._wire.base import SMALL, AtOnce, Wire
+from pmod._wire.counts import are_equal, scaled_counts
 from pmod._wire.sent import Sent
 from pmod._wire.sums import Reduction, bytes_of, scaled
 from pmod._wire.traffic import Metered, meters
@@ -91,7 +92,7 @@ class GroupWire(Wire):
         if x.dtype not in self._backend.carries:
             return self._gather_bytes(x, counts)
         out = x.new_empty(sum(counts))
-        if len(set(counts)) == 1:
+        if are_equal(counts):
             work = all_gather_of(self.group)(out, x)
         else:
             work = self.group.allgather([list(out.split(list(counts)))], [x])
@@ -111,7 +112,7 @@ class GroupWire(Wire):
         self, x: Tensor, counts: Sequence[int], dtype: torch.dtype
     ) -> Sent[Tensor]:
         native = dtype == x.dtype and dtype in self._backend.sums
-        if not native or len(set(counts)) > 1:
+        if not (native and are_equal(counts)):
             return super().reduce_scatter(x, counts, dtype)
         out = x.new_empty(counts[0])
         work = reduce_scatter_of(self.group)(out, x)
@@ -219,13 +220,8 @@ def _from_root(root: int) -> BroadcastOptions:
 
 def as_bytes(
     out: Tensor, x: Tensor, send: Sequence[int], recv: Sequence[int]
-) -> tuple[Tensor, Tensor, list[int], list[int]]:
+) -> tuple[Tensor, Tensor, Sequence[int], Sequence[int]]:
     """Return the bytes of what arrives and of what is sent, and how many go where."""
     scale = x.element_size()
     counts = scaled_counts(scale, send), scaled_counts(scale, recv)
     return bytes_of(out), bytes_of(x), *counts
-
-
-def scaled_counts(scale: int, counts: Sequence[int]) -> list[int]:
-    """Return the counts of parts of which an element counts as `scale`."""
-    return [scale * count for count in counts]

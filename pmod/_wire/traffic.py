@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pmod._ranks import world
 from pmod._torch import all_gather_of, reduce_scatter_of
+from pmod._wire.counts import others_with_any, total
 
 if TYPE_CHECKING:
     from torch.distributed import BroadcastOptions, Work
@@ -62,13 +63,10 @@ def count_parts(
     send: Sequence[int], recv: Sequence[int], index: int, itemsize: int
 ) -> None:
     """Note an exchange of parts."""
-    messages = 0
-    for rank, (leaving, arriving) in enumerate(zip(send, recv, strict=True)):
-        if rank != index and (leaving or arriving):
-            messages += 1
+    messages = others_with_any(send, recv, index, "both")
     # What a rank keeps for itself does not travel.
-    sent = sum(send) - send[index]
-    received = sum(recv) - recv[index]
+    sent = total(send) - send[index]
+    received = total(recv) - recv[index]
     count_bytes(sent * itemsize, received * itemsize, messages)
 
 

@@ -19,6 +19,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from pmod.bench.progress import tell
+
 
 @frozen
 class Spread:
@@ -73,6 +75,8 @@ class Clock:
     block_seconds: float
     # comes before each block
     ready: Callable[[], object] = lambda: None
+    # hears how far it is
+    tell: Callable[[str], None] = tell
     # makes the ranks' times one
     agree: Callable[[Tensor], Tensor] = lambda times: times
 
@@ -95,15 +99,19 @@ class Clock:
 
 
 def take_turns(
-    pairs: Sequence[Sequence[Block]], rounds: int
+    pairs: Sequence[Sequence[Block]],
+    rounds: int,
+    begun: Callable[[int], None] = lambda number: None,
 ) -> list[list[list[float]]]:
     """Return the seconds of each pair's blocks, in each round: [pair][round][block].
 
-    The order is random, and the same on all ranks.
+    The order is random, and the same on all ranks. begun: hears the number of each
+    round as it begins.
     """
     chance = random.Random(0)
     times: list[list[list[float]]] = [[] for _ in pairs]
-    for _ in range(rounds):
+    for number in range(rounds):
+        begun(number)
         for p in chance.sample(range(len(pairs)), len(pairs)):
             pair = pairs[p]
             seconds = [math.nan] * len(pair)
@@ -120,9 +128,15 @@ Runs: TypeAlias = dict[tuple[str, str], Sequence[Callable[[], object]]]
 def compare(section: str, runs: Runs, clock: Clock, rounds: int) -> list[Result]:
     """Return the results of a section."""
     pairs: list[list[Block]] = []
-    for pair in runs.values():
+    for number, pair in enumerate(runs.values()):
+        clock.tell(f"{section}: {number} of {len(runs)} comparisons warmed up")
         pairs.append([clock.block(run) for run in pair])
-    times = take_turns(pairs, rounds)
+    times = take_turns(
+        pairs,
+        rounds,
+        lambda number: clock.tell(f"{section}: round {number + 1} of {rounds}"),
+    )
+    clock.tell("")
     results: list[Result] = []
     for (function, case), of_rounds in zip(runs, times, strict=True):
         agreed = clock.agree(torch.tensor(of_rounds, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,8 @@ import pmod
 from pmod._torch import fake_store
 from pmod.bench.cases import AXIS, CASES, MESSAGES, Case, raw_all_gather
 from pmod.bench.clock import Clock, Result, Runs, compare, take_turns
+from pmod.bench.peers import runs_of_peers
+from pmod.bench.progress import be_quiet, tell
 
 FAKE_RANKS = 8
 
@@ -83,6 +86,17 @@ def measure_host(rounds: int) -> list[Result]:
         return compare("host", runs, _HOST, rounds)
 
 
+def measure_peers(rounds: int) -> list[Result]:
+    """Measure the host cost beside that of the libraries that have a gradient, too.
+
+    They send on the same process group, which sends nothing.
+    """
+    with fake_ranks(FAKE_RANKS), warnings.catch_warnings():
+        # torch deprecates one of these, and says so at each of its calls
+        warnings.simplefilter("ignore", FutureWarning)
+        return compare("peers", runs_of_peers(), _HOST, rounds)
+
+
 def _raw(case: Case, x: Tensor) -> list[Callable[[], object]]:
     return [] if case.raw is None else [partial(case.raw, x)]
 
@@ -114,6 +128,7 @@ def _ranks_clock() -> Clock:
         perf_counter,
         block_seconds=4e-3,
         ready=partial(pmod.barrier, AXIS),
+        tell=tell if pmod.axis_index(AXIS) == 0 else be_quiet,
         agree=lambda x: pmod.pmax(x, AXIS),
     )
 

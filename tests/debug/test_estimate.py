@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -126,6 +127,50 @@ def test_ten_thousand_ranks_by_hand() -> None:
     assert total.seconds == pytest.approx(22e-6 + total.nbytes / 50e9)
     assert t.by_axis()["model"]["seconds"] == pytest.approx(sum(e.seconds for e in t.events if e.axis == "model"))
     assert net[0].weight.grad is not None and net[0].weight.grad.is_meta
+
+
+def calls_of(function: Any) -> int:
+    """The calls that a call makes of Python functions and of those in C."""
+    calls = 0
+
+    def heard(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(heard)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def one_step(x: Tensor) -> None:
+    x = x.detach().requires_grad_()
+    total = pmod.psum(pmod.pvary(x, "data").square(), "data")
+    whole = pmod.all_gather(total, "model")
+    halves = pmod.psum_scatter(pmod.pmean(whole, "data"), "model")
+    columns = pmod.all_to_all(whole, "model", split_dim=0, concat_dim=1)
+    (pmod.pmax(halves, "model").sum() + columns.sum()).backward()
+    pmod.unshard(x, "data")
+    pmod.broadcast(x, "data")
+    pmod.reduce(x, "data")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_on_131072_ranks_makes_as_many_calls_as_on_eight(device: str) -> None:
+    x = torch.empty(65_536, 2, device="meta")
+
+    def estimated(data: int, model: int) -> pmod.trace:
+        place = pmod.Topology(rank=0, world_size=data * model, device=device)
+        mesh = pmod.make_mesh(data=data, model=model, topology=place)
+        return pmod.estimate(one_step, x, mesh=mesh)
+
+    estimated(4, 2)  # what is made once is made
+    few, many = (calls_of(lambda sizes=sizes: estimated(*sizes)) for sizes in ((4, 2), (64, 2048)))
+    # a sum over two ranks takes another way than one over more, and a tree has more steps
+    assert many <= 1.2 * few
+    assert estimated(64, 2048).total_bytes("data") > 0
 
 
 def test_meta_tensors_count_as_real_ones() -> None:

@@ -14,7 +14,7 @@ import torch
 
 import pmod
 from pmod._core.collective import COLLECTIVES
-from pmod.bench import cases, clock, command, sections
+from pmod.bench import bars, cases, clock, command, memory, peers, progress, sections
 from tests.lib import spmd
 
 WITHOUT_RAW = [name for name, case in cases.CASES.items() if case.raw is None]
@@ -133,6 +133,91 @@ def test_step():
         check_results(results, "step", functions, ("4 layers of 4 MiB", "100 layers of 16 KiB"))
 
 
+def peers_agree():
+    pmod.barrier(cases.AXIS)  # connects: the peers use the default group
+    for peer, collectives in peers.PEERS.items():
+        for name, theirs in collectives().items():
+            x = (torch.arange(64.0).view(8, 8) * (1 + pmod.axis_index(cases.AXIS))).requires_grad_()
+            y, other = cases.CASES[name].ours(x), theirs(x)
+            torch.testing.assert_close(other.detach() + 0, y.detach(), msg=f"{peer}, {name}")
+            # what a gradient means is theirs to say: that there is one is what is measured
+            (derivative,) = torch.autograd.grad(other, x, torch.ones_like(y))
+            assert derivative.shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peers_give_what_pmod_gives():
+    spmd.launch(peers_agree, **{cases.AXIS: 2})
+
+
+def test_peers():
+    results = sections.measure_peers(1)
+    assert {result.function for result in results} == {"psum", "all_gather", "psum_scatter", "all_to_all"}
+    assert {result.case.split(",")[0] for result in results} == set(peers.PEERS)
+    assert all(result.raw_us.median > 0 for result in results)
+    # a peer that has no such collective leaves a gap
+    assert command.table(results).splitlines()[-1].split()[-1] == "-"
+
+
+def test_memory():
+    nbytes = 64 * memory.MIB
+    for peaks in spmd.launch(memory.measure_memory, nbytes, **{cases.AXIS: 2}):
+        psum, back, _, tree = peaks
+        assert "psum of 64 MiB" in psum.function and "64 x 1 MiB" in tree.function
+        for peak in (psum, back):
+            # the copy that a raw sum is taken in, and pmod's result
+            assert 0.9 * nbytes < peak.raw_bytes < 1.5 * nbytes and 0.9 * nbytes < peak.pmod_bytes
+        assert tree.raw_bytes > 0.9 * nbytes
+
+
+def of_peer(function, peer, ratio):
+    spread = clock.Spread(ratio, ratio, ratio)
+    return clock.Result("peers", function, f"{peer}, {peers.BOTH_WAYS}", spread, spread, spread)
+
+
+def test_a_bar_counts_the_cheapest_peer():
+    results = [of_peer("psum", "a", 0.5), of_peer("psum", "b", 0.9), of_peer("all_gather", "a", 0.5)]
+    by_function = {v.function: v for v in bars.judged(results) if v.bar.section == "peers"}
+    assert (by_function["psum"].measured, by_function["psum"].word) == (0.9, "MISSED")
+    assert (by_function["all_gather"].missed, by_function["all_gather"].word) == (False, "held")
+    assert (by_function["pvary"].missed, by_function["pvary"].word) == (False, "not measured")
+
+
+def test_bars_are_of_what_is_measured():
+    for bar in bars.BARS:
+        assert set(bar.functions) <= set(cases.CASES), bar.name
+        assert bar.section in command.TITLES or bar.section == "peers"
+
+
+@pytest.mark.parametrize(("microseconds", "code"), [(0.4, 0), (0.6, 1)])
+def test_check_exits_with_1_where_a_bar_is_missed(microseconds, code, monkeypatch, capsys, tmp_path):
+    spread = clock.Spread(microseconds, microseconds, microseconds)
+    found = [clock.Result("alone", "psum", "no grad", spread, None, None)]
+    monkeypatch.setattr(command, "measure_alone", lambda rounds: found)
+    file = tmp_path / "bench.md"
+    assert command.main(["--only", "alone", "--check", "--markdown", str(file)]) == code
+    out = capsys.readouterr().out
+    assert ("MISSED" in out) == bool(code)
+    lines = file.read_text().splitlines()
+    word = "MISSED" if code else "held"
+    assert f"| an axis of one rank | psum | {microseconds:.2f} us | 0.50 us | {word} |" in lines
+    # without --check nothing is judged
+    assert command.main(["--only", "alone"]) == 0
+    assert "MISSED" not in capsys.readouterr().out
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    run = {("f", "g"): [lambda: None]}
+    assert clock.compare("host", run, sections._HOST, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert clock.compare("host", run, sections._HOST, 2)
+    shown = capsys.readouterr().err.split("\r\033[K")
+    assert shown == ["", "host: 0 of 1 comparisons warmed up", "host: round 1 of 2", "host: round 2 of 2", ""]
+    progress.be_quiet("host: round 1 of 2")
+    assert capsys.readouterr().err == ""
+
+
 def test_import(monkeypatch):
     measured = sections._import_seconds
     asked = []
@@ -164,6 +249,8 @@ def test_command_line(tmp_path):
         (["--only", "host"], True, "env has started 2 ranks: only latency, ragged, step are measured on them"),
         (["--ranks", "1"], False, "--ranks is 1: a message needs 2 ranks or more"),
         (["--rounds", "0"], False, "--rounds is 0: pass 1 or more"),
+        (["--peers"], True, "env has started 2 ranks: only latency, ragged, step are measured on them"),
+        (["--only", "latency", "--check"], False, "--check: only host, peers, alone have bars"),
     ],
 )
 def test_wrong_arguments(arguments, launched, message, monkeypatch, capsys):

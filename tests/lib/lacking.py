@@ -493,6 +493,19 @@ def the_benchmark() -> None:
         pass
 
 
+@needs("torch.distributed._functional_collectives:all_reduce",
+       "torch.distributed._functional_collectives:all_gather_tensor_autograd",
+       "torch.distributed._functional_collectives:reduce_scatter_tensor_autograd",
+       "torch.distributed._functional_collectives:all_to_all_single_autograd")  # fmt: skip
+def the_peers() -> None:
+    """The benchmark cannot measure pmod beside torch's functional collectives."""
+    with fake_ranks():
+        from pmod.bench import peers
+
+        for collective in peers.functional().values():
+            collective(torch.ones(4, 4))
+
+
 @needs("torch.serialization:_get_layout", "torch.distributed.checkpoint.metadata:_MEM_FORMAT_ENCODING",
        "torch.distributed.checkpoint.filesystem:_StorageInfo",
        "torch.distributed.checkpoint.filesystem:_StoragePrefix")  # fmt: skip

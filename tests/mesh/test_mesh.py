@@ -755,6 +755,34 @@ def costs(sizes: dict[str, int], nodes: int) -> dict[str, float]:
     }
 
 
+def calls_of(function):
+    """The calls of Python functions that a call makes."""
+    calls = 0
+
+    def heard(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(heard)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_mesh_makes_each_part_once_and_of_any_size_by_as_many_calls():
+    def made(data):
+        return pmod.make_mesh(data=data, model=8, topology=at(3, 8 * data))
+
+    made(2), made(16_384)  # what is read once is read
+    assert calls_of(lambda: made(16_384)) <= calls_of(lambda: made(2)) + 10
+    small, large = made(2), made(16_384)
+    assert calls_of(lambda: large["model"]) <= calls_of(lambda: small["model"]) + 10 <= 120
+    assert large["model"] is large["model"] and large["data", "model"] is large[["data", "model"]]
+    assert calls_of(lambda: large["model"]) <= 8
+
+
 def test_a_mesh_of_131072_ranks_costs_as_little_as_a_small_one():
     sizes = {"pod": 8, "data": 2048, "model": 8}
     small, large = costs({"pod": 2, "data": 2, "model": 2}, 1), costs(sizes, 16_384)

@@ -168,6 +168,23 @@ def test_the_same_loss(name: str, alone: float, request: pytest.FixtureRequest) 
     assert loss(printed, launcher, ranks) == pytest.approx(alone, rel=1e-10)
 
 
+@pytest.mark.parametrize("name", ["torchrun", "mpirun", "mpiexec.hydra", "srun"])
+def test_the_benchmark_measures_on_the_ranks_of_a_launcher(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    command, launcher, ranks = COMMANDS[name]
+    need(command[0])
+    file = tmp_path / "bench.json"
+    sections = ["--memory", "--only", "latency", "ragged", "step"]
+    bench = ["-m", "pmod.bench", "--rounds", "1", *sections, "--json", str(file)]
+    printed, _ = finish(start([*command, *bench], **variables_for(launcher, request)))
+    written = json.loads(file.read_text())
+    assert written["ranks"] == ranks and len(written["memory"]) == 4
+    assert {result["section"] for result in written["results"]} == {"latency", "ragged", "step"}
+    # one rank prints
+    assert printed.count("step: ") == 1
+
+
 def batch(nodes: dict[str, str], folder: Path, tasks: int, line: str) -> str:
     """What a batch script of one line prints, on one node."""
     output, end = folder / "output", time.monotonic() + 90
