@@ -34,6 +34,14 @@ _CALLED = {
 _CELL = re.compile(r".*[/\\]ipykernel_\d+[/\\](\d+)\.py")
 
 
+def function_of(frame: FrameType) -> str:
+    """Return the name of the function of pmod's that a frame runs, or stands in for."""
+    name = frame.f_code.co_name
+    if name == _STANDS_IN:
+        return frame.f_locals["f"].__name__
+    return name
+
+
 def _outside() -> tuple[str, FrameType]:
     """Return the public function that was called, and the user's innermost frame."""
     torch = sys.modules.get("torch")
@@ -46,13 +54,11 @@ def _outside() -> tuple[str, FrameType]:
         if not file.startswith(inside) or file.startswith(_JOBS):
             break
         if file.startswith(HERE) and file not in _STARTS:
-            function = frame.f_code.co_name
+            function = function_of(frame)
             owner = frame.f_code.co_qualname.split(".")[0]
             # a class that reads as a function: its name is what the user wrote
             if function in ("__enter__", "__exit__") or owner in _CALLED:
                 function = owner
-            elif function == _STANDS_IN:
-                function = frame.f_locals["f"].__name__
         frame = frame.f_back
     return _CALLED.get(function, function), frame
 

@@ -30,7 +30,7 @@ from pmod._ranks import world
 from pmod._ranks.backends import use_device
 from pmod._ranks.connect import shutdown
 from pmod._run import launch
-from pmod._site import HERE
+from pmod._site import HERE, function_of
 from pmod._wire import waiting
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _waited(frames: list[tuple[FrameType, int]], wait: waiting.Wait) -> str:
     """Return `pmod.psum(axis='data')`: the function called, and the axis of its wait."""
     function = f"{wait._said.row} in backward"
     for frame, _ in frames:
-        name = frame.f_code.co_name
+        name = function_of(frame)
         # the outermost of pmod's functions is the one that the user called
         if frame.f_code.co_filename.startswith(HERE) and hasattr(pmod, name):
             function = name

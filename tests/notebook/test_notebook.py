@@ -205,7 +205,7 @@ def test_a_cell_on_some_ranks(two: InteractiveShell) -> None:
     for line, wrong in {
         "dat=1": "%%spmd: no axis 'dat'; did you mean 'data'?.\nThe mesh has {'data': 2}.",
         "data=2": "%%spmd: data=2 is not on the mesh.\nIndices along it go from 0 to 1.",
-        "data": "%%spmd: 'data' is not of the form name=number.\nWrite, for example, %%spmd data=2 model=2.",
+        "data": "%%spmd: 'data' is not an axis.\nWrite, for example, %%spmd data=2 model=2.",
     }.items():
         refused = Cell(two, f"%%spmd {line}\nme")
         assert isinstance(refused.error, pmod.AxisError) and str(refused.error) == wrong.replace("?.", "?")
