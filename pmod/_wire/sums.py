@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -35,18 +35,46 @@ def accumulator(dtype: torch.dtype, asked: str | None) -> torch.dtype:
     return dtype
 
 
+# Elements that are added up at once, where that is done in place.
+BLOCK = 1 << 17
+
+
 def reduce_parts(
     parts: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
 ) -> Tensor:
     """Combine the rows of a tensor in their order, adding up in `dtype`."""
     if how != "sum":
         return extreme(parts, how)
-    first, *others = parts.unbind()
+    return _sum_of(parts.unbind(), dtype, divisor)
+
+
+def reduce_into(
+    out: Tensor,
+    parts: Sequence[Tensor],
+    how: Reduction,
+    dtype: torch.dtype,
+    divisor: int,
+) -> None:
+    """Combine flat parts into `out`, which may be one of them.
+
+    The bits are those of `reduce_parts`. It goes block by block, so no part is copied
+    as a whole, and none is held in a wider `dtype`.
+    """
+    rows = [part.split(BLOCK) for part in parts]
+    for into, *block in zip(out.split(BLOCK), *rows, strict=True):
+        if how != "sum":
+            into.copy_(extreme(torch.stack(block), how))
+        else:
+            into.copy_(_sum_of(block, dtype, divisor))
+
+
+def _sum_of(parts: Sequence[Tensor], dtype: torch.dtype, divisor: int) -> Tensor:
+    first, *others = parts
     total = first.to(dtype, copy=True)
     for part in others:
         # torch casts the others itself, without a copy; it adds no 8-bit floats.
         total += part.to(dtype) if is_eight_bits(part) else part
-    return scaled(total, divisor).to(parts.dtype)
+    return scaled(total, divisor).to(first.dtype)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

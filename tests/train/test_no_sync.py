@@ -83,6 +83,8 @@ def step_on_rank(kind: str, reduce: Any) -> None:
         sent = passes(module, rank, routes[rank])
         assert [len(messages) for messages in sent] == [0, 0, 1 if n > 1 else 0]
         check(module, [None if e is None else times * e for e in wanted])
+        # all ranks have the same ones now
+        torch.optim.SGD(module.parameters(), lr=0.0).step()
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
