@@ -45,7 +45,12 @@ def reduce_parts(
     """Combine the rows of a tensor in their order, adding up in `dtype`."""
     if how != "sum":
         return extreme(parts, how)
-    return _sum_of(parts.unbind(), dtype, divisor)
+    first, *others = parts.unbind()
+    total = first.to(dtype, copy=True)
+    for part in others:
+        # torch casts the others itself, without a copy; it adds no 8-bit floats.
+        total += part.to(dtype) if is_eight_bits(part) else part
+    return scaled(total, divisor).to(parts.dtype)
 
 
 def reduce_into(
@@ -62,19 +67,7 @@ def reduce_into(
     """
     rows = [part.split(BLOCK) for part in parts]
     for into, *block in zip(out.split(BLOCK), *rows, strict=True):
-        if how != "sum":
-            into.copy_(extreme(torch.stack(block), how))
-        else:
-            into.copy_(_sum_of(block, dtype, divisor))
-
-
-def _sum_of(parts: Sequence[Tensor], dtype: torch.dtype, divisor: int) -> Tensor:
-    first, *others = parts
-    total = first.to(dtype, copy=True)
-    for part in others:
-        # torch casts the others itself, without a copy; it adds no 8-bit floats.
-        total += part.to(dtype) if is_eight_bits(part) else part
-    return scaled(total, divisor).to(first.dtype)
+        into.copy_(reduce_parts(torch.stack(block), how, dtype, divisor))
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
