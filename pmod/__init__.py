@@ -88,6 +88,7 @@ from pmod._shard.spec import P as P
 from pmod._shard.specs import global_norm as global_norm
 from pmod._shard.specs import pvary_params as pvary_params
 from pmod._train.data_parallel import data_parallel as data_parallel
+from pmod._train.data_parallel import no_sync as no_sync
 from pmod._train.data_parallel import remove_data_parallel as remove_data_parallel
 from pmod._train.first import first_rank_first as first_rank_first
 from pmod._train.first import is_first as is_first

@@ -21,6 +21,9 @@ from pmod._wire.base import Wire
 from pmod._wire.board import Said, code_of
 from pmod._wire.sent import Sent
 
+# A fused message is copied as a whole before it is sent; a larger one goes in parts.
+BUCKET = 16 << 20
+
 
 def begin(call: Call, xs: Sequence[Tensor], wire: Wire) -> Sent[list[Tensor]]:
     """Send, and return what will be the list of results."""
@@ -134,8 +137,36 @@ def run(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
     """Send a call and wait for its results."""
     if is_profiled():
         with profiler.record_function(profiled_as(call)):
-            return begin(call, xs, wire_for(call, xs)).wait()
+            return _run_now(call, xs)
+    if len(xs) > 1:
+        return _run_now(call, xs)
     return begin(call, xs, wire_for(call, xs)).wait()
+
+
+def _run_now(call: Call, xs: Sequence[Tensor]) -> list[Tensor]:
+    """Send and wait; of many tensors, few at a time are copied."""
+    row, wire = call.row, wire_for(call, xs)
+    if not row.fused or row.local or row.resized is not None or len(xs) == 1:
+        return begin(call, xs, wire).wait()
+    # cut here and not where calls are bound: the derivative stays one call, in which
+    # every rank takes part whatever it used
+    out: list[Tensor] = []
+    for bucket in _buckets(xs):
+        out += begin(call, bucket, wire).wait()
+    return out
+
+
+def _buckets(xs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Cut the tensors of one message, in their order, where BUCKET is reached."""
+    buckets: list[list[Tensor]] = [[]]
+    held = 0
+    for x in xs:
+        if held and held + x.nbytes > BUCKET:
+            buckets.append([])
+            held = 0
+        buckets[-1].append(x)
+        held += x.nbytes
+    return buckets
 
 
 def wire_for(call: Call, xs: Sequence[Tensor]) -> Wire:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar, cast
 from weakref import WeakSet, finalize, ref
 
@@ -41,12 +42,16 @@ from pmod._train.share_parameters import (
     linked,
     replicate,
 )
+from pmod._train.unsent import Unsent
 
 M = TypeVar("M", bound=nn.Module)
 H = TypeVar("H")
 
 # As DDP: a small first message, so that sending begins early, then large ones.
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
+
+# The attribute of a module that was wrapped at axis size 1, where nothing is attached.
+_ALONE = "pmod_data_parallel_of_one_rank"
 
 
 class _Bucket:
@@ -93,8 +98,9 @@ class _Reducer(Reduces):
     def __init__(self, module: nn.Module, axis: Axis, reduce: Reduce) -> None:
         self._module, self._axis = module, axis
         self._reduce = reduce
-        # the backward pass that is running
-        self._pass = -1
+        # the backward pass that is running, and whether it sends nothing
+        self._pass, self._holds = -1, False
+        self.unsent = Unsent(self._refuse_unsent)
         # the parameters whose gradient of this pass is n times as large
         self._scaled: set[int] = set()
         self._learn(list(module.parameters()))
@@ -192,6 +198,8 @@ class _Reducer(Reduces):
             handle.remove()
         self._detach()
         self._calls = []
+        # they are to be this rank's own
+        self.unsent.clear()
 
     def _enter(self, module: nn.Module, args: object) -> None:
         """See what has changed since the last call.
@@ -251,12 +259,13 @@ class _Reducer(Reduces):
         return False
 
     def __getstate__(self) -> Mapping[str, object]:
-        left = ("_anchor", "_accumulators", "_handles", "_registrations")
+        left = ("_anchor", "_accumulators", "_handles", "_registrations", "unsent")
         kept = {key: value for key, value in vars(self).items() if key not in left}
         return kept | {"_scaled": set(), "_inside": None}
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
         vars(self).update(state)
+        self.unsent = Unsent(self._refuse_unsent)
         # a copy of a parameter has none of its hooks
         self._attach()
         self._registrations = _see_registrations(self)
@@ -302,8 +311,10 @@ class _Reducer(Reduces):
                 raise self._late(
                     "a parameter was moved between the call of the module and backward"
                 )
+        self.unsent.check_values()
         # a pass that raised may have left something behind
         self._reset(running)
+        self._holds = self.unsent.contexts > 0
         at_end_of_backward(self._finish)
 
     def _on_gradient(self, number: int, p: Tensor) -> None:
@@ -325,6 +336,9 @@ class _Reducer(Reduces):
             )
         self._scaled.discard(id(p))
         self._begin(p)
+        if self._holds:
+            self.unsent.add(p)
+            return
         bucket = self._buckets[number]
         bucket.ready.add(id(p))
         if len(bucket.ready) == len(bucket.parameters):
@@ -350,6 +364,11 @@ class _Reducer(Reduces):
                     f"{name} became a parameter in the last call of the module, or after it"
                 )
 
+    def _refuse_unsent(self, happened: str) -> PmodError:
+        given = f"{happened} while gradients of passes under no_sync are not sent, so each rank has its own"
+        right = "Run the last pass before a step outside of no_sync: it sends them all."
+        return wrong(PmodError, "data_parallel", self._axis, given, right)
+
     def _late(self, given: str) -> PmodError:
         right = "Call the module after the change, as it is: a call of it finds what has changed."
         return wrong(PmodError, "data_parallel", self._axis, given, right)
@@ -365,7 +384,9 @@ class _Reducer(Reduces):
             if not everything and len(bucket.ready) < len(bucket.parameters):
                 return
             first = bucket.parameters[0]
-            flags = [id(p) in bucket.ready for p in bucket.parameters]
+            flags = [
+                id(p) in bucket.ready or p in self.unsent for p in bucket.parameters
+            ]
             used = torch.tensor(flags, device=first.device).to(first.dtype)
             message = [*map(_dense_gradient, bucket.parameters), used]
             with torch.no_grad():
@@ -377,6 +398,9 @@ class _Reducer(Reduces):
     def _finish(self) -> None:
         """At the end of backward: let what was sent become the gradients."""
         self._check_known()
+        if self._holds:
+            self._reset(-1)
+            return
         self._send(everything=True)
         for bucket in self._buckets:
             assert bucket.sent is not None
@@ -392,6 +416,7 @@ class _Reducer(Reduces):
                 else:
                     # it may be a part of a buffer of the user's
                     p.grad.copy_(gradient)
+            self.unsent.sent(bucket.parameters)
         self._reset(-1)
 
 
@@ -499,6 +524,9 @@ def data_parallel(module: M, axis: AxisLike, *, reduce: Reduce = "mean") -> M:
     replicate(module, axis)
     if bound.size > 1:
         _Reducer(module, bound, reduce)
+    else:
+        # a copy of the module has it, too
+        setattr(module, _ALONE, True)
     return module
 
 
@@ -517,8 +545,64 @@ def remove_data_parallel(module: M) -> M:
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         given = f"module is a {type(module).__name__}"
         raise ArgumentError(phrase("remove_data_parallel", given, "Pass an nn.Module."))
-    for hook in [*forward_hooks(module).values()]:
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, _Reducer):
-            owner.remove()
+    for reducer in _reducers_of(module):
+        reducer.remove()
+    if hasattr(module, _ALONE):
+        delattr(module, _ALONE)
     return module
+
+
+def _reducers_of(module: nn.Module) -> list[_Reducer]:
+    """Return what `data_parallel` attached to this very module."""
+    owners = [getattr(hook, "__self__", 0) for hook in forward_hooks(module).values()]
+    return [owner for owner in owners if isinstance(owner, _Reducer)]
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Generator[None]:
+    """Let backward passes leave their gradients unsent: the next pass outside sends all.
+
+    So k passes send once. What counts is where `backward` is called. Under it `.grad`
+    adds up on each rank by itself; the first pass outside, which may be of any loss,
+    reduces what has added up: what it leaves in `.grad` are the gradients of the sum of
+    the k losses, as with k passes that each send. A parameter that some rank used in
+    any of the passes counts. `model` is what `data_parallel` returned, or holds such
+    modules. Contexts may be nested, and an exception ends them. All ranks must leave
+    the same passes out: else CollectiveTimeout (MismatchError in `simulate`).
+    Cost: nothing is sent. At axis size 1 nothing changes.
+    Raises: ArgumentError if the argument is not a module; PmodError if data_parallel
+    wrapped neither it nor a module inside. For `share_parameters`, add up the losses
+    and call backward once. Where an optimizer steps with gradients that were never
+    sent, its step raises PmodError, and the next pass where a parameter was changed
+    without an optimizer; `zero_grad` drops them.
+
+    >>> def gradient():
+    ...     layer = pmod.data_parallel(torch.nn.Linear(1, 1, bias=False), "data")
+    ...     x = torch.ones(1, 1) * (1 + pmod.axis_index("data"))
+    ...     with pmod.no_sync(layer):
+    ...         layer(x).sum().backward()  # nothing is sent
+    ...     layer(10 * x).sum().backward()  # one message: 11 x, averaged
+    ...     return layer.weight.grad
+    >>> pmod.simulate(gradient, data=2)
+    [tensor([[16.5000]]), tensor([[16.5000]])]
+    """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = f"model is a {type(model).__name__}"
+        raise ArgumentError(phrase("no_sync", given, "Pass an nn.Module."))
+    reducers: list[_Reducer] = []
+    is_wrapped = False
+    for module in model.modules():
+        reducers += _reducers_of(module)
+        is_wrapped = is_wrapped or hasattr(module, _ALONE)
+    if not (reducers or is_wrapped):
+        given = f"data_parallel wrapped neither this {type(model).__name__} nor a module inside"
+        right = "Pass what data_parallel returned; with share_parameters, add up the losses and call backward once."
+        raise PmodError(phrase("no_sync", given, right))
+    for reducer in reducers:
+        reducer.unsent.watch_optimizers()
+        reducer.unsent.contexts += 1
+    try:
+        yield
+    finally:
+        for reducer in reducers:
+            reducer.unsent.contexts -= 1

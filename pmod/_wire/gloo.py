@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pmod._ranks.backends import Backend
 from pmod._ranks.blocking import InThread
+from pmod._wire.base import SMALL
 from pmod._wire.counts import scaled_counts
 from pmod._wire.process_group import CARRIED, GroupWire, as_bytes
 from pmod._wire.sent import Sent, arrived
-from pmod._wire.sums import bytes_of
+from pmod._wire.sums import Reduction, bytes_of, reduce_into
 from pmod._wire.traffic import count_bytes
 from pmod._wire.waiting import Work
 
@@ -38,6 +39,13 @@ class GlooWire(GroupWire):
         self, x: Tensor, send: Sequence[int], recv: Sequence[int]
     ) -> Sent[Tensor]:
         out = x.new_empty(sum(recv))
+        work = self._exchange(out, x, send, recv)
+        return self._on_its_way(work, lambda: out)
+
+    def _exchange(
+        self, out: Tensor, x: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Work:
+        """Send parts of x, and receive into `out`; as `all_to_all` does."""
         carried_out, carried_x = out, x
         if x.dtype not in self._backend.carries:
             carried_out, carried_x, send, recv = as_bytes(out, x, send, recv)
@@ -51,18 +59,66 @@ class GlooWire(GroupWire):
         leaving, arriving = self._of_others(ins, send), self._of_others(outs, recv)
         work = self._peer_to_peer(leaving, arriving)
         outs[self.index].copy_(ins[self.index])
-        return self._on_its_way(work, lambda: out)
+        return work
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Sent[Tensor]:
         if x.dtype not in self._backend.carries:
             return self._gather_bytes(x, counts)
         out = x.new_empty(sum(counts))
         parts = out.split(list(counts))
-        size = self.size
-        leaving = self._of_others([x] * size, [x.numel()] * size)
-        work = self._peer_to_peer(leaving, self._of_others(parts, counts))
         parts[self.index].copy_(x)
-        return self._on_its_way(work, lambda: out)
+        return self._on_its_way(self._join(parts), lambda: out)
+
+    def _join(self, parts: Sequence[Tensor]) -> Work:
+        """Send this rank's part of a result, and receive the others where they lie."""
+        parts = [self._carried(part) for part in parts]
+        own, counts = parts[self.index], [part.numel() for part in parts]
+        leaving = self._of_others([own] * self.size, [own.numel()] * self.size)
+        return self._peer_to_peer(leaving, self._of_others(parts, counts))
+
+    def all_reduce(
+        self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
+    ) -> Sent[Tensor]:
+        if x.nbytes <= SMALL:
+            return super().all_reduce(x, how, dtype, divisor)
+        # What is large is added up where it arrives: beside the result, no copy of the
+        # message is held.
+        if self.size > 2:
+            return self._reduce_by_parts(x, how, dtype, divisor)
+        out, other = torch.empty_like(x), 1 - self.index
+        work = self._peer_to_peer(
+            [(self._carried(x), other)], [(self._carried(out), other)]
+        )
+
+        def add() -> Tensor:
+            parts = [x, out] if self.index == 0 else [out, x]
+            reduce_into(out, parts, how, dtype, divisor)
+            return out
+
+        return self._on_its_way(work, add)
+
+    def _reduce_by_parts(
+        self, x: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
+    ) -> Sent[Tensor]:
+        counts = self.even(x.numel())
+        mine = counts[self.index]
+        # one memory for the parts that arrive first, and then for the result
+        memory = x.new_empty(max(self.size * mine, x.numel()))
+        parts = memory[: self.size * mine]
+        work = self._exchange(parts, x, counts, [mine] * self.size)
+
+        def gather() -> Sent[Tensor]:
+            reduced = x.new_empty(mine)
+            rows = parts.view(self.size, mine).unbind()
+            reduce_into(reduced, rows, how, dtype, divisor)
+            # no view, which autograd would copy
+            rest = memory.numel() - x.numel()
+            out, _ = torch.unsafe_split_with_sizes(memory, [x.numel(), rest])
+            places = out.split(counts)
+            places[self.index].copy_(reduced)
+            return self._on_its_way(self._join(places), lambda: out)
+
+        return self._on_its_way(work, lambda: None).then(lambda _: gather())
 
     def _peer_to_peer(self, leaving: Sequence[Part], arriving: Sequence[Part]) -> Work:
         """Send and receive in a thread, because gloo blocks until two ranks connect."""

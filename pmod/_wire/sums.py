@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -35,6 +35,10 @@ def accumulator(dtype: torch.dtype, asked: str | None) -> torch.dtype:
     return dtype
 
 
+# Elements that are added up at once, where that is done in place.
+BLOCK = 1 << 17
+
+
 def reduce_parts(
     parts: Tensor, how: Reduction, dtype: torch.dtype, divisor: int
 ) -> Tensor:
@@ -47,6 +51,23 @@ def reduce_parts(
         # torch casts the others itself, without a copy; it adds no 8-bit floats.
         total += part.to(dtype) if is_eight_bits(part) else part
     return scaled(total, divisor).to(parts.dtype)
+
+
+def reduce_into(
+    out: Tensor,
+    parts: Sequence[Tensor],
+    how: Reduction,
+    dtype: torch.dtype,
+    divisor: int,
+) -> None:
+    """Combine flat parts into `out`, which may be one of them.
+
+    The bits are those of `reduce_parts`. It goes block by block, so no part is copied
+    as a whole, and none is held in a wider `dtype`.
+    """
+    rows = [part.split(BLOCK) for part in parts]
+    for into, *block in zip(out.split(BLOCK), *rows, strict=True):
+        into.copy_(reduce_parts(torch.stack(block), how, dtype, divisor))
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

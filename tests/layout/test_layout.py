@@ -376,7 +376,8 @@ OTHERS_PUBLIC = """
     Topology Mesh make_mesh set_mesh current_mesh keep_mesh shutdown
     exchange_plan ExchangePlan axis_index axis_size barrier split_sizes
     draw draw_collective debug checked mark_varying assert_invariant trace estimate explain start Pending Watcher
-    launch simulate replicate share_parameters SharedParameters data_parallel remove_data_parallel fold_in rng
+    launch simulate replicate share_parameters SharedParameters data_parallel remove_data_parallel no_sync
+    fold_in rng
     is_first first_rank_first sampler P shard_map pvary_params global_norm to_dtensors from_dtensors local_slice
     local_coords Block domain_parallel cut_of
     PmodError NoMeshError AxisError ShapeError ArgumentError TopologyError MismatchError CollectiveTimeout

@@ -274,6 +274,7 @@ RIGHT: dict[str, Right] = {
               {"f": lambda: pmod.psum, "arg": x, "axis": lambda: "x"}),
     "data_parallel": (pmod.data_parallel, {"module": module, "axis": lambda: "x"}),
     "remove_data_parallel": (pmod.remove_data_parallel, {"module": module}),
+    "no_sync": (partial(entered, pmod.no_sync), {"model": lambda: pmod.data_parallel(module(), "x")}),
     "share_parameters": (pmod.share_parameters, {"module": module, "axis": lambda: "x"}),
     "fold_in": (pmod.fold_in, {"seed": lambda: 0, "axis": lambda: "x"}),
     "rng": (partial(entered, pmod.rng), {"seed": lambda: 0, "axis": lambda: "x"}),
