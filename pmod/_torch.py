@@ -13,9 +13,10 @@ import operator
 import pkgutil
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
@@ -520,14 +521,34 @@ def untraced(f: Callable[..., T]) -> Callable[..., T]:
     return unseen
 
 
-def uncompiled() -> AbstractContextManager[object]:
-    """Run what was compiled as it was written, if the compiler was imported.
-
-    To import it takes 2 s.
+class _Uncompiled:
+    """The stance of the compiler, which is the process's: threads come and go in any
+    order, and the last one puts it back.
     """
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: AbstractContextManager[object] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # to import the compiler takes 2 s
+            if self._inside == 0 and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            stance, is_last = self._stance, self._inside == 0
+            if is_last and stance is not None:
+                self._stance = None
+                stance.__exit__(None, None, None)
+
+
+uncompiled = _Uncompiled()
+"""A context in which what was compiled runs as it was written."""
 
 
 _translator = _later("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx")

@@ -197,7 +197,7 @@ class _Calls:
         modules = captured_modules(self._f)
         _note_state(modules)
         links = self._share(blocks, modules)
-        with uncompiled(), Domain(blocks):
+        with uncompiled, Domain(blocks):
             y = self._f(*args, **kwargs)
         return _left(blocks, y, _first_layout(found), links)
 

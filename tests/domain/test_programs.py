@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pmod
 from pmod import P
+from pmod._torch import uncompiled
 from tests.lib.fields import Cutting, cuttings, held_to, joined, number, on_all
 from tests.lib.listening import counted, heard, on_processes, on_threads
 
@@ -601,3 +603,22 @@ def of_dtensors() -> None:
 
 def test_dtensors_go_in() -> None:
     on_processes(of_dtensors, lat=2)
+
+
+def test_the_compiler_is_back_after_the_last_thread() -> None:
+    """Its stance is the process's, and the threads of a simulation leave in any order."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(uncompiled)
+        second.enter_context(uncompiled)
+        first.close()
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+        assert not graphs
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    assert graphs

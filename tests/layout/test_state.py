@@ -42,6 +42,7 @@ STATE = {
     # what torch is told, or was told, once a process
     "_core.bind._library": "torch's library of pmod's operators",
     "_core.inductor._told": "the operators whose lowering Inductor has",
+    "_torch.uncompiled": "the compiler's stance, which the last thread that leaves a domain puts back",
     "_torch._registry": "torch's registry of operators",
     # filled when modules are imported, and not afterwards
     "_torch.SEEN": "the versions of torch that have each private name",

@@ -33,16 +33,18 @@ UNTAGGED = Backend("gloo", "cpu", Even, blocks=False, in_graphs=True, carries=CA
 @contextmanager
 def untagged() -> Iterator[None]:
     """In a rank: what goes by gloo goes without tags, and compiled code sends by itself."""
-    known, connection = backends._BACKENDS["gloo"], world.processes().connection
-    _use(UNTAGGED, connection)
+    known = backends._BACKENDS["gloo"]
+    _use(UNTAGGED)
     try:
         yield
     finally:
-        _use(known, connection)
+        _use(known)
 
 
-def _use(backend: Backend, connection: Any) -> None:
+def _use(backend: Backend) -> None:
     backends.register(backend)
+    # the one that is there now: the function may have made another
+    connection = world.processes().connection
     connection.backends.clear()
     connection.forget_calls()
 

@@ -313,6 +313,8 @@ RIGHT: dict[str, Right] = {
     "graph.uses_metis": (pmod.graph.uses_metis, {"n": lambda: 8, "parts": lambda: 2}),
     "graph.knn": (pmod.graph.knn, {**CLOUDS, "k": lambda: 1}),
     "graph.radius_search": (pmod.graph.radius_search, {**CLOUDS, "radius": lambda: 1.0}),
+    "domain_parallel": (pmod.domain_parallel, {"model": lambda: torch.relu, "in_specs": lambda: pmod.P("x")}),
+    "cut_of": (pmod.cut_of, {"y": lambda: pmod.domain_parallel(torch.relu, pmod.P("x"))(torch.ones(2))}),
     "sht.sht": (pmod.sht.sht, {"x": lambda: torch.ones(4, 6), "axis": lambda: "x"}),
     "sht.isht": (pmod.sht.isht, {**MODES, "x": lambda: torch.ones(2, 2 * size(), dtype=torch.complex64)}),
     "sht.vsht": (pmod.sht.vsht, {"x": lambda: torch.ones(2, 4, 6), "axis": lambda: {-1: "x"}}),
