@@ -53,7 +53,10 @@ LONG = (
     "test_doctor.py",
     "test_debug.py",
     "test_kinds.py",
-    "test_nn.py",
+    "test_operations.py",
+    "test_resample.py",
+    "test_attention.py",
+    "test_pools.py",
     "test_trace.py",
 )
 
