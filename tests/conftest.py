@@ -53,10 +53,7 @@ LONG = (
     "test_doctor.py",
     "test_debug.py",
     "test_kinds.py",
-    "test_operations.py",
-    "test_resample.py",
-    "test_attention.py",
-    "test_pools.py",
+    "test_nn.py",
     "test_trace.py",
 )
 
