@@ -36,7 +36,7 @@ NOT_HERE = frozenset("""
     rand randn randint rand_like randn_like randint_like dropout dropout1d dropout2d dropout3d alpha_dropout
     feature_dropout feature_alpha_dropout bernoulli normal multinomial poisson binomial rrelu rrelu_ gumbel_softmax
     cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_ bernoulli_ empty empty_like new_empty
-    empty_quantized resize_ set_ set_printoptions seed initial_seed manual_seed get_rng_state set_rng_state set_default_device
+    empty_quantized resize_ set_ seed initial_seed manual_seed get_rng_state set_rng_state set_default_device
     set_default_dtype set_default_tensor_type set_num_threads set_num_interop_threads set_deterministic_debug_mode
     use_deterministic_algorithms prepare_multiprocessing_environment set_flush_denormal set_float32_matmul_precision
     set_grad_enabled set_warn_always inference_mode import_ir_module compile export load save fork wait share_memory_
