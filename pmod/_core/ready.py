@@ -157,7 +157,8 @@ def remembering(f: F) -> F:
         if mesh is None or key is None:
             return f(x, axis, *rest, **options)
         ready = mesh._made.get(key)
-        if ready is None:
+        # a forked process finds what its parent has made
+        if ready is None or ready.connection is not connection:
             return _first(
                 mesh._made, key, connection, partial(f, x, axis, *rest, **options), x
             )
